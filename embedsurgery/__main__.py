@@ -1,0 +1,6 @@
+"""``python -m embedsurgery``."""
+
+from embedsurgery.cli.main import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""``embedsurgery inspect``: the tables of a checkpoint, from its headers alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from embedsurgery.cli.render import json_option, print_json, print_table, size
+
+
+@click.command("inspect")
+@click.argument("model", type=click.Path(path_type=Path))
+@json_option
+def command(model: Path, as_json: bool) -> None:
+    """The embedding tables of the checkpoint MODEL.
+
+    Reads headers, index, config and tokenizer.json, and no weights.
+    """
+    facts = inspect(model)
+    if as_json:
+        print_json(facts)
+        return
+    rows = [
+        (
+            t["name"] + (" (input)" if t["name"] == facts["input"] else ""),
+            "\n".join(t["aliases"]) or "-",
+            f"{t['shape'][0]:,} x {t['shape'][1]:,}",
+            t["dtype"],
+            " + ".join(t["roles"]),
+            t["kind"],
+            "\n".join(dict.fromkeys(t["files"].values())),
+            size(t["bytes"]),
+        )
+        for t in facts["tables"]
+    ]
+    print_table(f"{model}", ("table", "tied to", "shape", "dtype", "role", "kind", "file", "size"), rows)
+    used = facts["rows"]
+    if used is not None:
+        free = [f"{len(used[k]):,} {k}" + (f" ({ranges(used[k])})" if used[k] else "") for k in ("reserved", "spare")]
+        agree = "the tokenizer fits the table" if used["agrees"] else "the tokenizer has ids beyond the table's rows"
+        click.echo(f"rows: {used['used']:,} used by the tokenizer, {', '.join(free)}; {agree}")
+
+
+def inspect(model: Path) -> dict[str, Any]:
+    """What the verb shows, as JSON values."""
+    from embedsurgery.api import walk
+    from embedsurgery.raw import ITEMSIZE
+    from embedsurgery.tokenizer_files import is_reserved, token_texts
+
+    graph = walk(model)
+    tables = [
+        {
+            "name": t.name,
+            "aliases": list(t.aliases),
+            "shape": list(t.shape),
+            "dtype": t.dtype,
+            "roles": list(t.roles),
+            "kind": t.kind,
+            "sites": [{"module": s.module, "role": s.role, "bias": s.bias} for s in t.sites],
+            "files": dict(t.files),
+            "bytes": t.shape[0] * t.shape[1] * ITEMSIZE.get(t.dtype, 0) * max(1, len(t.files)),
+        }
+        for t in graph.tables
+    ]
+    vocabularies = [
+        {"name": v.name, "size": v.size, "tables": list(v.tables), "vectors": list(v.vectors)}
+        for v in graph.vocabularies
+    ]
+    texts = token_texts(model)
+    rows = None
+    if texts is not None and graph.input is not None:
+        count = graph.table(graph.input).shape[0]
+        spare = [i for i in range(count) if i not in texts]
+        reserved = sorted(i for i, text in texts.items() if is_reserved(text))
+        used = len(texts) - len(reserved)
+        rows = {"used": used, "reserved": reserved, "spare": spare, "agrees": max(texts, default=0) < count}
+    return {
+        "model": str(model),
+        "input": graph.input,
+        "tables": tables,
+        "vocabularies": vocabularies,
+        "rows": rows,
+    }
+
+
+def ranges(numbers: list[int], most: int = 4) -> str:
+    """Ascending numbers as ranges: "3-5, 9"."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and parts[-1][1] == number - 1:
+            parts[-1][1] = number
+        else:
+            parts.append([number, number])
+    text = ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in parts[:most])
+    return text if len(parts) <= most else f"{text}, ..."

@@ -1,0 +1,24 @@
+"""``embedsurgery unmerge``: the last merge taken out of a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from embedsurgery.cli.merge import print_report
+from embedsurgery.cli.render import copying, json_option
+
+
+@click.command("unmerge")
+@click.argument("merged", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The new checkpoint directory.")
+@click.option("--dry-run", is_flag=True, help="Check everything, say what would be done, write nothing.")
+@json_option
+def command(merged: Path, output: Path, dry_run: bool, as_json: bool) -> None:
+    """Write the checkpoint MERGED without its last merge: bit for bit what it was merged into."""
+    from embedsurgery.offline import unmerge_checkpoint
+
+    with copying("copying") as progress:
+        report = unmerge_checkpoint(merged, output, dry_run=dry_run, progress=progress)
+    print_report(report, "unmerged", as_json)

@@ -1,0 +1,32 @@
+"""``embedsurgery verify``: checks a checkpoint and names what disagrees."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from embedsurgery.cli.render import json_option, print_json, print_table
+
+
+@click.command("verify")
+@click.argument("model", type=click.Path(path_type=Path))
+@json_option
+def command(model: Path, as_json: bool) -> None:
+    """Check the checkpoint MODEL: index against shards, config against rows, ties, tokenizer, recorded merges.
+
+    Exits 1 where something disagrees.
+    """
+    from embedsurgery.verify import verify_checkpoint
+
+    checks = verify_checkpoint(model)
+    good = all(check.ok for check in checks)
+    if as_json:
+        print_json({"model": str(model), "ok": good, "checks": [asdict(check) for check in checks]})
+    else:
+        print_table(str(model), ("", "check", "seen"), [("ok" if c.ok else "NO", c.name, c.detail) for c in checks])
+    if not good:
+        wrong = "; ".join(f"{check.name}: {check.detail}" for check in checks if not check.ok)
+        click.echo(f"embedsurgery: {wrong}", err=True)
+        raise click.exceptions.Exit(1)

@@ -1,0 +1,29 @@
+"""What ties attachments to other libraries' training loops; each name loads its library when it is first used.
+
+`EmbedSurgeryCallback` is for transformers' Trainer and TRL's, `keep_rows` for Accelerate's save_state and load_state.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from embedsurgery.integrations.accelerate import keep_rows
+    from embedsurgery.integrations.trainer import EmbedSurgeryCallback
+
+_PUBLIC = {"EmbedSurgeryCallback": "trainer", "keep_rows": "accelerate"}
+
+__all__ = ["EmbedSurgeryCallback", "keep_rows"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'embedsurgery.integrations' has no attribute {name!r}")
+    value = getattr(import_module(f"embedsurgery.integrations.{_PUBLIC[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,47 @@
+"""Small JSON files that came with data: read with bounds, never trusted to be what they should."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from embedsurgery.errors import CheckpointError
+from embedsurgery.safetensors_file import open_regular, pread_exactly
+
+MAX_BYTES = 200_000_000
+"""No config, index or tokenizer file comes near it."""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A file's JSON object.
+
+    Raises:
+        CheckpointError: The file is missing, no regular file, too large, no JSON, or no object.
+    """
+    return parse_json(read_small(path), path)
+
+
+def read_small(path: Path) -> bytes:
+    """The bytes of a small regular file.
+
+    Raises:
+        CheckpointError: The file is missing, no regular file, or too large.
+    """
+    with open_regular(path) as descriptor:
+        size = os.fstat(descriptor).st_size
+        if size > MAX_BYTES:
+            raise CheckpointError("file too large", where=path, expected=f"at most {MAX_BYTES} bytes", found=size)
+        return pread_exactly(descriptor, size, 0)
+
+
+def parse_json(data: bytes, path: Path) -> dict[str, Any]:
+    """As `read_json`, from the file's bytes; ``path`` is for messages."""
+    try:
+        value = json.loads(data.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError("no valid JSON", where=path, found=str(error)[:200]) from error
+    if not isinstance(value, dict):
+        raise CheckpointError("JSON of the wrong kind", where=path, expected="an object", found=type(value).__name__)
+    return value

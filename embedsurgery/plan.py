@@ -1,0 +1,310 @@
+"""Edits, plans and undos as frozen data, and their one serialised form.
+
+A plan says what will change, an undo is a plan that holds what was there before, and the record of a merge is an
+undo with facts about the merge beside it. All three are one safetensors file: the numbers are its tensors, the rest
+is JSON in its metadata. What applies a plan is ``stores/base.py``.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from embedsurgery.errors import PlanError
+from embedsurgery.raw import ITEMSIZE, RawArray
+from embedsurgery.safetensors_file import (
+    Entry,
+    TensorSource,
+    open_regular,
+    pread_exactly,
+    read_header,
+    write_file,
+)
+
+FORMAT = 1
+"""Version of the serialised form."""
+
+BLOCK_BYTES = 8 << 20
+"""Bytes that whole-table edits hold at a time, about."""
+
+
+def count_rows(count: int) -> str:
+    """A number of rows for a person."""
+    return f"{count:,} row" if count == 1 else f"{count:,} rows"
+
+
+@dataclass(frozen=True)
+class SetRows:
+    """Some rows of a table become others.
+
+    Attributes:
+        table: The table's name in the store's graph.
+        indices: Row numbers, (K,), each once.
+        rows: The new rows, (K, D), in any editable dtype; rounded once to the table's.
+    """
+
+    table: str
+    indices: tuple[int, ...]
+    rows: RawArray
+
+    def describe(self) -> str:
+        """One line for a person."""
+        return f"set {count_rows(len(self.indices))} of {self.table}"
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """All rows of a table, made block by block.
+
+    Attributes:
+        shape: (V, D).
+        dtype: Of the blocks that `block` returns.
+        block: Called as ``block(start, stop, current)`` with the table's rows ``start:stop`` as they are now;
+            returns the new ones, (stop - start, D).
+        stored: The blocks come from a file or from memory whatever ``current`` is, so that they can be saved.
+    """
+
+    shape: tuple[int, int]
+    dtype: str
+    block: Callable[[int, int, RawArray], RawArray]
+    stored: bool = False
+
+    @classmethod
+    def of(cls, rows: RawArray) -> Blocks:
+        """All rows, held in memory."""
+        table = rows.bits
+
+        def block(start: int, stop: int, current: RawArray) -> RawArray:
+            part = np.ascontiguousarray(table[start:stop])
+            return RawArray(rows.dtype, (stop - start, rows.shape[1]), part.tobytes())
+
+        return cls((rows.shape[0], rows.shape[1]), rows.dtype, block, stored=True)
+
+    @classmethod
+    def in_file(cls, path: Path, entry: Entry) -> Blocks:
+        """All rows, in a tensor of a safetensors file that is read block by block."""
+        rows, columns = entry.shape
+        pitch = columns * ITEMSIZE[entry.dtype]
+
+        def block(start: int, stop: int, current: RawArray) -> RawArray:
+            with open_regular(path) as descriptor:
+                data = pread_exactly(descriptor, (stop - start) * pitch, entry.begin + start * pitch)
+            return RawArray(entry.dtype, (stop - start, columns), data)
+
+        return cls((rows, columns), entry.dtype, block, stored=True)
+
+    def spans(self) -> Iterator[tuple[int, int]]:
+        """(start, stop) of consecutive blocks of bounded size that cover all rows."""
+        yield from spans(self.shape[0], self.shape[1] * ITEMSIZE[self.dtype])
+
+
+def spans(rows: int, pitch: int) -> Iterator[tuple[int, int]]:
+    """(start, stop) of consecutive blocks of about `BLOCK_BYTES` bytes, for rows of ``pitch`` bytes."""
+    step = max(1, BLOCK_BYTES // max(pitch, 1))
+    for start in range(0, rows, step):
+        yield start, min(start + step, rows)
+
+
+@dataclass(frozen=True)
+class SetBlocks:
+    """All rows of a table become others, in bounded memory; the undo spills to a file."""
+
+    table: str
+    blocks: Blocks
+
+    def describe(self) -> str:
+        """One line for a person; a dry run thereby announces the size."""
+        size = self.blocks.shape[0] * self.blocks.shape[1] * ITEMSIZE[self.blocks.dtype]
+        return f"set all {self.blocks.shape[0]} rows of {self.table}, {size:,} bytes"
+
+
+@dataclass(frozen=True)
+class Grow:
+    """A vocabulary gets rows at its end (or, with a negative count, loses its last ones: the undo of growing).
+
+    Attributes:
+        vocabulary: The vocabulary's name in the store's graph.
+        count: How many rows; negative in an undo.
+        rows: Table name -> the new rows, (count, D).
+        vectors: Vector name -> the new entries, (count,).
+    """
+
+    vocabulary: str
+    count: int
+    rows: Mapping[str, RawArray]
+    vectors: Mapping[str, RawArray]
+
+    def describe(self) -> str:
+        """One line for a person."""
+        return f"grow vocabulary {self.vocabulary} by {self.count} rows"
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token of a tokenizer: its text, the id it has, and whether it is a special token."""
+
+    content: str
+    id: int
+    special: bool = False
+
+
+@dataclass(frozen=True)
+class AddTokens:
+    """Tokens enter the tokenizer at given ids."""
+
+    tokens: tuple[Token, ...]
+
+    def describe(self) -> str:
+        """One line for a person."""
+        return "add tokens " + ", ".join(f"{t.content!r} as {t.id}" for t in self.tokens)
+
+
+@dataclass(frozen=True)
+class PatchFile:
+    """A small file beside the weights becomes other bytes.
+
+    Attributes:
+        path: Relative to the checkpoint, with forward slashes.
+        after: The new bytes; None removes the file.
+        before: What must be there, None for no such file: anything else is refused.
+    """
+
+    path: str
+    after: bytes | None
+    before: bytes | None
+
+    def describe(self) -> str:
+        """One line for a person."""
+        return f"{'remove' if self.after is None else 'write'} {self.path}"
+
+
+Edit = SetRows | SetBlocks | Grow | AddTokens | PatchFile
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Edits in order, with facts that go with them.
+
+    Attributes:
+        edits: What to do.
+        facts: JSON values: in a merge's record the adapter, the time, hashes of what was written.
+    """
+
+    edits: tuple[Edit, ...]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def describe(self) -> list[str]:
+        """A line for each edit."""
+        return [edit.describe() for edit in self.edits]
+
+    def save(self, path: Path) -> None:
+        """Write the plan to a new file, fsynced.
+
+        Raises:
+            PlanError: It holds blocks that are computed from the table and so cannot be written down.
+        """
+        tensors: dict[str, TensorSource] = {}
+        described = [_encode(edit, f"{number}.", tensors) for number, edit in enumerate(self.edits)]
+        body = {"format": FORMAT, "edits": described, "facts": dict(self.facts)}
+        write_file(path, tensors, {"embedsurgery.plan": json.dumps(body, sort_keys=True)})
+
+    @classmethod
+    def load(cls, path: Path) -> Plan:
+        """Read a plan; whole-table blocks stay in the file and are read when they are applied.
+
+        Raises:
+            PlanError: The file is no plan, or of a newer format.
+            CheckpointError: The file is no safetensors file.
+        """
+        header = read_header(path)
+        try:
+            body = json.loads(header.metadata["embedsurgery.plan"])
+            if body["format"] != FORMAT:
+                raise PlanError("a plan of another format", where=path, expected=FORMAT, found=body["format"],
+                                hint="use the embedsurgery version that wrote it, or a newer one")  # fmt: skip
+            reader = _Reader(path, header.entries)
+            edits = tuple(reader.decode(edit, f"{n}.") for n, edit in enumerate(body["edits"]))
+            return cls(edits, dict(body["facts"]))
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError, IndexError) as error:
+            if isinstance(error, PlanError):
+                raise
+            raise PlanError(
+                "not a plan of embedsurgery", where=path, found=f"{type(error).__name__}: {error}"
+            ) from error
+
+
+Undo = Plan
+"""A plan whose edits put back what was there."""
+
+
+def _encode(edit: Edit, prefix: str, tensors: dict[str, TensorSource]) -> dict[str, Any]:
+    """The JSON part of an edit; its numbers go into ``tensors`` under names that start with ``prefix``."""
+    if isinstance(edit, SetRows):
+        indices = RawArray.of(np.asarray(edit.indices, dtype=np.int64))
+        tensors[prefix + "indices"] = TensorSource.of(indices)
+        tensors[prefix + "rows"] = TensorSource.of(edit.rows)
+        return {"edit": "SetRows", "table": edit.table}
+    if isinstance(edit, SetBlocks):
+        blocks = edit.blocks
+        if not blocks.stored:
+            raise PlanError("blocks that are computed from the table cannot be written down", where=edit.table,
+                            hint="apply the plan and save its undo")  # fmt: skip
+        nothing = RawArray(blocks.dtype, (0, blocks.shape[1]), b"")
+        chunks = (blocks.block(start, stop, nothing).data for start, stop in blocks.spans())
+        tensors[prefix + "blocks"] = TensorSource(blocks.dtype, blocks.shape, chunks)
+        return {"edit": "SetBlocks", "table": edit.table}
+    if isinstance(edit, Grow):
+        for kind, part in (("rows", edit.rows), ("vectors", edit.vectors)):
+            tensors.update({f"{prefix}{kind}.{name}": TensorSource.of(raw) for name, raw in part.items()})
+        return {"edit": "Grow", "vocabulary": edit.vocabulary, "count": edit.count,
+                "rows": list(edit.rows), "vectors": list(edit.vectors)}  # fmt: skip
+    if isinstance(edit, AddTokens):
+        tokens = [{"content": t.content, "id": t.id, "special": t.special} for t in edit.tokens]
+        return {"edit": "AddTokens", "tokens": tokens}
+    return {"edit": "PatchFile", "path": edit.path, "after": _text(edit.after), "before": _text(edit.before)}
+
+
+def _text(data: bytes | None) -> str | None:
+    return None if data is None else base64.b64encode(data).decode("ascii")
+
+
+def _bytes(text: str | None) -> bytes | None:
+    return None if text is None else base64.b64decode(text, validate=True)
+
+
+@dataclass(frozen=True)
+class _Reader:
+    path: Path
+    entries: Mapping[str, Entry]
+
+    def tensor(self, name: str) -> RawArray:
+        entry = self.entries[name]
+        with open_regular(self.path) as descriptor:
+            return RawArray(entry.dtype, entry.shape, pread_exactly(descriptor, entry.end - entry.begin, entry.begin))
+
+    def decode(self, body: Mapping[str, Any], prefix: str) -> Edit:
+        kind = body["edit"]
+        if kind == "SetRows":
+            indices = self.tensor(prefix + "indices")
+            if indices.dtype != "I64" or len(indices.shape) != 1:
+                raise ValueError(f"indices are {indices!r}")
+            return SetRows(str(body["table"]), tuple(map(int, indices.bits)), self.tensor(prefix + "rows"))
+        if kind == "SetBlocks":
+            return SetBlocks(str(body["table"]), Blocks.in_file(self.path, self.entries[prefix + "blocks"]))
+        if kind == "Grow":
+            rows = {name: self.tensor(f"{prefix}rows.{name}") for name in body["rows"]}
+            vectors = {name: self.tensor(f"{prefix}vectors.{name}") for name in body["vectors"]}
+            return Grow(str(body["vocabulary"]), int(body["count"]), rows, vectors)
+        if kind == "AddTokens":
+            tokens = (Token(str(t["content"]), int(t["id"]), bool(t["special"])) for t in body["tokens"])
+            return AddTokens(tuple(tokens))
+        if kind == "PatchFile":
+            return PatchFile(str(body["path"]), _bytes(body["after"]), _bytes(body["before"]))
+        raise PlanError("an edit that this version does not know", where=self.path, found=kind,
+                        hint="use the embedsurgery version that wrote it, or a newer one")  # fmt: skip

@@ -1,0 +1,113 @@
+"""Numbers as raw bytes with a dtype string, and the one function that rounds them.
+
+Disk surgery runs on these, so that it needs no torch, which has no part in this file; the torch side of the
+same values is in ``tensors.py``. Dtype strings are those of safetensors: "F32", "F16", "BF16", "I64" ...
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+import numpy.typing as npt
+
+ITEMSIZE = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1,
+    "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
+    "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1, "C64": 8,
+}  # fmt: skip
+"""Bytes an element, for every dtype of whole bytes that safetensors knows."""
+
+EDITABLE = ("F64", "F32", "F16", "BF16")
+"""The dtypes whose rows can be set: everything else (quantised tables above all) is refused."""
+
+_NUMPY = {
+    "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16, "I64": np.int64, "I32": np.int32,
+    "U8": np.uint8,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RawArray:
+    """A dense array in C order: ``data`` holds ``shape`` elements of ``dtype``, little-endian."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: bytes
+
+    def __repr__(self) -> str:
+        return f"RawArray({self.dtype}, {list(self.shape)})"
+
+    def __post_init__(self) -> None:
+        size = prod(self.shape) * ITEMSIZE[self.dtype]
+        if len(self.data) != size:
+            raise ValueError(f"{self.dtype} of shape {self.shape} takes {size} bytes, not {len(self.data)}")
+
+    @classmethod
+    def of(cls, array: npt.ArrayLike, dtype: str | None = None) -> RawArray:
+        """The bytes of a float or integer numpy array, rounded to ``dtype`` where one is given."""
+        values = np.asarray(array)
+        native = next((name for name, kind in _NUMPY.items() if name != "BF16" and values.dtype == kind), None)
+        if native is None:
+            raise TypeError(f"no raw dtype for {values.dtype}")
+        raw = cls(native, tuple(values.shape), np.ascontiguousarray(values).tobytes())
+        return raw if dtype is None else raw.to(dtype)
+
+    @property
+    def bits(self) -> npt.NDArray[np.generic]:
+        """The array as stored, read-only: BF16 as uint16, everything else as itself."""
+        return np.frombuffer(self.data, dtype=_NUMPY[self.dtype]).reshape(self.shape)
+
+    def float32(self) -> npt.NDArray[np.float32]:
+        """The values as fp32, shape ``shape``: exact for F32, F16 and BF16."""
+        if self.dtype == "BF16":
+            return (self.bits.astype(np.uint32) << 16).view(np.float32)
+        with np.errstate(over="ignore", invalid="ignore"):
+            return self.bits.astype(np.float32)
+
+    def to(self, dtype: str) -> RawArray:
+        """Rounded to ``dtype``: to nearest, ties to even, as torch does; see `round_float32`."""
+        if dtype == self.dtype:
+            return self
+        if dtype == "F64":
+            wide = self.float32().astype(np.float64)
+            return RawArray("F64", self.shape, wide.tobytes())
+        return RawArray(dtype, self.shape, round_float32(self.float32(), dtype).tobytes())
+
+    def take(self, positions: Sequence[int] | npt.NDArray[np.int64]) -> RawArray:
+        """The given rows of the first axis, in the order given."""
+        part = np.ascontiguousarray(self.bits[np.asarray(positions, dtype=np.int64)])
+        return RawArray(self.dtype, tuple(part.shape), part.tobytes())
+
+    def sha256(self) -> str:
+        """Hex digest of the bytes alone."""
+        return hashlib.sha256(self.data).hexdigest()
+
+
+def round_float32(values: npt.NDArray[np.float32], dtype: str) -> npt.NDArray[np.generic]:
+    """Round fp32 to the nearest F32, F16 or BF16, ties to even; overflow gives infinity, NaN stays NaN.
+
+    The result is a numpy array of the stored type (BF16 as uint16). For every number and for infinities it equals
+    ``torch.Tensor.to`` bit for bit. A NaN keeps its sign and the top of its payload in F16, as torch does, and
+    becomes the quiet NaN 0x7FC0 in BF16, as in torch's scalar code (c10/util/BFloat16.h); torch's vectorised code
+    gives 0xFFFF, so there its own answer depends on the processor.
+    """
+    if dtype == "F32":
+        return np.ascontiguousarray(values)
+    if dtype == "F16":
+        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+            half = values.astype(np.float16)
+        nan = np.isnan(values)
+        if nan.any():
+            bits = np.ascontiguousarray(values).view(np.uint32)
+            kept = ((bits >> 16) & 0x8000 | 0x7E00 | (bits >> 13) & 0x3FF).astype(np.uint16)
+            half = np.where(nan, kept.view(np.float16), half)
+        return np.ascontiguousarray(half)
+    if dtype == "BF16":
+        bits = np.ascontiguousarray(values).view(np.uint32)
+        rounded = ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
+        return np.ascontiguousarray(np.where(np.isnan(values), np.uint16(0x7FC0), rounded))
+    raise TypeError(f"no rounding to {dtype}: only to F32, F16 and BF16")

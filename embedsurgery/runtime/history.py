@@ -1,0 +1,55 @@
+"""Sees a resume that forgot the rows: an optimizer that has trained them before, and rows that are as they began.
+
+A state dict is always the base's, so whoever loads a checkpoint's model and optimizer gets moments that belong to
+rows which are not there. This holds in any loop, so it is looked for where any loop comes by: the first
+``optimizer.step()``. Once an attachment's rows have been stepped it is looked at no more.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+
+
+class Untrained(Protocol):
+    """What is looked at: see `Attachment`."""
+
+    def before_step(self, optimizer: Optimizer) -> bool:
+        """Raises on a forgotten resume; returns whether to look again at the next step."""
+
+
+_living: weakref.WeakSet[Any] = weakref.WeakSet()
+_installed: list[Any] = []
+
+
+def look_at(attachment: Untrained) -> None:
+    """Ask an attachment before every optimizer step of this process, until it says that it knows enough."""
+    if not _installed:
+        _installed.append(register_optimizer_step_pre_hook(_before_step))
+    _living.add(attachment)
+
+
+def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    if torch.compiler.is_compiling():
+        return
+    for attachment in list(_living):
+        if not attachment.before_step(optimizer):
+            _living.discard(attachment)
+
+
+def holds(optimizer: Optimizer, parameter: nn.Parameter) -> bool:
+    """Whether an optimizer is about to step a parameter."""
+    held = any(p is parameter for group in optimizer.param_groups for p in group["params"])
+    return held and parameter.grad is not None
+
+
+def has_history(optimizer: Optimizer, parameter: nn.Parameter) -> bool:
+    """Whether an optimizer's state says that it has stepped a parameter before."""
+    state = optimizer.state.get(parameter) or {}
+    if "step" in state:  # others of its entries may start at any value
+        return bool(state["step"] > 0)
+    return any(isinstance(value, torch.Tensor) and bool((value != 0).any()) for value in state.values())

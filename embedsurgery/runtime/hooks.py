@@ -1,0 +1,34 @@
+"""Forward hooks that survive deepcopy and pickling: found again by the hook itself, not by a handle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+Installed = list[tuple[nn.Module, Any]]
+"""Which hook was put on which module, so that it can be taken off."""
+
+
+def before(installed: Installed, module: nn.Module, hook: Callable[..., Any]) -> None:
+    """Run ``hook(module, args, kwargs)`` before a module's forward, after the pre-hooks that are there."""
+    module.register_forward_pre_hook(hook, with_kwargs=True)
+    installed.append((module, hook))
+
+
+def after(installed: Installed, module: nn.Module, hook: Callable[..., Any], *, always: bool = False) -> None:
+    """Run ``hook(module, args, kwargs, output)`` after a module's forward, before the hooks that are there."""
+    module.register_forward_hook(hook, prepend=True, with_kwargs=True, always_call=always)
+    installed.append((module, hook))
+
+
+def remove(installed: Installed) -> None:
+    """Take every hook of the list off; those that are gone already are no matter."""
+    for module, hook in installed:
+        for kind in ("_forward_hooks", "_forward_pre_hooks"):
+            table = getattr(module, kind)
+            for key in [key for key, value in table.items() if value == hook]:
+                for beside in (kind, f"{kind}_with_kwargs", f"{kind}_always_called"):
+                    getattr(module, beside, {}).pop(key, None)
+    installed.clear()

@@ -1,0 +1,87 @@
+"""What may be loaded into a model with an attachment: an adapter's rows in place, and a state dict of the same base."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from embedsurgery.adapter import Adapter
+from embedsurgery.errors import AttachmentError, BaseMismatchError
+from embedsurgery.graph import EmbeddingGraph
+from embedsurgery.stores.base import shorten
+from embedsurgery.surgeries.base import RowOverride
+from embedsurgery.tensors import from_raw, to_raw
+
+
+def replacements(
+    name: str, ours: Sequence[RowOverride], theirs: Sequence[RowOverride], adapter: Adapter
+) -> list[torch.Tensor]:
+    """For each override of an adapter that is live, the rows that another adapter has for it, in the live order.
+
+    Args:
+        name: The live adapter's, for messages.
+        ours: What it overrides.
+        theirs: What the other would override on the same model.
+        adapter: The other.
+
+    Raises:
+        AttachmentError: They are not for the same rows of the same tables.
+    """
+    found = {override.table: override for override in theirs}
+    if found.keys() != {override.table for override in ours}:
+        raise AttachmentError("the adapter is for other tables", where=name, found=", ".join(sorted(found)),
+                              expected=", ".join(sorted(o.table for o in ours)))  # fmt: skip
+    values = []
+    for override in ours:
+        other = found[override.table]
+        if set(other.indices) != set(override.indices):
+            raise AttachmentError(
+                "the adapter is for other rows",
+                where=f"{name}: {override.table}",
+                expected=shorten(list(override.indices)),
+                found=shorten(list(other.indices)),
+            )
+        place = {index: position for position, index in enumerate(other.indices)}
+        values.append(from_raw(adapter.raw[other.tensor].take([place[i] for i in override.indices])))
+    return values
+
+
+def check_loaded(
+    graph: EmbeddingGraph,
+    adapter: Adapter,
+    overrides: Sequence[RowOverride],
+    state_dict: Mapping[str, Any],
+    prefix: str,
+    model: nn.Module,
+) -> None:
+    """Refuse a state dict whose rows are not those that an attached adapter was made from, before it is loaded.
+
+    A table that is trained itself is another base after each step, and is let pass; so is one in pieces.
+
+    Raises:
+        BaseMismatchError: Another base, or one with rows merged into it, as a checkpoint of a merged model has.
+    """
+    records = {record.name: record for record in adapter.manifest.tables}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for override in overrides:
+        record, table = records.get(override.tensor), graph.table(override.table)
+        name = next((n for n in table.names if prefix + n in state_dict), None)
+        if record is None or record.fingerprint is None or name is None:
+            continue
+        held, given = parameters.get(name), state_dict[prefix + name]
+        whole = type(given) in (torch.Tensor, nn.Parameter) and given.device.type != "meta"
+        if held is None or held.requires_grad or not whole or given.shape != held.shape:
+            continue
+        view = given.detach().t() if name in table.transposed else given.detach()
+        rows = to_raw(view.index_select(0, torch.tensor(override.indices, device=view.device)))
+        if not record.fingerprint.matches(rows):
+            raise BaseMismatchError(
+                "the state dict's rows are not those that the attached adapter was made from",
+                where=f"{name}, rows {shorten(list(override.indices))}",
+                expected=f"sha256 {record.fingerprint.sha256['F32'][:12]} as F32",
+                found=rows.to("F32").sha256()[:12],
+                hint="detach() first to load another base; where rows were merged into the file, unmerge it",
+            )

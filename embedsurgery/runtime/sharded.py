@@ -1,0 +1,234 @@
+"""Attachments on several devices: what is right, what would drift apart and is refused, and saving once.
+
+Data parallelism of every kind averages the gradients of the parameters that it knew when it wrapped the model. Rows
+that it does not know train on each rank by themselves, without a word: `Guard` refuses them at the first forward.
+Under tensor parallelism every rank computes the same gradient of the rows; `on_plain` lets an override run where its
+module computes on DTensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from embedsurgery.adapter import Adapter
+from embedsurgery.errors import AdapterError, UnsupportedError
+from embedsurgery.runtime.rows import Rows
+from embedsurgery.tensors import fsdp_version, is_sharded, local, part_of, whole
+
+_LATE = (
+    "attach before the model is wrapped, and let the wrapper have the rows; an adapter that is only used needs no "
+    "gradient: call the model under torch.no_grad()"
+)
+
+
+class Guard:
+    """Pre-hook: refuses trainable rows that a parallel wrapper does not synchronise.
+
+    Looks when the wrapping has changed since it last looked; in inference, while compiling and on one process never.
+
+    Args:
+        model: The attached model.
+        tables: Names of the tables' parameters, which overrides may replace for the time of a forward.
+        rows: Gives the trainable parameters of the live rows, with a name for messages.
+        start: Gives the bytes of what this rank attached, to be the same on every rank.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tables: Iterable[str],
+        rows: Callable[[], list[tuple[str, nn.Parameter]]],
+        start: Callable[[], Iterator[bytes]],
+    ) -> None:
+        self.model = (model,)
+        self.tables = frozenset(tables)
+        self.rows = rows
+        self.start = start
+        self.sharded = frozenset(name for name, p in model.named_parameters() if is_sharded(p))
+        self.seen: tuple[object, ...] = ()
+
+    def __call__(self, *_: Any) -> None:
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or world_size() == 1:
+            return
+        rows = [(name, p) for name, p in self.rows() if p.requires_grad]
+        ddp = getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
+        now = (id(ddp), id(type(self.model[0])), *(name for name, _ in rows))
+        if now == self.seen:
+            return
+        for name, parameter in rows:
+            self._check(name, parameter, ddp)
+        self.seen = now
+
+    def _check(self, name: str, parameter: nn.Parameter, ddp: Any) -> None:
+        model = self.model[0]
+        if ddp is not None and not _reduced(ddp, parameter):
+            raise _unknown(name, "DistributedDataParallel")
+        parameters = dict(model.named_parameters())
+        if any(_is_deepspeeds(p) for p in parameters.values()) and not _is_deepspeeds(parameter):
+            raise _unknown(name, "DeepSpeed")
+        views = {name for name, p in parameters.items() if not isinstance(p, nn.Parameter)} - self.tables
+        if views or any(fsdp_version(m) == 1 for m in model.modules()):
+            raise UnsupportedError("rows cannot be trained under FullyShardedDataParallel", where=name,
+                                   hint="use its successor, torch.distributed.fsdp.fully_shard")  # fmt: skip
+        modules = [m for m in model.modules() if fsdp_version(m) == 2]
+        unsharded = any(name in parameters and not is_sharded(parameters[name]) for name in self.sharded)
+        if not modules and not unsharded:
+            return
+        mesh = _mesh(parameter, modules)
+        if mesh is None:
+            raise _unknown(name, "fully_shard")
+        _same_start(name, mesh, self.start())
+
+
+def world_size() -> int:
+    """How many processes compute together."""
+    ready = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if ready else 1
+
+
+def plain_rows(values: torch.Tensor, name: str = "the rows") -> torch.Tensor:
+    """Rows as a plain tensor inside a forward.
+
+    Under ``fully_shard`` they are plain there, gathered by the module that owns them; where that module's own forward
+    did not run, they are gathered here, which gives no gradient.
+
+    Raises:
+        UnsupportedError: A gradient is wanted.
+    """
+    if not is_sharded(values):
+        return values
+    if torch.is_grad_enabled() and values.requires_grad:
+        raise UnsupportedError("the rows are sharded here, because the module that was sharded with them did not run",
+                               where=name, hint="call the module that fully_shard was called on last")  # fmt: skip
+    return whole(values)
+
+
+@torch.no_grad()
+def set_rows(model: nn.Module, rows: Rows, values: torch.Tensor) -> None:
+    """Set rows to plain values, the same on every rank, wherever they lie.
+
+    Raises:
+        UnsupportedError: DeepSpeed holds a copy of them, which would overwrite what is set.
+    """
+    if _is_deepspeeds(rows.values):
+        raise UnsupportedError("rows cannot be set once DeepSpeed's ZeRO has its own copy of them",
+                               hint="restore them before deepspeed.initialize")  # fmt: skip
+    wrapped: list[Any] = [module for module in model.modules() if fsdp_version(module) == 2]
+    for module in wrapped:
+        module.reshard()  # what is written into a gathered parameter is lost
+    held: torch.Tensor = rows.values
+    if is_sharded(held):
+        held, values = local(held), local(part_of(values.to(held.device), held))
+    held.copy_(values)
+
+
+def on_plain(
+    hook: Callable[..., Any], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> Any:
+    """Run a forward hook that knows plain tensors only where a module computes on DTensors.
+
+    What goes in is gathered, so the logits of a vocabulary-sharded head are gathered whole, and what comes out is
+    replicated: the slow right way. Every rank computes the whole gradient of the rows.
+    """
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = output.device_mesh
+    given = tuple(whole(a) if isinstance(a, torch.Tensor) else a for a in args)
+    named = {key: whole(a) if isinstance(a, torch.Tensor) else a for key, a in kwargs.items()}
+    new = hook(module, given, named, whole(output))
+    return DTensor.from_local(new, mesh, [Replicate()] * mesh.ndim, run_check=False)
+
+
+def save_once(adapter: Adapter, directory: str | os.PathLike[str]) -> Path:
+    """Write an adapter on rank 0 while the others wait; every rank calls it.
+
+    Raises:
+        AdapterError: The rows differ between the ranks, or the directory cannot be written; then on every rank.
+    """
+    if world_size() == 1:
+        return adapter.save(directory)
+    device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
+    if not _agree(_number(raw.data for raw in adapter.raw.values()), device, (None,)):
+        raise AdapterError("the ranks hold different rows", where=directory, expected="the same on every rank",
+                           hint="attach before the model is wrapped, so that their gradients are averaged")  # fmt: skip
+    failed: Exception | None = None
+    if torch.distributed.get_rank() == 0:
+        try:
+            adapter.save(directory)
+        except Exception as error:  # whatever it is, the others must not wait for ever
+            failed = error
+    flag = torch.tensor([0 if failed is None else 1], device=device)
+    torch.distributed.all_reduce(flag)
+    if failed is not None:
+        raise failed
+    if flag.item():
+        raise AdapterError("rank 0 could not write the adapter", where=directory)
+    return Path(directory)
+
+
+def _unknown(name: str, wrapper: str) -> UnsupportedError:
+    return UnsupportedError(f"trainable rows that {wrapper} does not know: they would drift apart on the ranks",
+                            where=name, hint=_LATE)  # fmt: skip
+
+
+def _reduced(ddp: Any, parameter: nn.Parameter) -> bool:
+    """Whether DDP averages a parameter's gradient: it does for what was there, and trainable, when it was made."""
+    if not any(p is parameter for p in ddp._module_parameters):
+        return False
+    made = ddp._get_ddp_logging_data().get("num_parameter_tensors")
+    return made is None or made >= sum(p.requires_grad for p in ddp._module_parameters)
+
+
+def _is_deepspeeds(parameter: torch.Tensor) -> bool:
+    """Whether one of ZeRO's stages has taken a parameter over."""
+    return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
+
+
+def _mesh(parameter: nn.Parameter, modules: Iterable[Any]) -> Any:
+    """The mesh over which FSDP2 shards a parameter, which may be gathered just now; None if it does not."""
+    if is_sharded(parameter):
+        return parameter.device_mesh  # type: ignore[attr-defined]
+    for module in modules:
+        state = module._get_fsdp_state()
+        context = getattr(state, "_state_ctx", None)
+        for one in {id(s): s for s in (state, *getattr(context, "all_states", ()))}.values():
+            groups = getattr(one, "_fsdp_param_groups", None)
+            for group in [one._fsdp_param_group] if groups is None else groups:
+                for held in () if group is None else group.fsdp_params:
+                    info = held._module_info
+                    if info.module._parameters.get(info.param_name) is parameter:
+                        return held.sharded_param.device_mesh
+    return None
+
+
+def _same_start(name: str, mesh: Any, start: Iterator[bytes]) -> None:
+    """Refuse rows whose shards come from different wholes: nothing would ever make them equal."""
+    groups = tuple(mesh.get_group(axis) for axis in range(mesh.ndim))
+    if not _agree(_number(start), torch.device(mesh.device_type), groups):
+        raise UnsupportedError(
+            "the ranks have attached different rows", where=name, expected="the same adapter and base on every rank",
+            hint="load the weights on every rank before attaching (Accelerate: cpu_ram_efficient_loading=False), and "
+            "seed random initial rows alike",
+        )  # fmt: skip
+
+
+def _number(parts: Iterable[bytes]) -> int:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return int.from_bytes(digest.digest()[:7], "big")
+
+
+def _agree(number: int, device: torch.device | str, groups: tuple[Any, ...]) -> bool:
+    """Whether a number is the same on every rank of the groups."""
+    both = torch.tensor([number, -number], dtype=torch.int64, device=device)
+    for group in groups:
+        torch.distributed.all_reduce(both, op=torch.distributed.ReduceOp.MAX, group=group)
+    return int(both[0]) == -int(both[1])

@@ -1,0 +1,269 @@
+"""Overrides at sites: what makes a lookup or a projection use trained rows, without a copy of the table.
+
+A lookup runs as it does, and then the rows in the batch that are ours are taken from a *twin* of the module: a
+shallow copy over the small table, so that scales and whatever else a subclass does stay right. A projection runs as it
+does, and then the columns that are ours are replaced in the logits. Both are forward hooks that come before all others,
+so hooks of the user see what they would see on a merged model. Which rows are live is a list that the attachment owns
+and the hooks share.
+
+Where a module cannot be overridden so, its weight is replaced by a full copy while it runs: `Materialised`.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from embedsurgery.errors import UnsupportedError
+from embedsurgery.graph import Site
+from embedsurgery.runtime.rows import Rows
+from embedsurgery.runtime.sharded import on_plain, plain_rows
+from embedsurgery.tensors import is_sharded, rows_at
+from embedsurgery.wrappers import submodule
+
+
+class Lookup:
+    """Forward hook of a lookup: ``nn.Embedding`` and subclasses."""
+
+    def __init__(self, module: nn.Module, site: Site, live: list[Rows]) -> None:
+        self.twin = _twin(module, site.parameter)
+        self.parameter = site.parameter
+        self.live = live
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if self.live and is_sharded(output):
+            return on_plain(self, module, args, kwargs, output)
+        if self.live and not torch.compiler.is_compiling() and type(module).forward is not nn.Embedding.forward:
+            self.twin = _twin(module, self.parameter)  # as the module is now: its mode, scale and the like
+        for rows in self.live:
+            ids, args_of, kwargs_of = _split_ids(args, kwargs)
+            place, ours = rows.find(ids)
+            if rows.samples is not None:
+                ours = ours & _of_samples(rows.samples, ids)
+            small = plain_rows(rows.values).to(_held(module, self.parameter).dtype)
+            new = _call(self.twin, self.parameter, small, args_of(place), kwargs_of(place))
+            output = torch.where(ours.unsqueeze(-1), new, output)
+        return output
+
+
+class Projection:
+    """Forward hook of a projection to logits: ``nn.Linear`` and modules that compute the same."""
+
+    def __init__(self, module: nn.Module, site: Site, live: list[Rows]) -> None:
+        self.site = site
+        self.live = live
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if self.live and is_sharded(output):
+            return on_plain(self, module, args, kwargs, output)
+        for rows in self.live:
+            hidden = args[0] if args else next(iter(kwargs.values()))
+            held = _held(module, self.site.parameter)
+            weight = held.t() if self.site.transposed else held
+            bias = getattr(module, "bias", None)  # a buffer or a parametrised one too
+            small_bias = None if bias is None else rows_at(bias, rows.indices)
+            new = F.linear(hidden, plain_rows(rows.values).to(weight.dtype), small_bias).to(output.dtype)
+            if rows.samples is not None:
+                now = output.index_select(-1, rows.indices)
+                new = torch.where(_of_samples(rows.samples, output), new, now)
+                output = output.index_copy(-1, rows.indices, new)
+                continue
+            if torch.is_grad_enabled() and (new.requires_grad or output.requires_grad):
+                old = F.linear(hidden, rows_at(weight, rows.indices), small_bias).to(output.dtype)
+                output = output.clone() if is_sharded(weight) else output  # DTensor's views refuse what follows
+                output = output.index_add_(-1, rows.indices, new - old)  # the gradients of the new columns
+            with torch.no_grad():
+                output.index_copy_(-1, rows.indices, new)  # their exact values
+        if output.requires_grad and not torch.compiler.is_compiling():
+            assert output.grad_fn is not None  # read once: torch 2.13's register_hook on a changed view crashes else
+        return output
+
+
+def _of_samples(samples: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """The mask of samples, bool (B,), spread over a tensor whose first axis holds each sample once or n times.
+
+    Generation repeats each sample for its beams, and some models flatten their axes before the head: either way the
+    n entries of a sample stand together.
+    """
+    count = tensor.shape[0]
+    if count % samples.numel():
+        raise UnsupportedError("the batch is not that of att.rows()", where="first axis of a site's tensor",
+                               expected=f"{samples.numel()} samples, or a multiple", found=count,
+                               hint="give one adapter name (or None) for each sample")  # fmt: skip
+    mask = samples.repeat_interleave(count // samples.numel())
+    return mask.reshape(-1, *[1] * (tensor.dim() - 1))
+
+
+class Materialised:
+    """Pre and post hooks that put a full table with the new rows in place of a weight while a module runs.
+
+    The slow right way: a (V, D) copy for each outermost call. It serves lookups and projections that cannot be
+    overridden, and forwards that read ``module.weight`` themselves.
+
+    Args:
+        holders: (module, parameter name, transposed) of every alias of the table.
+        live: The rows that are live for the table; emptied and filled by the attachment.
+    """
+
+    def __init__(self, holders: list[tuple[nn.Module, str, bool]], live: list[Rows]) -> None:
+        self.holders = holders
+        self.live = live
+        self.depth = 0
+        self.saved: list[tuple[nn.Module, str, nn.Parameter, int | None]] = []
+
+    def enter(self, *_: Any) -> None:
+        """Pre-hook."""
+        self.depth += 1
+        if self.depth > 1 or not self.live:
+            return
+        first, name, transposed = self.holders[0]
+        base = _held(first, name)
+        if is_sharded(base):
+            raise UnsupportedError("a table that is sharded here cannot be overridden by a full copy", where=name,
+                                   hint="let the sharded module be one that reads the table itself")  # fmt: skip
+        table = base.t() if transposed else base
+        for rows in self.live:
+            table = table.index_copy(0, rows.indices, plain_rows(rows.values).to(table.dtype))
+        for module, name, transposed in self.holders:
+            self.saved.append((module, name, _held(module, name), getattr(module, "padding_idx", None)))
+            module._parameters[name] = table.t() if transposed else table  # type: ignore[assignment]
+            if getattr(module, "padding_idx", None) is not None:
+                module.padding_idx = None  # type: ignore[assignment]
+
+    def leave(self, *_: Any) -> None:
+        """Post-hook, also after an exception; one without its pre-hook (installed in mid-forward) is no matter."""
+        if self.depth == 0:
+            return
+        self.depth -= 1
+        if self.depth > 0:
+            return
+        while self.saved:
+            module, name, parameter, padding_idx = self.saved.pop()
+            module._parameters[name] = parameter
+            if padding_idx is not None:
+                module.padding_idx = padding_idx  # type: ignore[assignment]
+
+
+def can_override(module: nn.Module, site: Site, indices: torch.Tensor) -> bool:
+    """Whether the override of a site gives what its module would give with the rows in its weight.
+
+    The standard modules are known to. Any other, or one whose forward was replaced, is tried on the current rows, for
+    which both must agree; the trial runs on a copy with its own buffers, so that it leaves no trace.
+    """
+    if site.role == "input" and isinstance(module, nn.Embedding):
+        if module.scale_grad_by_freq:
+            return False  # counts of the whole batch, which the twin does not see
+        if type(module).forward is nn.Embedding.forward and not _is_wrapped(module):
+            return True
+    if site.role == "output":
+        if not _all_finite(module, site, indices):
+            return False  # 0 * NaN in the gradient of a column that is replaced
+        if type(module).forward is nn.Linear.forward and not _is_wrapped(module):
+            return True
+        if type(module).forward is not nn.Linear.forward and type(module).__name__ != "Conv1D":
+            return False  # what a head of another class does, one trial does not show
+    return _agrees(module, site, indices)
+
+
+@torch.no_grad()
+def _agrees(module: nn.Module, site: Site, indices: torch.Tensor) -> bool:
+    weight = module._parameters[site.parameter]
+    if weight is None or weight.device.type == "meta":
+        return False
+    table = weight.t() if site.transposed else weight
+    small = rows_at(table, indices)
+    trial = _without_hooks(module)
+    trial.__dict__["_buffers"] = {name: None if b is None else b.clone() for name, b in module._buffers.items()}
+    try:
+        if site.role == "input":
+            # between ours stand other rows, so that a lookup which mixes its rows is found out
+            place = torch.arange(indices.numel(), device=indices.device)
+            among = torch.stack([indices, indices.flip(0).add(1) % table.shape[0]], dim=1).reshape(1, -1)
+            full = trial(among)[:, ::2]
+            new = _call(_twin(trial, site.parameter), site.parameter, small, (place.unsqueeze(0),), {})
+        else:
+            hidden = torch.linspace(-1, 1, table.shape[1], device=table.device, dtype=table.dtype).unsqueeze(0)
+            bias = getattr(module, "bias", None)
+            full = trial(hidden)
+            same_shape = isinstance(full, torch.Tensor) and full.shape == (1, table.shape[0])
+            full = full.index_select(-1, indices) if same_shape else None
+            new = F.linear(hidden, small, None if bias is None else rows_at(bias, indices))
+    except Exception:  # whatever a module of unknown kind says to a call it did not expect
+        return False
+    if not isinstance(full, torch.Tensor) or not isinstance(new, torch.Tensor) or full.shape != new.shape:
+        return False
+    return torch.equal(full, new) if site.role == "input" else torch.allclose(full, new, rtol=1e-3, atol=1e-5)
+
+
+_HOOKS = tuple(name for name in nn.Module().__dict__ if name.endswith(("_hooks", "_hooks_with_kwargs",
+               "_hooks_always_called")) and "state_dict" not in name)  # fmt: skip
+
+
+def _held(module: nn.Module, parameter: str) -> nn.Parameter:
+    """A module's parameter as it is now: wrappers may have replaced the object since the model was walked."""
+    held = module._parameters[parameter]
+    assert held is not None
+    return held
+
+
+def _all_finite(module: nn.Module, site: Site, indices: torch.Tensor) -> bool:
+    """Whether the rows that are replaced are numbers: spare rows of a table may never have been initialised."""
+    held = _held(module, site.parameter)
+    if held.device.type == "meta" or not held.is_floating_point():
+        return True
+    rows = rows_at(held.detach().t() if site.transposed else held.detach(), indices)
+    return bool(torch.isfinite(rows).all())
+
+
+def _is_wrapped(module: nn.Module) -> bool:
+    """Whether the object has a forward of its own, over its class's: Accelerate and transformers' parallelism do so."""
+    return "forward" in module.__dict__
+
+
+def _without_hooks(module: nn.Module) -> nn.Module:
+    """A shallow copy that runs the module's forward and none of its hooks."""
+    bare = object.__new__(type(module))  # FSDP2's classes make something else of copy.copy
+    bare.__dict__.update(module.__dict__)
+    bare.__dict__.update({name: OrderedDict() for name in _HOOKS})
+    return bare
+
+
+def _twin(module: nn.Module, parameter: str) -> nn.Module:
+    """A shallow copy that shares buffers and submodules, has no hooks and no padding row, and holds no table."""
+    twin = _without_hooks(module)
+    twin.__dict__.pop("forward", None)  # it would run the module, with its own table
+    twin.__dict__["_parameters"] = {**module._parameters, parameter: nn.Parameter(torch.empty(0), requires_grad=False)}
+    if getattr(module, "padding_idx", None) is not None:
+        twin.padding_idx = None  # type: ignore[assignment]
+    return twin
+
+
+def _call(twin: nn.Module, parameter: str, weight: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return torch.func.functional_call(twin, {parameter: weight}, args, kwargs)
+
+
+def _split_ids(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, Any, Any]:
+    """The token ids of a lookup's call, and how to make the same call with other ids."""
+    if args:
+        rest = args[1:]
+        return args[0], lambda ids: (ids, *rest), lambda ids: kwargs
+    name = next(iter(kwargs))
+    return kwargs[name], lambda ids: (), lambda ids: {**kwargs, name: ids}
+
+
+def holders(
+    model: nn.Module, names: Sequence[str], transposed: frozenset[str]
+) -> Iterator[tuple[nn.Module, str, bool]]:
+    """(module, parameter name, transposed) for each parameter name of a table, each module once."""
+    seen = set()
+    for name in names:
+        path, _, leaf = name.rpartition(".")
+        module = submodule(model, path)
+        if (id(module), leaf) not in seen:
+            seen.add((id(module), leaf))
+            yield module, leaf, name in transposed

@@ -1,0 +1,1 @@
+"""Places where tables live, all edited by the one `apply` in ``base.py``."""

@@ -1,0 +1,1 @@
+"""The built-in surgeries, one technique to a file; they register through the same hooks as a plugin's."""

@@ -1,0 +1,179 @@
+"""Runs a case: one process for each variant, asked in turn for one step at a time, and the ratios of what they say."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from tests.benchmarks.cases import Case
+
+ROOT = Path(__file__).resolve().parents[2]
+WARM_UP = 2
+PEAKS = 2
+FLOOR = 1 << 20
+"""Peaks below this many bytes are taken as this many in ratios of peaks."""
+
+
+class Child:
+    """The parent's end of a worker."""
+
+    def __init__(self) -> None:
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+        self.process = subprocess.Popen([sys.executable, "-m", "tests.benchmarks.worker"], cwd=ROOT, text=True,
+                                        env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
+
+    def send(self, **request: Any) -> None:
+        """Ask, without waiting for the answer."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+
+    def receive(self) -> dict[str, Any]:
+        """Wait for the answer.
+
+        Raises:
+            RuntimeError: The worker failed, or is gone (for instance killed for want of memory).
+        """
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"a worker ended with code {self.process.wait()}")
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise RuntimeError(answer["error"])
+        return answer
+
+    def close(self) -> None:
+        """End the process."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.close()
+        try:
+            self.process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.process.stdout.close()
+
+
+def groups(case: Case, variants: list[str], available: int) -> tuple[list[list[str]], list[str]]:
+    """Which variants run beside each other: all, if they fit; else each with the base alone. And those that never fit.
+
+    Args:
+        available: Bytes.
+    """
+    others = [v for v in variants if v != "base"]
+    if _fits(case, ["base", *others], available):
+        return [["base", *others]], []
+    paired = [v for v in others if _fits(case, ["base", v], available)]
+    return [["base", v] for v in paired], [v for v in others if v not in paired]
+
+
+def _fits(case: Case, variants: list[str], available: int) -> bool:
+    needs = [case.estimate(variant) for variant in variants]
+    return sum(resident for resident, _ in needs) + max(step for _, step in needs) < available
+
+
+class Pool:
+    """Workers by variant: fresh ones for each group of a case, or, where time is short, the same for all."""
+
+    def __init__(self, *, fresh: bool) -> None:
+        self.fresh = fresh
+        self.children: dict[str, Child] = {}
+
+    def take(self, variants: list[str]) -> dict[str, Child]:
+        """A worker for each."""
+        if self.fresh:
+            self.close()
+        for variant in variants:
+            if variant not in self.children:
+                self.children[variant] = Child()
+        return {variant: self.children[variant] for variant in variants}
+
+    def close(self) -> None:
+        """End them all."""
+        while self.children:
+            self.children.popitem()[1].close()
+
+
+def run(case: Case, variants: list[str], pool: Pool, available: int, **settings: Any) -> dict[str, Any]:
+    """Measure a case.
+
+    Args:
+        case: What to measure.
+        variants: Of those, what fits.
+        pool: Where the workers come from.
+        available: Bytes of memory that may be used.
+        settings: ``device`` and ``threads``, for the workers.
+
+    Returns:
+        The case, and for each variant its seconds, peaks, and their ratios to the base's; and, where embedsurgery and
+        PEFT ran side by side, how many times longer PEFT took.
+    """
+    beside, left_out = groups(case, variants, available)
+    found: dict[str, Any] = {}
+    for group in beside:
+        raw = _alternate(case, pool.take(group), settings)
+        for variant in group:
+            if variant not in found:
+                found[variant] = summary(raw[variant], raw["base"])
+        if {"embedsurgery", "peft"} <= raw.keys():
+            for clock in ("seconds", "processor_seconds"):
+                found["embedsurgery"][f"faster_than_peft_{clock}"] = _paired(raw["peft"], raw["embedsurgery"], clock)
+    return {"case": case.as_dict(), "variants": found, "left_out": left_out, "groups": beside}
+
+
+def _alternate(case: Case, children: dict[str, Child], settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """One round after the other, each variant one step in each, the order turning."""
+    group = list(children)
+    raw: dict[str, dict[str, Any]] = {}
+    for variant, child in children.items():
+        child.send(do="build", case=case.as_dict(), variant=variant, **settings)
+    for variant, child in children.items():
+        raw[variant] = {**child.receive(), "seconds": [], "processor_seconds": [], "peaks": [], "values": []}
+    for turn in range(WARM_UP + case.repeats):
+        first = turn % len(group)
+        for variant in group[first:] + group[:first]:
+            children[variant].send(do="step")
+            answer = children[variant].receive()
+            raw[variant]["values"].append(answer["value"])
+            if turn >= WARM_UP:
+                raw[variant]["seconds"].append(answer["seconds"])
+                raw[variant]["processor_seconds"].append(answer["processor_seconds"])
+    for variant, child in children.items():
+        for _ in range(PEAKS):
+            child.send(do="peak")
+            raw[variant]["peaks"].append(child.receive()["peak_bytes"])
+    return raw
+
+
+def summary(raw: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
+    """Medians and paired ratios of a variant against the base that ran beside it."""
+    peak = statistics.median(raw["peaks"])
+    base_peak = statistics.median(base["peaks"])
+    stateless = peak - raw["state_bytes"]
+    return {
+        **raw,
+        "median_seconds": statistics.median(raw["seconds"]),
+        "median_processor_seconds": statistics.median(raw["processor_seconds"]),
+        "time_ratio": _paired(raw, base, "seconds"),
+        "processor_ratio": _paired(raw, base, "processor_seconds"),
+        "peak_bytes": peak,
+        "peak_ratio": max(peak, FLOOR) / max(base_peak, FLOOR),
+        "peak_ratio_without_state": max(stateless, FLOOR) / max(base_peak, FLOOR),
+    }
+
+
+def _paired(raw: dict[str, Any], base: dict[str, Any], field: str) -> dict[str, float]:
+    return spread([ours / max(theirs, 1e-9) for ours, theirs in zip(raw[field], base[field], strict=True)])
+
+
+def spread(ratios: list[float]) -> dict[str, float]:
+    """The median and the quartiles."""
+    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    return {"median": middle, "low": low, "high": high}

@@ -1,0 +1,119 @@
+"""The benchmark runs and reports every field. What it measures is asserted nowhere: times are no test."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.benchmarks.cases import Case, choose, main_cases, sweep_cases
+from tests.benchmarks.measure import groups, spread
+from tests.benchmarks.training import table
+
+ROOT = Path(__file__).resolve().parents[2]
+KINDS = ["train/quick", "lookup/quick", "generate/quick"]
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What ``--quick`` writes, without the sweeps."""
+    pytest.importorskip("peft")
+    file = tmp_path_factory.mktemp("benchmark") / "report.json"
+    done = subprocess.run([sys.executable, "-m", "tests.benchmarks.training", "--quick", "--repeats", "2", "--device",
+                           "cpu", "--threads", "1", "--json", str(file)],
+                          cwd=ROOT, capture_output=True, text=True, timeout=120)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("| case | frozen base | embedsurgery | PEFT | full embedding |")
+    found: dict[str, Any] = json.loads(file.read_text())
+    return found
+
+
+def test_every_kind_of_work_is_measured_for_every_variant(report: dict[str, Any]) -> None:
+    assert [result["case"]["name"] for result in report["results"]] == KINDS
+    assert report["skipped"] == []
+    for result in report["results"]:
+        expected = {"base", "embedsurgery", "peft"} | ({"full"} if result["case"]["work"] != "generate" else set())
+        assert set(result["variants"]) == expected
+        assert result["left_out"] == []
+
+
+def test_the_ratios_are_finite_and_in_order(report: dict[str, Any]) -> None:
+    for result in report["results"]:
+        for found in result["variants"].values():
+            for field in ("time_ratio", "processor_ratio"):
+                low, median, high = (found[field][name] for name in ("low", "median", "high"))
+                assert 0 < low <= median <= high < math.inf
+            assert 0 < found["peak_ratio_without_state"] <= found["peak_ratio"] < math.inf
+            assert len(found["seconds"]) == len(found["processor_seconds"]) == len(found["peaks"]) == 2
+        assert 0 < result["variants"]["embedsurgery"]["faster_than_peft_seconds"]["median"] < math.inf
+        base = result["variants"]["base"]
+        assert base["time_ratio"] == {"low": 1, "median": 1, "high": 1}
+        assert base["peak_ratio"] == 1
+
+
+def test_the_variants_do_the_same_work(report: dict[str, Any]) -> None:
+    for result in report["results"]:
+        first = {variant: found["values"][0] for variant, found in result["variants"].items()}
+        assert first == pytest.approx(dict.fromkeys(first, first["base"]), rel=1e-5)
+        train, found = result["case"]["work"] == "train", result["variants"]
+        assert found["base"]["trained_parameters"] == found["base"]["state_bytes"] == 0
+        assert found["embedsurgery"]["trained_parameters"] == found["peft"]["trained_parameters"] == 20 * 64
+        assert found["embedsurgery"]["state_bytes"] == (20 * 64 * 8 if train else 0)
+
+
+def test_the_machine_is_described(report: dict[str, Any]) -> None:
+    machine = report["machine"]
+    assert set(machine["versions"]) == {"embedsurgery", "torch", "transformers", "peft"}
+    assert machine["kind"] == "cpu"
+    assert machine["cores"] > 0
+    assert machine["memory_bytes"] > 0
+    assert machine["device"]
+
+
+def test_the_plots_are_small(report: dict[str, Any], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from tests.benchmarks.plots import draw
+
+    sweeps = [{"case": {**report["results"][0]["case"], "name": f"{kind}/{n}", field: n},
+               "variants": report["results"][0]["variants"]}
+              for kind, field in (("sweep-k", "rows"), ("sweep-v", "vocabulary")) for n in (10, 100)]  # fmt: skip
+    written = draw(sweeps, "wall", tmp_path / "plots")
+    assert [path.name for path in written] == ["benchmark-k.png", "benchmark-v.png"]
+    for path in written:
+        assert path.read_bytes().startswith(b"\x89PNG")
+        assert path.stat().st_size < 60_000
+    assert draw(sweeps[:1], "wall", tmp_path) == []
+
+
+def test_what_does_not_fit_beside_all_others_runs_with_the_base_alone() -> None:
+    case = Case("train/x", "train", 256_000, 1024, 100)
+    variants = ["base", "embedsurgery", "peft", "full"]
+    assert groups(case, variants, 10**12) == ([variants], [])
+    resident, step = (sum(part) for part in zip(case.estimate("base"), case.estimate("base"), strict=True))
+    paired, left_out = groups(case, variants, resident + step)
+    assert paired == [["base", "embedsurgery"]]
+    assert left_out == ["peft", "full"]
+    assert groups(case, variants, 10**6) == ([], variants[1:])
+
+
+def test_names_choose_cases() -> None:
+    every = main_cases() + sweep_cases()
+    assert len({case.name for case in every}) == len(every)
+    chosen = choose(every, ["lookup/*k100-*", "train/d1024-tied-k100"])
+    assert [case.name for case in chosen][:1] == ["train/d1024-tied-k100"]
+    assert {case.work for case in chosen[1:]} == {"lookup"}
+    with pytest.raises(ValueError, match="no case matches 'trian"):
+        choose(every, ["trian/*"])
+
+
+def test_a_spread_is_the_median_and_the_quartiles() -> None:
+    assert spread([4.0, 1.0, 2.0, 3.0, 5.0]) == {"low": 2.0, "median": 3.0, "high": 4.0}
+
+
+def test_an_empty_table_has_its_head() -> None:
+    assert table([], "wall").count("\n") == 1

@@ -1,0 +1,48 @@
+"""Starts a worker on two processes and gives back what each rank wrote."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.conftest import ROOT
+
+WORKERS = Path(__file__).parent / "workers"
+SECONDS = 60
+"""A worker that takes longer hangs."""
+
+
+def port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+def run(command: list[str], **environment: str) -> None:
+    """Run a launcher; with everything that it started it is ended where it takes too long."""
+    more = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    process = subprocess.Popen(
+        [sys.executable, *command], env={**os.environ, **more, **environment}, text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    try:
+        output, _ = process.communicate(timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        raise AssertionError(f"it hangs:\n{output[-4000:]}") from None
+    assert process.returncode == 0, output[-6000:]
+
+
+def torchrun(worker: str, out: Path, *arguments: str, **environment: str) -> list[Any]:
+    """What the worker's two ranks wrote into ``out``, by rank."""
+    run(["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1", "--master-port",
+         str(port()), str(WORKERS / f"{worker}.py"), str(out), *arguments], **environment)  # fmt: skip
+    return [torch.load(out / f"{worker}-{rank}.pt") for rank in (0, 1)]

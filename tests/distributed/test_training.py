@@ -1,0 +1,120 @@
+"""Two processes train what one process trains on the whole batch, in every wrapper."""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import embedsurgery as es
+from tests.distributed.cases import KINDS, WRAPS, attached, reference
+from tests.distributed.launch import port, run, torchrun
+
+ACCELERATE = """
+compute_environment: LOCAL_MACHINE
+distributed_type: FSDP
+mixed_precision: 'no'
+num_machines: 1
+num_processes: 2
+machine_rank: 0
+use_cpu: false
+rdzv_backend: static
+same_network: true
+main_training_function: main
+fsdp_config:
+  fsdp_version: 2
+  fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP
+  fsdp_transformer_layer_cls_to_wrap: LlamaDecoderLayer
+  fsdp_reshard_after_forward: true
+  fsdp_cpu_ram_efficient_loading: {efficient}
+  fsdp_state_dict_type: SHARDED_STATE_DICT
+"""
+TENSOR_PARALLEL = ("llama-tied vocabulary", "llama-untied vocabulary", "llama-untied width",
+                   "llama-untied sharded logits", "llama-tied auto", "llama-tied auto and embedding",
+                   "llama-untied auto", "llama-untied auto and embedding")  # fmt: skip
+
+
+@cache
+def alone(kind: str, *rows: int, dtype: torch.dtype = torch.float32) -> Any:
+    return reference(kind, list(rows) or None, dtype)
+
+
+def check(results: list[Any], want: Any, *, loss: float = 2e-6, rows: float = 1e-6) -> None:
+    """Every rank's losses and rows are those of one process, the ranks' rows are equal, and training moved them."""
+    for result in results:
+        assert result["losses"] == pytest.approx(want["losses"], abs=loss)
+        assert result["rows"].keys() == want["rows"].keys()
+        for name, values in want["rows"].items():
+            torch.testing.assert_close(result["rows"][name], values, rtol=0, atol=rows)
+            assert torch.equal(result["rows"][name], results[0]["rows"][name])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    return torchrun("train", tmp_path_factory.mktemp("train"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("how", WRAPS)
+def test_losses_and_rows_are_those_of_one_process(trained: list[Any], kind: str, how: str) -> None:
+    want = alone(kind)
+    check([rank[f"{kind} {how}"] for rank in trained], want)
+    begun = es.attached(attached(kind)).adapter().tensors
+    for name, values in want["rows"].items():
+        assert ((values - begun[name]).abs().amax(dim=1) > 1e-3).all()  # training moves every row, the unlooked-up too
+
+
+def test_a_rank_without_a_row_of_its_own(trained: list[Any]) -> None:
+    check([rank["one row"] for rank in trained], alone("llama-tied", 5))
+
+
+def test_a_root_that_is_sharded_again_after_its_forward(trained: list[Any]) -> None:
+    check([rank["resharded"] for rank in trained], alone("llama-tied"))
+
+
+def test_fp32_rows_over_a_bf16_base(trained: list[Any]) -> None:
+    check([rank["bf16"] for rank in trained], alone("llama-tied", dtype=torch.bfloat16), loss=1e-3, rows=2e-3)
+
+
+@pytest.fixture(scope="module")
+def parallel(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    return torchrun("tensor_parallel", tmp_path_factory.mktemp("parallel"))
+
+
+@pytest.mark.parametrize("case", TENSOR_PARALLEL)
+def test_tables_that_stay_sharded_in_the_forward(parallel: list[Any], case: str) -> None:
+    assert parallel[0].keys() == set(TENSOR_PARALLEL)
+    check([rank[case] for rank in parallel], alone(case.split()[0]))
+
+
+@pytest.mark.parametrize(("kind", "efficient"), [("llama-tied", "true"), ("llama-untied", "false")])
+def test_accelerate_with_fsdp2(tmp_path: Path, kind: str, efficient: str) -> None:
+    pytest.importorskip("accelerate")
+    (tmp_path / "config.yaml").write_text(ACCELERATE.format(efficient=efficient))
+    run(["-m", "accelerate.commands.launch", "--config_file", str(tmp_path / "config.yaml"), "--main_process_port",
+         str(port()), str(Path(__file__).parent / "workers" / "accelerate_fsdp.py"), str(tmp_path), kind])  # fmt: skip
+    results = [torch.load(tmp_path / f"accelerate-{kind}-{rank}.pt") for rank in (0, 1)]
+    check(results, alone(kind))
+    assert [r["model"] for r in results] == ["FSDPLlamaForCausalLM"] * 2
+    assert results[0]["fsdp"]
+    assert results[0]["keys"] == sorted(attached(kind).state_dict())
+    saved = es.load(tmp_path / f"adapter-{kind}").tensors
+    for name, values in alone(kind)["rows"].items():
+        torch.testing.assert_close(saved[name], values, rtol=0, atol=1e-6)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+def test_deepspeed(tmp_path: Path) -> None:
+    results = torchrun("deepspeed_zero", tmp_path, DS_ACCELERATOR="cpu")
+    for kind in ("llama-tied", "llama-untied"):
+        for stage in (1, 2, 3):
+            check([rank[f"{kind} {stage}"] for rank in results], alone(kind))
+    for rank in results:
+        assert "rows cannot be set once DeepSpeed" in rank["restored 2"]
+        assert "trainable rows that DeepSpeed does not know" in rank["late 2"]
+        for refused in ("restored 3", "merged 3", "late 3"):
+            assert "partitioned by DeepSpeed's ZeRO-3 (model.embed_tokens.weight)" in rank[refused]

@@ -1,0 +1,123 @@
+"""Accelerate: prepare, backward, gather, and what save_state and load_state do to the rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from torch.utils.data import DataLoader
+
+import embedsurgery as es
+from embedsurgery.errors import AttachmentError
+from embedsurgery.integrations import keep_rows
+from tests.conftest import state_bits, tiny
+from tests.integrations.helpers import INDICES, attached, examples, rows
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    """Accelerate holds its settings in one place for the whole process."""
+    yield
+    for kind in (AcceleratorState, PartialState, GradientState):
+        kind._reset_state()
+
+
+def prepared(**options: Any) -> tuple[Accelerator, Any, Any, Any, Any]:
+    model, attachment = attached()
+    accelerator = Accelerator(cpu=True, **options)
+    optimizer = torch.optim.AdamW(attachment.parameters(), lr=3e-2)
+    loader = DataLoader(examples(), batch_size=2)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    return accelerator, model, attachment, optimizer, loader
+
+
+def run(
+    accelerator: Accelerator, model: Any, optimizer: Any, loader: Any, *, skip: int = 0, count: int = 3
+) -> list[float]:
+    seen = []
+    model.train()
+    for number, inputs in enumerate(loader):
+        if skip <= number < skip + count:
+            with accelerator.accumulate(model):
+                loss = model(**inputs).loss
+                accelerator.backward(loss)
+                optimizer.step()
+                optimizer.zero_grad()
+            seen.append(accelerator.gather(loss.detach()).mean().item())
+    return seen
+
+
+def test_a_prepared_model_trains_as_a_plain_one() -> None:
+    accelerator, model, attachment, optimizer, loader = prepared()
+    assert es.attached(model) is attachment
+    before = state_bits(accelerator.unwrap_model(model))
+    seen = run(accelerator, model, optimizer, loader)
+
+    plain, reference = attached()
+    plain.train()
+    by_hand = torch.optim.AdamW(reference.parameters(), lr=3e-2)
+    expected = []
+    for inputs in list(DataLoader(examples(), batch_size=2))[:3]:
+        by_hand.zero_grad()
+        loss = plain(**inputs).loss
+        loss.backward()
+        by_hand.step()
+        expected.append(loss.item())
+    assert seen == expected
+    assert torch.equal(rows(attachment), rows(reference))
+    assert state_bits(accelerator.unwrap_model(model)) == before == state_bits(tiny("llama-tied"))
+
+
+def test_bf16_and_gradient_accumulation() -> None:
+    accelerator, model, attachment, optimizer, loader = prepared(mixed_precision="bf16", gradient_accumulation_steps=3)
+    start = rows(attachment)
+    run(accelerator, model, optimizer, loader, count=2)
+    assert torch.equal(rows(attachment), start)
+    run(accelerator, model, optimizer, loader, skip=2, count=1)
+    assert rows(attachment).dtype == torch.float32
+    assert (rows(attachment) - start).abs().max().item() == pytest.approx(3e-2, rel=0.05)  # one step of Adam
+
+
+def test_a_state_with_the_rows_resumes_to_the_same_bits(tmp_path: Path) -> None:
+    accelerator, model, attachment, optimizer, loader = prepared()
+    keep_rows(accelerator)
+    run(accelerator, model, optimizer, loader)
+    accelerator.save_state(str(tmp_path / "state"))
+    middle = rows(attachment)
+    expected = run(accelerator, model, optimizer, loader, skip=3)
+    files = {p.relative_to(tmp_path).as_posix() for p in (tmp_path / "state").rglob("*.safetensors")}
+    assert files == {"state/model.safetensors", "state/embedsurgery/default/adapter_model.safetensors"}
+
+    accelerator.load_state(str(tmp_path / "state"))  # in the same process: back to the middle, without a warning
+    assert torch.equal(rows(attachment), middle)
+    assert run(accelerator, model, optimizer, loader, skip=3) == expected
+    final = rows(attachment)
+
+    accelerator, model, resumed, optimizer, loader = prepared()
+    keep_rows(accelerator)
+    (parameter,) = resumed.parameters()
+    accelerator.load_state(str(tmp_path / "state"))
+    assert next(resumed.parameters()) is parameter
+    assert run(accelerator, model, optimizer, loader, skip=3) == expected
+    assert torch.equal(rows(resumed), final)
+
+
+def test_a_state_without_the_rows_is_refused(tmp_path: Path) -> None:
+    accelerator, model, _, optimizer, loader = prepared()
+    run(accelerator, model, optimizer, loader)
+    accelerator.save_state(str(tmp_path / "state"))
+    assert not (tmp_path / "state" / "embedsurgery").exists()
+
+    accelerator, model, resumed, optimizer, loader = prepared()
+    accelerator.load_state(str(tmp_path / "state"))
+    with pytest.raises(AttachmentError, match="trained these rows before"):
+        run(accelerator, model, optimizer, loader)
+    keep_rows(accelerator)
+    with pytest.raises(AttachmentError, match="expected default, found none"):
+        accelerator.load_state(str(tmp_path / "state"))
+    assert torch.equal(rows(resumed), tiny("llama-tied").get_input_embeddings().weight[INDICES])

@@ -1,0 +1,240 @@
+"""LoRA of PEFT beside attached rows, in either order of wrapping, and names that the plain base knows."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+
+import embedsurgery as es
+from embedsurgery.adapter import plainly_named
+from embedsurgery.errors import BaseMismatchError
+from embedsurgery.wrappers import plain_name
+from tests.conftest import bits, logits, save, state_bits, tiny
+from tests.integrations.helpers import INDICES, batch, rows, trainer
+
+pytestmark = [  # what PEFT makes of transformers 5, and of LoRA on a tied table
+    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning"),
+]
+
+CONFIG = es.TrainableTokensConfig(INDICES)
+TABLE = "model.embed_tokens.weight"
+
+
+def lora(*targets: str) -> peft.LoraConfig:
+    return peft.LoraConfig(r=2, target_modules=list(targets or ("q_proj", "v_proj")), lora_alpha=8)
+
+
+def wrapped(order: str, kind: str = "llama-tied", *targets: str) -> tuple[Any, Any]:
+    """A model with LoRA, whose B is not zero any more, and rows."""
+    model = tiny(kind)
+    attachment = es.attach(model, CONFIG) if order == "rows first" else None
+    torch.manual_seed(5)
+    model = peft.get_peft_model(model, lora(*targets))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora" in name:
+                parameter.normal_(std=0.3)
+    if attachment is None:
+        attachment = es.attach(model, CONFIG, freeze=False)
+    else:
+        assert not any(p.requires_grad for p in attachment.parameters())  # get_peft_model froze them
+        attachment.unfreeze()
+    return model, attachment
+
+
+def lora_parameters(model: Any) -> dict[str, torch.nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if "lora" in name}
+
+
+@pytest.mark.parametrize("kind", ["llama-tied", "llama-untied"])
+@pytest.mark.parametrize("order", ["rows first", "LoRA first"])
+@pytest.mark.parametrize("targets", [(), ("q_proj", "embed_tokens", "lm_head")])
+def test_both_train_with_the_gradients_of_the_dense_model(kind: str, order: str, targets: tuple[str, ...]) -> None:
+    model, attachment = wrapped(order, kind, *targets)
+    assert es.attached(model) is attachment
+    assert es.attached(model.get_base_model()) is attachment
+    ours = {id(p) for p in attachment.parameters()}
+    trainable = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in ours]
+    assert sorted(trainable) == sorted(lora_parameters(model))
+    with torch.no_grad():
+        next(attachment.parameters()).normal_()
+    dense = copy.deepcopy(model)
+    es.attached(dense).merge()
+    es.attached(dense).detach()
+    (name,) = (n for n, _ in dense.named_parameters() if plain_name(n) == TABLE)
+    weight = dense.get_parameter(name)
+    weight.requires_grad_(True)
+    for trained in (model, dense):
+        trained(**batch()).loss.backward()
+    torch.testing.assert_close(next(attachment.parameters()).grad, weight.grad[INDICES], rtol=1e-4, atol=1e-6)
+    for name, parameter in lora_parameters(model).items():
+        torch.testing.assert_close(parameter.grad, dense.get_parameter(name).grad, rtol=1e-4, atol=1e-6)
+        assert parameter.grad.abs().max() > 0
+
+
+def test_freezing_is_what_was_asked_for() -> None:
+    model = peft.get_peft_model(tiny("llama-tied"), lora())
+    attachment = es.attach(model, CONFIG)  # freeze=True freezes all that was trainable, LoRA too
+    assert [p.requires_grad for p in model.parameters()].count(True) == 1
+    attachment.detach()
+    assert all(p.requires_grad for p in lora_parameters(model).values())
+    assert [p.requires_grad for p in model.parameters()].count(True) == 4
+
+
+@pytest.mark.parametrize("order", ["rows first", "LoRA first"])
+@pytest.mark.parametrize("targets", [(), ("q_proj", "embed_tokens", "lm_head")])
+def test_both_save_and_load_onto_the_plain_base(order: str, targets: tuple[str, ...], tmp_path: Path) -> None:
+    model, attachment = wrapped(order, "llama-tied", *targets)
+    with torch.no_grad():
+        next(attachment.parameters()).normal_()
+    live = logits(model)
+    model.save_pretrained(tmp_path / "lora", save_embedding_layers=False)
+    attachment.adapter().save(tmp_path / "rows")
+    adapter = es.load(tmp_path / "rows")
+    assert adapter.manifest.tables[0].names == (TABLE, "lm_head.weight")
+    assert list(adapter.tensors) == [TABLE]
+
+    plain = tiny("llama-tied")
+    es.attach(plain, adapter)
+    again = peft.PeftModel.from_pretrained(plain, tmp_path / "lora")
+    torch.testing.assert_close(logits(again), live, rtol=0, atol=1e-5)
+    es.attached(again).detach()
+    es.merge(plain if not targets else again.get_base_model(), adapter)  # LoRA's layers hold the table now
+    torch.testing.assert_close(logits(again), live, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("targets", [(), ("q_proj", "embed_tokens", "lm_head")])
+def test_rows_trained_on_a_wrapped_model_merge_into_the_files_of_the_base(
+    targets: tuple[str, ...], tmp_path: Path
+) -> None:
+    base = save(tiny("llama-tied"), tmp_path / "base")
+    _, attachment = wrapped("LoRA first", "llama-tied", *targets)
+    with torch.no_grad():
+        next(attachment.parameters()).normal_()
+    attachment.adapter().save(tmp_path / "rows")
+    es.merge_checkpoint(base, es.load(tmp_path / "rows"), tmp_path / "merged")
+    from safetensors.torch import load_file
+
+    merged, before = load_file(tmp_path / "merged/model.safetensors"), load_file(base / "model.safetensors")
+    assert torch.equal(merged[TABLE][INDICES], rows(attachment))
+    before[TABLE][INDICES] = rows(attachment)
+    assert {n: bits(t) for n, t in merged.items()} == {n: bits(t) for n, t in before.items()}
+
+
+@pytest.mark.parametrize("targets", [(), ("q_proj", "embed_tokens", "lm_head")])
+def test_rows_trained_on_the_plain_base_attach_to_a_wrapped_model(targets: tuple[str, ...]) -> None:
+    plain = tiny("llama-tied")
+    attachment = es.attach(plain, CONFIG)
+    with torch.no_grad():
+        next(attachment.parameters()).normal_()
+    adapter, live = attachment.adapter(), logits(plain)
+    model = peft.get_peft_model(tiny("llama-tied"), lora(*targets))  # its B is zero, so it is the base still
+    again = es.attach(model, adapter)
+    assert torch.equal(rows(again), rows(attachment))
+    torch.testing.assert_close(logits(model), live, rtol=0, atol=1e-6)
+    with pytest.raises(BaseMismatchError):
+        es.attach(peft.get_peft_model(tiny("llama-tied", seed=9), lora(*targets)), adapter)
+
+
+@pytest.mark.parametrize("order", ["rows first", "LoRA first"])
+@pytest.mark.parametrize("targets", [(), ("q_proj", "embed_tokens", "lm_head")])
+def test_merging_unmerging_and_unloading_in_any_order(order: str, targets: tuple[str, ...]) -> None:
+    model, attachment = wrapped(order, "llama-untied", *targets)
+    before = state_bits(model)
+    with torch.no_grad():
+        next(attachment.parameters()).normal_()
+    live = logits(model)
+    attachment.merge()
+    torch.testing.assert_close(logits(model), live, rtol=0, atol=1e-5)
+    attachment.unmerge()
+    assert state_bits(model) == before
+    torch.testing.assert_close(logits(model), live, rtol=0, atol=1e-6)
+    if targets:
+        return  # LoRA of the table itself changes the rows' own logits once it is merged under them
+    unloaded = model.merge_and_unload()
+    assert es.attached(unloaded) is attachment
+    torch.testing.assert_close(logits(unloaded), live, rtol=0, atol=1e-5)
+    attachment.merge()
+    attachment.detach()
+    torch.testing.assert_close(logits(unloaded), live, rtol=0, atol=1e-5)
+    assert type(unloaded) is type(tiny("llama-untied"))
+    assert unloaded.state_dict().keys() == tiny("llama-untied").state_dict().keys()
+
+
+def test_a_second_adapter_through_the_wrapper_joins_the_first() -> None:
+    plain = tiny("llama-tied")
+    attachment = es.attach(plain, CONFIG, name="a")
+    model = peft.get_peft_model(plain, lora())
+    assert es.attach(model, es.TrainableTokensConfig([9]), name="b", freeze=False) is attachment
+    assert attachment.names == ("a", "b")
+    assert attachment.model is plain
+    assert attachment.adapter("b").manifest.tables[0].name == TABLE
+    assert [p.requires_grad for p in attachment.parameters()] == [False, True]
+    assert all(p.requires_grad for p in lora_parameters(model).values())
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+@pytest.mark.parametrize("order", ["rows first", "LoRA first"])
+def test_copies_of_the_wrapped_model_are_attached_and_apart(how: str, order: str) -> None:
+    model, _ = wrapped(order)
+    other = copy.deepcopy(model) if how == "deepcopy" else pickle.loads(pickle.dumps(model))
+    twin = es.attached(other)
+    before = logits(model)
+    assert torch.equal(logits(other), before)
+    with torch.no_grad():
+        next(twin.parameters()).normal_()
+    assert not torch.equal(logits(other), before)
+    assert torch.equal(logits(model), before)
+    assert twin.model is other.get_base_model()
+    twin.merge()
+    twin.unmerge()
+    assert state_bits(other) == state_bits(model)
+
+
+def test_the_trainer_saves_and_resumes_both(tmp_path: Path) -> None:
+    from embedsurgery.integrations import EmbedSurgeryCallback
+
+    runs = []
+    for resume in (None, str(tmp_path / "checkpoint-3")):
+        model, attachment = wrapped("LoRA first")
+        trainer(model, tmp_path, callbacks=[EmbedSurgeryCallback()]).train(resume_from_checkpoint=resume)
+        runs.append((rows(attachment), {n: p.detach().clone() for n, p in lora_parameters(model).items()}))
+    files = {
+        p.relative_to(tmp_path / "checkpoint-3").as_posix() for p in tmp_path.glob("checkpoint-3/**/*.safetensors")
+    }
+    assert files == {"adapter_model.safetensors", "embedsurgery/default/adapter_model.safetensors"}
+    assert torch.equal(runs[0][0], runs[1][0])
+    assert all(torch.equal(value, runs[1][1][name]) for name, value in runs[0][1].items())
+    start = wrapped("LoRA first")
+    assert (runs[0][0] - rows(start[1])).abs().max() > 0.05
+    assert all((value - lora_parameters(start[0])[name]).abs().max() > 0.01 for name, value in runs[0][1].items())
+
+
+@pytest.mark.parametrize(
+    ("name", "plain"),
+    [
+        ("model.embed_tokens.weight", "model.embed_tokens.weight"),
+        ("base_model.model.model.embed_tokens.base_layer.weight", "model.embed_tokens.weight"),
+        ("_orig_mod.base_model.model.lm_head.base_layer.weight", "lm_head.weight"),
+        ("_orig_mod.model._checkpoint_wrapped_module.embed_tokens.weight", "model.embed_tokens.weight"),
+        ("base_model.embed.weight", "base_model.embed.weight"),
+    ],
+)
+def test_plain_names(name: str, plain: str) -> None:
+    assert plain_name(name) == plain
+    assert plain_name(plain) == plain
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+def test_a_compiled_model_is_named_as_its_base() -> None:
+    model = torch.compile(tiny("llama-tied"))
+    adapter = es.attach(model, CONFIG).adapter()
+    assert adapter.manifest.tables[0].names == (TABLE, "lm_head.weight")
+    assert plainly_named(adapter).raw == adapter.raw

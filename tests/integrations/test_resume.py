@@ -1,0 +1,176 @@
+"""What an attachment sees by itself, in any loop: a resume that forgot the rows, and a state dict of another base."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import embedsurgery as es
+from embedsurgery.errors import AttachmentError, BaseMismatchError, EmbedSurgeryWarning
+from tests.conftest import state_bits, tiny, trained
+from tests.integrations.helpers import INDICES, attached, batch, rows
+
+TABLE = "model.embed_tokens.weight"
+MAKERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=0.1),
+    "SGD with momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+    "Adagrad": lambda p: torch.optim.Adagrad(p, lr=0.1, initial_accumulator_value=0.1),
+    "Adafactor": lambda p: torch.optim.Adafactor(p, lr=0.1),
+}
+
+
+def steps(model: Any, optimizer: torch.optim.Optimizer, count: int) -> None:
+    for _ in range(count):
+        optimizer.zero_grad()
+        model(**batch()).loss.backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_an_optimizer_that_has_trained_other_rows_is_refused(kind: str) -> None:
+    model, attachment = attached()
+    optimizer = MAKERS[kind](attachment.parameters())
+    steps(model, optimizer, 2)
+    saved, state = attachment.adapter(), copy.deepcopy(optimizer.state_dict())
+    steps(model, optimizer, 2)
+
+    model, resumed = attached()
+    start = rows(resumed)
+    optimizer = MAKERS[kind](resumed.parameters())
+    optimizer.load_state_dict(state)
+    for _ in range(2):  # it stays refused
+        with pytest.raises(AttachmentError, match=r"trained these rows before.*default.*restore"):
+            steps(model, optimizer, 1)
+    assert torch.equal(rows(resumed), start)
+    (parameter,) = resumed.parameters()
+    resumed.restore(saved)
+    assert next(resumed.parameters()) is parameter
+    steps(model, optimizer, 2)
+    assert torch.equal(rows(resumed), rows(attachment))
+
+
+def test_what_is_no_forgotten_resume_passes() -> None:
+    model, attachment = attached()
+    optimizer = MAKERS["AdamW"](attachment.parameters())
+    optimizer.param_groups[0]["lr"] = 0.0  # a warm-up: stepped, and the rows as they began
+    start = rows(attachment)
+    steps(model, optimizer, 2)
+    assert torch.equal(rows(attachment), start)
+    optimizer.param_groups[0]["lr"] = 0.1
+    steps(model, optimizer, 1)
+    saved, state = attachment.adapter(), copy.deepcopy(optimizer.state_dict())
+
+    twin = copy.deepcopy((model, optimizer))  # both copied: the copy goes on
+    steps(*twin, 1)
+    reread = pickle.loads(pickle.dumps((model, optimizer)))
+    steps(*reread, 1)
+    steps(model, optimizer, 1)
+    for other in (twin[0], reread[0]):
+        assert torch.equal(rows(es.attached(other)), rows(attachment))
+
+    model = tiny("llama-tied")  # attached with the saved rows, or set by hand
+    from_adapter = es.attach(model, saved)
+    optimizer = MAKERS["AdamW"](from_adapter.parameters())
+    optimizer.load_state_dict(copy.deepcopy(state))
+    steps(model, optimizer, 1)
+    assert torch.equal(rows(from_adapter), rows(attachment))
+    model, by_hand = attached()
+    with torch.no_grad():
+        next(by_hand.parameters()).copy_(saved.tensors[TABLE])
+    optimizer = MAKERS["AdamW"](by_hand.parameters())
+    optimizer.load_state_dict(copy.deepcopy(state))
+    steps(model, optimizer, 1)
+    assert torch.equal(rows(by_hand), rows(attachment))
+
+
+def test_a_copy_that_was_never_stepped_is_looked_at_as_well() -> None:
+    model, attachment = attached()
+    optimizer = MAKERS["AdamW"](attachment.parameters())
+    steps(model, optimizer, 1)
+    fresh, _ = attached()
+    for other in (copy.deepcopy(fresh), pickle.loads(pickle.dumps(fresh))):
+        late = MAKERS["AdamW"](es.attached(other).parameters())
+        late.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        with pytest.raises(AttachmentError, match="trained these rows before"):
+            steps(other, late, 1)
+
+
+def test_restore_checks_rows_tables_base_and_state() -> None:
+    _, attachment = attached()
+    start = rows(attachment)
+    reordered = trained(tiny("llama-tied"), INDICES[::-1])
+    attachment.restore(reordered)
+    assert torch.equal(rows(attachment), reordered.tensors[TABLE].flip(0))
+    attachment.restore(es.attach(tiny("llama-tied"), es.TrainableTokensConfig(INDICES)).adapter(), name="default")
+    assert torch.equal(rows(attachment), start)
+    with pytest.raises(AttachmentError, match=r"other rows \(default: model.embed_tokens.weight\).*5, 7.*5, 8"):
+        attachment.restore(trained(tiny("llama-tied"), [5, 8]))
+    with pytest.raises(BaseMismatchError):
+        attachment.restore(trained(tiny("llama-tied", seed=4), INDICES))
+    with pytest.raises(AttachmentError, match="no such adapter"):
+        attachment.restore(reordered, name="other")
+    attachment.merge()
+    with pytest.raises(AttachmentError, match="merged"):
+        attachment.restore(reordered)
+    attachment.unmerge()
+    assert torch.equal(rows(attachment), start)
+
+    untied = tiny("llama-untied")
+    both = es.attach(untied, es.TrainableTokensConfig(INDICES, target_modules=["embed_tokens", "lm_head"]))
+    kept = [p.detach().clone() for p in both.parameters()]
+    with pytest.raises(AttachmentError, match=r"other tables.*lm_head\.weight, model\.embed_tokens\.weight"):
+        both.restore(trained(tiny("llama-untied"), INDICES))
+    assert all(torch.equal(a, b) for a, b in zip(kept, both.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("kind", ["llama-tied", "llama-untied", "gpt2", "bert"])
+def test_a_state_dict_of_another_base_is_refused_before_it_is_loaded(kind: str) -> None:
+    model = tiny(kind)
+    adapter = trained(tiny(kind), INDICES)
+    same, merged = tiny(kind).state_dict(), tiny(kind)
+    es.merge(merged, adapter)
+    attachment = es.attach(model, es.TrainableTokensConfig(INDICES))
+    before = state_bits(model)
+    model.load_state_dict(same)
+    model.load_state_dict(
+        {n: t for n, t in tiny(kind, seed=4).state_dict().items() if "norm" in n.lower()}, strict=False
+    )
+    for other in (merged, tiny(kind, seed=4)):
+        held = state_bits(model)
+        with pytest.raises(BaseMismatchError, match=r"not those that the attached adapter.*detach\(\)"):
+            model.load_state_dict(other.state_dict())
+        assert state_bits(model) == held
+    model.load_state_dict(same)
+    assert state_bits(model) == before
+    attachment.detach()
+    model.load_state_dict(merged.state_dict())
+    assert state_bits(model) == state_bits(merged)
+
+
+def test_a_table_that_trains_itself_may_be_loaded() -> None:
+    model = tiny("llama-tied")
+    es.attach(model, es.TrainableTokensConfig(INDICES), freeze=False)
+    other = tiny("llama-tied", seed=4)
+    model.load_state_dict(other.state_dict())
+    assert state_bits(model) == state_bits(other)
+
+
+def test_a_state_dict_loaded_over_trained_rows_warns() -> None:
+    model, attachment = attached()
+    base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.load_state_dict(base)
+    steps(model, MAKERS["AdamW"](attachment.parameters()), 1)
+    kept = rows(attachment)
+    with pytest.warns(EmbedSurgeryWarning, match=r"leaves the trained rows as they are"):
+        model.load_state_dict(base)
+    assert torch.equal(rows(attachment), kept)
+    attachment.saved_beside = True
+    model.load_state_dict(base)
+    attachment.detach()
+    model.load_state_dict(base)
+    assert not model._load_state_dict_pre_hooks

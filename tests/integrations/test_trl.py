@@ -1,0 +1,81 @@
+"""TRL's SFTTrainer: the Trainer's subclass that most people fine-tune chat models with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import datasets
+import peft
+import pytest
+import torch
+import transformers as tr
+import trl
+
+import embedsurgery as es
+from embedsurgery.errors import EmbedSurgeryWarning
+from embedsurgery.integrations import EmbedSurgeryCallback
+from tests.conftest import state_bits, tiny, write_tokenizer
+from tests.integrations.helpers import INDICES, losses, rows
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+
+
+def sft(model: Any, folder: Path, **options: Any) -> Any:
+    """An SFTTrainer of four steps on texts that hold the trained tokens."""
+    write_tokenizer(folder)
+    tokenizer = tr.PreTrainedTokenizerFast(
+        tokenizer_file=str(folder / "tokenizer.json"), pad_token="t0", eos_token="t2"
+    )
+    texts = [" ".join(f"t{i}" for i in (8 + n, 5, 9 + n, 10, 7, 11 + n)) for n in range(12)]
+    settings = {
+        "output_dir": str(folder / "out"), "max_steps": 4, "per_device_train_batch_size": 2, "learning_rate": 3e-2,
+        "save_steps": 2, "logging_steps": 1, "report_to": [], "use_cpu": True, "disable_tqdm": True, "bf16": False,
+        "dataloader_pin_memory": False, "seed": 3, "max_length": 16, "dataset_num_proc": None,
+    }  # fmt: skip
+    return trl.SFTTrainer(model=model, args=trl.SFTConfig(**settings), processing_class=tokenizer,
+                          train_dataset=datasets.Dataset.from_dict({"text": texts}),
+                          callbacks=[EmbedSurgeryCallback()], **options)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["llama-tied", "llama-untied"])
+def test_sft_trains_the_rows_and_resumes(kind: str, tmp_path: Path) -> None:
+    runs = []
+    for resume in (None, str(tmp_path / "out" / "checkpoint-2")):
+        model = tiny(kind)
+        attachment = es.attach(model, es.TrainableTokensConfig(INDICES))
+        before, start = state_bits(model), rows(attachment)
+        trained = sft(model, tmp_path)
+        trained.train(resume_from_checkpoint=resume)
+        assert state_bits(model) == before
+        assert ((rows(attachment) - start).abs().amax(dim=1) > 0.02).all()
+        runs.append((rows(attachment), losses(trained)))
+    assert torch.equal(runs[0][0], runs[1][0])
+    assert runs[0][1] == runs[1][1]
+    assert len(runs[0][1]) == 4
+
+
+def test_sft_with_lora_trains_both(tmp_path: Path) -> None:
+    model = peft.get_peft_model(tiny("llama-tied"), peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    attachment = es.attach(model, es.TrainableTokensConfig(INDICES), freeze=False)
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    sft(model, tmp_path).train()
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, start[name])}
+    assert moved == {name for name in start if "lora" in name or "embedsurgery" in name}
+    saved = es.load(tmp_path / "out/checkpoint-4/embedsurgery/default")
+    assert torch.equal(saved.tensors["model.embed_tokens.weight"], rows(attachment))
+    assert (tmp_path / "out/checkpoint-4/adapter_model.safetensors").exists()
+
+
+def test_sft_that_wraps_an_attached_model_freezes_the_rows_and_it_is_said(tmp_path: Path) -> None:
+    model = tiny("llama-tied")
+    attachment = es.attach(model, es.TrainableTokensConfig(INDICES))
+    start = rows(attachment)
+    trained = sft(model, tmp_path, peft_config=peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    with pytest.warns(EmbedSurgeryWarning, match="every row is frozen"):
+        trained.train()
+    assert torch.equal(rows(attachment), start)
+    trained = sft(trained.model, tmp_path)
+    attachment.unfreeze()
+    trained.train()
+    assert ((rows(attachment) - start).abs().amax(dim=1) > 0.02).all()

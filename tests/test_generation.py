@@ -1,0 +1,206 @@
+"""Attached models in use: generation in every mode, compiled, mixed batches, and changes of the model around them."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import embedsurgery as es
+from embedsurgery.errors import AttachmentError, UnsupportedError
+from tests.conftest import INPUT, VOCABULARY, state_bits, tiny
+
+IDS = torch.tensor([[5, 7, 9, 3], [7, 7, 4, 30]])
+INDICES = [7, 5, 30]
+KINDS = ("llama-tied", "llama-untied", "gpt2", "t5")
+
+
+def attached(kind: str, *, seed: int = 1, indices: list[int] = INDICES, **options: Any) -> tuple[Any, Any]:
+    """A model with random rows, on input and output tables alike, and the same with them merged."""
+    model = tiny(kind)
+    targets = [INPUT[kind].removesuffix(".weight")] + (["lm_head"] if kind == "llama-untied" else [])
+    attachment = es.attach(model, es.TrainableTokensConfig(indices, target_modules=targets), **options)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in attachment.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    merged = tiny(kind)
+    es.merge(merged, attachment.adapter(options.get("name")))
+    return model, merged
+
+
+MODES: dict[str, dict[str, Any]] = {
+    "greedy": {"do_sample": False},
+    "beams": {"do_sample": False, "num_beams": 3},
+    "sampling": {"do_sample": True, "temperature": 0.8, "top_k": 0},
+    "static cache": {"do_sample": False, "cache_implementation": "static"},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mode", MODES)
+def test_generation_is_the_merged_models(kind: str, mode: str) -> None:
+    if (kind, mode) == ("t5", "static cache"):
+        options = {**MODES["greedy"], "use_cache": False}  # T5 has no static cache: without any instead
+    else:
+        options = MODES[mode]
+    model, merged = attached(kind)
+    texts = []
+    for one in (model, merged):
+        torch.manual_seed(3)
+        texts.append(one.generate(IDS, max_new_tokens=6, attention_mask=torch.ones_like(IDS), **options))
+    assert torch.equal(*texts)
+    assert texts[0].shape[1] > 1
+
+
+@pytest.mark.parametrize("kind", ["llama-tied", "llama-untied", "gpt2"])
+def test_assisted_generation_is_the_merged_models(kind: str) -> None:
+    model, merged = attached(kind)
+    helper = tiny(kind, seed=4)
+    options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(IDS[:1])}
+    assert torch.equal(model.generate(IDS[:1], assistant_model=helper, **options), merged.generate(IDS[:1], **options))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_inference_mode(kind: str) -> None:
+    model, merged = attached(kind)
+    more = {"decoder_input_ids": IDS} if kind == "t5" else {}
+    with torch.inference_mode():
+        torch.testing.assert_close(model(input_ids=IDS, **more).logits, merged(input_ids=IDS, **more).logits)
+
+
+@pytest.mark.parametrize("kind", ["llama-tied", "llama-untied", "gpt2"])
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # of torch's own looking at outputs
+@pytest.mark.parametrize("warmed", [True, False])
+def test_compiled_whole_and_once(kind: str, warmed: bool) -> None:
+    """fullgraph=True fails on a graph break; the counter sees every compilation."""
+    from torch._dynamo.testing import CompileCounter
+
+    model, merged = attached(kind)
+    if warmed:
+        model(input_ids=IDS)
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    for seed in range(3):
+        ids = torch.randint(0, VOCABULARY, (2, 4), generator=torch.Generator().manual_seed(seed))
+        logits = compiled(input_ids=ids, use_cache=False).logits
+        torch.testing.assert_close(logits, merged(input_ids=ids).logits)
+    assert counter.frame_count == 1
+    compiled(input_ids=IDS, use_cache=False).logits.logsumexp(-1).sum().backward()
+    rows = [parameter for parameter in es.attached(model).parameters()]
+    found = [parameter.grad.clone() for parameter in rows]
+    for parameter in rows:
+        parameter.grad = None
+    model(input_ids=IDS).logits.logsumexp(-1).sum().backward()
+    for parameter, gradient in zip(rows, found, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_mixed_batch_is_each_sample_alone(kind: str) -> None:
+    model, _ = attached(kind, name="a")
+    attachment = es.attached(model)
+    attachment.activate()
+    config = es.attached(model).adapter("a").manifest.config
+    es.attach(model, es.TrainableTokensConfig([7, 9], target_modules=config["target_modules"]), name="b")
+    with torch.no_grad():
+        for parameter in attachment.parameters():
+            parameter.add_(0.5)
+    names = ["a", None, "b", "b"]
+    ids = torch.cat([IDS, IDS.flip(0)])
+
+    def run(batch: torch.Tensor) -> torch.Tensor:
+        more = {"decoder_input_ids": batch} if kind == "t5" else {}
+        return model(input_ids=batch, **more).logits
+
+    with attachment.rows(names):
+        mixed = run(ids)
+        told = model.generate(ids, max_new_tokens=4, num_beams=2, do_sample=False, attention_mask=torch.ones_like(ids))
+    for number, name in enumerate(names):
+        attachment.activate(*([name] if name else []))
+        one = ids[number : number + 1]
+        torch.testing.assert_close(mixed[number : number + 1], run(one))
+        alone = model.generate(one, max_new_tokens=4, num_beams=2, do_sample=False, attention_mask=torch.ones_like(one))
+        text = told[number][: alone.shape[1]]
+        assert torch.equal(text, alone[0])
+    mixed.sum().backward()
+    assert all(parameter.grad is not None for parameter in attachment.parameters())
+
+
+def test_gradients_of_a_mixed_batch_are_those_of_the_samples() -> None:
+    model, _ = attached("llama-tied", name="a")
+    attachment = es.attached(model)
+    with attachment.rows(["a", None]):
+        model(input_ids=IDS).logits[..., :9].square().sum().backward()
+    (rows,) = attachment.parameters()
+    mixed = rows.grad.clone()
+    rows.grad = None
+    model(input_ids=IDS[:1]).logits[..., :9].square().sum().backward()
+    torch.testing.assert_close(rows.grad, mixed)
+
+
+def test_mixed_batches_that_do_not_fit() -> None:
+    model, _ = attached("llama-tied", name="a")
+    attachment = es.attached(model)
+    with pytest.raises(AttachmentError, match="nobody"), attachment.rows(["a", "nobody"]):
+        pass
+    with pytest.raises(AttachmentError, match="no sample"), attachment.rows([]):
+        pass
+    with pytest.raises(UnsupportedError, match="3 samples"), attachment.rows(["a", None, "a"]):
+        model(input_ids=IDS)
+    assert attachment.active == ("a",)
+    whole, _ = attached("llama-tied", name="a", materialize=True)
+    with pytest.raises(UnsupportedError, match="full copy"), es.attached(whole).rows(["a", None]):
+        pass
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_save_pretrained_writes_the_base_or_the_merged_rows(kind: str, tmp_path: Path) -> None:
+    model, merged = attached(kind)
+    model.save_pretrained(tmp_path / "live")
+    es.attached(model).merge()
+    model.save_pretrained(tmp_path / "merged")
+    assert state_bits(type(model).from_pretrained(tmp_path / "live")) == state_bits(tiny(kind))
+    assert state_bits(type(model).from_pretrained(tmp_path / "merged")) == state_bits(merged)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tie_weights_changes_nothing(kind: str) -> None:
+    model, merged = attached(kind)
+    more = {"decoder_input_ids": IDS} if kind == "t5" else {}
+    model.tie_weights()
+    torch.testing.assert_close(model(input_ids=IDS, **more).logits, merged(input_ids=IDS, **more).logits)
+    assert es.attached(model).merge().describe() != []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", [VOCABULARY + 8, VOCABULARY - 4])
+def test_resizing_an_attached_model_is_right_or_refused(kind: str, size: int) -> None:
+    model, merged = attached(kind)
+    more = {"decoder_input_ids": IDS} if kind == "t5" else {}
+    model.resize_token_embeddings(size, mean_resizing=False)
+    merged.resize_token_embeddings(size, mean_resizing=False)
+    if kind in ("llama-untied", "t5"):  # transformers puts another head, or other lookups, in place
+        with pytest.raises(AttachmentError, match=r"lm_head|embed_tokens.*detach\(\)"):
+            model(input_ids=IDS)
+        return
+    logits = model(input_ids=IDS, **more).logits
+    torch.testing.assert_close(logits[..., : size - 8], merged(input_ids=IDS, **more).logits[..., : size - 8])
+
+
+def test_a_table_untied_after_attaching_is_refused() -> None:
+    model, _ = attached("llama-tied")
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    with pytest.raises(AttachmentError, match="lm_head"):
+        model(input_ids=IDS)
+
+
+def test_a_module_replaced_after_attaching_is_refused() -> None:
+    model, _ = attached("llama-tied")
+    model.model.embed_tokens = copy.deepcopy(model.model.embed_tokens)
+    with pytest.raises(AttachmentError, match=r"model\.embed_tokens"):
+        model(input_ids=IDS)

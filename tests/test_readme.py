@@ -1,0 +1,83 @@
+"""The README's code runs, in the order in which it stands, and its generated part is the command line's own help."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.reference import README, brought_up_to_date
+
+TEXT = README.read_text(encoding="utf-8")
+BLOCK = re.compile(r"^```(python|bash)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def section(title: str) -> list[tuple[str, str]]:
+    """The code blocks of a second-level section: (language, code)."""
+    (body,) = re.findall(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", TEXT, re.MULTILINE | re.DOTALL)
+    return BLOCK.findall(body)
+
+
+def run(blocks: list[tuple[str, str]], folder: Path) -> None:
+    """Python blocks share one interpreter, up to the shell block that stands after them."""
+    bin_directory = Path(sys.executable).parent
+    done: list[str] = []
+    for number, (language, code) in enumerate(blocks):
+        if language == "python":
+            done.append(code)
+            if [following for following, _ in blocks[number + 1 : number + 2]] == ["python"]:
+                continue
+            command = [sys.executable, "-c", "\n".join(done)]
+        else:
+            command = ["bash", "-euo", "pipefail", "-c", f'export PATH="{bin_directory}:$PATH"\n{code}']
+        finished = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+        assert finished.returncode == 0, f"{code}\n{finished.stdout[-2000:]}\n{finished.stderr[-4000:]}"
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory in which the demo has run."""
+    folder = tmp_path_factory.mktemp("readme")
+    subprocess.run(
+        [sys.executable, "-m", "embedsurgery", "demo"], cwd=folder, check=True, capture_output=True, timeout=300
+    )
+    return folder
+
+
+def test_what_people_come_for(demo: Path) -> None:
+    blocks = section("What people come for")
+    assert [language for language, _ in blocks] == ["python", "python", "bash", "bash", "bash", "python"]
+    run(blocks, demo)
+
+
+def test_train_with_the_trainer(tmp_path: Path) -> None:
+    """The section's ``model`` and ``dataset`` are the reader's; here they are small."""
+    ours = """
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+torch.manual_seed(0)
+model = LlamaForCausalLM(LlamaConfig(vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+                                     num_attention_heads=2, bos_token_id=1, eos_token_id=2))
+dataset = [{"input_ids": ids, "labels": ids} for ids in torch.randint(0, 40, (16, 8)).tolist()]
+"""
+    run([("python", ours), *section("Train with the Trainer")], tmp_path)
+    assert (tmp_path / "out/checkpoint-6/embedsurgery/default/adapter_model.safetensors").exists()
+
+
+def test_teach_a_real_encoder(tmp_path: Path) -> None:
+    run(section("Teach a real encoder a new word"), tmp_path)
+
+
+def test_the_command_reference_is_the_command_lines_own() -> None:
+    assert brought_up_to_date(TEXT) == TEXT, "run python -m tests.reference"
+
+
+def test_the_first_screen_has_the_two_commands() -> None:
+    start = TEXT.index("```bash\n")
+    (first, second) = TEXT[start:].split("```")[1].removeprefix("bash\n").strip().splitlines()
+    assert first.endswith('-e ".[demo]" && .venv/bin/embedsurgery demo')
+    assert second.endswith('-e ".[test]" && .venv/bin/pytest')
+    assert TEXT[:start].count("\n") < 40
