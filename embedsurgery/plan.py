@@ -7,10 +7,10 @@ is JSON in its metadata. What applies a plan is ``stores/base.py``.
 
 from __future__ import annotations
 
-import base64
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -128,41 +128,58 @@ class SetBlocks:
 class Grow:
     """A vocabulary gets rows at its end (or, with a negative count, loses its last ones: the undo of growing).
 
+    All tables and per-token vectors of the vocabulary change together, and so does what counts them: modules'
+    attributes and configs in memory, ``config.json`` and the index on disk.
+
     Attributes:
         vocabulary: The vocabulary's name in the store's graph.
         count: How many rows; negative in an undo.
-        rows: Table name -> the new rows, (count, D).
-        vectors: Vector name -> the new entries, (count,).
+        rows: Table name -> the new rows, (count, D), in any editable dtype. Empty for a negative count.
+        vectors: Vector name -> the new entries, (count,). Empty for a negative count.
+        saved: What a store of files needs to be put back bit for bit: path -> the bytes of a weight file before its
+            first tensor, or all bytes of a small file. Empty in a plan that no undo has made.
     """
 
     vocabulary: str
     count: int
     rows: Mapping[str, RawArray]
     vectors: Mapping[str, RawArray]
+    saved: Mapping[str, bytes] = field(default_factory=dict)
 
     def describe(self) -> str:
         """One line for a person."""
-        return f"grow vocabulary {self.vocabulary} by {self.count} rows"
+        verb = "grow" if self.count > 0 else "shrink"
+        return f"{verb} the vocabulary of {self.vocabulary} by {count_rows(abs(self.count))}"
 
 
 @dataclass(frozen=True)
 class Token:
-    """A token of a tokenizer: its text, the id it has, and whether it is a special token."""
+    """A token of a tokenizer.
+
+    Attributes:
+        content: Its text.
+        id: The id it has.
+        special: Whether it is a special token.
+        replaces: Text of the reserved token that had the id before and gives it up; None where the id was free.
+    """
 
     content: str
     id: int
     special: bool = False
+    replaces: str | None = None
 
 
 @dataclass(frozen=True)
 class AddTokens:
-    """Tokens enter the tokenizer at given ids."""
+    """Tokens enter the tokenizer at given ids; with ``remove`` they leave it again: the undo of adding."""
 
     tokens: tuple[Token, ...]
+    remove: bool = False
 
     def describe(self) -> str:
         """One line for a person."""
-        return "add tokens " + ", ".join(f"{t.content!r} as {t.id}" for t in self.tokens)
+        verb = "remove" if self.remove else "add"
+        return f"{verb} tokens " + ", ".join(f"{t.content!r} as {t.id}" for t in self.tokens)
 
 
 @dataclass(frozen=True)
@@ -172,12 +189,17 @@ class PatchFile:
     Attributes:
         path: Relative to the checkpoint, with forward slashes.
         after: The new bytes; None removes the file.
-        before: What must be there, None for no such file: anything else is refused.
+        before: sha256 (hex) of what must be there, None for no such file: anything else is refused.
     """
 
     path: str
     after: bytes | None
-    before: bytes | None
+    before: str | None
+
+    @classmethod
+    def change(cls, path: str, before: bytes | None, after: bytes | None) -> PatchFile:
+        """The edit that turns one content into another; None stands for no file."""
+        return cls(path, after, None if before is None else hashlib.sha256(before).hexdigest())
 
     def describe(self) -> str:
         """One line for a person."""
@@ -262,20 +284,18 @@ def _encode(edit: Edit, prefix: str, tensors: dict[str, TensorSource]) -> dict[s
     if isinstance(edit, Grow):
         for kind, part in (("rows", edit.rows), ("vectors", edit.vectors)):
             tensors.update({f"{prefix}{kind}.{name}": TensorSource.of(raw) for name, raw in part.items()})
+        tensors.update({f"{prefix}saved.{path}": _bytes(data) for path, data in edit.saved.items()})
         return {"edit": "Grow", "vocabulary": edit.vocabulary, "count": edit.count,
-                "rows": list(edit.rows), "vectors": list(edit.vectors)}  # fmt: skip
+                "rows": list(edit.rows), "vectors": list(edit.vectors), "saved": list(edit.saved)}  # fmt: skip
     if isinstance(edit, AddTokens):
-        tokens = [{"content": t.content, "id": t.id, "special": t.special} for t in edit.tokens]
-        return {"edit": "AddTokens", "tokens": tokens}
-    return {"edit": "PatchFile", "path": edit.path, "after": _text(edit.after), "before": _text(edit.before)}
+        return {"edit": "AddTokens", "tokens": [asdict(token) for token in edit.tokens], "remove": edit.remove}
+    if edit.after is not None:
+        tensors[prefix + "after"] = _bytes(edit.after)
+    return {"edit": "PatchFile", "path": edit.path, "removed": edit.after is None, "before": edit.before}
 
 
-def _text(data: bytes | None) -> str | None:
-    return None if data is None else base64.b64encode(data).decode("ascii")
-
-
-def _bytes(text: str | None) -> bytes | None:
-    return None if text is None else base64.b64decode(text, validate=True)
+def _bytes(data: bytes) -> TensorSource:
+    return TensorSource("U8", (len(data),), (data,))
 
 
 @dataclass(frozen=True)
@@ -287,6 +307,12 @@ class _Reader:
         entry = self.entries[name]
         with open_regular(self.path) as descriptor:
             return RawArray(entry.dtype, entry.shape, pread_exactly(descriptor, entry.end - entry.begin, entry.begin))
+
+    def bytes(self, name: str) -> bytes:
+        raw = self.tensor(name)
+        if raw.dtype != "U8" or len(raw.shape) != 1:
+            raise ValueError(f"bytes are {raw!r}")
+        return raw.data
 
     def decode(self, body: Mapping[str, Any], prefix: str) -> Edit:
         kind = body["edit"]
@@ -300,11 +326,22 @@ class _Reader:
         if kind == "Grow":
             rows = {name: self.tensor(f"{prefix}rows.{name}") for name in body["rows"]}
             vectors = {name: self.tensor(f"{prefix}vectors.{name}") for name in body["vectors"]}
-            return Grow(str(body["vocabulary"]), int(body["count"]), rows, vectors)
+            saved = {path: self.bytes(f"{prefix}saved.{path}") for path in body["saved"]}
+            return Grow(str(body["vocabulary"]), int(body["count"]), rows, vectors, saved)
         if kind == "AddTokens":
-            tokens = (Token(str(t["content"]), int(t["id"]), bool(t["special"])) for t in body["tokens"])
-            return AddTokens(tuple(tokens))
+            return AddTokens(tuple(map(_token, body["tokens"])), bool(body["remove"]))
         if kind == "PatchFile":
-            return PatchFile(str(body["path"]), _bytes(body["after"]), _bytes(body["before"]))
+            after = None if body["removed"] else self.bytes(prefix + "after")
+            return PatchFile(str(body["path"]), after, _text(body["before"]))
         raise PlanError("an edit that this version does not know", where=self.path, found=kind,
                         hint="use the embedsurgery version that wrote it, or a newer one")  # fmt: skip
+
+
+def _token(body: Mapping[str, Any]) -> Token:
+    return Token(str(body["content"]), int(body["id"]), bool(body["special"]), _text(body["replaces"]))
+
+
+def _text(value: Any) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"{value!r} is no text")
+    return value

@@ -29,6 +29,10 @@ def table(rows: int, width: int, dtype: str = "F32", seed: int = 0) -> RawArray:
     return RawArray.of(values, dtype)
 
 
+def patch(path: str, after: bytes | None, before: bytes | None) -> PatchFile:
+    return PatchFile.change(path, before, after)
+
+
 EDITS: dict[str, Edit] = {
     "rows": SetRows("model.embed_tokens.weight", (7, 0, 3), table(3, 4)),
     "rows, bf16": SetRows("a.weight", (2**40,), table(1, 4, "BF16")),
@@ -40,14 +44,15 @@ EDITS: dict[str, Edit] = {
     "blocks, bf16": SetBlocks("a.weight", Blocks.of(table(50, 3, "BF16"))),
     "no blocks": SetBlocks("a.weight", Blocks.of(table(0, 3))),
     "grow": Grow("a", 2, {"a": table(2, 3), ODD: table(2, 5, "BF16")}, {"bias": RawArray.of(np.ones(2, np.float32))}),
-    "shrink": Grow("a", -2, {}, {}),
+    "shrink": Grow("a", -2, {}, {}, {"a.safetensors": b"\x00\xff", "config.json": b"", ODD: b"x"}),
     "tokens": AddTokens((Token("<tool>", 9), Token(ODD, 10, special=True), Token("", 0))),
     "no tokens": AddTokens(()),
-    "file": PatchFile("config.json", b"\x00\xff new", b"old"),
-    "empty file": PatchFile("sub/x", b"", b""),
-    "new file": PatchFile("x", b"new", None),
-    "file removed": PatchFile(ODD, None, b"old"),
-    "no file": PatchFile("x", None, None),
+    "tokens removed": AddTokens((Token("<tool>", 9, replaces="[unused1]"), Token("b", 3, replaces="")), remove=True),
+    "file": patch("config.json", b"\x00\xff new", b"old"),
+    "empty file": patch("sub/x", b"", b""),
+    "new file": patch("x", b"new", None),
+    "file removed": patch(ODD, None, b"old"),
+    "no file": patch("x", None, None),
 }
 
 
@@ -131,10 +136,12 @@ BODIES: dict[str, Any] = {
         {"content": "a", "id": float("inf"), "special": False}]}], "facts": {}},
     "infinite count": {"format": 1, "edits": [
         {"edit": "Grow", "vocabulary": "a", "count": float("inf"), "rows": [], "vectors": []}], "facts": {}},
-    "no base64": {"format": 1, "edits": [
-        {"edit": "PatchFile", "path": "a", "after": "\u00e9", "before": None}], "facts": {}},
-    "bytes of a number": {"format": 1, "edits": [
-        {"edit": "PatchFile", "path": "a", "after": 3, "before": None}], "facts": {}},
+    "no bytes": {"format": 1, "edits": [
+        {"edit": "PatchFile", "path": "a", "removed": False, "before": None}], "facts": {}},
+    "a hash that is a number": {"format": 1, "edits": [
+        {"edit": "PatchFile", "path": "a", "removed": True, "before": 3}], "facts": {}},
+    "replaces a number": {"format": 1, "edits": [{"edit": "AddTokens", "remove": False, "tokens": [
+        {"content": "a", "id": 1, "special": False, "replaces": 3}]}], "facts": {}},
 }  # fmt: skip
 
 
@@ -242,12 +249,12 @@ def test_any_value_anywhere(tmp_path: Path, data: st.DataObject) -> None:
 
 
 FILES = {
-    "changed": PatchFile("README.md", b"new", "kept byte for byte: \u00e9\r\n".encode()),
-    "emptied": PatchFile("README.md", b"", "kept byte for byte: \u00e9\r\n".encode()),
-    "removed": PatchFile("run.sh", None, b"#!/bin/sh\n"),
-    "new": PatchFile("added_tokens.json", b"{}", None),
-    "deep": PatchFile("sub/deeper/empty", b"\x00", b""),
-    "nothing": PatchFile("nowhere", None, None),
+    "changed": patch("README.md", b"new", "kept byte for byte: \u00e9\r\n".encode()),
+    "emptied": patch("README.md", b"", "kept byte for byte: \u00e9\r\n".encode()),
+    "removed": patch("run.sh", None, b"#!/bin/sh\n"),
+    "new": patch("added_tokens.json", b"{}", None),
+    "deep": patch("sub/deeper/empty", b"\x00", b""),
+    "nothing": patch("nowhere", None, None),
 }
 
 
@@ -273,11 +280,11 @@ def test_several_files_and_rows_at_once(base: Path) -> None:
 
 
 @pytest.mark.parametrize("edit", [
-    PatchFile("README.md", b"new", b"something else"), PatchFile("README.md", b"new", None),
-    PatchFile("nowhere", b"new", b"old"), PatchFile("../out", b"x", None), PatchFile("/tmp/out", b"x", None),
-    PatchFile("sub/../../out", b"x", None), PatchFile("", b"x", None), PatchFile(".", b"x", None),
-    PatchFile("a\0b", b"x", None), PatchFile("a//b", b"x", None), PatchFile("link/out", b"x", None),
-    PatchFile("linked", b"x", b"outside"), PatchFile("sub", b"x", None), PatchFile("none/such/dir", b"x", None),
+    patch("README.md", b"new", b"something else"), patch("README.md", b"new", None),
+    patch("nowhere", b"new", b"old"), patch("../out", b"x", None), patch("/tmp/out", b"x", None),
+    patch("sub/../../out", b"x", None), patch("", b"x", None), patch(".", b"x", None),
+    patch("a\0b", b"x", None), patch("a//b", b"x", None), patch("link/out", b"x", None),
+    patch("linked", b"x", b"outside"), patch("sub", b"x", None), patch("none/such/dir", b"x", None),
 ], ids=str)  # fmt: skip
 def test_a_file_that_cannot_be_patched_changes_nothing(edit: PatchFile, base: Path, tmp_path: Path) -> None:
     (tmp_path / "outside").mkdir()
@@ -294,9 +301,9 @@ def test_a_file_that_cannot_be_patched_changes_nothing(edit: PatchFile, base: Pa
 def test_one_file_twice(base: Path) -> None:
     """The second patch finds what the first one wrote, or the plan is refused; it is never half done."""
     before = contents(base)
-    first = PatchFile("run.sh", b"one", b"#!/bin/sh\n")
+    first = patch("run.sh", b"one", b"#!/bin/sh\n")
     try:
-        undo = apply(Plan((first, PatchFile("run.sh", b"two", b"one"))), ShardStore.open(base))
+        undo = apply(Plan((first, patch("run.sh", b"two", b"one"))), ShardStore.open(base))
     except PlanError:
         assert contents(base) == before
     else:
@@ -304,7 +311,7 @@ def test_one_file_twice(base: Path) -> None:
         apply(undo, ShardStore.open(base))
         assert contents(base) == before
     with pytest.raises(PlanError):
-        apply(Plan((first, PatchFile("run.sh", b"two", b"#!/bin/sh\n"))), ShardStore.open(base))
+        apply(Plan((first, patch("run.sh", b"two", b"#!/bin/sh\n"))), ShardStore.open(base))
     assert contents(base) == before
 
 

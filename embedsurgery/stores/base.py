@@ -8,6 +8,7 @@ every surgery.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import tempfile
 import weakref
 from abc import ABC, abstractmethod
@@ -186,9 +187,9 @@ def check(plan: Plan, store: Store) -> None:
                 raise PlanError("a file would be patched twice", where=f"{store.name}: {edit.path}", expected="once")
             patched.add(edit.path)
             found = store.read_file(edit.path)
-            if found != edit.before:
+            if _digest(found) != edit.before:
                 raise PlanError("a file is not what it was when the plan was made", where=f"{store.name}: {edit.path}",
-                                expected=_size(edit.before), found=_size(found))  # fmt: skip
+                                expected=_shown(edit.before), found=_shown(_digest(found)))  # fmt: skip
         else:
             raise UnsupportedEditError("this store cannot do this edit", where=store.name, found=edit.describe())
 
@@ -213,8 +214,12 @@ def _claim(seen: dict[str, set[int]], table: Table, indices: list[int]) -> None:
     taken.update(indices)
 
 
-def _size(data: bytes | None) -> str:
-    return "no file" if data is None else f"{len(data)} bytes"
+def _digest(data: bytes | None) -> str | None:
+    return None if data is None else hashlib.sha256(data).hexdigest()
+
+
+def _shown(digest: str | None) -> str:
+    return "no file" if digest is None else f"sha256 {digest[:12]}"
 
 
 def _save(edit: Edit, store: Store, spill: Path | None) -> Edit:
@@ -225,7 +230,7 @@ def _save(edit: Edit, store: Store, spill: Path | None) -> Edit:
     if isinstance(edit, SetBlocks):
         return SetBlocks(edit.table, _spill(store, store.graph.table(edit.table), spill))
     assert isinstance(edit, PatchFile)
-    return PatchFile(edit.path, after=edit.before, before=edit.after)
+    return PatchFile(edit.path, after=store.read_file(edit.path), before=_digest(edit.after))
 
 
 def _spill(store: Store, table: Table, directory: Path | None) -> Blocks:
