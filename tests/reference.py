@@ -1,8 +1,13 @@
-"""Writes the parts of the README that are generated: ``python -m tests.reference`` brings them up to date."""
+"""Writes the parts of the README that are generated: ``python -m tests.reference`` brings them up to date.
+
+With ``--check`` it only says by its exit code whether they are. In a process of its own either way: click keeps the
+help option that a command was first asked with.
+"""
 
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 import click
@@ -35,4 +40,7 @@ def brought_up_to_date(text: str) -> str:
 
 
 if __name__ == "__main__":
-    README.write_text(brought_up_to_date(README.read_text(encoding="utf-8")), encoding="utf-8")
+    text = README.read_text(encoding="utf-8")
+    if sys.argv[1:] == ["--check"]:
+        sys.exit(brought_up_to_date(text) != text)
+    README.write_text(brought_up_to_date(text), encoding="utf-8")
