@@ -11,9 +11,12 @@ from typing import TYPE_CHECKING, Any
 from embedsurgery._version import __version__
 
 _PUBLIC = {
+    "add_tokens": "live",
+    "add_tokens_checkpoint": "offline",
+    "extract": "extraction",
     "walk": "api",
-    "attach": "api",
-    "attached": "api",
+    "attach": "live",
+    "attached": "live",
     "load": "api",
     "merge": "api",
     "unmerge": "api",
@@ -22,12 +25,14 @@ _PUBLIC = {
     "verify_checkpoint": "verify",
     "Adapter": "adapter",
     "Manifest": "adapter",
-    "TrainableTokensConfig": "surgeries.trainable_tokens",
+    "TrainableTokensConfig": "surgeries.trainable_tokens_config",
     "EmbeddingGraph": "graph",
     "Table": "graph",
     "Site": "graph",
     "Vocabulary": "graph",
     "hookimpl": "hookspecs",
+    "push": "hub",
+    "pull": "hub",
     "errors": "errors",
 }
 """Public name -> the module of this package that has it."""
@@ -35,11 +40,14 @@ _PUBLIC = {
 if TYPE_CHECKING:
     from embedsurgery import errors
     from embedsurgery.adapter import Adapter, Manifest
-    from embedsurgery.api import attach, attached, load, merge, unmerge, walk
+    from embedsurgery.api import load, merge, unmerge, walk
+    from embedsurgery.extraction import extract
     from embedsurgery.graph import EmbeddingGraph, Site, Table, Vocabulary
     from embedsurgery.hookspecs import hookimpl
-    from embedsurgery.offline import merge_checkpoint, unmerge_checkpoint
-    from embedsurgery.surgeries.trainable_tokens import TrainableTokensConfig
+    from embedsurgery.hub import pull, push
+    from embedsurgery.live import add_tokens, attach, attached
+    from embedsurgery.offline import add_tokens_checkpoint, merge_checkpoint, unmerge_checkpoint
+    from embedsurgery.surgeries.trainable_tokens_config import TrainableTokensConfig
     from embedsurgery.verify import verify_checkpoint
 
 __all__ = [
@@ -51,13 +59,18 @@ __all__ = [
     "TrainableTokensConfig",
     "Vocabulary",
     "__version__",
+    "add_tokens",
+    "add_tokens_checkpoint",
     "attach",
     "attached",
     "errors",
+    "extract",
     "hookimpl",
     "load",
     "merge",
     "merge_checkpoint",
+    "pull",
+    "push",
     "unmerge",
     "unmerge_checkpoint",
     "verify_checkpoint",

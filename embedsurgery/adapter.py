@@ -18,6 +18,7 @@ from embedsurgery.errors import AdapterError, CheckpointError
 from embedsurgery.jsonfile import read_json
 from embedsurgery.raw import RawArray
 from embedsurgery.safetensors_file import TensorSource, open_regular, read_header, read_tensor, write_file
+from embedsurgery.vocabulary import NewTokens
 from embedsurgery.wrappers import plain_name
 
 if TYPE_CHECKING:
@@ -73,6 +74,8 @@ class TableRecord:
         tied: Whether the table was projection as well as lookup; None where no projection was in sight.
         fingerprint: Of the original rows; None in a file that PEFT wrote.
         disk_names: Its names in a checkpoint, where known.
+        sampled: The rows that the fingerprint is of, where they are not ``indices``: new rows tell nothing of a base.
+        trained: Whether the rows train; else they are only carried, so that the vocabulary is extended whole.
     """
 
     name: str
@@ -83,6 +86,13 @@ class TableRecord:
     tied: bool | None = None
     fingerprint: Fingerprint | None = None
     disk_names: tuple[str, ...] = ()
+    sampled: tuple[int, ...] = ()
+    trained: bool = True
+
+    @property
+    def evidence(self) -> tuple[int, ...]:
+        """The rows that the fingerprint is of."""
+        return self.sampled or self.indices
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -103,6 +113,7 @@ class Manifest:
         revision: Its revision, where known.
         tokens: Row -> token text, where a tokenizer was given.
         library_version: The embedsurgery that made it, or None for a file of PEFT's.
+        new_tokens: Tokens that the base does not have, and that come with the adapter.
     """
 
     surgery: str
@@ -113,6 +124,7 @@ class Manifest:
     revision: str | None = None
     tokens: Mapping[int, str] = field(default_factory=dict)
     library_version: str | None = None
+    new_tokens: NewTokens | None = None
 
     def __post_init__(self) -> None:
         plain = json.loads(json.dumps(dict(self.config)))  # as it will be when it is read again
@@ -143,6 +155,7 @@ class Manifest:
             revision=body["revision"],
             tokens=tokens,
             library_version=body["library_version"],
+            new_tokens=None if body.get("new_tokens") is None else NewTokens.from_json(body["new_tokens"]),
         )
 
 
@@ -152,10 +165,12 @@ def _table(body: Mapping[str, Any]) -> TableRecord:
     if mark is not None and not all(isinstance(mark["sha256"].get(d), str) for d in FINGERPRINT_DTYPES):
         raise ValueError("a fingerprint without its digests")
     rows = sys.maxsize if shape is None else int(shape[0])
-    if not all(type(i) is int and 0 <= i < rows for i in body["indices"]):
-        raise ValueError("indices that are no row numbers of the table")
-    if len(set(body["indices"])) != len(body["indices"]):
-        raise ValueError("indices that repeat")
+    sampled = body.get("sampled", [])
+    for indices in (body["indices"], sampled):
+        if not all(type(i) is int and 0 <= i < rows for i in indices):
+            raise ValueError("indices that are no row numbers of the table")
+        if len(set(indices)) != len(indices):
+            raise ValueError("indices that repeat")
     return TableRecord(
         name=str(body["name"]),
         aliases=tuple(map(str, body["aliases"])),
@@ -165,6 +180,8 @@ def _table(body: Mapping[str, Any]) -> TableRecord:
         tied=body["tied"],
         fingerprint=None if mark is None else Fingerprint(str(mark["dtype"]), dict(mark["sha256"])),
         disk_names=tuple(map(str, body["disk_names"])),
+        sampled=tuple(sampled),
+        trained=bool(body.get("trained", True)),
     )
 
 
@@ -193,14 +210,16 @@ class Adapter:
         manifest: What it is.
         raw: Name -> values; for tables of rows the name is the table record's.
         surgery: What understands it.
+        source: Where it was pulled from, ``org/name@sha``; None for one that was not.
     """
 
     manifest: Manifest
     raw: Mapping[str, RawArray]
     surgery: Codec = field(repr=False)
+    source: str | None = None
 
     def __repr__(self) -> str:
-        tables = ", ".join(f"{len(t.indices)} rows of {t.name}" for t in self.manifest.tables)
+        tables = ", ".join(f"{len(t.indices)} rows of {t.name}" for t in self.manifest.tables if t.trained)
         return f"Adapter({self.manifest.surgery}: {tables})"
 
     @property

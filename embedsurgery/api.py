@@ -1,30 +1,34 @@
-"""The public functions: each puts the pieces together with what the registry holds, and has no logic of its own."""
+"""Walking, loading and merging: each puts the pieces together with what the registry holds, and no logic of its own.
+
+Attachments and new tokens on a live model are ``live.py``'s, checkpoints on disk ``offline.py``'s.
+"""
 
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from embedsurgery.adapter import Adapter, plainly_named, read_adapter_files
+from embedsurgery import hub
+from embedsurgery.adapter import Adapter, read_adapter_files
 from embedsurgery.checkpoint import open_checkpoint
-from embedsurgery.errors import AdapterError, AttachmentError, ConfigError, EmbedSurgeryError
+from embedsurgery.errors import AdapterError, AttachmentError, ConfigError, EmbedSurgeryWarning
 from embedsurgery.graph import EmbeddingGraph
-from embedsurgery.locate import locate
 from embedsurgery.names import walk_names
 from embedsurgery.plan import Undo
+from embedsurgery.planning import plan_adapter
 from embedsurgery.records import check_written, written
 from embedsurgery.registry import registry
 from embedsurgery.stores.base import Store, apply, check
-from embedsurgery.surgeries.base import Base, Tokenizer
+from embedsurgery.surgeries.base import Tokenizer
+from embedsurgery.vocabulary import State
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
-
-    from embedsurgery.runtime.attach import Attachment
 
     Target = nn.Module | Mapping[str, torch.Tensor]
 
@@ -33,8 +37,8 @@ def walk(target: Target | str | os.PathLike[str]) -> EmbeddingGraph:
     """Every embedding table of a model or a checkpoint, with aliases, sites and vocabularies.
 
     Args:
-        target: An ``nn.Module``; a state dict; or a checkpoint directory, of which only headers, index and config are
-            read, without torch. Where a directory's config claims a tie whose two ends are both stored, it is
+        target: An ``nn.Module``; a state dict; or a checkpoint directory or Hub id, of which only headers, index and
+            config are read, without torch. Where the config claims a tie whose two ends are both stored, it is
             believed here; merging compares their bytes.
 
     Raises:
@@ -43,76 +47,27 @@ def walk(target: Target | str | os.PathLike[str]) -> EmbeddingGraph:
         ConfigError: ``target`` is none of the three.
     """
     if isinstance(target, (str, os.PathLike)):
-        checkpoint = open_checkpoint(Path(target))
+        remote = hub.find_id(target)
+        checkpoint = open_checkpoint(Path(target)) if remote is None else hub.open_remote(remote)
         return walk_names(checkpoint.stored(), config=checkpoint.config, source=str(target))
-    return _store(target).graph
-
-
-def attach(
-    model: nn.Module,
-    config: Any,
-    *,
-    name: str = "default",
-    tokenizer: Tokenizer | None = None,
-    freeze: bool = True,
-    materialize: bool = False,
-) -> Attachment:
-    """Make an adapter live on a model: trainable, mergeable, removable. The model keeps its class and state dict.
-
-    Args:
-        model: Any ``nn.Module``.
-        config: A config (training starts), or an `Adapter` (training goes on, or it is just used).
-        name: The adapter's name on this model.
-        tokenizer: Where given, the adapter carries the texts of its tokens.
-        freeze: Freeze everything that was trainable; `detach` restores it.
-        materialize: Override by a full copy of the table in each forward, for code that reads ``module.weight``
-            by itself. Slower, and chosen by itself where it is seen to be needed.
-
-    Returns:
-        The model's one attachment; a second call adds a named adapter to it.
-
-    Raises:
-        TokenIndexError, TableError: The config does not fit the model.
-        BaseMismatchError: The adapter was made from another base.
-        UnsupportedError: A table that cannot be overridden.
-        AttachmentError: The name is taken, or rows overlap another active adapter's.
-    """
-    from embedsurgery.runtime.attach import attach_adapter, find
-    from embedsurgery.stores.tensors import module_store
-    from embedsurgery.wrappers import base_of
-
-    _refuse_other(model)
-    known = find(model)
-    base = base_of(model) if known is None else known.model
-    if known is not None and known.merged:
-        raise AttachmentError("cannot attach another adapter while the rows are merged into the weights",
-                              hint="unmerge() first")  # fmt: skip
-    store = module_store(base, known.graph if known is not None else None)
-    fresh = not isinstance(config, Adapter)
-    if isinstance(config, Adapter):
-        adapter, record = config, registry().named(config.manifest.surgery)
-    else:
-        record = registry().for_config(config)
-        known_base = _base(base, tokenizer)
-        adapter = _with_disk_names(plainly_named(record.surgery.start(config, store, known_base)), known_base)
-    return attach_adapter(base, adapter, record, graph=store.graph, name=name, freeze=model if freeze else None,
-                          materialize=materialize, fresh=fresh)  # fmt: skip
-
-
-def attached(model: nn.Module) -> Attachment | None:
-    """The model's one attachment, also after deepcopy, pickling or wrapping; None without."""
-    from embedsurgery.runtime.attach import find
-
-    return find(model)
+    return store_of(target).graph
 
 
 def load(directory: str | os.PathLike[str]) -> Adapter:
-    """Read an adapter's directory, ours or PEFT's.
+    """Read an adapter's directory, ours or PEFT's; or pull it, for ``org/name`` or ``org/name@revision``.
 
     Raises:
         AdapterError: The files are missing, broken, or contradict each other.
+        HubError: It cannot be had from the Hub.
         UnknownSurgeryError: No installed plugin understands it. Nothing is imported on the word of a file.
     """
+    remote = hub.find_id(directory)
+    if remote is not None:
+        return hub.pull(str(remote))
+    return replace(_read(directory), source=hub.read_source(Path(directory)))
+
+
+def _read(directory: str | os.PathLike[str]) -> Adapter:
     files, manifest = read_adapter_files(directory)
     if manifest is None:
         return registry().for_peft_type(files.config.get("peft_type")).surgery.from_peft(files)
@@ -129,7 +84,7 @@ def merge(target: Target, adapter: Adapter, tokenizer: Tokenizer | None = None) 
     Args:
         target: An ``nn.Module`` without an attachment, or a state dict.
         adapter: What to bake in.
-        tokenizer: For plans that touch a vocabulary; token rows do not.
+        tokenizer: Gets the tokens that the adapter brings, if any.
 
     Returns:
         The undo, for `unmerge`.
@@ -140,43 +95,72 @@ def merge(target: Target, adapter: Adapter, tokenizer: Tokenizer | None = None) 
         UnsupportedError: A table whose rows cannot be set.
         AttachmentError: The model has an attachment, which merges by itself.
     """
-    _refuse_attached(target, "merge")
-    store = _store(target)
+    refuse_attached(target, "merge")
     if not isinstance(adapter, Adapter):
         raise ConfigError("not an adapter", expected="an Adapter", found=type(adapter).__name__,
                           hint="embedsurgery.load(directory) or attachment.adapter() gives one")  # fmt: skip
+    store = store_of(target, tokenizer)
     surgery = registry().named(adapter.manifest.surgery).surgery
-    undo = apply(surgery.plan(adapter, locate(adapter, store)), store)
-    return replace(undo, facts={"written": written(undo, store)})
+    plan = plan_adapter(adapter, surgery, store, State.of(store.graph, texts_of(adapter, tokenizer)))
+    undo = apply(plan, store)
+    return MergeUndo(undo.edits, {"written": written(undo, store)}, tokenizer)
 
 
-def unmerge(target: Target, undo: Undo) -> None:
+def unmerge(target: Target, undo: Undo, tokenizer: Tokenizer | None = None) -> None:
     """Put back, bit for bit, what a merge changed.
+
+    Args:
+        target: What was merged into.
+        undo: What `merge` returned, or one that was loaded from a file.
+        tokenizer: Where the merge added tokens and the undo comes from a file; what `merge` returned knows its own.
 
     Raises:
         PlanError: The undo does not fit the target, or the rows have changed since the merge.
         AttachmentError: The model has an attachment, which unmerges by itself.
     """
-    _refuse_attached(target, "unmerge")
+    refuse_attached(target, "unmerge")
     if not isinstance(undo, Undo):
         raise ConfigError("not an undo", expected="what merge() returned", found=type(undo).__name__)
-    store = _store(target)
+    store = store_of(target, tokenizer or getattr(undo, "tokenizer", None))
     check(undo, store)
     if "written" in undo.facts:
         check_written("the undo", undo, store)
     apply(undo, store)
 
 
-def _refuse_attached(target: Target, verb: str) -> None:
+@dataclass(frozen=True)
+class MergeUndo(Undo):
+    """The undo of a merge in memory, with the tokenizer that was changed along, if any."""
+
+    tokenizer: Any = field(default=None, repr=False, compare=False)
+
+
+def texts_of(adapter: Adapter, tokenizer: Any) -> Mapping[int, str] | None:
+    """Id -> text of a tokenizer's tokens; without one, a word to whom an adapter brings new tokens."""
+    from embedsurgery.live_tokenizer import texts
+
+    if tokenizer is not None:
+        return texts(tokenizer)
+    if adapter.manifest.new_tokens is not None:
+        named = ", ".join(repr(t.content) for t in adapter.manifest.new_tokens.tokens[:4])
+        warnings.warn(f"the adapter brings new tokens ({named}): give tokenizer=, or it does not know them",
+                      EmbedSurgeryWarning, stacklevel=4)  # fmt: skip
+    return None
+
+
+def refuse_attached(target: Target, verb: str) -> None:
     """An edit behind an attachment's back would leave its rows, and what it restores, wrong."""
     from torch import nn
 
-    if isinstance(target, nn.Module) and attached(target) is not None:
+    from embedsurgery.runtime.attach import find
+
+    if isinstance(target, nn.Module) and find(target) is not None:
         raise AttachmentError(f"cannot {verb} a model that has an attachment from outside", where=type(target).__name__,
                               hint=f"use the attachment's own {verb}(), or detach() it first")  # fmt: skip
 
 
-def _refuse_other(model: object) -> None:
+def refuse_other(model: object) -> None:
+    """Refuse what is no model."""
     from torch import nn
 
     if not isinstance(model, nn.Module):
@@ -184,37 +168,15 @@ def _refuse_other(model: object) -> None:
                           hint="load the model first; merge_checkpoint() takes a directory")  # fmt: skip
 
 
-def _store(target: Target) -> Store:
+def store_of(target: Target, tokenizer: Any = None) -> Store:
+    """The store over a model or a state dict, with the tokenizer that goes with it."""
     from torch import nn
 
     from embedsurgery.stores.tensors import module_store, state_dict_store
 
     if isinstance(target, nn.Module):
-        return module_store(target)
+        return module_store(target, tokenizer=tokenizer)
     if isinstance(target, Mapping):
-        return state_dict_store(target)
+        return state_dict_store(target, tokenizer=tokenizer)
     raise ConfigError("not a model or a state dict", expected="nn.Module or mapping of tensors",
                       found=type(target).__name__)  # fmt: skip
-
-
-def _with_disk_names(adapter: Adapter, base: Base) -> Adapter:
-    """The adapter with its tables' names on disk, where the model was loaded from a directory that still holds them."""
-    from embedsurgery.stores.shards import ShardStore
-
-    if base.name is None or not Path(base.name).is_dir():
-        return adapter
-    try:
-        located = locate(adapter, ShardStore.open(Path(base.name)))
-    except EmbedSurgeryError:  # a name is a hint: without it the rows decide
-        return adapter
-    tables = tuple(
-        replace(table, disk_names=tuple(name for name, _ in located[table.name].files))
-        for table in adapter.manifest.tables
-    )
-    return replace(adapter, manifest=replace(adapter.manifest, tables=tables))
-
-
-def _base(model: nn.Module, tokenizer: Tokenizer | None) -> Base:
-    name = getattr(model, "name_or_path", None) or None
-    revision = getattr(getattr(model, "config", None), "_commit_hash", None)
-    return Base(name if isinstance(name, str) else None, revision if isinstance(revision, str) else None, tokenizer)

@@ -11,7 +11,7 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -73,6 +73,45 @@ def refuse_inside(output: Path, source: Path) -> None:
                           hint="name a directory beside it")  # fmt: skip
 
 
+def replace_files(staged: Mapping[Path, Path]) -> None:
+    """Put new files in the places of others: all, or none where one cannot be put. The files are fsynced already.
+
+    Args:
+        staged: Target, which may be there already -> the file that becomes it, beside it.
+    """
+    kept: dict[Path, Path] = {}
+    done: list[Path] = []
+    try:
+        for target, new in staged.items():
+            if target.exists():
+                kept[target] = _second_name(target)
+            os.replace(new, target)
+            done.append(target)
+    except BaseException:
+        for target in done:
+            if target in kept:
+                os.replace(kept.pop(target), target)
+            else:
+                target.unlink(missing_ok=True)
+        raise
+    finally:
+        for backup in kept.values():
+            backup.unlink(missing_ok=True)
+    for parent in {target.parent for target in staged}:
+        sync_path(parent)
+
+
+def _second_name(path: Path) -> Path:
+    """A file under another name beside it: a link, or a copy where the file system has none."""
+    backup = path.with_name(f".{path.name}.{os.getpid()}.before")
+    backup.unlink(missing_ok=True)
+    try:
+        os.link(path, backup)
+    except OSError:
+        copy_file(path, backup)
+    return backup
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
@@ -115,6 +154,17 @@ def copy_tree(source: Path, target: Path, files: list[tuple[str, int]], progress
         copy_file(source / path, target / path, progress)
     for folder in {parent for path, _ in files for parent in Path(path).parents} - {Path()}:
         shutil.copymode(source / folder, target / folder)
+
+
+def link_file(source: Path, target: Path) -> bool:
+    """Give a file a second name, where the file system can and its owner may write it; says whether it did."""
+    if source.is_symlink() or not source.stat().st_mode & stat.S_IWUSR:
+        return False
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without links
+        return False
+    return True
 
 
 def copy_file(source: Path, target: Path, progress: Progress | None = None) -> None:
@@ -160,6 +210,21 @@ def _copy_range(source: int, target: int, size: int, progress: Progress | None) 
         done += count
         if progress is not None:
             progress(count)
+
+
+def copy_range(source: int, target: int, begin: int, end: int) -> None:
+    """Append bytes ``begin`` to ``end`` of one open file to another, by the kernel.
+
+    Raises:
+        CheckpointError: The source ends before.
+    """
+    os.lseek(source, begin, os.SEEK_SET)
+    while begin < end:
+        count = _copy_some(source, target, min(_CHUNK, end - begin))
+        if count == 0:
+            raise CheckpointError("a file became shorter while it was copied", expected=f"{end} bytes",
+                                  found=f"{begin} bytes", hint="is something else writing it?")  # fmt: skip
+        begin += count
 
 
 def _copy_some(source: int, target: int, size: int) -> int:

@@ -13,6 +13,7 @@
     ├── CheckpointError (ValueError)        a checkpoint's files cannot be read or disagree
     ├── BaseMismatchError (ValueError)      the adapter was made from another base
     ├── PlanError (ValueError)              a plan or undo that does not fit its store
+    ├── HubError (RuntimeError)             the Hugging Face Hub said no, or could not be reached
     ├── OutputExistsError (FileExistsError) a target that is there already
     └── PluginError (RuntimeError)          two plugins with one name, a hook of the wrong shape
 
@@ -123,6 +124,10 @@ class BaseMismatchError(EmbedSurgeryError, ValueError):
 
 class PlanError(EmbedSurgeryError, ValueError):
     """A plan or an undo that does not fit the store it is applied to."""
+
+
+class HubError(EmbedSurgeryError, RuntimeError):
+    """The Hugging Face Hub said no, could not be reached, or answered with something wrong."""
 
 
 class OutputExistsError(EmbedSurgeryError, FileExistsError):

@@ -134,6 +134,17 @@ class EmbeddingGraph:
         """As `table`, with None in place of an error."""
         return self._by_name.get(name)
 
+    def vocabulary_of(self, table: Table) -> Vocabulary:
+        """The vocabulary that a table is of.
+
+        Raises:
+            TableError: It is of none: its rows may stand for something else than tokens.
+        """
+        for vocabulary in self.vocabularies:
+            if table.name in vocabulary.tables:
+                return vocabulary
+        raise self.no_table(f"{table.name} is not known to be a vocabulary")
+
     def select(self, targets: str | Iterable[str]) -> tuple[Table, ...]:
         """The tables that PEFT's ``target_modules`` mean, in the graph's order, each once.
 

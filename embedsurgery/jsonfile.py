@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,9 @@ from embedsurgery.safetensors_file import open_regular, pread_exactly
 
 MAX_BYTES = 200_000_000
 """No config, index or tokenizer file comes near it."""
+
+_LARGE = 1_000_000
+"""Bytes from which it pays to keep the garbage collector still."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -39,9 +45,23 @@ def read_small(path: Path) -> bytes:
 def parse_json(data: bytes, path: Path) -> dict[str, Any]:
     """As `read_json`, from the file's bytes; ``path`` is for messages."""
     try:
-        value = json.loads(data.decode("utf-8-sig"))
+        with _uncollected(len(data) > _LARGE):
+            value = json.loads(data.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise CheckpointError("no valid JSON", where=path, found=str(error)[:200]) from error
     if not isinstance(value, dict):
         raise CheckpointError("JSON of the wrong kind", where=path, expected="an object", found=type(value).__name__)
     return value
+
+
+@contextmanager
+def _uncollected(large: bool) -> Iterator[None]:
+    """Without the garbage collector, which would go through millions of new objects, none of them in a cycle."""
+    was = gc.isenabled()
+    if large:
+        gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 
 from embedsurgery.adapter import Adapter, TableRecord
 from embedsurgery.errors import BaseMismatchError, EmbedSurgeryError, EmbedSurgeryWarning, TableError, TokenIndexError
@@ -29,12 +30,14 @@ def locate(adapter: Adapter, store: Store) -> Mapping[str, Table]:
 
 
 def _locate(record: TableRecord, adapter: Adapter, store: Store) -> Table:
+    new = adapter.manifest.new_tokens
+    here = record if new is None else replace(record, indices=tuple(i for i in record.indices if i < new.rows))
     named = _by_name(record, store)
-    fits = [table for table in store.graph.tables if _could_be(record, adapter, table)]
+    fits = [table for table in store.graph.tables if _could_be(here, adapter, table)]
     if record.fingerprint is None:
         if named is None:
             raise store.graph.no_table(f"no table goes by the name {record.name!r}, and the file has no fingerprint")
-        table = _check_shape(record, adapter, named)
+        table = _check_shape(here, adapter, named)
         warnings.warn(
             f"{record.name}: this file does not say which base rows it was made from, so the base is not checked",
             EmbedSurgeryWarning,
@@ -43,12 +46,12 @@ def _locate(record: TableRecord, adapter: Adapter, store: Store) -> Table:
     elif named is not None and _same_rows(record, named, store):
         table = named
     elif named is not None:
-        table = _check_shape(record, adapter, named)
+        table = _check_shape(here, adapter, named)
         raise BaseMismatchError(
             "the base's rows are not those that the adapter was made from",
-            where=f"{store.name}: {named.name}, rows {shorten(list(record.indices))}",
+            where=f"{store.name}: {named.name}, rows {shorten(list(record.evidence))}",
             expected=f"sha256 {record.fingerprint.sha256['F32'][:12]} as F32",
-            found=rows_of(store, named, record.indices).to("F32").sha256()[:12],
+            found=rows_of(store, named, record.evidence).to("F32").sha256()[:12],
             hint="use the base named in the adapter's manifest, without this or another adapter merged into it",
         )
     else:
@@ -93,14 +96,15 @@ def _nested(a: str, b: str) -> bool:
 
 def _could_be(record: TableRecord, adapter: Adapter, table: Table) -> bool:
     width = adapter.raw[record.name].shape[-1]
-    return table.shape[1] == width and max(record.indices) < table.shape[0] and table.dtype in EDITABLE
+    rows = max((*record.indices, *record.sampled), default=0)
+    return table.shape[1] == width and rows < table.shape[0] and table.dtype in EDITABLE
 
 
 def _check_shape(record: TableRecord, adapter: Adapter, table: Table) -> Table:
     width = adapter.raw[record.name].shape[-1]
     if table.shape[1] != width:
         raise BaseMismatchError("the base has another width", where=table.name, expected=width, found=table.shape[1])
-    beyond = [i for i in record.indices if i >= table.shape[0]]
+    beyond = [i for i in (*record.indices, *record.sampled) if i >= table.shape[0]]
     if beyond:
         raise TokenIndexError("the base does not have the adapter's rows", where=table.name,
                               expected=f"more than {max(beyond)} rows", found=table.shape[0],
@@ -112,9 +116,9 @@ def _same_rows(record: TableRecord, table: Table, store: Store) -> bool:
     assert record.fingerprint is not None
     if record.shape is not None and table.shape[1] != record.shape[1]:
         return False
-    if max(record.indices) >= table.shape[0] or table.dtype not in EDITABLE:
+    if max(record.evidence) >= table.shape[0] or table.dtype not in EDITABLE:
         return False
-    return record.fingerprint.matches(rows_of(store, table, record.indices))
+    return record.fingerprint.matches(rows_of(store, table, record.evidence))
 
 
 def _check_tie(record: TableRecord, table: Table, store: Store) -> None:

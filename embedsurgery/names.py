@@ -14,45 +14,33 @@ from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from typing import Any
 
-from embedsurgery.graph import EmbeddingGraph, Kind, Role, Site, Table, Vocabulary
+from embedsurgery.config_sizes import TEXT_SECTIONS
+from embedsurgery.config_sizes import vocabulary_sizes as vocabulary_sizes
+from embedsurgery.graph import EmbeddingGraph, Kind, Role, Site, Table
+from embedsurgery.grouping import (
+    COLUMNS,
+    HEADS,
+    LOOKUPS,
+    NOT_TOKENS,
+    Vector,
+    canonical,
+    ends,
+    group,
+    may_be_vector,
+)
 from embedsurgery.raw import EDITABLE
-
-LOOKUPS = (
-    "shared", "embed_tokens", "wte", "word_embeddings", "word_embedding", "embed_in", "tok_embeddings",
-    "tokens_embed", "token_embedding", "token_embeddings", "input_embedding", "embed_tokens_per_layer",
-)  # fmt: skip
-"""Last parts of the module paths of input embeddings, the likeliest main one first."""
 
 VAGUE_LOOKUPS = ("embeddings", "embedding", "word_embed", "embed", "emb", "w", "tok", "tokens", "vocab")
 """As `LOOKUPS`, for names that count only where the config or a head has as many rows."""
 
-HEADS = (
-    "lm_head", "lm_head.decoder", "lm_head.out_proj", "lm_head.linear", "embed_out", "proj_out", "unembed",
-    "output_projection", "lm_loss", "vocab_projector", "generator_lm_head", "predictions.decoder",
-    "pred_layer.proj", "mlm.decoder", "mlm_head", "log_softmax.mlp.layer0",
-)  # fmt: skip
-"""Ends of the module paths that project to a vocabulary."""
-
 VAGUE_HEADS = ("head", "head.decoder", "output", "decoder", "cls")
 """As `HEADS`, for names that count only where a lookup or the config has as many rows."""
-
-NOT_TOKENS = re.compile(
-    r"(^|[._])(pos|positions?|wpe|types?|segment|relative|rel|time|patch|vision|visual|audio|image|speaker|"
-    r"langs?|language_embed\w*|distance|codebook|[xyh])([._]|$)"
-)
-"""Paths of lookups that are indexed by something else than tokens."""
 
 LANGUAGE_MODEL = re.compile(
     r"LMHead|DoubleHeads|MTModel|EncoderDecoderModel|GenerationDecoder|"
     r"For(CausalLM|MaskedLM|PreTraining|ConditionalGeneration|BlockDiffusion|\w*2Text|\w*2Seq|\w*ToText)"
 )
 """Classes in a config's ``architectures`` that project to the vocabulary."""
-
-SIZES = re.compile(r"((src|tgt|text|entity|encoder|decoder)_)?vocab_size(_per_layer_input)?|n_words")
-"""Keys of a config that give the number of rows of a vocabulary."""
-
-TEXT_SECTIONS = ("text_config", "decoder", "thinker_config", "llm_config", "language_config")
-"""Keys of a config that nest the config of its language model."""
 
 WRAPPERS = ("language_model", "text_model", "text_decoder", "decoder", "thinker", "llm")
 """First parts of module paths under which a whole language model, its head included, is nested."""
@@ -155,20 +143,8 @@ def walk_names(
     tables = [_finish(table, tensors) for table in tables]
     main = min((t for t in tables if _is_input(t)), key=_rank, default=None)
     tables.sort(key=lambda t: (t is not main, t.kind != "vocabulary"))
-    vocabularies = tuple(_vocabularies(tables, tensors))
+    vocabularies = group(tables, _vector_candidates(tensors, equal), config)
     return EmbeddingGraph(tuple(tables), vocabularies, main.name if main else None, source)
-
-
-def vocabulary_sizes(config: Mapping[str, Any] | None) -> list[int]:
-    """Every vocabulary size that a config names, its nested configs included; the outermost first."""
-    found, queue = [], [config] if isinstance(config, Mapping) else []
-    for part in queue:
-        for key, value in part.items():
-            if isinstance(value, Mapping) and len(queue) < 64:
-                queue.append(value)
-            elif type(value) is int and value > 0 and SIZES.fullmatch(key):
-                found.append(value)
-    return found
 
 
 def tie_flag(config: Mapping[str, Any] | None) -> bool | None:
@@ -216,20 +192,23 @@ def _layout(config: Mapping[str, Any] | None, architectures: Mapping[str, Layout
 def _candidates(tensors: Tensors, sizes: set[int]) -> Iterator[Table]:
     """Every lookup, and every projection to as many rows; "unknown" where its rows may be something else."""
     weights = [t for t in tensors.values() if len(t.shape) == 2 and t.name.endswith(".weight")]
-    heads = {t.name: t for t in weights if _ends(_module(t.name), HEADS + VAGUE_HEADS)}
+    heads = {t.name: t for t in weights if ends(_module(t.name), HEADS + VAGUE_HEADS)}
     lookups = {t.name: t for t in weights if _leaf(t.name) in LOOKUPS + VAGUE_LOOKUPS}
     lookups = {name: t for name, t in lookups.items() if not NOT_TOKENS.search(_module(name))}
     rows = sizes | {t.shape[0] for name, t in lookups.items() if _leaf(name) in LOOKUPS}
-    head_rows = sizes | {t.shape[0] for name, t in heads.items() if _ends(_module(name), HEADS)}
+    head_rows = sizes | {t.shape[0] for name, t in heads.items() if ends(_module(name), HEADS)}
     maybe = {t.shape[0] for t in lookups.values()}
     for tensor in weights:
         name, size, leaf = tensor.name, tensor.shape[0], _leaf(tensor.name)
         if name in lookups:
             yield _table(tensor, "input", certain=leaf in LOOKUPS or size in head_rows)
         elif name in heads and size in rows | maybe:
-            yield _table(tensor, "output", certain=size in rows)
+            sure = ends(_module(name), HEADS) and size in maybe
+            yield _table(tensor, "output", certain=size in rows or sure)
         elif tensor.dtype in EDITABLE and _is_some_lookup(name):
             yield _table(tensor, "input", certain=False)
+        elif ends(_module(name), COLUMNS) and tensor.shape[1] in rows and size not in rows:
+            yield _turned(_table(tensor, "output", certain=False))
 
 
 def _module(name: str) -> str:
@@ -246,16 +225,18 @@ def _is_some_lookup(name: str) -> bool:
     return "emb" in leaf or NOT_TOKENS.search(leaf) is not None
 
 
-def _ends(module: str, ends: Iterable[str]) -> bool:
-    return any(module == end or module.endswith("." + end) for end in ends)
-
-
 def _table(tensor: Stored, role: Role, *, certain: bool) -> Table:
     rows, columns = tensor.shape
     files = ((tensor.name, tensor.file),) if tensor.file is not None else ()
     sites = (Site(_module(tensor.name), role),)
     kind: Kind = "vocabulary" if certain else "unknown"
     return Table(tensor.name, (rows, columns), tensor.dtype, (), sites, kind, files=files)
+
+
+def _turned(table: Table) -> Table:
+    """The table of a tensor that is stored (D, V)."""
+    sites = tuple(replace(site, transposed=True) for site in table.sites)
+    return replace(table, shape=table.shape[::-1], sites=sites, transposed=frozenset({table.name}))
 
 
 def _join(first: Table, second: Table) -> Table:
@@ -289,7 +270,7 @@ def _with_name(table: Table, name: str, *, turned: bool = False) -> Table:
     module, _, parameter = name.rpartition(".")
     leaf = _leaf(name)
     lookup = "emb" in module or leaf in LOOKUPS + VAGUE_LOOKUPS or NOT_TOKENS.search(leaf)
-    role: Role = "input" if lookup and not _ends(module, HEADS + VAGUE_HEADS) else "output"
+    role: Role = "input" if lookup and not ends(module, HEADS + VAGUE_HEADS) else "output"
     site = Site(module, role, parameter, transposed=turned)
     names = frozenset({name} if turned else ())
     return _join(table, Table(name, table.shape, table.dtype, (), (site,), transposed=names))
@@ -299,7 +280,7 @@ def _tie(tables: list[Table], target: str, origin: str, tensors: Tensors, equal:
     """Join a layout's target, its table or else its bare name, to each table of its origin."""
     done = list(tables)
     for table in tables:
-        if not _ends(_module(table.name), [origin]) or table not in done:
+        if not ends(_module(table.name), [origin]) or table not in done:
             continue
         prefix = _module(table.name).removesuffix(origin)
         name, stack = f"{prefix}{target}.weight", f"{prefix}{target.partition('.')[0]}."
@@ -321,8 +302,8 @@ def _agree(first: Table, second: Table, claimed: bool | None, equal: Equal | Non
 
 def _tie_heads(tables: list[Table], flag: bool | None, equal: Equal | None) -> list[Table]:
     """Join each head to the lookup that loads as one with it: the nearest, a decoder's before others."""
-    done = [t for t in tables if t.roles != ("output",)]
-    for head in (t for t in tables if t.roles == ("output",)):
+    done = [t for t in tables if not _is_head(t)]
+    for head in filter(_is_head, tables):
         lookups = [t for t in done if "input" in t.roles and t.kind == head.kind]
         fits = [t for t in lookups if _agree(t, head, flag, equal)]
         if fits:
@@ -343,7 +324,7 @@ def _shared_parts(a: str, b: str) -> int:
 def _add_unstored(tables: list[Table], tensors: Tensors, layout: Layout, language_model: bool) -> list[Table]:
     """Give the table that is the one stored end of a tied pair the name of the other end."""
     lookups = [t for t in tables if _is_input(t)]
-    heads = [t for t in tables if t.roles == ("output",)]
+    heads = [t for t in tables if _is_head(t)]
     path = None
     if lookups and not heads:
         table = min(lookups, key=_rank_for_head)
@@ -373,9 +354,9 @@ def _bias_path(name: str, tensors: Tensors) -> str | None:
     if name.endswith("final_logits_bias"):
         return f"{module}.{Layout.head}".removeprefix(".")
     beside = any(n.startswith(f"{module}.") and n.endswith(".weight") for n in tensors)
-    if beside and _ends(f"{module}.decoder", HEADS):
+    if beside and ends(f"{module}.decoder", HEADS):
         return f"{module}.decoder"
-    return module if _ends(module, HEADS + VAGUE_HEADS) else None
+    return module if ends(module, HEADS + VAGUE_HEADS) else None
 
 
 def _finish(table: Table, tensors: Tensors) -> Table:
@@ -391,6 +372,11 @@ def _finish(table: Table, tensors: Tensors) -> Table:
 
 def _is_input(table: Table) -> bool:
     return table.kind == "vocabulary" and "input" in table.roles
+
+
+def _is_head(table: Table) -> bool:
+    """Whether a table is a whole projection and nothing else: none that holds the rest of one's columns."""
+    return table.roles == ("output",) and not table.transposed
 
 
 def _rank(table: Table) -> tuple[bool, int, int]:
@@ -414,9 +400,21 @@ def _vectors(tensors: Tensors, size: int) -> list[str]:
     return [t.name for t in biases if t.shape[-1] == size == math.prod(t.shape)]
 
 
-def _vocabularies(tables: list[Table], tensors: Tensors) -> Iterator[Vocabulary]:
-    """The tables of kind "vocabulary" by size, as ``walk.py`` groups them."""
-    sizes = dict.fromkeys(t.shape[0] for t in tables if t.kind == "vocabulary")
-    for size in sizes:
-        group = tuple(t.name for t in tables if t.kind == "vocabulary" and t.shape[0] == size)
-        yield Vocabulary(group[0], group, tuple(_vectors(tensors, size)), size)
+def _vector_candidates(tensors: Tensors, equal: Equal | None) -> Iterator[Vector]:
+    """What may be a per-token vector, each once: one memory, or one bias that is stored under its two names."""
+    seen: dict[str, str] = {}
+    for tensor in tensors.values():
+        if not may_be_vector(tensor.name, tensor.shape, tensor.dtype):
+            continue
+        twin = seen.get(canonical(tensor.name))
+        stored_twice = twin is not None and same_vector(tensors[twin], tensor, equal)
+        if tensor.group in seen or stored_twice:
+            continue
+        seen[tensor.group] = seen[canonical(tensor.name)] = tensor.name
+        yield Vector(tensor.name, tensor.shape[-1])
+
+
+def same_vector(a: Stored, b: Stored, equal: Equal | None) -> bool:
+    """Whether two names that a head may store its bias under hold one vector."""
+    alike = canonical(a.name) == canonical(b.name) and (a.dtype, a.shape) == (b.dtype, b.shape)
+    return alike and (equal is None or equal(a.name, b.name))

@@ -6,24 +6,40 @@ applied to it, and the record of the merge goes in beside it.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+from embedsurgery import hub
 from embedsurgery.adapter import Adapter
 from embedsurgery.api import load
-from embedsurgery.durable import copy_tree, refuse_existing, refuse_inside, staged_directory, tree_files, writable
-from embedsurgery.errors import BaseMismatchError, CheckpointError, ConfigError, PlanError
-from embedsurgery.locate import locate
-from embedsurgery.plan import Plan, SetRows
-from embedsurgery.records import MERGES, adapter_sha256, check_written, facts, next_record, record_paths
+from embedsurgery.durable import (
+    copy_tree,
+    link_file,
+    refuse_existing,
+    refuse_inside,
+    staged_directory,
+    tree_files,
+    writable,
+)
+from embedsurgery.errors import BaseMismatchError, CheckpointError, ConfigError, EmbedSurgeryWarning, PlanError
+from embedsurgery.new_tokens import Init, plan_tokens
+from embedsurgery.plan import AddTokens, Edit, Grow, PatchFile, Plan, SetBlocks, SetRows, Undo
+from embedsurgery.planning import plan_adapters
+from embedsurgery.records import MERGES, adapter_sha256, check_written, facts, next_record, record_paths, tokens_facts
 from embedsurgery.registry import registry
-from embedsurgery.stores.base import apply, check
+from embedsurgery.stores.base import Store, apply, check
 from embedsurgery.stores.shards import ShardStore
+from embedsurgery.tokenizer_files import check_tokens, known_tokens
+from embedsurgery.vocabulary import NewTokens
 
 Progress = Callable[[int, int], None]
 """Called with the bytes copied so far and the bytes to copy."""
@@ -36,18 +52,20 @@ class MergeReport:
     """What a merge or unmerge did, or in a dry run would do.
 
     Attributes:
-        output: The new directory.
+        output: The new directory, None where a dry run named none.
         edits: A line for each edit.
         rows: Table -> how many rows.
-        files: The weight files that are touched.
+        files: The files that are touched.
+        tokens: Text -> id of tokens that are added.
         copied: Bytes of the whole checkpoint.
         done: False for a dry run.
     """
 
-    output: str
+    output: str | None
     edits: tuple[str, ...]
     rows: dict[str, int]
     files: tuple[str, ...]
+    tokens: dict[str, int]
     copied: int
     done: bool
 
@@ -55,7 +73,7 @@ class MergeReport:
 def merge_checkpoint(
     base: str | os.PathLike[str],
     adapters: AdapterLike | Sequence[AdapterLike],
-    output: str | os.PathLike[str],
+    output: str | os.PathLike[str] | None,
     *,
     dry_run: bool = False,
     progress: Progress | None = None,
@@ -65,9 +83,9 @@ def merge_checkpoint(
     The undo lies in the output's ``.embedsurgery/``, so that `unmerge_checkpoint` gives the base back bit for bit.
 
     Args:
-        base: A directory with safetensors weights, in one file or in shards.
-        adapters: One or several, loaded or as directories. Their rows must be disjoint.
-        output: A directory that does not exist yet; it appears when it is whole.
+        base: A directory with safetensors weights, in one file or in shards; or a Hub id, ``org/name@revision``.
+        adapters: One or several, loaded, as directories or as Hub ids. Their rows must be disjoint.
+        output: A directory that does not exist yet; it appears when it is whole. None for a dry run alone.
         dry_run: Check everything and say what would be done.
         progress: Called as files are copied.
 
@@ -77,35 +95,131 @@ def merge_checkpoint(
         PlanError: Two adapters set the same rows.
         OutputExistsError: ``output`` exists.
     """
-    source, target = Path(base), Path(output)
-    refuse_existing(target)
-    refuse_inside(target, source)
+    if hub.find_id(base) is not None:
+        with hub.directory(base) as folder:
+            return merge_checkpoint(folder, adapters, output, dry_run=dry_run, progress=progress)
+    source, target = Path(base), _target(output, Path(base), dry_run)
     store = ShardStore.open(source)
     loaded = [_loaded(adapter) for adapter in _several(adapters)]
     _refuse_merged(source, loaded)
-    plans = [_plan(adapter, store) for adapter, _ in loaded]
-    whole = Plan(tuple(edit for plan in plans for edit in plan.edits))
-    check(whole, store)
+    texts = _texts(source, [adapter for adapter, _ in loaded])
+    plans = plan_adapters([a for a, _ in loaded], lambda name: registry().named(name).surgery, store, texts)
+    jobs = [_Job(plan, partial(facts, adapter, name)) for plan, (adapter, name) in zip(plans, loaded, strict=True)]
+    return _write(source, target, store, jobs, dry_run=dry_run, progress=progress)
+
+
+def add_tokens_checkpoint(
+    model: str | os.PathLike[str],
+    tokens: str | Sequence[str],
+    output: str | os.PathLike[str] | None,
+    *,
+    init: Init = "mean",
+    special: bool = False,
+    reserved: bool = False,
+    pad_to_multiple_of: int | None = None,
+    seed: int = 0,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> MergeReport:
+    """Write a new checkpoint directory with tokens added to its tokenizer and rows for them; nothing is trained.
+
+    As `embedsurgery.add_tokens`, on disk and without loading the model; recorded as a merge, so that
+    `unmerge_checkpoint` takes the tokens out again.
+
+    Args:
+        model: A directory with safetensors weights and a tokenizer.
+        tokens: Texts. Those that exist are found, not added twice.
+        output: A directory that does not exist yet. None for a dry run alone.
+        init: How rows start: NAME or NAME:ARGUMENT, for all tokens or for each in a dict by its text.
+        special: Whether they are special tokens.
+        reserved: Take the ids of reserved tokens first.
+        pad_to_multiple_of: Where the tables must grow, grow them to a multiple.
+        seed: For initialisers that draw.
+        dry_run: Check everything and say what would be done.
+        progress: Called as files are copied.
+
+    Raises:
+        ConfigError: A token that is empty, named twice or exists already, or an initialiser that is none.
+        CheckpointError: The model's files are missing or broken, or have no tokenizer.
+        OutputExistsError: ``output`` exists.
+    """
+    source, target = Path(model), _target(output, Path(model), dry_run)
+    store = ShardStore.open(source)
+    known = known_tokens(source)
+    asked = plan_tokens(
+        store,
+        known,
+        tokens,
+        initializers=registry().initializers,
+        init=init,
+        special=special,
+        reserved=reserved,
+        pad_to_multiple_of=pad_to_multiple_of,
+        seed=seed,
+    )
+    if asked.new is None:
+        named = ", ".join(f"{known.texts[i]!r} is {i}" for i in asked.ids)
+        raise ConfigError("the tokens exist already, so there is nothing to write", where=source, found=named)
+    _try_encoding(source, asked.new)
+    job = _Job(asked.plan, partial(tokens_facts, asked.new))
+    return _write(source, target, store, [job], dry_run=dry_run, progress=progress)
+
+
+def _try_encoding(source: Path, new: NewTokens) -> None:
+    """See that text reaches the new tokens, where the library that encodes is there."""
+    if importlib.util.find_spec("tokenizers") is None:
+        warnings.warn("the tokenizers library is not installed, so whether text reaches the new tokens was not tried",
+                      EmbedSurgeryWarning, stacklevel=3)  # fmt: skip
+        return
+    check_tokens(source, new.tokens)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A plan, and what its record says: called with the undo and the store when it is done."""
+
+    plan: Plan
+    facts: Callable[[Undo, Store], dict[str, Any]]
+
+
+def _write(
+    source: Path, target: Path | None, store: ShardStore, jobs: list[_Job], *, dry_run: bool, progress: Progress | None
+) -> MergeReport:
+    """A copy of a checkpoint with plans applied to it, each with its record."""
+    _check(jobs, store)
+    whole = Plan(tuple(edit for job in jobs for edit in job.plan.edits))
     files = tree_files(source)
     report = _report(target, whole, store, files)
-    if dry_run:
+    if dry_run or target is None:
         return report
     with staged_directory(target) as staging, _spill(target) as spill:
-        _copy(source, staging, files, progress)
+        rewritten = _rewritten(whole, store)
+        _copy(source, staging, files, progress, rewritten)
         staged = ShardStore.open(staging)
-        with writable(staging, report.files):
-            for (adapter, name), plan in zip(loaded, plans, strict=True):
-                undo = apply(plan, staged, spill=spill)
+        with writable(staging, [file for file in _weights(whole, store) if file not in rewritten]):
+            for job in jobs:
+                undo = apply(job.plan, staged, spill=spill)
                 record = next_record(staging)
-                _refuse_new_ties(staged, ShardStore.open(staging), undo)
+                staged = ShardStore.open(staging)
+                _refuse_new_ties(store, staged, undo)
                 record.parent.mkdir(parents=True, exist_ok=True)
-                replace(undo, facts=facts(adapter, name, undo, staged)).save(record)
+                replace(undo, facts=job.facts(undo, staged)).save(record)
     return replace(report, done=True)
+
+
+def _check(jobs: list[_Job], store: ShardStore) -> None:
+    """All that can be seen before anything is copied: each plan by itself, and rows that two of them set."""
+    first = next((job for job in jobs if any(isinstance(e, (Grow, AddTokens)) for e in job.plan.edits)), None)
+    if first is not None:
+        check(first.plan, store)
+    sizes = {table.name: table.shape[0] for table in store.graph.tables}
+    rows = [edit for job in jobs for edit in job.plan.edits if not isinstance(edit, (Grow, AddTokens))]
+    check(Plan(tuple(e for e in rows if not isinstance(e, SetRows) or max(e.indices) < sizes.get(e.table, 0))), store)
 
 
 def unmerge_checkpoint(
     merged: str | os.PathLike[str],
-    output: str | os.PathLike[str],
+    output: str | os.PathLike[str] | None,
     *,
     dry_run: bool = False,
     progress: Progress | None = None,
@@ -114,7 +228,7 @@ def unmerge_checkpoint(
 
     Args:
         merged: A directory that `merge_checkpoint` wrote.
-        output: A directory that does not exist yet.
+        output: A directory that does not exist yet. None for a dry run alone.
         dry_run: Check everything and say what would be done.
         progress: Called as files are copied.
 
@@ -123,9 +237,10 @@ def unmerge_checkpoint(
         PlanError: The merged rows have been changed since.
         OutputExistsError: ``output`` exists.
     """
-    source, target = Path(merged), Path(output)
-    refuse_existing(target)
-    refuse_inside(target, source)
+    if hub.find_id(merged) is not None:
+        with hub.directory(merged) as folder:
+            return unmerge_checkpoint(folder, output, dry_run=dry_run, progress=progress)
+    source, target = Path(merged), _target(output, Path(merged), dry_run)
     store = ShardStore.open(source)
     records = record_paths(source)
     if not records:
@@ -139,13 +254,25 @@ def unmerge_checkpoint(
     kept = last.relative_to(source).as_posix()
     files = [(path, size) for path, size in tree_files(source) if path != kept]
     report = _report(target, undo, store, files)
-    if dry_run:
+    if dry_run or target is None:
         return report
     with staged_directory(target) as staging, _spill(target) as spill:
-        _copy(source, staging, files, progress)
-        with writable(staging, report.files):
+        rewritten = _rewritten(undo, store)
+        _copy(source, staging, files, progress, rewritten)
+        with writable(staging, [file for file in _weights(undo, store) if file not in rewritten]):
             apply(undo, ShardStore.open(staging), spill=spill)
     return replace(report, done=True)
+
+
+def _target(output: str | os.PathLike[str] | None, source: Path, dry_run: bool) -> Path | None:
+    """Where to write; whatever is there already is refused."""
+    if output is None:
+        if not dry_run:
+            raise ConfigError("no output to write to", expected="a new directory", hint="or a dry run")
+        return None
+    refuse_existing(Path(output))
+    refuse_inside(Path(output), source)
+    return Path(output)
 
 
 def _several(adapters: AdapterLike | Sequence[AdapterLike]) -> list[AdapterLike]:
@@ -166,8 +293,9 @@ def _several(adapters: AdapterLike | Sequence[AdapterLike]) -> list[AdapterLike]
 def _loaded(adapter: AdapterLike) -> tuple[Adapter, str]:
     """An adapter and what to call it in the record."""
     if isinstance(adapter, Adapter):
-        return adapter, "adapter"
-    return load(adapter), Path(adapter).absolute().name
+        return adapter, adapter.source or "adapter"
+    found = load(adapter)
+    return found, found.source or Path(adapter).absolute().name
 
 
 def _refuse_new_ties(before: ShardStore, after: ShardStore, undo: Plan) -> None:
@@ -190,25 +318,61 @@ def _refuse_merged(base: Path, loaded: list[tuple[Adapter, str]]) -> None:
                             hint="unmerge it first, or merge into the original base")  # fmt: skip
 
 
-def _plan(adapter: Adapter, store: ShardStore) -> Plan:
-    surgery = registry().named(adapter.manifest.surgery).surgery
-    return surgery.plan(adapter, locate(adapter, store))
+def _texts(source: Path, adapters: list[Adapter]) -> dict[int, str] | None:
+    """Id -> text of the base's tokens, where an adapter brings new ones."""
+    if all(adapter.manifest.new_tokens is None for adapter in adapters):
+        return None
+    return dict(known_tokens(source).texts)
 
 
-def _report(target: Path, plan: Plan, store: ShardStore, files: list[tuple[str, int]]) -> MergeReport:
-    rows: dict[str, int] = {}
-    touched: dict[str, None] = {}
+def _weights(plan: Plan, store: ShardStore) -> list[str]:
+    """The weight files that hold what a plan changes."""
+    return list(dict.fromkeys(file for edit in plan.edits for file in _files(edit, store)))
+
+
+def _rewritten(plan: Plan, store: ShardStore) -> list[str]:
+    """The weight files that growing makes anew before anything is written into them."""
+    written: set[str] = set()
+    anew: dict[str, None] = {}
     for edit in plan.edits:
-        name = getattr(edit, "table", None)
-        if name is None:
-            continue
-        table = store.graph.table(name)
-        rows[name] = rows.get(name, 0) + (len(edit.indices) if isinstance(edit, SetRows) else table.shape[0])
-        touched.update(dict.fromkeys(file for _, file in table.files))
-    return MergeReport(str(target), tuple(plan.describe()), rows, tuple(touched), sum(s for _, s in files), done=False)
+        if isinstance(edit, Grow):
+            anew.update(dict.fromkeys(file for file in _files(edit, store) if file not in written))
+        else:
+            written.update(_files(edit, store))
+    return list(anew)
 
 
-def _copy(source: Path, target: Path, files: list[tuple[str, int]], progress: Progress | None) -> None:
+def _files(edit: Edit, store: ShardStore) -> list[str]:
+    """The weight files that an edit touches."""
+    if isinstance(edit, (SetRows, SetBlocks)):
+        return [file for _, file in store.graph.table(edit.table).files]
+    if isinstance(edit, Grow):
+        vocabulary = next(v for v in store.graph.vocabularies if v.name == edit.vocabulary)
+        return [file for file in store.growth_files(vocabulary) if file in store.checkpoint.headers]
+    return []
+
+
+def _report(target: Path | None, plan: Plan, store: ShardStore, files: list[tuple[str, int]]) -> MergeReport:
+    rows: dict[str, int] = {}
+    tokens: dict[str, int] = {}
+    for edit in plan.edits:
+        if isinstance(edit, SetRows):
+            rows[edit.table] = rows.get(edit.table, 0) + len(edit.indices)
+        elif isinstance(edit, SetBlocks):
+            rows[edit.table] = edit.blocks.shape[0]
+        elif isinstance(edit, AddTokens):
+            tokens.update({token.content: token.id for token in edit.tokens})
+    patched = [edit.path for edit in plan.edits if isinstance(edit, PatchFile)]
+    touched = (*_weights(plan, store), *dict.fromkeys(patched))
+    total = sum(size for _, size in files)
+    output = None if target is None else str(target)
+    return MergeReport(output, tuple(plan.describe()), rows, touched, tokens, total, done=False)
+
+
+def _copy(
+    source: Path, target: Path, files: list[tuple[str, int]], progress: Progress | None, rewritten: list[str]
+) -> None:
+    """Copy a checkpoint; files that will be made anew are linked, which is safe: they are only ever replaced."""
     total, done = sum(size for _, size in files), 0
 
     def count(size: int) -> None:
@@ -217,7 +381,8 @@ def _copy(source: Path, target: Path, files: list[tuple[str, int]], progress: Pr
         if progress is not None:
             progress(done, total)
 
-    copy_tree(source, target, files, count)
+    linked = [path for path, size in files if path in rewritten and link_file(source / path, target / path)]
+    copy_tree(source, target, [(path, size) for path, size in files if path not in linked], count)
 
 
 @contextmanager

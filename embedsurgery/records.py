@@ -17,9 +17,10 @@ from embedsurgery._version import __version__
 from embedsurgery.adapter import Adapter
 from embedsurgery.checkpoint import STATE_DIRECTORY
 from embedsurgery.errors import PlanError
-from embedsurgery.plan import Plan, SetBlocks, SetRows, Undo, spans
+from embedsurgery.plan import Grow, Plan, SetBlocks, SetRows, Undo, spans
 from embedsurgery.raw import ITEMSIZE
 from embedsurgery.stores.base import Store, rows_of
+from embedsurgery.vocabulary import NewTokens
 
 MERGES = f"{STATE_DIRECTORY}/merges"
 
@@ -40,16 +41,30 @@ def next_record(directory: Path) -> Path:
 
 def facts(adapter: Adapter, source: str, undo: Undo, store: Store) -> dict[str, Any]:
     """What a record says beside the undo; called when the rows have been written."""
-    tokens = {str(i): text for i, text in adapter.manifest.tokens.items()}
     return {
         "adapter": source,
         "adapter_sha256": adapter_sha256(adapter),
         "surgery": adapter.manifest.surgery,
         "base_model": adapter.manifest.base_model,
-        "tokens": tokens,
+        "tokens": {str(i): text for i, text in adapter.manifest.tokens.items()},
+        **_done(undo, store),
+    }
+
+
+def tokens_facts(new: NewTokens, undo: Undo, store: Store) -> dict[str, Any]:
+    """As `facts`, for tokens that no adapter brought."""
+    return {"surgery": "add_tokens", "tokens": {str(t.id): t.content for t in new.tokens}, **_done(undo, store)}
+
+
+def _done(undo: Undo, store: Store) -> dict[str, Any]:
+    rows: dict[str, int] = {}
+    for edit in undo.edits:
+        if isinstance(edit, SetRows):
+            rows[edit.table] = rows.get(edit.table, 0) + len(edit.indices)
+    return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "version": __version__,
-        "rows": {e.table: len(e.indices) for e in undo.edits if isinstance(e, SetRows)},
+        "rows": rows,
         "written": written(undo, store),
     }
 
@@ -78,6 +93,12 @@ def _digest(edit: object, store: Store) -> str:
         name = store.copies(table)[0]
         for start, stop in spans(table.shape[0], table.shape[1] * ITEMSIZE[table.dtype]):
             digest.update(store.read_block(name, start, stop).data)
+    elif isinstance(edit, Grow) and edit.count < 0:
+        vocabulary = next(v for v in store.graph.vocabularies if edit.vocabulary in v.tables)
+        for name in vocabulary.tables:
+            table = store.graph.table(name)
+            last = tuple(range(table.shape[0] + edit.count, table.shape[0]))
+            digest.update(rows_of(store, table, last).data)
     return digest.hexdigest()
 
 

@@ -1,32 +1,51 @@
 """Which plugins there are and what they bring. Data never decides what is imported: entry points alone do.
 
 A plugin that cannot be imported, has a hook of the wrong shape or takes a name that exists is kept as a
-`PluginInfo` with its error, and everything else works on.
+`PluginInfo` with its error, and everything else works on. What is the wrong shape is ``contract.py``'s to say.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from functools import cache
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from importlib import metadata
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pluggy
 
 from embedsurgery import builtin
 from embedsurgery._version import __version__
-from embedsurgery.errors import ConfigError, PluginError, UnknownSurgeryError
-from embedsurgery.hookspecs import PROJECT, Hooks
-from embedsurgery.surgeries.base import Surgery, SurgeryRecord
+from embedsurgery.contract import KINDS, HookKind, check_answer, check_plugin, refuse_clashes
+from embedsurgery.errors import CheckpointError, ConfigError, EmbedSurgeryWarning, PluginError, UnknownSurgeryError
+from embedsurgery.hookspecs import (
+    PROJECT,
+    CardSection,
+    CardSectionRecord,
+    ClassifierRecord,
+    CommandRecord,
+    EmbeddingModule,
+    Hooks,
+    LayoutRecord,
+    StoreRecord,
+    UnknownModule,
+)
+from embedsurgery.initializers import InitializerRecord, find_initializer
+from embedsurgery.surgeries.base import SurgeryRecord
+
+if TYPE_CHECKING:
+    from embedsurgery.adapter import Manifest
+    from embedsurgery.names import Layout
+    from embedsurgery.stores.base import Store
 
 DISABLE = "EMBEDSURGERY_DISABLE_PLUGINS"
 """Environment variable: "1" loads no plugin but the built-in one; names separated by commas block those."""
 
-
-_Owned = dict[str, tuple[str, SurgeryRecord]]
-"""Surgery's name -> (the plugin that brought it, its record)."""
+_Owned = dict[str, list[tuple[str, Any]]]
+"""Hook's name -> (the plugin that brought it, its record) for each record."""
 
 
 @dataclass(frozen=True)
@@ -55,10 +74,22 @@ class Registry:
     Attributes:
         surgeries: Name -> record.
         plugins: Every plugin, working or not.
+        initializers: Name -> record.
+        classifiers: Name -> record; asked in this order, so that a first answer holds.
+        layouts: ``model_type`` or class name -> record.
+        stores: Name -> record.
+        commands: Verb -> record.
+        card_sections: Name -> record, in the order of the card.
     """
 
-    surgeries: dict[str, SurgeryRecord] = field(default_factory=dict)
+    surgeries: Mapping[str, SurgeryRecord] = field(default_factory=dict)
     plugins: tuple[PluginInfo, ...] = ()
+    initializers: Mapping[str, InitializerRecord] = field(default_factory=dict)
+    classifiers: Mapping[str, ClassifierRecord] = field(default_factory=dict)
+    layouts: Mapping[str, LayoutRecord] = field(default_factory=dict)
+    stores: Mapping[str, StoreRecord] = field(default_factory=dict)
+    commands: Mapping[str, CommandRecord] = field(default_factory=dict)
+    card_sections: Mapping[str, CardSectionRecord] = field(default_factory=dict)
 
     def for_config(self, config: object) -> SurgeryRecord:
         """The surgery that a config asks for.
@@ -95,19 +126,114 @@ class Registry:
         raise UnknownSurgeryError("no plugin reads adapters of this peft_type", where=str(peft_type)[:100],
                                   found=", ".join(r.peft_type for r in self.surgeries.values()))  # fmt: skip
 
+    def initializer(self, name: str) -> InitializerRecord:
+        """The initialiser of this name.
 
-@cache
+        Raises:
+            ConfigError: No plugin brings it.
+        """
+        return find_initializer(name, self.initializers)
+
+    @property
+    def architectures(self) -> dict[str, Layout]:
+        """What is special about the names of which architecture: what `names.walk_names` takes."""
+        return {name: record.layout for name, record in self.layouts.items()}
+
+    def classify(self, unknown: UnknownModule) -> EmbeddingModule | None:
+        """What the first classifier says that knows a module; one that fails is passed over, and that is said."""
+        for record in self.classifiers.values():
+            answer: EmbeddingModule | None = _answer(record, record.classify, unknown, EmbeddingModule)
+            if answer is not None:
+                return answer
+        return None
+
+    def sections(self, manifest: Manifest) -> list[CardSection]:
+        """The parts of an adapter's card that plugins add; one that fails is left out, and that is said."""
+        answers = (_answer(r, r.section, manifest, CardSection) for r in self.card_sections.values())
+        return [answer for answer in answers if answer is not None]
+
+    def format_of(self, directory: Path) -> StoreRecord:
+        """The checkpoint format of a directory; where none recognises it, the built-in one, which says what is wrong.
+
+        Raises:
+            CheckpointError: Several formats recognise it.
+        """
+        records = [r for r in self.stores.values() if not r.fallback]
+        fits = [r for r in records if _answer(r, r.recognises, directory, bool)]
+        if len(fits) > 1:
+            raise CheckpointError("several formats recognise this checkpoint", where=directory,
+                                  found=", ".join(r.name for r in fits),
+                                  hint=f"block the plugin of one with {DISABLE}")  # fmt: skip
+        return [*fits, *(r for r in self.stores.values() if r.fallback)][0]
+
+    def open_store(self, directory: Path) -> Store:
+        """A store over a checkpoint directory, of whatever format recognises it.
+
+        Raises:
+            CheckpointError: Several formats do, or its files are missing or broken.
+        """
+        return self.format_of(directory).open(directory)
+
+
+def _answer(record: Any, function: Any, given: object, kind: type[Any]) -> Any:
+    """What a plugin's function says, None where it fails: no plugin takes down what others can do."""
+    try:
+        answer = function(given)
+        if answer is not None and not isinstance(answer, kind):
+            raise TypeError(f"returned {type(answer).__name__}, expected {kind.__name__} or None")
+    except Exception as error:
+        warnings.warn(f"{record.name}: this plugin's answer is passed over: {type(error).__name__}: {error}",
+                      EmbedSurgeryWarning, stacklevel=4)  # fmt: skip
+        return None
+    return answer
+
+
+_current: list[Registry] = []
+"""The registry of this process, last of those that `installed` has put in its place."""
+
+
 def registry() -> Registry:
     """The registry of this process, made on first use."""
-    return build(metadata.entry_points(group=PROJECT))
+    if not _current:
+        _current.append(build(metadata.entry_points(group=PROJECT)))
+    return _current[-1]
 
 
-def build(entry_points: Iterable[metadata.EntryPoint]) -> Registry:
-    """A registry of the built-in surgeries and the plugins behind some entry points, one loaded after another."""
+@contextmanager
+def installed(*plugins: Any) -> Iterator[Registry]:
+    """Inside, these modules are plugins as if their packages were installed, beside those that are: for their tests.
+
+    Args:
+        plugins: Modules with hooks. One that is a plugin of the process already is no matter.
+
+    Raises:
+        PluginError: One of them cannot be registered.
+    """
+    points = list(metadata.entry_points(group=PROJECT))
+    known = {point.value for point in points}
+    more = [plugin for plugin in plugins if plugin.__name__ not in known]
+    made = build(points, more)
+    broken = [info for info in made.plugins if info.error and info.name in {plugin.__name__ for plugin in more}]
+    if broken:
+        raise PluginError("a plugin cannot be registered", where=broken[0].name, found=broken[0].error)
+    _current.append(made)
+    try:
+        yield made
+    finally:
+        _current.remove(made)
+
+
+def build(entry_points: Iterable[metadata.EntryPoint], modules: Sequence[Any] = ()) -> Registry:
+    """A registry of what is built in and the plugins behind some entry points, one loaded after another.
+
+    Args:
+        entry_points: Where plugins are.
+        modules: Plugins that are imported already.
+    """
     manager = pluggy.PluginManager(PROJECT)
     manager.add_hookspecs(Hooks)
-    surgeries: _Owned = {}
-    infos = [_register(manager, surgeries, PluginInfo("builtin", PROJECT, __version__), builtin)]
+    owned: _Owned = {kind.name: [] for kind in KINDS}
+    infos = [_register(manager, owned, PluginInfo("builtin", PROJECT, __version__), builtin)]
     blocked = {name.strip() for name in os.environ.get(DISABLE, "").split(",")} - {""}
     for point in sorted(entry_points, key=lambda p: p.name):
         dist = point.dist
@@ -120,67 +246,43 @@ def build(entry_points: Iterable[metadata.EntryPoint]) -> Registry:
         except (Exception, SystemExit) as error:  # whatever a third party's import raises
             infos.append(_failed(info, f"cannot be imported: {type(error).__name__}: {error}"))
             continue
-        infos.append(_register(manager, surgeries, info, plugin))
-    return Registry({name: record for name, (_, record) in surgeries.items()}, tuple(infos))
+        infos.append(_register(manager, owned, info, plugin))
+    infos += [_register(manager, owned, PluginInfo(module.__name__), module) for module in modules]
+    brought = {kind.name: {r.name: r for _, r in owned[kind.name]} for kind in KINDS}
+    return Registry(plugins=tuple(infos), **{name.removeprefix(f"{PROJECT}_"): r for name, r in brought.items()})
 
 
-def _register(manager: pluggy.PluginManager, surgeries: _Owned, info: PluginInfo, plugin: Any) -> PluginInfo:
+def _register(manager: pluggy.PluginManager, owned: _Owned, info: PluginInfo, plugin: Any) -> PluginInfo:
     """Register a plugin and take what it brings; on any fault it is out again, whole."""
     try:
+        check_plugin(plugin)
         if manager.register(plugin, info.name) is None:
             raise PluginError("blocked", where=info.name)
         manager.check_pending()
         hooks = tuple(sorted(caller.name for caller in manager.get_hookcallers(plugin) or ()))
-        new = _surgeries(manager, plugin)
-        _refuse_clashes(surgeries, new, info.name)
-        surgeries.update({record.name: (info.name, record) for record in new})
+        if not hooks:
+            raise PluginError("no hook of embedsurgery is in this plugin", where=info.name,
+                              expected=f"functions marked {PROJECT}.hookimpl",
+                              hint="does the entry point name the right module?")  # fmt: skip
+        new = {kind.name: _records(manager, plugin, kind) for kind in KINDS}
+        for kind in KINDS:
+            refuse_clashes(owned[kind.name], new[kind.name], info.name, kind)
+        for name, records in new.items():
+            owned[name].extend((info.name, record) for record in records)
     except (Exception, SystemExit) as error:  # a wrong signature, a hook that raises, a record that is none
-        if manager.is_registered(plugin):
+        if manager.is_registered(plugin) and manager.get_name(plugin) == info.name:
             manager.unregister(plugin)
-        return _failed(info, str(error))
-    return PluginInfo(info.name, info.distribution, info.version, hooks)
+        text = str(error) if isinstance(error, PluginError) else f"{type(error).__name__}: {error}"
+        return _failed(info, text)
+    return replace(info, hooks=hooks)
 
 
-def _surgeries(manager: pluggy.PluginManager, plugin: Any) -> Sequence[SurgeryRecord]:
+def _records(manager: pluggy.PluginManager, plugin: Any, kind: HookKind) -> Sequence[Any]:
+    """What one plugin answers to a hook."""
     others = [p for p in manager.get_plugins() if p is not plugin]
-    answers = manager.subset_hook_caller("embedsurgery_surgeries", remove_plugins=others)()
-    records: list[SurgeryRecord] = []
-    for answer in answers:
-        if not isinstance(answer, Sequence) or not all(_is_record(record) for record in answer):
-            raise PluginError("a hook returned the wrong thing", where="embedsurgery_surgeries",
-                              expected="a list of SurgeryRecord", found=_kinds(answer))  # fmt: skip
-        records.extend(answer)
-    return records
-
-
-def _is_record(value: object) -> bool:
-    return (
-        isinstance(value, SurgeryRecord)
-        and all(isinstance(part, str) and part for part in (value.name, value.peft_type))
-        and isinstance(value.config_class, type)
-        and isinstance(value.surgery, Surgery)
-    )
-
-
-def _kinds(answer: object) -> str:
-    if isinstance(answer, (list, tuple)):
-        return ", ".join(repr(item)[:80] if isinstance(item, SurgeryRecord) else type(item).__name__ for item in answer)
-    return type(answer).__name__
-
-
-def _refuse_clashes(known: _Owned, new: Sequence[SurgeryRecord], plugin: str) -> None:
-    """Of two surgeries with one name, config class or peft_type, which is meant would depend on their order."""
-    everything = [*known.values(), *((plugin, record) for record in new)]
-    for what in ("name", "config_class", "peft_type"):
-        owners: dict[object, str] = {}
-        for owner, record in everything:
-            key = getattr(record, what)
-            if key in owners:
-                raise PluginError(f"two surgeries have the {what} {getattr(key, '__name__', key)!r}",
-                                  where=" and ".join(dict.fromkeys((owners[key], owner))),
-                                  hint="uninstall one, or rename it")  # fmt: skip
-            owners[key] = owner
+    answers = manager.subset_hook_caller(kind.name, remove_plugins=others)()
+    return [record for answer in answers for record in check_answer(answer, kind)]
 
 
 def _failed(info: PluginInfo, error: str) -> PluginInfo:
-    return PluginInfo(info.name, info.distribution, info.version, error=" ".join(error.split()))
+    return replace(info, error=" ".join(error.split()))

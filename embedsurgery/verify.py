@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from embedsurgery import hub
 from embedsurgery.checkpoint import INDEX, Checkpoint, open_checkpoint
 from embedsurgery.errors import EmbedSurgeryError
 from embedsurgery.graph import EmbeddingGraph
@@ -52,6 +53,9 @@ def verify_checkpoint(directory: str | os.PathLike[str]) -> tuple[Check, ...]:
     Raises:
         CheckpointError: The files cannot be read at all.
     """
+    if hub.find_id(directory) is not None:
+        with hub.directory(directory) as folder:
+            return verify_checkpoint(folder)
     folder = Path(directory)
     checkpoint = open_checkpoint(folder)
     store = ShardStore(checkpoint)

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from embedsurgery.graph import EmbeddingGraph, Kind, Role, Site, Table, Vocabulary
+from embedsurgery.graph import EmbeddingGraph, Kind, Role, Site, Table
+from embedsurgery.grouping import COLUMNS, Vector, ends, group, may_be_vector
 from embedsurgery.tensors import Memory, dtype_string, memory_of, refuse_overlaps
-from embedsurgery.wrappers import base_layer, beside_base_layer
+from embedsurgery.wrappers import base_layer, base_of, beside_base_layer
 
 
 @dataclass
@@ -67,6 +68,9 @@ def walk_module(model: nn.Module) -> EmbeddingGraph:
         _add_site(table, name, module, "output", transposed=transposed)
         if shared or known or id(module) in outputs:
             table.kind = "vocabulary"
+    for name, module in modules:
+        if ends(name, COLUMNS) and _has_columns(module, found):
+            _add_site(_table_at(found, module.weight, transposed=True), name, module, "output", transposed=True)
     _add_names(model, found)
     return _graph(model, modules, found, inputs)
 
@@ -167,6 +171,13 @@ def _looks_like_head(module: nn.Module, transposed: bool, found: dict[Memory, _F
     )
 
 
+def _has_columns(module: nn.Module, found: dict[Memory, _Found]) -> bool:
+    """Whether a module's weight is (D, V) for a V that a vocabulary has."""
+    weight = _weight(module)
+    known = {t.memory.shape[0] for t in found.values() if t.kind == "vocabulary"}
+    return weight is not None and weight.shape[1] in known and weight.shape[0] not in known
+
+
 def _view(weight: torch.Tensor, transposed: bool) -> Memory:
     memory = memory_of(weight)
     return (memory.transposed() if transposed else memory).normalised()
@@ -246,7 +257,8 @@ def _graph(
             t.name for t in tables for s in t.sites if s.role == "input" and by_path[s.module] is main
         )  # fmt: skip
     tables = tuple(sorted(tables, key=lambda t: t.name != main_name))
-    return EmbeddingGraph(tables, _vocabularies(model, tables), main_name, type(model).__name__)
+    vocabularies = group(tables, _vectors(model), config_of(model))
+    return EmbeddingGraph(tables, vocabularies, main_name, type(model).__name__)
 
 
 def _rank(table: _Found, by_path: dict[str, nn.Module], inputs: dict[int, int]) -> tuple[int, int, int]:
@@ -269,20 +281,17 @@ def _freeze(table: _Found, by_path: dict[str, nn.Module], inputs: dict[int, int]
                  frozenset(table.transposed))  # fmt: skip
 
 
-def _vocabularies(model: nn.Module, tables: tuple[Table, ...]) -> tuple[Vocabulary, ...]:
-    """Tables of kind "vocabulary" grouped by V, each with the per-token vectors that share it."""
-    groups: dict[int, list[Table]] = {}
-    for table in tables:
-        if table.kind == "vocabulary":
-            groups.setdefault(table.shape[0], []).append(table)
-    vectors: dict[int, list[str]] = {}
-    named: list[tuple[str, Any]] = [*_parameters(model), *model.named_buffers(remove_duplicate=False)]
+def config_of(model: nn.Module) -> Any:
+    """The config of the outermost module that has one, None where none has."""
+    return next((vars(m)["config"] for m in base_of(model).modules() if vars(m).get("config") is not None), None)
+
+
+def _vectors(model: nn.Module) -> Iterator[Vector]:
+    """What may be a per-token vector, each memory once."""
+    seen: set[Memory] = set()
+    named: list[tuple[str, torch.Tensor]] = [*_parameters(model), *model.named_buffers(remove_duplicate=False)]
     for name, tensor in named:
-        size = tensor.shape[-1] if tensor.dim() else 0
-        flat = tensor.numel() == size and tensor.is_floating_point()
-        if size in groups and flat and name.rpartition(".")[2].endswith("bias"):
-            vectors.setdefault(size, []).append(name)
-    return tuple(
-        Vocabulary(group[0].name, tuple(t.name for t in group), tuple(vectors.get(size, ())), size)
-        for size, group in groups.items()
-    )
+        memory = memory_of(tensor).normalised()
+        if memory not in seen and may_be_vector(name, tuple(tensor.shape), dtype_string(tensor)):
+            seen.add(memory)
+            yield Vector(name, tensor.shape[-1])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -20,16 +21,19 @@ START, END = "<!-- generated: python -m tests.reference -->\n", "<!-- end of gen
 
 def commands() -> str:
     """Every verb's help, as the command line prints it."""
-    parts = []
     context = cli.make_context("embedsurgery", ["inspect"])  # with the group's own settings, as a real call has them
-    for verb in VERBS:
-        command = cli.get_command(context, verb)
-        assert command is not None
-        text = command.get_help(
-            click.Context(command, info_name=verb, parent=context, terminal_width=100, max_content_width=100)
-        )
-        parts.append(f"```\n{text}\n```\n")
-    return "\n".join(parts)
+    return "\n".join(f"```\n{text}\n```\n" for verb in VERBS for text in helps(cli, verb, context))
+
+
+def helps(group: click.Group, name: str, parent: click.Context) -> Iterator[str]:
+    """The help of a command, and of those below it."""
+    command = group.get_command(parent, name)
+    assert command is not None
+    context = click.Context(command, info_name=name, parent=parent, terminal_width=100, max_content_width=100)
+    yield command.get_help(context)
+    if isinstance(command, click.Group):
+        for below in command.list_commands(context):
+            yield from helps(command, below, context)
 
 
 def brought_up_to_date(text: str) -> str:

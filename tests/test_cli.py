@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import torch
+from click.testing import CliRunner
 
 import embedsurgery as es
+from embedsurgery.cli.render import json_option, print_json
 from tests.conftest import INPUT, cli, contents, listing, save, tiny, trained, tree
+from tests.noisy import NOISE, SAID, plugin
 
 INDICES = [11, 3, 29]
 NAME = INPUT["llama-tied"]
@@ -76,6 +81,23 @@ def test_a_dry_run_writes_nothing(base: Path, adapter: Path, tmp_path: Path) -> 
     good("merge", base, adapter, "-o", tmp_path / "merged")
     before = tree(tmp_path)
     assert not json.loads(good("unmerge", tmp_path / "merged", "-o", tmp_path / "back", "--dry-run", "--json"))["done"]
+    assert tree(tmp_path) == before
+
+
+def test_a_dry_run_needs_no_output(base: Path, adapter: Path, tmp_path: Path) -> None:
+    good("merge", base, adapter, "-o", tmp_path / "merged")
+    before = tree(tmp_path)
+    for verb in (("merge", base, adapter), ("unmerge", tmp_path / "merged")):
+        named, unnamed = (
+            json.loads(good(*verb, *more, "--dry-run", "--json")) for more in (("-o", tmp_path / "out"), ())
+        )
+        assert (named["output"], unnamed["output"], unnamed["done"]) == (str(tmp_path / "out"), None, False)
+        assert {**named, "output": None} == unnamed
+        said = good(*verb, "--dry-run")
+        assert "would be written: no output was named (" in said
+        assert os.devnull not in said
+        refused(*verb, says="'-o' / '--output', which only --dry-run does without", code=2)
+    refused("merge", base, adapter, adapter, "--dry-run", says="twice")
     assert tree(tmp_path) == before
 
 
@@ -224,10 +246,123 @@ def test_a_file_from_peft_is_warned_of_in_one_line(base: Path, adapter: Path, tm
     assert run.stderr.count("\n") == 1
 
 
-def test_the_reader_of_a_pipe_may_go_away(base: Path) -> None:
-    command = f"{sys.executable} -m embedsurgery inspect --json {base} | true"
+@pytest.mark.parametrize(("typed", "meant"), [
+    ("inspct", "inspect"), ("merg", "merge"), ("un-merge", "unmerge"), ("Verify", "verify"), ("plugin", "plugins"),
+])  # fmt: skip
+def test_a_misspelt_verb_is_answered_with_the_nearest(typed: str, meant: str) -> None:
+    refused(typed, "somewhere", says=f"no such command '{typed}'; did you mean '{meant}'?", code=2)
+
+
+def test_a_verb_like_no_other_is_answered_with_none() -> None:
+    said = refused("\x1b[31mzzz", says="no such command", code=2)
+    assert "did you mean" not in said
+    assert "\x1b" not in said
+
+
+@pytest.mark.parametrize("arguments", [
+    ["inspect", "BASE"], ["inspect", "BASE", "--json"], ["verify", "BASE"], ["verify", "BASE", "--json"],
+    ["merge", "BASE", "ADAPTER", "--dry-run"], ["plugins"], ["--help"], ["inspect", "--help"],
+], ids=" ".join)  # fmt: skip
+def test_the_reader_of_a_pipe_may_go_away(arguments: list[str], base: Path, adapter: Path) -> None:
+    """141 as of a tool that SIGPIPE ends: with 0, ``verify`` would say of a broken checkpoint that it is whole."""
+    places = {"BASE": str(base), "ADAPTER": str(adapter)}
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        run = subprocess.run([sys.executable, "-m", "embedsurgery", *(places.get(a, a) for a in arguments)],
+                             stdout=writer, stderr=subprocess.PIPE, text=True, check=False, timeout=60)  # fmt: skip
+    finally:
+        os.close(writer)
+    assert (run.returncode, run.stderr) == (141, "")
+
+
+@pytest.mark.parametrize(("more", "first"), [("", "base"), ("--json", "{")])
+def test_the_head_of_what_is_said(more: str, first: str, base: Path) -> None:
+    command = f"{sys.executable} -m embedsurgery inspect {base} {more} | head -1"
     run = subprocess.run(["/bin/sh", "-c", command], capture_output=True, text=True, check=False, timeout=60)
     assert run.stderr == ""
+    assert run.stdout.count("\n") == 1
+    assert first in run.stdout
+
+
+@pytest.mark.parametrize("more", [[], ["--json"]], ids=["table", "json"])
+def test_standard_output_on_a_full_disk(more: list[str], base: Path) -> None:
+    with open("/dev/full", "w") as full:
+        run = subprocess.run([sys.executable, "-m", "embedsurgery", "inspect", str(base), *more], stdout=full,
+                             stderr=subprocess.PIPE, text=True, check=False, timeout=60)  # fmt: skip
+    assert run.returncode == 1
+    assert run.stderr.startswith("embedsurgery: No space left on device")
+    assert run.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("verb", [["plugins"], ["merge", "BASE", "ADAPTER", "--dry-run"]], ids=["plugins", "merge"])
+def test_json_stands_alone_whatever_a_library_prints(
+    verb: list[str], base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    places = {"BASE": base, "ADAPTER": adapter}
+    run = cli(*(places.get(a, a) for a in verb), "--json", env=plugin(tmp_path / "noisy", NOISE))
+    assert run.returncode == 0
+    assert len(json.loads(run.stdout)) > 1
+    assert sorted(run.stderr.splitlines()) == SAID
+
+
+@pytest.mark.parametrize("closed", ["2>&-", "0<&- 2>&-"])
+def test_json_without_a_standard_error(closed: str, tmp_path: Path) -> None:
+    command = f"{sys.executable} -m embedsurgery plugins --json {closed}"
+    run = subprocess.run(["/bin/sh", "-c", command], env=plugin(tmp_path, NOISE), capture_output=True, text=True,
+                         check=False, timeout=60)  # fmt: skip
+    assert run.returncode == 0
+    assert "noisy" in [one["name"] for one in json.loads(run.stdout)["plugins"]]
+
+
+def test_json_without_a_standard_output(tmp_path: Path) -> None:
+    command = f"{sys.executable} -m embedsurgery plugins --json >&-"
+    run = subprocess.run(["/bin/sh", "-c", command], capture_output=True, text=True, check=False, timeout=60)
+    assert (run.returncode, run.stderr) == (0, "")
+
+
+_IN_A_PROCESS = """
+import ctypes, os
+import click
+from embedsurgery.cli.render import json_option, print_json
+
+@click.command()
+@json_option
+def verb(as_json):
+    print("before")
+    ctypes.CDLL(None).puts(b"in C")
+    print_json([as_json])
+    print("behind")
+
+verb.main(["--json"], standalone_mode=False)
+ctypes.CDLL(None).fflush(None)
+os.write(1, b"descriptor\\n")
+print("print")
+"""
+
+
+def test_a_process_that_goes_on_after_json_has_its_output_back() -> None:
+    run = subprocess.run([sys.executable, "-c", _IN_A_PROCESS], env={**os.environ, "PYTHONUNBUFFERED": ""},
+                         capture_output=True, text=True, check=True, timeout=60)  # fmt: skip
+    assert run.stdout == "[\n  true\n]\ndescriptor\nprint\n"
+    assert sorted(run.stderr.splitlines()) == ["before", "behind", "in C"]
+
+
+def test_json_where_standard_output_is_in_memory() -> None:
+    def verb(as_json: bool) -> None:
+        print("chatter")
+        print_json([as_json])
+
+    result = CliRunner().invoke(click.command()(json_option(verb)), ["--json"])
+    assert (json.loads(result.stdout), result.stderr) == ([True], "chatter\n")
+
+
+@pytest.mark.parametrize("more", [[], ["--json"]], ids=["table", "json"])
+def test_a_signal_ends_it_with_one_line(more: list[str], tmp_path: Path) -> None:
+    code = "import os, signal\nos.kill(os.getpid(), signal.SIGTERM)"
+    run = cli("plugins", *more, env=plugin(tmp_path, code))
+    assert (run.returncode, run.stdout) == (128 + signal.SIGTERM, "")
+    assert run.stderr.strip() == "embedsurgery: interrupted; nothing was left behind"
 
 
 def test_a_name_that_a_terminal_would_obey(tmp_path: Path) -> None:

@@ -24,11 +24,12 @@ from embedsurgery.demo.base import seeded
 from embedsurgery.demo.report import DemoReport
 from embedsurgery.demo.run import Options, run
 from embedsurgery.errors import ConfigError, UnsupportedError
+from tests.noisy import NOISE, SAID, plugin
 
 
-def embedsurgery(folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
+def embedsurgery(folder: Path, *args: str, **more: str) -> subprocess.CompletedProcess[str]:
     """The real command, in a directory, without a network."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment = {**os.environ, **more, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     return subprocess.run([sys.executable, "-m", "embedsurgery", *args], cwd=folder, env=environment, timeout=300,
                           capture_output=True, text=True, check=False)  # fmt: skip
 
@@ -49,11 +50,11 @@ def tree(folder: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """The demo as a user runs it, once: where it ran, and its numbers."""
+    """The demo as a user runs it, once, beside a library that prints: where it ran, and its numbers."""
     folder = tmp_path_factory.mktemp("demo")
-    result = embedsurgery(folder, "demo", "--json")
+    result = embedsurgery(folder, "demo", "--json", **plugin(tmp_path_factory.mktemp("noisy"), NOISE))
     assert result.returncode == 0, result.stderr
-    assert result.stderr == ""
+    assert sorted(result.stderr.splitlines()) == SAID  # and nothing more
     return folder, json.loads(result.stdout)
 
 

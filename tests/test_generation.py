@@ -74,6 +74,7 @@ def test_inference_mode(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["llama-tied", "llama-untied", "gpt2"])
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # of torch's own looking at outputs
+@pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("warmed", [True, False])
 def test_compiled_whole_and_once(kind: str, warmed: bool) -> None:
     """fullgraph=True fails on a graph break; the counter sees every compilation."""

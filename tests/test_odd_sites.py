@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import embedsurgery as es
-from embedsurgery.errors import BaseMismatchError, OverlapError, PlanError
+from embedsurgery.errors import BaseMismatchError, EmbedSurgeryWarning, OverlapError, PlanError
 from tests.conftest import tiny, trained
 from tests.test_walker import D, Plain, V, tied
 
@@ -19,11 +20,13 @@ IDS = torch.tensor([[1, 4, 2, 7], [4, 4, 9, 0]])
 INDICES = [4, 7]
 
 
-def live(model: nn.Module) -> tuple[nn.Module, nn.Module, torch.Tensor]:
+def live(model: nn.Module, warning: str = "") -> tuple[nn.Module, nn.Module, torch.Tensor]:
     """An attached model with random rows, a copy of the base edited by hand, and the rows."""
     torch.manual_seed(5)
     edited = copy.deepcopy(model)
-    attachment = es.attach(model, es.TrainableTokensConfig(INDICES, target_modules=["embed"]))
+    with pytest.warns(EmbedSurgeryWarning, match=warning) if warning else nullcontext() as seen:
+        attachment = es.attach(model, es.TrainableTokensConfig(INDICES, target_modules=["embed"]))
+    assert all(one.filename == __file__ for one in seen or ())
     (rows,) = attachment.parameters()
     with torch.no_grad():
         rows.normal_()
@@ -74,17 +77,17 @@ def with_buffer_bias() -> Plain:
 
 
 @pytest.mark.parametrize(
-    "make",
+    ("make", "warning"),
     [
-        lambda: with_embedding(Doubled(V, D)),
-        lambda: with_embedding(Rolled(V, D)),
-        lambda: with_head(Capped(D, V)),
-        with_buffer_bias,
+        (lambda: with_embedding(Doubled(V, D)), ""),
+        (lambda: with_embedding(Rolled(V, D)), r"of what embed \(Rolled\) computes"),
+        (lambda: with_head(Capped(D, V)), r"of what head \(Capped\) computes"),
+        (with_buffer_bias, ""),
     ],
     ids=["mode", "mixing", "capped", "bias is a buffer"],
 )
-def test_in_both_modes(make: type[nn.Module]) -> None:
-    model, edited, _ = live(make())
+def test_in_both_modes(make: type[nn.Module], warning: str) -> None:
+    model, edited, _ = live(make(), warning)
     for mode in (True, False, True):
         model.train(mode)
         edited.train(mode)
@@ -102,7 +105,7 @@ def test_a_table_that_something_else_holds() -> None:
         def forward(self, ids: torch.Tensor) -> torch.Tensor:
             return self.head(self.embed(ids) + self.bag(ids).unsqueeze(1))
 
-    model, edited, _ = live(Bagged())
+    model, edited, _ = live(Bagged(), "type EmbeddingBag, no lookup and no projection")
     torch.testing.assert_close(model(IDS), edited(IDS))
 
 
@@ -110,7 +113,7 @@ def test_rows_that_were_no_numbers_give_finite_gradients() -> None:
     model = tied()
     with torch.no_grad():
         model.embed.weight[4] = torch.nan
-    model, edited, rows = live(model)
+    model, edited, rows = live(model, "full copy")
     edited.embed.padding_idx = None
     torch.testing.assert_close(model(IDS), edited(IDS))
     model(IDS).square().sum().backward()

@@ -49,7 +49,16 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_what_people_come_for(demo: Path) -> None:
     blocks = section("What people come for")
-    assert [language for language, _ in blocks] == ["python", "python", "bash", "bash", "bash", "python"]
+    assert [language for language, _ in blocks] == [
+        "python",
+        "python",
+        "bash",
+        "bash",
+        "python",
+        "bash",
+        "bash",
+        "python",
+    ]
     run(blocks, demo)
 
 

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 from collections.abc import Callable
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
+import click
 import pytest
+import torch
 
 import embedsurgery as es
-from embedsurgery.errors import ConfigError, UnknownSurgeryError
-from embedsurgery.registry import DISABLE, Registry, build, registry
+from embedsurgery.contract import KINDS
+from embedsurgery.errors import CheckpointError, ConfigError, PluginError, UnknownSurgeryError
+from embedsurgery.hookspecs import CardSection, EmbeddingModule, Hooks, UnknownModule
+from embedsurgery.initializers import BUILT_IN, NewToken, TableView, initial_rows, parse_init
+from embedsurgery.names import ARCHITECTURES, Layout
+from embedsurgery.registry import DISABLE, Registry, build, installed, registry
+from embedsurgery.stores.tensors import state_dict_store
 
 GOOD = """
 from dataclasses import dataclass
@@ -30,7 +38,30 @@ class Mine(TrainableTokens):
 def embedsurgery_surgeries():
     return [SurgeryRecord("NAME", Config, Mine(), "PEFT_NAME")]
 """
+STARTS = """
+import numpy as np
+import embedsurgery as es
+from embedsurgery.initializers import Initializer, InitializerRecord
+
+class Sevens(Initializer):
+    \"\"\"All sevens.\"\"\"
+
+    def rows(self, view, tokens, argument, streams):
+        return np.full((len(tokens), view.shape[1]), 7.0)
+
+@es.hookimpl
+def embedsurgery_initializers():
+    return [InitializerRecord("NAME", Sevens(), None)]
+"""
 HOOK = "import embedsurgery as es\n@es.hookimpl\ndef embedsurgery_surgeries"
+
+
+def record(hook: str, records: str) -> str:
+    """A plugin with one hook that returns these records."""
+    head = "import embedsurgery as es\nfrom embedsurgery import hookspecs as h\nfrom embedsurgery.names import Layout\n"
+    return f"{head}@es.hookimpl\ndef embedsurgery_{hook}(): return [{records}]"
+
+
 BROKEN: dict[str, tuple[str, str]] = {
     "no syntax": ("def (:", "SyntaxError"),
     "raises": ("raise RuntimeError('out of\\nluck')", "out of luck"),
@@ -47,6 +78,56 @@ BROKEN: dict[str, tuple[str, str]] = {
     "a built-in name": (GOOD.replace("NAME", "trainable_tokens"), "trainable_tokens"),
     "a record of nothing": (GOOD.replace('SurgeryRecord("NAME", Config, Mine(), "PEFT_NAME")',
                                          'SurgeryRecord(None, None, None, None)'), "SurgeryRecord"),
+    "initialisers of the wrong kind": (GOOD + STARTS.replace("[InitializerRecord(", "[("), "tuple"),
+    "initialisers without a name": (GOOD + STARTS.replace('"NAME"', '""'), "InitializerRecord"),
+    "a colon in an initialiser's name": (GOOD + STARTS.replace("NAME", "a:b"), "a:b"),
+    "a space in an initialiser's name": (GOOD + STARTS.replace("NAME", "a b"), "a b"),
+    "an argument without a name": (GOOD + STARTS.replace("None)]", "'')]"), "InitializerRecord"),
+    "an initialiser of another kind": (GOOD + STARTS.replace("Sevens(),", "Sevens,"), "InitializerRecord"),
+    "a built-in initialiser's name": (GOOD + STARTS.replace("NAME", "mean"), "'mean'"),
+    "an initialiser twice": (GOOD + STARTS.replace("return [", "return 2 * ["), "two initialisers"),
+    "the second hook raises": (GOOD + STARTS.replace("return [", "return 1 / 0 + ["), "division"),
+    "a good initialiser beside a bad surgery": (f"{STARTS}\n{HOOK}(): return [3]", "SurgeryRecord"),
+    "a surgery whose method lacks an argument": (
+        GOOD.replace('name = "NAME"', 'name = "NAME"\n    def plan(self, adapter): return None'),
+        "expected plan(self, adapter, located), found plan(self, adapter)"),
+    "an initialiser whose method lacks an argument": (
+        STARTS.replace("tokens, argument, streams", "tokens, streams"),
+        "expected rows(self, view, tokens, argument, streams), found rows(self, view, tokens, streams)"),
+    "a surgery of another name than its record's": (GOOD.replace('name = "NAME"', 'name = "x"'), "SurgeryRecord"),
+    "a newer contract": (GOOD + "embedsurgery_contract = 2", "expected 1 to 1, found 2"),
+    "a contract that is no number": (GOOD + "embedsurgery_contract = 'new'", "'new'"),
+    "no hook": ("x = 1", "no hook"),
+    "a hook without its mark": ("def embedsurgery_stores(): return []", "no hook"),
+    "both signatures": (f"{HOOK}(model, size=1): return []",
+                        "expected embedsurgery_surgeries(), found embedsurgery_surgeries(model, size=1)"),
+    **{f"a broken {kind}: {what}": broken for kind, cases in {
+        "classifier": {
+            "no record": (record("classifiers", "3"), "ClassifierRecord"),
+            "no function": (record("classifiers", "h.ClassifierRecord('x', 3)"), "ClassifierRecord"),
+            "signature": (record("classifiers", "h.ClassifierRecord('x', lambda a, b: None)"),
+                          "expected classify(unknown), found classify(a, b)"),
+            "twice": (record("classifiers", "*[h.ClassifierRecord('x', lambda a: None)] * 2"), "two classifiers"),
+        },
+        "layout": {
+            "no layout": (record("layouts", "h.LayoutRecord('x', {})"), "LayoutRecord"),
+            "built in": (record("layouts", "h.LayoutRecord('t5', Layout())"), "'t5'"),
+        },
+        "store": {
+            "no function": (record("stores", "h.StoreRecord('x', None, None)"), "StoreRecord"),
+            "signature": (record("stores", "h.StoreRecord('x', lambda: 1, lambda d: 1)"), "recognises(directory)"),
+            "built in": (record("stores", "h.StoreRecord('safetensors', bool, lambda d: None)"), "'safetensors'"),
+        },
+        "command": {
+            "a name that is no verb": (record("commands", "h.CommandRecord('A B', 'x', dict)"), "CommandRecord"),
+            "signature": (record("commands", "h.CommandRecord('x', 'x', lambda a: a)"), "load(), found load(a)"),
+            "a built-in verb": (record("commands", "h.CommandRecord('merge', 'x', dict)"), "'merge'"),
+        },
+        "card section": {
+            "no function": (record("card_sections", "h.CardSectionRecord('x', None)"), "CardSectionRecord"),
+            "signature": (record("card_sections", "h.CardSectionRecord('x', lambda: None)"), "section(manifest)"),
+        },
+    }.items() for what, broken in cases.items()},
 }  # fmt: skip
 
 Install = Callable[[str, str], EntryPoint]
@@ -91,11 +172,40 @@ def test_a_broken_plugin_is_reported_and_the_others_work(name: str, install: Ins
     ]
     known = build(points)
     assert list(known.surgeries) == ["trainable_tokens", "first", "last"]
+    assert list(known.initializers) == [record.name for record in BUILT_IN]
     found = state(known)
     assert [plugin for plugin, error in found.items() if error is not None] == ["b"]
     assert said in str(found["b"])
     assert "\n" not in str(found["b"])
     assert known.plugins[2].hooks == ()
+
+
+def test_a_plugin_brings_an_initialiser(install: Install) -> None:
+    """It is there beside the built-in ones, is found by what a user writes, and starts rows."""
+    known = build([install("good", STARTS), install("other", GOOD + STARTS.replace("NAME", "other"))])
+    assert state(known) == {"builtin": None, "good": None, "other": None}
+    assert known.plugins[2].hooks == ("embedsurgery_initializers", "embedsurgery_surgeries")
+    assert known.plugins[1].hooks == ("embedsurgery_initializers",)
+    assert list(known.initializers) == [*(record.name for record in BUILT_IN), "NAME", "other"]
+    record, argument = parse_init("NAME", known.initializers)
+    assert record is known.initializer("NAME")
+    assert (record.usage, record.summary) == ("NAME", "All sevens.")
+    store = state_dict_store({"embed_tokens.weight": torch.zeros(5, 3)})
+    view = TableView.of_table(store, store.graph.tables[0], known=5)
+    rows = initial_rows(record, argument, view, [NewToken("a", 5), NewToken("b", 6)], seed=0)
+    assert rows.float32().tolist() == [[7.0] * 3] * 2
+    with pytest.raises(ConfigError, match=r"'nothing'.*copy:TOKEN, NAME, other"):
+        known.initializer("nothing")
+
+
+def test_one_initialiser_from_two_plugins_names_both(install: Install) -> None:
+    """The second is out whole, with its surgery."""
+    known = build([install("second", GOOD + STARTS), install("first", STARTS)])
+    found = state(known)
+    assert found["first"] is None
+    assert all(word in str(found["second"]) for word in ("'NAME'", "first", "second"))
+    assert list(known.surgeries) == ["trainable_tokens"]
+    assert [name for name in known.initializers if name == "NAME"] == ["NAME"]
 
 
 def test_one_surgery_from_two_plugins_names_both(install: Install) -> None:
@@ -179,3 +289,80 @@ def test_the_process_has_one_registry() -> None:
     assert registry() is registry()
     assert registry().for_config(es.TrainableTokensConfig([1])).name == "trainable_tokens"
     assert registry().for_peft_type("TRAINABLE_TOKENS").name == "trainable_tokens"
+
+
+OTHERS = record("classifiers", "h.ClassifierRecord('c', lambda unknown: h.EmbeddingModule('input', 'table') "
+                "if unknown.type_name == 'x.Y' else None)") + """
+@es.hookimpl
+def embedsurgery_layouts(): return [h.LayoutRecord("mymodel", Layout(head="to_vocab"))]
+@es.hookimpl
+def embedsurgery_stores(): return [h.StoreRecord("s", lambda d: (d / "s.txt").exists(), lambda d: ("s", d))]
+@es.hookimpl
+def embedsurgery_commands(): return [h.CommandRecord("hello", "Says hello.", lambda: "a command")]
+@es.hookimpl
+def embedsurgery_card_sections():
+    return [h.CardSectionRecord("c", lambda manifest: h.CardSection("How", str(manifest)) if manifest else None)]
+"""  # fmt: skip
+
+
+def test_a_plugin_brings_everything_else(install: Install, tmp_path: Path) -> None:
+    known = build([install("all", OTHERS)])
+    assert state(known)["all"] is None
+    assert len(known.plugins[1].hooks) == 5
+    assert known.classify(UnknownModule("a", "x.Y", (), torch.nn.Module())) == EmbeddingModule("input", "table")
+    assert known.classify(UnknownModule("a", "x.Z", (), torch.nn.Module())) is None
+    assert known.architectures == {**ARCHITECTURES, "mymodel": Layout(head="to_vocab")}
+    (tmp_path / "s.txt").touch()
+    assert known.open_store(tmp_path) == ("s", tmp_path)
+    (tmp_path / "s.txt").unlink()
+    with pytest.raises(CheckpointError, match="no safetensors weights"):
+        known.open_store(tmp_path)
+    assert known.commands["hello"].load() == "a command"
+    assert {"merge", "unmerge", "plugins", "verify"} <= known.commands.keys()
+    assert isinstance(known.commands["merge"].load(), click.Command)
+    assert known.sections("x") == [CardSection("How", "x")]
+    assert known.sections("") == []
+
+
+def test_a_function_that_fails_later_is_passed_over_and_said(install: Install, tmp_path: Path) -> None:
+    broken = OTHERS.replace("lambda unknown:", "lambda unknown: 1 / 0 if True else")
+    broken = broken.replace("lambda d: (d", "lambda d: (d.nothing")
+    broken = broken.replace("lambda manifest: ", "lambda manifest: 3 if True else ")
+    known = build([install("later", broken)])
+    assert state(known)["later"] is None
+    with pytest.warns(es.errors.EmbedSurgeryWarning, match="c: .*ZeroDivisionError"):
+        assert known.classify(UnknownModule("a", "x.Y", (), torch.nn.Module())) is None
+    with pytest.warns(es.errors.EmbedSurgeryWarning, match="c: .*int"):
+        assert known.sections("x") == []
+    with pytest.warns(es.errors.EmbedSurgeryWarning, match="s: .*nothing"), pytest.raises(CheckpointError):
+        known.open_store(tmp_path)
+
+
+def test_two_formats_that_recognise_one_checkpoint(install: Install, tmp_path: Path) -> None:
+    one = record("stores", "h.StoreRecord('NAME', lambda d: True, lambda d: None)")
+    known = build([install(name, one.replace("NAME", name)) for name in ("x", "y")])
+    with pytest.raises(CheckpointError, match="x, y"):
+        known.open_store(tmp_path)
+
+
+def test_a_module_can_be_a_plugin_for_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "a_plugin_for_a_while.py").write_text(STARTS)
+    (tmp_path / "a_broken_plugin.py").write_text(STARTS.replace("NAME", "mean"))
+    module, broken = (importlib.import_module(name) for name in ("a_plugin_for_a_while", "a_broken_plugin"))
+    before = registry()
+    with installed(module) as known:
+        assert registry() is known
+        assert "NAME" in registry().initializers
+    assert registry() is before
+    with pytest.raises(PluginError, match="mean"), installed(broken):
+        pass
+    assert registry() is before
+
+
+def test_every_hook_is_known_and_has_one_line(install: Install) -> None:
+    hooks = [name for name in vars(Hooks) if name.startswith("embedsurgery_")]
+    assert hooks == [kind.name for kind in KINDS]
+    for name in hooks:
+        assert (getattr(Hooks, name).__doc__ or "").count("\n") == 0
+        assert name.removeprefix("embedsurgery_") in vars(Registry())

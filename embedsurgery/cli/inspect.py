@@ -14,9 +14,10 @@ from embedsurgery.cli.render import json_option, print_json, print_table, size
 @click.argument("model", type=click.Path(path_type=Path))
 @json_option
 def command(model: Path, as_json: bool) -> None:
-    """The embedding tables of the checkpoint MODEL.
+    """The embedding tables of the checkpoint MODEL, a directory or a Hub id.
 
-    Reads headers, index, config and tokenizer.json, and no weights.
+    Reads headers, index, config and tokenizer.json, and no weights. Of org/name or org/name@revision, headers come by
+    range requests, kilobytes for any size, and the tokenizer stays where it is.
     """
     facts = inspect(model)
     if as_json:
@@ -39,17 +40,21 @@ def command(model: Path, as_json: bool) -> None:
     used = facts["rows"]
     if used is not None:
         free = [f"{len(used[k]):,} {k}" + (f" ({ranges(used[k])})" if used[k] else "") for k in ("reserved", "spare")]
-        agree = "the tokenizer fits the table" if used["agrees"] else "the tokenizer has ids beyond the table's rows"
+        agree = "; ".join(used["disagreements"]) or "tokenizer, config and table agree"
         click.echo(f"rows: {used['used']:,} used by the tokenizer, {', '.join(free)}; {agree}")
 
 
 def inspect(model: Path) -> dict[str, Any]:
     """What the verb shows, as JSON values."""
-    from embedsurgery.api import walk
+    from embedsurgery import hub
+    from embedsurgery.checkpoint import open_checkpoint
+    from embedsurgery.names import vocabulary_sizes, walk_names
     from embedsurgery.raw import ITEMSIZE
-    from embedsurgery.tokenizer_files import is_reserved, token_texts
+    from embedsurgery.tokenizer_files import disagreements, is_reserved, token_texts
 
-    graph = walk(model)
+    remote = hub.find_id(model)
+    checkpoint = open_checkpoint(model) if remote is None else hub.open_remote(remote)
+    graph = walk_names(checkpoint.stored(), config=checkpoint.config, source=str(model))
     tables = [
         {
             "name": t.name,
@@ -68,14 +73,20 @@ def inspect(model: Path) -> dict[str, Any]:
         {"name": v.name, "size": v.size, "tables": list(v.tables), "vectors": list(v.vectors)}
         for v in graph.vocabularies
     ]
-    texts = token_texts(model)
+    texts = token_texts(model) if remote is None else None
     rows = None
     if texts is not None and graph.input is not None:
         count = graph.table(graph.input).shape[0]
         spare = [i for i in range(count) if i not in texts]
         reserved = sorted(i for i, text in texts.items() if is_reserved(text))
         used = len(texts) - len(reserved)
-        rows = {"used": used, "reserved": reserved, "spare": spare, "agrees": max(texts, default=0) < count}
+        sizes = vocabulary_sizes(checkpoint.config)
+        rows = {
+            "used": used,
+            "reserved": reserved,
+            "spare": spare,
+            "disagreements": list(disagreements(model, count, sizes)),
+        }
     return {
         "model": str(model),
         "input": graph.input,

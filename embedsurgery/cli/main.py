@@ -8,13 +8,14 @@ import os
 import signal
 import sys
 import warnings
+from difflib import get_close_matches
 from importlib import import_module
 from typing import Any, TextIO
 
 import click
 
 from embedsurgery._version import __version__
-from embedsurgery.errors import EmbedSurgeryError, EmbedSurgeryWarning
+from embedsurgery.errors import EmbedSurgeryError, EmbedSurgeryWarning, printable
 
 VERBS = {
     "inspect": "The embedding tables of a checkpoint: names, ties, rows, shards.",
@@ -22,10 +23,15 @@ VERBS = {
     "merge": "Bake adapters into a checkpoint on disk, without loading it.",
     "unmerge": "Take the last merge out again, bit for bit.",
     "verify": "Check a checkpoint; exits 1 and names what disagrees.",
+    "tokens": "New tokens for a checkpoint: tokens add.",
+    "extract": "The rows that full tuning changed, as an adapter.",
+    "push": "Put an adapter on the Hugging Face Hub.",
+    "pull": "Get an adapter from the Hugging Face Hub.",
     "plugins": "The plugins that are installed, and what each brings.",
     "demo": "The whole path on a small real model, in under a minute.",
 }
 """Verb -> its line in the list; the verb's own file is ``cli/VERB.py`` with a command called ``command``."""
+_READER_GONE = 128 + signal.SIGPIPE
 
 
 class _Verbs(click.Group):
@@ -37,6 +43,15 @@ class _Verbs(click.Group):
             return None
         command: click.Command = import_module(f"embedsurgery.cli.{cmd_name}").command
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[0] not in VERBS and not ctx.resilient_parsing:
+            near = get_close_matches(args[0].lower(), VERBS, n=1)
+            meant = f"; did you mean '{near[0]}'?" if near else ""
+            raise click.UsageError(f"no such command '{printable(args[0])}'{meant}", ctx)
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
@@ -50,8 +65,13 @@ def cli() -> None:
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run the command line and exit: 0 done, 1 refused or failed, 2 usage, 130 interrupted."""
-    for stream in (sys.stdout, sys.stderr):
+    """Run the command line and exit.
+
+    0 done, 1 refused or failed, 2 usage, 130 interrupted, 141 where the reader of a pipe went away: as every tool that
+    SIGPIPE ends, and never 0, which of ``verify`` would say that all is well.
+    """
+    streams = (sys.stdout, sys.stderr)
+    for stream in streams:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # token texts reach terminals that know only ASCII
     for number in (signal.SIGTERM, signal.SIGHUP):
@@ -60,28 +80,51 @@ def main(args: list[str] | None = None) -> None:
     warnings.showwarning = _show_warning
     warnings.simplefilter("always", EmbedSurgeryWarning)
     try:
+        code = _run(args)
+    except BrokenPipeError:  # standard error's, in the middle of saying what went wrong
+        code = _READER_GONE
+    sys.exit(_flush(streams) or code)
+
+
+def _run(args: list[str] | None) -> int:
+    """The exit code; what went wrong is said."""
+    try:
         code = cli.main(args, prog_name="embedsurgery", standalone_mode=False)
     except EmbedSurgeryError as error:
         _fail(str(error))
-        code = 1
+        return 1
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.ctx.get_help() if error.ctx is not None else "", err=True)
-        code = 2
+        return 2
     except click.ClickException as error:
         error.show()
-        code = error.exit_code
+        return error.exit_code
     except (KeyboardInterrupt, click.Abort) as error:
         _fail("interrupted; nothing was left behind")
-        code = 128 + next((n for n in error.args if isinstance(n, int)), signal.SIGINT)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader of a pipe went away
-        code = 1
+        numbers = (*error.args, *getattr(error.__cause__, "args", ()))  # click makes an Abort of an interrupt
+        return 128 + next((n for n in numbers if isinstance(n, int)), signal.SIGINT)
+    except SystemExit as stop:  # click's own: after a shell's completion, or 1 where the reader of a pipe went away
+        if stop.code != 1:
+            raise
+        return _READER_GONE
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         full = "; make room there, nothing was left behind" if error.errno == errno.ENOSPC else ""
         _fail(f"{error.strerror or error}{where}{full}")
-        code = 1
-    sys.exit(code if isinstance(code, int) else 0)
+        return 1
+    return code if isinstance(code, int) else 0
+
+
+def _flush(streams: tuple[TextIO | None, ...]) -> int:
+    """0 where all that was printed went out; otherwise it is thrown away, of which the interpreter would complain."""
+    code = 0
+    for stream in filter(None, streams):  # a stream that the caller closed is none
+        try:
+            stream.flush()
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            code = _READER_GONE if isinstance(error, BrokenPipeError) else 1
+    return code
 
 
 def _interrupt(number: int, frame: object) -> None:

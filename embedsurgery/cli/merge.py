@@ -4,33 +4,68 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from embedsurgery.cli.push import print_push, push_options
 from embedsurgery.cli.render import copying, json_option, print_json, size
 
 if TYPE_CHECKING:
     from embedsurgery.offline import MergeReport
 
+output_option = click.option("-o", "--output", type=click.Path(path_type=Path),
+                             help="The new checkpoint directory; --dry-run needs none.")  # fmt: skip
+
 
 @click.command("merge")
 @click.argument("base", type=click.Path(path_type=Path))
 @click.argument("adapters", type=click.Path(path_type=Path), nargs=-1, required=True, metavar="ADAPTER...")
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The new checkpoint directory.")
+@output_option
 @click.option("--dry-run", is_flag=True, help="Check everything, say what would be done, write nothing.")
+@click.option("--push", "repo", metavar="REPO", help="Push the result to org/name on the Hub; BASE is an id, too.")
+@push_options
 @json_option
-def command(base: Path, adapters: tuple[Path, ...], output: Path, dry_run: bool, as_json: bool) -> None:
+def command(
+    base: Path,
+    adapters: tuple[Path, ...],
+    output: Path | None,
+    dry_run: bool,
+    repo: str | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
     """Write the checkpoint BASE with each ADAPTER baked in.
 
     The model is not loaded: files are copied by the kernel, and only the rows are written. What was there before is
     kept in the output's .embedsurgery directory, so that `embedsurgery unmerge` gives BASE back bit for bit.
+
+    BASE and ADAPTER are directories or Hub ids, org/name or org/name@revision. With --push only shards with a touched
+    table, small files and headers travel; the Hub copies the other shards by itself.
     """
+    if repo is not None:
+        if output is not None or dry_run:
+            raise click.UsageError("--push goes with neither -o / --output nor --dry-run")
+        from embedsurgery import hub
+
+        print_push(hub.push_merged(str(base), adapters, repo, **options), as_json)
+        return
     from embedsurgery.offline import merge_checkpoint
 
     with copying("copying") as progress:
-        report = merge_checkpoint(base, adapters, output, dry_run=dry_run, progress=progress)
+        report = merge_checkpoint(base, adapters, place(output, dry_run), dry_run=dry_run, progress=progress)
     print_report(report, "merged", as_json)
+
+
+def place(output: Path | None, dry_run: bool) -> Path | None:
+    """Where the checkpoint is to be written; a dry run needs no place.
+
+    Raises:
+        click.UsageError: Something is to be written, and nobody said where.
+    """
+    if output is None and not dry_run:
+        raise click.UsageError("missing option '-o' / '--output', which only --dry-run does without")
+    return output
 
 
 def print_report(report: MergeReport, verb: str, as_json: bool) -> None:
@@ -40,9 +75,11 @@ def print_report(report: MergeReport, verb: str, as_json: bool) -> None:
         return
     from embedsurgery.plan import count_rows
 
-    rows = ", ".join(f"{count_rows(count)} of {table}" for table, count in report.rows.items())
     would = "" if report.done else "would be "
-    click.echo(f"{would}{verb}: {rows} in {', '.join(report.files)}")
+    rows = ", ".join(f"{count_rows(count)} of {table}" for table, count in report.rows.items())
+    tokens = ", ".join(f"{text!r} as {index}" for text, index in report.tokens.items())
+    what = "; ".join(part for part in (f"tokens {tokens}" if tokens else "", rows) if part)
+    click.echo(f"{would}{verb}: {what} in {', '.join(report.files)}")
     for line in () if report.done else report.edits:
         click.echo(f"  {line}")
-    click.echo(f"{'' if report.done else 'would be '}written: {report.output} ({size(report.copied)})")
+    click.echo(f"{would}written: {report.output or 'no output was named'} ({size(report.copied)})")

@@ -1,12 +1,21 @@
-"""How the verbs print: rich tables for a person, JSON for a program, progress on a terminal only."""
+"""How the verbs print: rich tables for a person, JSON for a program, progress on a terminal only.
+
+Standard output is a program's input, so under ``--json`` it is kept for one document, whatever a library prints.
+"""
 
 from __future__ import annotations
 
+import atexit
+import ctypes
+import fcntl
 import json
+import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextvars import ContextVar
+from functools import wraps
+from typing import TYPE_CHECKING, Any, TextIO, TypeGuard
 
 import click
 
@@ -15,18 +24,85 @@ from embedsurgery.errors import printable
 if TYPE_CHECKING:
     from embedsurgery.offline import Progress
 
-json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
+_json_stdout: ContextVar[TextIO | None] = ContextVar("_json_stdout")
+"""Where `print_json` prints while everything else that is printed goes to standard error."""
+
+
+def json_option(verb: Callable[..., None]) -> Callable[..., None]:
+    """The option ``--json`` of a verb, under which `print_json` alone reaches standard output."""
+
+    @click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
+    @wraps(verb)
+    def run(*args: Any, as_json: bool, **options: Any) -> None:
+        with stdout_for_json() if as_json else nullcontext():
+            verb(*args, as_json=as_json, **options)
+
+    return run
+
+
+@contextmanager
+def stdout_for_json() -> Iterator[None]:
+    """Inside, what anything but `print_json` prints to standard output goes to standard error.
+
+    Libraries that are imported on the way do print there: by ``print``, by a logger that took ``sys.stdout`` as it
+    found it, from C, from a child. Hence the descriptor itself is turned over, where ``sys.stdout`` has one.
+    """
+    stdout: TextIO | None = sys.stdout  # none at all where the caller closed it
+    with _turned_to_stderr(stdout) if _is_descriptor_1(stdout) else nullcontext(stdout) as document:
+        token = _json_stdout.set(document)
+        try:
+            with redirect_stdout(sys.stderr):
+                yield
+        finally:
+            _json_stdout.reset(token)
+
+
+def _is_descriptor_1(stream: TextIO | None) -> TypeGuard[TextIO]:
+    try:
+        return stream is not None and stream.fileno() == 1
+    except OSError:  # a stream in memory, as in tests
+        return False
+
+
+@contextmanager
+def _turned_to_stderr(stdout: TextIO) -> Iterator[TextIO]:
+    """Descriptor 1 goes where 2 goes; gives a stream to where 1 went."""
+    stdout.flush()
+    kept = fcntl.fcntl(1, fcntl.F_DUPFD_CLOEXEC, 3)  # a child inherits 1 only as it is turned
+    try:
+        _turn()
+        with open(kept, "w", encoding=stdout.encoding, errors=stdout.errors, closefd=False) as document:
+            yield document
+    finally:
+        stdout.flush()
+        ctypes.CDLL(None).fflush(None)  # C keeps a buffer of its own
+        os.dup2(kept, 1)
+        os.close(kept)
+        atexit.register(_turn)  # last registered, first called: before what a library says when it is unloaded
+
+
+def _turn() -> None:
+    if sys.stdout is not None:
+        sys.stdout.flush()
+    if sys.stderr is not None:
+        os.dup2(2, 1)
+    else:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
 
 
 def print_json(value: Any) -> None:
     """One JSON document on standard output."""
+    stdout = _json_stdout.get(sys.stdout)
+    if stdout is None:
+        return
     text = json.dumps(value, indent=2, ensure_ascii=False)
-    click.echo(text if _encodes(text) else json.dumps(value, indent=2))
+    click.echo(text if _encodes(text, stdout) else json.dumps(value, indent=2), file=stdout)
 
 
-def _encodes(text: str) -> bool:
+def _encodes(text: str, stream: TextIO) -> bool:
     try:
-        text.encode(sys.stdout.encoding or "utf-8")
+        text.encode(stream.encoding or "utf-8")
     except UnicodeEncodeError:
         return False
     return True
@@ -48,7 +124,9 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[obje
         table.add_row(*(Text(_cell(value)) for value in row))
     width = None if sys.stdout.isatty() else 200
     console = Console(width=width, highlight=False, soft_wrap=False)
-    console.print(Text(printable(title), style="bold"), table)
+    with console.capture() as drawn:  # rich itself would end the process where the reader of a pipe went away
+        console.print(Text(printable(title), style="bold"), table)
+    click.echo(drawn.get(), nl=False, color=True)  # in the colours that rich found fit
 
 
 def _cell(value: object) -> str:

@@ -87,6 +87,7 @@ def show(adapter: Path, model: Path | None) -> dict[str, Any]:
         "base_model": manifest.base_model,
         "revision": manifest.revision,
         "library_version": manifest.library_version,
-        "bytes": sum(p.stat().st_size for p in adapter.iterdir() if p.is_file()),
+        "source": loaded.source,
+        "bytes": sum(p.stat().st_size for p in adapter.iterdir() if p.is_file()) if adapter.is_dir() else None,
         "tables": tables,
     }

@@ -6,19 +6,19 @@ from pathlib import Path
 
 import click
 
-from embedsurgery.cli.merge import print_report
+from embedsurgery.cli.merge import output_option, place, print_report
 from embedsurgery.cli.render import copying, json_option
 
 
 @click.command("unmerge")
 @click.argument("merged", type=click.Path(path_type=Path))
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The new checkpoint directory.")
+@output_option
 @click.option("--dry-run", is_flag=True, help="Check everything, say what would be done, write nothing.")
 @json_option
-def command(merged: Path, output: Path, dry_run: bool, as_json: bool) -> None:
+def command(merged: Path, output: Path | None, dry_run: bool, as_json: bool) -> None:
     """Write the checkpoint MERGED without its last merge: bit for bit what it was merged into."""
     from embedsurgery.offline import unmerge_checkpoint
 
     with copying("copying") as progress:
-        report = unmerge_checkpoint(merged, output, dry_run=dry_run, progress=progress)
+        report = unmerge_checkpoint(merged, place(output, dry_run), dry_run=dry_run, progress=progress)
     print_report(report, "unmerged", as_json)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from embedsurgery.api import attach, walk
+from embedsurgery.api import walk
 from embedsurgery.checkpoint import open_checkpoint
 from embedsurgery.demo import corpus
 from embedsurgery.demo.base import load_model, load_tokenizer, make_base, one_thread, quiet, require, seeded
@@ -29,8 +29,9 @@ from embedsurgery.demo.report import (
     WordStep,
 )
 from embedsurgery.errors import CheckpointError, UnsupportedError
+from embedsurgery.live import attach
 from embedsurgery.offline import merge_checkpoint, unmerge_checkpoint
-from embedsurgery.surgeries.trainable_tokens import TrainableTokensConfig
+from embedsurgery.surgeries.trainable_tokens_config import TrainableTokensConfig
 from embedsurgery.verify import verify_checkpoint
 
 if TYPE_CHECKING:

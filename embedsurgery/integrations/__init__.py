@@ -1,6 +1,7 @@
 """What ties attachments to other libraries' training loops; each name loads its library when it is first used.
 
-`EmbedSurgeryCallback` is for transformers' Trainer and TRL's, `keep_rows` for Accelerate's save_state and load_state.
+`EmbedSurgeryCallback` is for transformers' Trainer and TRL's, `LightningCallback` for Lightning's, `keep_rows` for
+Accelerate's save_state and load_state.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from embedsurgery.integrations.accelerate import keep_rows
+    from embedsurgery.integrations.lightning import LightningCallback
     from embedsurgery.integrations.trainer import EmbedSurgeryCallback
 
-_PUBLIC = {"EmbedSurgeryCallback": "trainer", "keep_rows": "accelerate"}
+_PUBLIC = {"EmbedSurgeryCallback": "trainer", "LightningCallback": "lightning", "keep_rows": "accelerate"}
 
-__all__ = ["EmbedSurgeryCallback", "keep_rows"]
+__all__ = ["EmbedSurgeryCallback", "LightningCallback", "keep_rows"]
 
 
 def __getattr__(name: str) -> Any:

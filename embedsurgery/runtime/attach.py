@@ -1,16 +1,14 @@
 """The attachment: which adapters are live on a model, and what may be done with them.
 
-How rows reach a forward pass is ``sites.py``'s. What an adapter means is its surgery's: this file only takes the
+How rows reach a forward pass is ``installation.py``'s. What an adapter means is its surgery's: this file only takes the
 overrides that the surgery returns.
 """
 
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,36 +16,22 @@ import torch
 from torch import nn
 
 from embedsurgery.adapter import Adapter
-from embedsurgery.errors import AttachmentError, ConfigError, EmbedSurgeryWarning, UnsupportedError
-from embedsurgery.graph import EmbeddingGraph, Table
+from embedsurgery.errors import AttachmentError, UnsupportedError
+from embedsurgery.graph import EmbeddingGraph
 from embedsurgery.locate import locate
 from embedsurgery.plan import Plan, Undo
-from embedsurgery.runtime.history import has_history, holds, look_at
-from embedsurgery.runtime.hooks import Installed, after, before, remove
-from embedsurgery.runtime.loading import check_loaded, replacements
+from embedsurgery.runtime.installation import Installation
+from embedsurgery.runtime.loading import check_loaded, look_no_more, replacements, say_that_rows_stay
+from embedsurgery.runtime.members import Member, Members, say_what_overflows
+from embedsurgery.runtime.nesting import forget, refuse_more, refuse_part, remember
 from embedsurgery.runtime.rows import Hidden, Rows
 from embedsurgery.runtime.sharded import Guard, save_once, set_rows
-from embedsurgery.runtime.sites import Lookup, Materialised, Projection, can_override, holders
-from embedsurgery.runtime.unchanged import Unchanged
-from embedsurgery.runtime.watch import Watch
-from embedsurgery.stores.base import apply, shorten
-from embedsurgery.stores.tensors import TensorStore, module_store
-from embedsurgery.surgeries.base import RowOverride, Surgery, SurgeryRecord
-from embedsurgery.tensors import dtype_string, to_raw
-from embedsurgery.wrappers import submodule
+from embedsurgery.stores.base import apply
+from embedsurgery.stores.tensors import module_store
+from embedsurgery.surgeries.base import Surgery, SurgeryRecord
 
 CHILD = "embedsurgery"
 """Name under which an attachment is registered on its model."""
-
-
-@dataclass(frozen=True)
-class _Member:
-    """An adapter on the model: as it was attached, and what it overrides there."""
-
-    adapter: Adapter
-    record: SurgeryRecord
-    located: Mapping[str, Table]
-    overrides: tuple[RowOverride, ...]
 
 
 class Attachment(Hidden):
@@ -59,28 +43,22 @@ class Attachment(Hidden):
     Attributes:
         saved_beside: Whether something saves the rows beside each state dict of the model and restores them with it,
             as the integrations do, so that loading a state dict alone is no matter.
+        extended: What takes out the tokens that attaching an adapter brought, each with the tokenizer.
     """
 
     def __init__(self, model: nn.Module, graph: EmbeddingGraph) -> None:
         super().__init__()
         self.saved_beside = False
-        self._unstepped: dict[str, bool] = {}  # adapter that no optimizer here has stepped -> began from a config
         self.rows_of = nn.ModuleDict()
         self.graph = graph
         self._model = (model,)  # in a tuple, so that the parent is not registered as its own child's child
-        self._members: dict[str, _Member] = {}
-        self._active: list[str] = []
-        self._live: dict[str, list[Rows]] = {}
+        self._members = Members()
         self._disabled = 0
         self._undo: list[Undo] = []
         self._frozen: list[nn.Parameter] = []
-        self._hooks: Installed = []
-        self._unchanged = Unchanged()
-        self._guarded: Installed = []
-        self._site_hooks: dict[str, Installed] = {}
-        self._materialised: set[str] = set()
-        self._watch: Watch | None = None
-        self._guard = Guard(model, (n for t in graph.tables for n in t.names), self._trained, self._started)
+        self.extended: list[tuple[Undo, Any]] = []
+        guard = Guard(model, self._members.trained, self._members.begun)
+        self._installation = Installation(model, graph, guard)
 
     # -- what is on the model ------------------------------------------------------------------------------------
 
@@ -92,12 +70,12 @@ class Attachment(Hidden):
     @property
     def names(self) -> tuple[str, ...]:
         """Every adapter, in the order of attaching."""
-        return tuple(self._members)
+        return tuple(self._members.all)
 
     @property
     def active(self) -> tuple[str, ...]:
         """The adapters that are live."""
-        return tuple(self._active)
+        return tuple(self._members.active)
 
     @property
     def merged(self) -> bool:
@@ -111,12 +89,10 @@ class Attachment(Hidden):
             AttachmentError: A name that is not attached, rows of a table in two of the adapters, or a merged model.
         """
         self._not_merged("activate adapters")
-        for name in names:
-            self._member(name)
         if len(set(names)) != len(names):
             raise AttachmentError("an adapter is named twice", found=", ".join(names))
-        self._check_disjoint(names)
-        self._active = list(names)
+        self._members.check_disjoint(names)
+        self._members.active = list(names)
         self._refresh()
 
     def adapter(self, name: str | None = None) -> Adapter:
@@ -130,12 +106,7 @@ class Attachment(Hidden):
         Raises:
             AttachmentError: There is none of this name.
         """
-        name = self._name(name)
-        member = self._member(name)
-        raw = dict(member.adapter.raw)
-        for override, rows in zip(member.overrides, self._rows(name), strict=True):
-            raw[override.tensor] = to_raw(rows.values)
-        return replace(member.adapter, raw=raw)
+        return self._members[self._members.default(name)].snapshot()
 
     def save(self, directory: str | os.PathLike[str], name: str | None = None) -> Path:
         """Write a snapshot of an adapter. With several processes all of them call it, and rank 0 writes.
@@ -162,18 +133,18 @@ class Attachment(Hidden):
             BaseMismatchError: It was made from another base.
         """
         self._not_merged("restore rows")
-        name = self._name(name)
-        member = self._member(name)
+        name = self._members.default(name)
+        member = self._members[name]
         if adapter.manifest.surgery != member.record.name:
             raise AttachmentError("the adapter is of another surgery", where=name, expected=member.record.name,
                                   found=adapter.manifest.surgery)  # fmt: skip
-        theirs = member.record.surgery.live(adapter, locate(adapter, self._store()))
+        theirs = member.record.surgery.live(adapter, locate(adapter, self._installation.store()))
         values = replacements(name, member.overrides, theirs, adapter)
         with torch.no_grad():
-            for rows, new in zip(self._rows(name), values, strict=True):
+            for (_, rows), new in zip(member.pairs(), values, strict=True):
                 set_rows(self.model, rows, new)
-        if name in self._unstepped:
-            self._unstepped[name] = False
+        if name in self._members.unstepped:
+            self._members.unstepped[name] = False
 
     def remove(self, name: str) -> None:
         """Take an adapter off; the last one detaches the model.
@@ -182,14 +153,11 @@ class Attachment(Hidden):
             AttachmentError: There is none of this name, or the model is merged.
         """
         self._not_merged("remove an adapter")
-        self._member(name)
-        if len(self._members) == 1:
+        if self.names == (name,):
             self.detach()
             return
-        self._active = [other for other in self._active if other != name]
-        del self._members[name]
+        self._members.drop(name)
         del self.rows_of[_key(name)]
-        self._unstepped.pop(name, None)
         self._refresh()
 
     # -- training ------------------------------------------------------------------------------------------------
@@ -236,25 +204,24 @@ class Attachment(Hidden):
         """
         self._not_merged("mix adapters")
         used = list(dict.fromkeys(name for name in names if name is not None))
-        tables = {override.table for name in used for override in self._member(name).overrides}
+        pairs = [(name, *pair) for name in used for pair in self._members[name].pairs()]
+        tables = {override.table for _, override, _ in pairs}
         if not names:
             raise AttachmentError("no sample is named", expected="one adapter name, or None, for each sample")
-        if tables & self._materialised:
+        if tables & self._installation.copied:
             raise UnsupportedError("a batch cannot mix adapters here", where=", ".join(sorted(tables)),
                                    found="a table that is overridden by a full copy of it",
                                    hint="run the samples of each adapter by themselves")  # fmt: skip
-        before, self._active = self._active, used
+        before, self._members.active = self._members.active, used
         self._refresh()
         try:
-            for name in used:
-                for rows in self._rows(name):
-                    rows.samples = torch.tensor([other == name for other in names], device=rows.indices.device)
+            for name, _, rows in pairs:
+                rows.samples = torch.tensor([other == name for other in names], device=rows.indices.device)
             yield
         finally:
-            for name in used:
-                for rows in self._rows(name):
-                    rows.samples = None
-            self._active = before
+            for _, _, rows in pairs:
+                rows.samples = None
+            self._members.active = before
             self._refresh()
 
     # -- merging -------------------------------------------------------------------------------------------------
@@ -270,13 +237,14 @@ class Attachment(Hidden):
             UnsupportedError: A table whose rows cannot be written, for instance one that is sharded.
         """
         self._not_merged("merge")
-        if not self._active:
+        if not self.active:
             raise AttachmentError("no adapter is active", hint="activate one before merging")
-        self._unchanged(self.model)
-        edits = [edit for name in self._active for edit in self._plan(name).edits]
-        undo = apply(Plan(tuple(edits)), self._store())
+        self._installation.check_unchanged()
+        store, members = self._installation.store(), [self._members[name] for name in self.active]
+        undo = apply(Plan(tuple(edit for member in members for edit in member.plan().edits)), store)
         self._undo.append(undo)
         self._refresh()
+        say_what_overflows(members, {name: tensor.dtype for name, tensor in store.tensors.items()})
         return undo
 
     def unmerge(self) -> None:
@@ -287,25 +255,29 @@ class Attachment(Hidden):
         """
         if not self._undo:
             raise AttachmentError("the model is not merged", hint="merge() comes first")
-        apply(self._undo[-1], self._store())
+        apply(self._undo[-1], self._installation.store())
         self._undo.pop()
         self._refresh()
 
     def detach(self) -> None:
-        """Take every adapter off and restore what was trainable. A merged model keeps the rows in its weights."""
-        for hooks in (self._hooks, self._guarded, *self._site_hooks.values()):
-            remove(hooks)
-        if self._watch is not None:
-            self._watch.remove()
+        """Take every adapter off and restore what was trainable, and take out the tokens that an adapter brought.
+
+        A merged model keeps the rows in its weights, and the tokens.
+        """
+        self._installation.remove()
         for parameter in self._frozen:
             parameter.requires_grad_(True)
         self._frozen = []
-        self._members, self._active, self._live, self._undo, self._unstepped = {}, [], {}, [], {}
+        merged = bool(self._undo)
+        self._members.clear()
+        self._undo = []
         model = self.model
-        loading: dict[int, Any] = model._load_state_dict_pre_hooks
-        for key in [key for key, wrapped in loading.items() if wrapped.hook == self._before_load]:
-            del loading[key]
+        look_no_more(model, self._before_load)
         model._modules.pop(CHILD, None)
+        forget(self)
+        while self.extended and not merged:  # when nothing of the attachment holds a table any more
+            undo, tokenizer = self.extended.pop()
+            apply(undo, module_store(model, tokenizer=tokenizer))
 
     # -- inside --------------------------------------------------------------------------------------------------
 
@@ -314,50 +286,20 @@ class Attachment(Hidden):
         return value
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}: {m.record.name}" for name, m in self._members.items())
-
-    def before_step(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Called before each step of any optimizer, until each adapter has been stepped once; see `history`.
-
-        Raises:
-            AttachmentError: The optimizer has trained rows before, which are as a config started them.
-        """
-        for name, fresh in list(self._unstepped.items()):
-            rows = self._rows(name)
-            if not any(holds(optimizer, part.values) for part in rows):
-                continue
-            member = self._member(name)
-            if fresh and any(has_history(optimizer, part.values) for part in rows):
-                raw = self.adapter(name).raw
-                if all(raw[o.tensor] == member.adapter.raw[o.tensor] for o in member.overrides):
-                    raise AttachmentError(
-                        "the optimizer has trained these rows before, but they are as they began", where=name,
-                        expected="the rows that were trained with this optimizer's state",
-                        found="a state dict was loaded, which is the base's and holds no rows",
-                        hint="attachment.restore(embedsurgery.load(...)) after loading; with the Trainer "
-                        "embedsurgery.integrations.EmbedSurgeryCallback() saves and restores them",
-                    )  # fmt: skip
-            del self._unstepped[name]
-        return bool(self._unstepped)
+        return ", ".join(f"{name}: {m.record.name}" for name, m in self._members.all.items())
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        if self._unstepped:
-            look_at(self)
+        remember(self)
 
     def _before_load(self, model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
         """Before a state dict is loaded: what it holds is the base's, and must be of the same base."""
         if self._undo:
             return
-        for member in self._members.values():
+        for member in self._members.all.values():
             check_loaded(self.graph, member.adapter, member.overrides, state_dict, prefix, model)
-        if len(self._unstepped) < len(self._members) and not self.saved_beside:
-            warnings.warn(
-                "a state dict is the base's: loading one leaves the trained rows as they are; attachment.restore() "
-                "sets them, and embedsurgery.integrations does it for the Trainer",
-                EmbedSurgeryWarning,
-                stacklevel=2,
-            )
+        if len(self._members.unstepped) < len(self.names) and not self.saved_beside:
+            say_that_rows_stay()
 
     def _add(
         self,
@@ -370,32 +312,21 @@ class Attachment(Hidden):
         fresh: bool,
     ) -> None:
         """Put one more adapter on the model; everything that can fail comes before anything changes."""
-        self._check_name(name)
+        self._members.check_new(name, record)
         self._not_merged("attach another adapter")
-        for other in self._members.values():
-            if other.record.name not in record.shares_model_with:
-                raise AttachmentError("these surgeries cannot share a model", expected="one of them",
-                                      found=f"{record.name} and {other.record.name}")  # fmt: skip
-        store = self._store()
+        store = self._installation.store()
         located = locate(adapter, store)
         surgery: Surgery = record.surgery
         overrides = surgery.live(adapter, located)
-        modes = {o.table: self._site_modes(self.graph.table(o.table), o, materialize) for o in overrides}
-        member = _Member(adapter, record, located, overrides)
-        self._members[name] = member
-        try:
-            self._check_disjoint([*self._active, name])
-        except AttachmentError:
-            del self._members[name]
-            raise
-        device = {o.table: store.tensors[o.table].device for o in overrides}
-        rows = [Rows(adapter.raw[o.tensor], o.indices, device[o.table]) for o in overrides]
-        self.rows_of[_key(name)] = nn.ModuleList(rows)
-        self._active.append(name)
+        modes = self._installation.modes(overrides, materialize)
+        devices = [store.tensors[o.table].device for o in overrides]
+        rows = [Rows(adapter.raw[o.tensor], o.indices, d) for o, d in zip(overrides, devices, strict=True)]
+        member = Member(adapter, record, located, overrides, nn.ModuleList(rows))
+        self._members.check_disjoint([*self.active, name], member)
+        self._members.add(name, member, fresh)
+        self.rows_of[_key(name)] = member.rows
         for override in overrides:
-            self._install(self.graph.table(override.table), modes[override.table])
-        self._unstepped[name] = fresh
-        look_at(self)
+            self._installation.install(self.graph.table(override.table), modes[override.table])
         if freeze is not None:
             ours = {id(p) for p in self.parameters()}
             for parameter in freeze.parameters():
@@ -404,180 +335,13 @@ class Attachment(Hidden):
                     self._frozen.append(parameter)
         self._refresh()
 
-    def _store(self) -> TensorStore:
-        """The model's tables, in the dtypes that they have now: the model may have been cast since."""
-        store = module_store(self.model, self.graph)
-        tables = tuple(replace(t, dtype=dtype_string(store.tensors[t.name])) for t in self.graph.tables)
-        store.graph = replace(self.graph, tables=tables)
-        return store
-
-    def _plan(self, name: str) -> Plan:
-        member = self._member(name)
-        return member.record.surgery.plan(self.adapter(name), member.located)
-
-    def _rows(self, name: str) -> list[Rows]:
-        rows = self.rows_of[_key(name)]
-        assert isinstance(rows, nn.ModuleList)
-        return [part for part in rows if isinstance(part, Rows)]
-
-    def _name(self, name: str | None) -> str:
-        if name is None:
-            return next(iter(self._members)) if len(self._members) == 1 else "default"
-        return name
-
-    def _member(self, name: str) -> _Member:
-        if name not in self._members:
-            raise AttachmentError("no such adapter", where=name, found=", ".join(self._members) or "none attached")
-        return self._members[name]
-
-    def _check_name(self, name: str) -> None:
-        if not isinstance(name, str) or not name or "." in name:
-            raise ConfigError("not a name for an adapter", expected="text without a dot", found=repr(name))
-        if name in self._members:
-            raise AttachmentError("an adapter of this name is attached already", where=name,
-                                  found=", ".join(self._members), hint="give another name=, or remove it")  # fmt: skip
-
     def _not_merged(self, what: str) -> None:
         if self._undo:
             raise AttachmentError(f"cannot {what} while the rows are merged into the weights", hint="unmerge() first")
 
-    def _check_disjoint(self, names: list[str] | tuple[str, ...]) -> None:
-        taken: dict[str, dict[int, str]] = {}
-        for name in names:
-            for override in self._member(name).overrides:
-                rows = taken.setdefault(override.table, {})
-                twice = [i for i in override.indices if i in rows]
-                if twice:
-                    raise AttachmentError("two active adapters set the same rows", where=override.table,
-                                          expected="disjoint rows", hint="activate one of them at a time",
-                                          found=f"{rows[twice[0]]} and {name} both set {shorten(twice)}")  # fmt: skip
-                rows.update(dict.fromkeys(override.indices, name))
-
     def _refresh(self) -> None:
-        """Fill the lists that the hooks share with the rows that are live now."""
-        for live in self._live.values():
-            live.clear()
-        if self._disabled or self._undo:
-            return
-        for name in self._active:
-            for override, rows in zip(self._member(name).overrides, self._rows(name), strict=True):
-                self._live[override.table].append(rows)
-
-    def _trained(self) -> list[tuple[str, nn.Parameter]]:
-        """The rows that are live, named by adapter and table."""
-        return [] if self._disabled or self._undo else [
-            (f"{name}: {override.table}", rows.values)
-            for name in self._active
-            for override, rows in zip(self._member(name).overrides, self._rows(name), strict=True)
-        ]  # fmt: skip
-
-    def _started(self) -> Iterator[bytes]:
-        """What the live rows were when they were attached."""
-        for name in self._active:
-            member = self._member(name)
-            yield from (member.adapter.raw[override.tensor].data for override in member.overrides)
-
-    def _site_modes(self, table: Table, override: RowOverride, materialize: bool) -> list[bool]:
-        """For each site whether its rows can be overridden; errors come here, before anything changes."""
-        modes = []
-        used = {id(submodule(self.model, site.module)) for site in table.sites}
-        if any(id(module) not in used for module, _, _ in holders(self.model, table.names, table.transposed)):
-            materialize = True  # something that is no site holds the table, and reads it in a way of its own
-        for site in table.sites:
-            module = submodule(self.model, site.module)
-            if getattr(module, "max_norm", None) is not None:
-                raise UnsupportedError("a lookup with max_norm changes its own table in the forward", where=site.module,
-                                       expected="max_norm=None", found=module.max_norm,
-                                       hint="normalise the table once and set max_norm to None")  # fmt: skip
-            weight = module._parameters[site.parameter]
-            assert weight is not None
-            rows = torch.tensor(override.indices, device=weight.device)
-            modes.append(not materialize and can_override(module, site, rows))
-        return modes
-
-    def _install(self, table: Table, modes: list[bool]) -> None:
-        """Hooks for a table's sites, once however many adapters have rows of it."""
-        if table.name in self._live:
-            return
-        live = self._live.setdefault(table.name, [])
-        hooks = self._site_hooks.setdefault(table.name, [])
-        for path in dict.fromkeys(["", *(site.module for site in table.sites)]):
-            before(self._guarded, submodule(self.model, path), self._guard)
-        if not self._unchanged.sites:
-            before(self._guarded, self.model, self._unchanged)
-        self._unchanged.watch(self.model, table)
-        if not any(modes):
-            self._materialise(table)
-            return
-        done: set[int] = set()
-        for site, can in zip(table.sites, modes, strict=True):
-            module = submodule(self.model, site.module)
-            if id(module) in done:
-                continue
-            done.add(id(module))
-            if not can:
-                whole = Materialised([(module, site.parameter, site.transposed)], live)
-                before(hooks, module, whole.enter)
-                after(hooks, module, whole.leave, always=True)
-            elif site.role == "input":
-                after(hooks, module, Lookup(module, site, live))
-            else:
-                after(hooks, module, Projection(module, site, live))
-        if self._watch is None:
-            self._watch = Watch(self.model, self.graph)
-            before(self._hooks, self.model, self._begin)
-            after(self._hooks, self.model, self._look)
-
-    def _materialise(self, table: Table) -> Materialised:
-        """Override a table by a full copy of it, for whatever part of the model reads it in whatever way."""
-        hooks = self._site_hooks[table.name]
-        remove(hooks)
-        self._materialised.add(table.name)
-        whole = Materialised(list(holders(self.model, table.names, table.transposed)), self._live[table.name])
-        paths = {""}
-        for name in table.names:
-            parts = name.split(".")[:-1]
-            paths.update(".".join(parts[:count]) for count in range(1, len(parts) + 1))
-        modules = {id(m): m for m in (submodule(self.model, path) for path in sorted(paths))}
-        for module in modules.values():
-            before(hooks, module, whole.enter)
-            after(hooks, module, whole.leave, always=True)
-        return whole
-
-    def _begin(self, *_: Any) -> None:
-        if self._watch is not None and not torch.compiler.is_compiling():
-            self._watch.forget()
-
-    def _look(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """After a forward of the whole model: see whether every live table was used through its sites."""
-        if self._watch is None or torch.compiler.is_compiling() or not any(self._live.values()):
-            return output
-        tables = [self.graph.table(n) for n, rows in self._live.items() if rows and n not in self._materialised]
-        missed = self._watch.unreached(tables, args[0] if args else kwargs.get("input_ids"), output)
-        if not missed:
-            if self._watch.done(output):
-                self._stop_watching()
-            return output
-        copies = [self._materialise(table) for table in missed]
-        if len(self._materialised) == len(self._live):
-            self._stop_watching()
-        if kwargs.get("past_key_values") is not None:
-            names = ", ".join(t.name for t in missed)
-            raise UnsupportedError(
-                "this model reads a table outside of its modules, which the first forward showed", where=names,
-                hint="call again: from now on the rows are put into a full copy of the table in each forward",
-            )  # fmt: skip
-        with ExitStack() as stack:
-            for whole in copies:
-                stack.callback(whole.leave)
-                whole.enter()
-            return model.forward(*args, **kwargs)
-
-    def _stop_watching(self) -> None:
-        if self._watch is not None:
-            self._watch.remove()
-            self._watch = None
-        remove(self._hooks)
+        self._members.muted = bool(self._disabled or self._undo)
+        self._installation.refresh((override.table, rows) for _, override, rows in self._members.live())
 
 
 def _key(name: str) -> str:
@@ -586,7 +350,10 @@ def _key(name: str) -> str:
 
 def find(model: nn.Module) -> Attachment | None:
     """The attachment of a model, also where the model is wrapped or a wrapper itself."""
-    return next((module for module in model.modules() if isinstance(module, Attachment)), None)
+    attachment = next((module for module in model.modules() if isinstance(module, Attachment)), None)
+    if attachment is not None:
+        attachment._installation.settle()
+    return attachment
 
 
 def attach_adapter(
@@ -599,6 +366,7 @@ def attach_adapter(
     freeze: nn.Module | None = None,
     materialize: bool = False,
     fresh: bool = False,
+    given: nn.Module | None = None,
 ) -> Attachment:
     """Make an adapter live on a model; see `embedsurgery.attach`.
 
@@ -611,13 +379,21 @@ def attach_adapter(
         freeze: Freeze everything that is trainable here: the model, or a wrapper of it.
         materialize: See `embedsurgery.attach`.
         fresh: The adapter began from a config just now.
+        given: What the user gave: the model, or a wrapper of it.
+
+    Raises:
+        AttachmentError: A part of the model has an attachment, or what the model is a part of; and as `attach`.
     """
     attachment = find(model)
     first = attachment is None
     if attachment is None:
+        refuse_part(model)
         attachment = Attachment(model, graph)
+    else:
+        refuse_more(given or freeze or model, attachment.model)
     attachment._add(name, adapter, record, freeze=freeze, materialize=materialize, fresh=fresh)
     if first:
         model.add_module(CHILD, attachment)
         model.register_load_state_dict_pre_hook(attachment._before_load)  # type: ignore[no-untyped-call]
+        remember(attachment)
     return attachment

@@ -16,9 +16,9 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 
 class Untrained(Protocol):
-    """What is looked at: see `Attachment`."""
+    """What is looked at: see `Members`."""
 
-    def before_step(self, optimizer: Optimizer) -> bool:
+    def before_step(self, optimizer: Optimizer, closure: bool) -> bool:
         """Raises on a forgotten resume; returns whether to look again at the next step."""
 
 
@@ -26,25 +26,32 @@ _living: weakref.WeakSet[Any] = weakref.WeakSet()
 _installed: list[Any] = []
 
 
-def look_at(attachment: Untrained) -> None:
-    """Ask an attachment before every optimizer step of this process, until it says that it knows enough."""
+def look_at(members: Untrained) -> None:
+    """Ask an attachment's adapters before every optimizer step of this process, until it says that it knows enough."""
     if not _installed:
         _installed.append(register_optimizer_step_pre_hook(_before_step))
-    _living.add(attachment)
+    _living.add(members)
 
 
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if torch.compiler.is_compiling():
         return
-    for attachment in list(_living):
-        if not attachment.before_step(optimizer):
-            _living.discard(attachment)
+    closure = any(callable(given) for given in (*args[1:], *kwargs.values()))
+    for members in list(_living):
+        if not members.before_step(optimizer, closure):
+            _living.discard(members)
 
 
-def holds(optimizer: Optimizer, parameter: nn.Parameter) -> bool:
-    """Whether an optimizer is about to step a parameter."""
+def holds(optimizer: Optimizer, parameter: nn.Parameter, closure: bool) -> bool:
+    """Whether an optimizer is about to step a parameter.
+
+    Args:
+        optimizer: Before its step.
+        parameter: Any.
+        closure: Whether the step is given a closure, which computes the gradients: Lightning does so.
+    """
     held = any(p is parameter for group in optimizer.param_groups for p in group["params"])
-    return held and parameter.grad is not None
+    return held and (parameter.grad is not None or (closure and parameter.requires_grad))
 
 
 def has_history(optimizer: Optimizer, parameter: nn.Parameter) -> bool:

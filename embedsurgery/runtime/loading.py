@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from embedsurgery.adapter import Adapter
-from embedsurgery.errors import AttachmentError, BaseMismatchError
+from embedsurgery.errors import AttachmentError, BaseMismatchError, EmbedSurgeryWarning
 from embedsurgery.graph import EmbeddingGraph
 from embedsurgery.stores.base import shorten
 from embedsurgery.surgeries.base import RowOverride
@@ -85,3 +86,20 @@ def check_loaded(
                 found=rows.to("F32").sha256()[:12],
                 hint="detach() first to load another base; where rows were merged into the file, unmerge it",
             )
+
+
+def say_that_rows_stay() -> None:
+    """Warn that a state dict was loaded, and that trained rows are as they were."""
+    warnings.warn(
+        "a state dict is the base's: loading one leaves the trained rows as they are; attachment.restore() sets them, "
+        "and embedsurgery.integrations does it for the Trainer",
+        EmbedSurgeryWarning,
+        stacklevel=3,
+    )
+
+
+def look_no_more(model: nn.Module, hook: Callable[..., Any]) -> None:
+    """Take a hook off that looks at state dicts before they are loaded; a copied model has a copy of it."""
+    loading: dict[int, Any] = model._load_state_dict_pre_hooks
+    for key in [key for key, wrapped in loading.items() if wrapped.hook == hook]:
+        del loading[key]

@@ -43,6 +43,7 @@ class Rows(Hidden):
         values: The rows, Parameter (K, D), fp32 (fp64 for an fp64 table): masters, rounded to the table's dtype in
             the forward.
         indices: Row numbers in the order of ``values``, int64 (K,).
+        numbers: The same, as a set.
         sorted: The same, ascending.
         order: Position in ``values`` of each entry of ``sorted``.
         samples: While a batch mixes adapters, which of its samples these rows are for, bool (B,).
@@ -51,6 +52,7 @@ class Rows(Hidden):
 
     values: nn.Parameter
     indices: torch.Tensor
+    numbers: frozenset[int]
     sorted: torch.Tensor
     order: torch.Tensor
     samples: torch.Tensor | None = None
@@ -59,6 +61,7 @@ class Rows(Hidden):
     def __init__(self, values: RawArray, indices: tuple[int, ...], device: torch.device) -> None:
         super().__init__()
         self.values = nn.Parameter(from_raw(values).to(device))
+        self.numbers = frozenset(indices)
         rows = torch.tensor(indices, dtype=torch.int64, device=device)
         ascending, order = torch.sort(rows)
         self.register_buffer("indices", rows, persistent=False)

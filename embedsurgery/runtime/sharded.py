@@ -35,7 +35,6 @@ class Guard:
 
     Args:
         model: The attached model.
-        tables: Names of the tables' parameters, which overrides may replace for the time of a forward.
         rows: Gives the trainable parameters of the live rows, with a name for messages.
         start: Gives the bytes of what this rank attached, to be the same on every rank.
     """
@@ -43,12 +42,10 @@ class Guard:
     def __init__(
         self,
         model: nn.Module,
-        tables: Iterable[str],
         rows: Callable[[], list[tuple[str, nn.Parameter]]],
         start: Callable[[], Iterator[bytes]],
     ) -> None:
         self.model = (model,)
-        self.tables = frozenset(tables)
         self.rows = rows
         self.start = start
         self.sharded = frozenset(name for name, p in model.named_parameters() if is_sharded(p))
@@ -73,7 +70,7 @@ class Guard:
         parameters = dict(model.named_parameters())
         if any(_is_deepspeeds(p) for p in parameters.values()) and not _is_deepspeeds(parameter):
             raise _unknown(name, "DeepSpeed")
-        views = {name for name, p in parameters.items() if not isinstance(p, nn.Parameter)} - self.tables
+        views = any(not isinstance(p, nn.Parameter) for p in parameters.values())
         if views or any(fsdp_version(m) == 1 for m in model.modules()):
             raise UnsupportedError("rows cannot be trained under FullyShardedDataParallel", where=name,
                                    hint="use its successor, torch.distributed.fsdp.fully_shard")  # fmt: skip

@@ -6,7 +6,7 @@ does, and then the columns that are ours are replaced in the logits. Both are fo
 so hooks of the user see what they would see on a merged model. Which rows are live is a list that the attachment owns
 and the hooks share.
 
-Where a module cannot be overridden so, its weight is replaced by a full copy while it runs: `Materialised`.
+Where a module cannot be overridden so, a full copy is laid over its weight while it runs: ``overlays.py``.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from embedsurgery.errors import UnsupportedError
 from embedsurgery.graph import Site
+from embedsurgery.runtime.columns import columns
 from embedsurgery.runtime.rows import Rows
 from embedsurgery.runtime.sharded import on_plain, plain_rows
 from embedsurgery.tensors import is_sharded, rows_at
@@ -32,6 +33,7 @@ class Lookup:
 
     def __init__(self, module: nn.Module, site: Site, live: list[Rows]) -> None:
         self.twin = _twin(module, site.parameter)
+        self.where = site.module
         self.parameter = site.parameter
         self.live = live
 
@@ -42,10 +44,14 @@ class Lookup:
             self.twin = _twin(module, self.parameter)  # as the module is now: its mode, scale and the like
         for rows in self.live:
             ids, args_of, kwargs_of = _split_ids(args, kwargs)
+            if not isinstance(ids, torch.Tensor) or ids.is_floating_point():
+                raise UnsupportedError("a lookup that is given something other than ids", where=self.where or "root",
+                                       expected="integers", found=getattr(ids, "dtype", type(ids).__name__),
+                                       hint="attach(..., materialize=True) gives it the whole table")  # fmt: skip
             place, ours = rows.find(ids)
             if rows.samples is not None:
                 ours = ours & _of_samples(rows.samples, ids)
-            small = plain_rows(rows.values).to(_held(module, self.parameter).dtype)
+            small = plain_rows(rows.values).to(held(module, self.parameter).dtype)
             new = _call(self.twin, self.parameter, small, args_of(place), kwargs_of(place))
             output = torch.where(ours.unsqueeze(-1), new, output)
         return output
@@ -63,22 +69,27 @@ class Projection:
             return on_plain(self, module, args, kwargs, output)
         for rows in self.live:
             hidden = args[0] if args else next(iter(kwargs.values()))
-            held = _held(module, self.site.parameter)
-            weight = held.t() if self.site.transposed else held
+            table = held(module, self.site.parameter)
+            weight = table.t() if self.site.transposed else table
             bias = getattr(module, "bias", None)  # a buffer or a parametrised one too
             small_bias = None if bias is None else rows_at(bias, rows.indices)
-            new = F.linear(hidden, plain_rows(rows.values).to(weight.dtype), small_bias).to(output.dtype)
+            small = plain_rows(rows.values).to(weight.dtype)
+            wanted = torch.is_grad_enabled() and (hidden.requires_grad or small.requires_grad or output.requires_grad)
+            if wanted and not weight.requires_grad and not is_sharded(weight):
+                new = change = columns(hidden, small, weight, rows.indices, small_bias).to(output.dtype)
+            else:
+                new = change = F.linear(hidden, small, small_bias).to(output.dtype)
+                if wanted:
+                    change = new - F.linear(hidden, rows_at(weight, rows.indices), small_bias).to(output.dtype)
             if rows.samples is not None:
-                now = output.index_select(-1, rows.indices)
-                new = torch.where(_of_samples(rows.samples, output), new, now)
-                output = output.index_copy(-1, rows.indices, new)
-                continue
-            if torch.is_grad_enabled() and (new.requires_grad or output.requires_grad):
-                old = F.linear(hidden, rows_at(weight, rows.indices), small_bias).to(output.dtype)
+                ours = _of_samples(rows.samples, output)
+                new = torch.where(ours, new, output.detach().index_select(-1, rows.indices))
+                change = torch.where(ours, change, 0) if wanted else change
+            if wanted:
                 output = output.clone() if is_sharded(weight) else output  # DTensor's views refuse what follows
-                output = output.index_add_(-1, rows.indices, new - old)  # the gradients of the new columns
+                output = output.index_add_(-1, rows.indices, change)  # for its gradients
             with torch.no_grad():
-                output.index_copy_(-1, rows.indices, new)  # their exact values
+                output.index_copy_(-1, rows.indices, new)  # the exact values
         if output.requires_grad and not torch.compiler.is_compiling():
             assert output.grad_fn is not None  # read once: torch 2.13's register_hook on a changed view crashes else
         return output
@@ -99,56 +110,6 @@ def _of_samples(samples: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
     return mask.reshape(-1, *[1] * (tensor.dim() - 1))
 
 
-class Materialised:
-    """Pre and post hooks that put a full table with the new rows in place of a weight while a module runs.
-
-    The slow right way: a (V, D) copy for each outermost call. It serves lookups and projections that cannot be
-    overridden, and forwards that read ``module.weight`` themselves.
-
-    Args:
-        holders: (module, parameter name, transposed) of every alias of the table.
-        live: The rows that are live for the table; emptied and filled by the attachment.
-    """
-
-    def __init__(self, holders: list[tuple[nn.Module, str, bool]], live: list[Rows]) -> None:
-        self.holders = holders
-        self.live = live
-        self.depth = 0
-        self.saved: list[tuple[nn.Module, str, nn.Parameter, int | None]] = []
-
-    def enter(self, *_: Any) -> None:
-        """Pre-hook."""
-        self.depth += 1
-        if self.depth > 1 or not self.live:
-            return
-        first, name, transposed = self.holders[0]
-        base = _held(first, name)
-        if is_sharded(base):
-            raise UnsupportedError("a table that is sharded here cannot be overridden by a full copy", where=name,
-                                   hint="let the sharded module be one that reads the table itself")  # fmt: skip
-        table = base.t() if transposed else base
-        for rows in self.live:
-            table = table.index_copy(0, rows.indices, plain_rows(rows.values).to(table.dtype))
-        for module, name, transposed in self.holders:
-            self.saved.append((module, name, _held(module, name), getattr(module, "padding_idx", None)))
-            module._parameters[name] = table.t() if transposed else table  # type: ignore[assignment]
-            if getattr(module, "padding_idx", None) is not None:
-                module.padding_idx = None  # type: ignore[assignment]
-
-    def leave(self, *_: Any) -> None:
-        """Post-hook, also after an exception; one without its pre-hook (installed in mid-forward) is no matter."""
-        if self.depth == 0:
-            return
-        self.depth -= 1
-        if self.depth > 0:
-            return
-        while self.saved:
-            module, name, parameter, padding_idx = self.saved.pop()
-            module._parameters[name] = parameter
-            if padding_idx is not None:
-                module.padding_idx = padding_idx  # type: ignore[assignment]
-
-
 def can_override(module: nn.Module, site: Site, indices: torch.Tensor) -> bool:
     """Whether the override of a site gives what its module would give with the rows in its weight.
 
@@ -163,7 +124,7 @@ def can_override(module: nn.Module, site: Site, indices: torch.Tensor) -> bool:
     if site.role == "output":
         if not _all_finite(module, site, indices):
             return False  # 0 * NaN in the gradient of a column that is replaced
-        if type(module).forward is nn.Linear.forward and not _is_wrapped(module):
+        if type(module).forward is nn.Linear.forward and not _is_wrapped(module) and not site.transposed:
             return True
         if type(module).forward is not nn.Linear.forward and type(module).__name__ != "Conv1D":
             return False  # what a head of another class does, one trial does not show
@@ -204,19 +165,19 @@ _HOOKS = tuple(name for name in nn.Module().__dict__ if name.endswith(("_hooks",
                "_hooks_always_called")) and "state_dict" not in name)  # fmt: skip
 
 
-def _held(module: nn.Module, parameter: str) -> nn.Parameter:
+def held(module: nn.Module, parameter: str) -> nn.Parameter:
     """A module's parameter as it is now: wrappers may have replaced the object since the model was walked."""
-    held = module._parameters[parameter]
-    assert held is not None
-    return held
+    value = module._parameters[parameter]
+    assert value is not None
+    return value
 
 
 def _all_finite(module: nn.Module, site: Site, indices: torch.Tensor) -> bool:
     """Whether the rows that are replaced are numbers: spare rows of a table may never have been initialised."""
-    held = _held(module, site.parameter)
-    if held.device.type == "meta" or not held.is_floating_point():
+    weight = held(module, site.parameter).detach()
+    if weight.device.type == "meta" or not weight.is_floating_point():
         return True
-    rows = rows_at(held.detach().t() if site.transposed else held.detach(), indices)
+    rows = rows_at(weight.t() if site.transposed else weight, indices)
     return bool(torch.isfinite(rows).all())
 
 
@@ -230,6 +191,8 @@ def _without_hooks(module: nn.Module) -> nn.Module:
     bare = object.__new__(type(module))  # FSDP2's classes make something else of copy.copy
     bare.__dict__.update(module.__dict__)
     bare.__dict__.update({name: OrderedDict() for name in _HOOKS})
+    for name in module._parameters:
+        bare.__dict__.pop(name, None)  # what is laid over a weight is for the module alone
     return bare
 
 

@@ -1,26 +1,30 @@
-"""Tables in the safetensors files of a checkpoint: rows are read and written where they lie.
+"""Tables in the safetensors files of a checkpoint: rows are read and written where they lie, growing makes files anew.
 
-Writes go straight into the files of the directory that it is opened on, so the caller opens it on a staged copy.
+Rows go straight into the files of the directory that it is opened on, so the caller opens it on a staged copy.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
 from embedsurgery.checkpoint import Checkpoint, open_checkpoint
-from embedsurgery.errors import CheckpointError
-from embedsurgery.graph import Table
+from embedsurgery.durable import replace_files
+from embedsurgery.errors import CheckpointError, UnsupportedError
+from embedsurgery.graph import Table, Vocabulary
+from embedsurgery.grouping import grown_graph
 from embedsurgery.jsonfile import read_small
 from embedsurgery.names import walk_names
-from embedsurgery.plan import PatchFile, spans
+from embedsurgery.plan import AddTokens, Edit, Grow, PatchFile, spans
 from embedsurgery.raw import ITEMSIZE, RawArray
-from embedsurgery.safetensors_file import Entry, open_regular, pread_exactly, pwrite_exactly
-from embedsurgery.stores.base import Store
+from embedsurgery.safetensors_file import Entry, open_regular, pread_exactly, pwrite_exactly, read_tensor
+from embedsurgery.stores.grown_files import pieces, write_pieces
+from embedsurgery.stores.grown_shards import Growth
+from embedsurgery.stores.store import Store
 
 
 class ShardStore(Store):
@@ -36,6 +40,7 @@ class ShardStore(Store):
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
         self.name = str(checkpoint.directory)
+        self.config = checkpoint.config
         self.graph = walk_names(checkpoint.stored(), config=checkpoint.config, source=self.name, equal=self.equal)
         self._transposed = frozenset(n for table in self.graph.tables for n in table.transposed)
 
@@ -69,20 +74,36 @@ class ShardStore(Store):
     @contextmanager
     def _file(self, name: str, flags: int = os.O_RDONLY) -> Iterator[int]:
         with open_regular(self.checkpoint.path(name), flags) as descriptor:
+            if flags != os.O_RDONLY:
+                _refuse_links(self.checkpoint.path(name), os.fstat(descriptor).st_nlink)
             yield descriptor
+
+    def check_writable(self, table: Table) -> None:
+        """Refuse a table in a file that has a second name: what that stands for would change too."""
+        for _, file in table.files:
+            path = self.checkpoint.directory / file
+            _refuse_links(path, path.stat().st_nlink)
+
+    def tensor_shapes(self) -> Mapping[str, tuple[str, tuple[int, ...]]]:
+        entries = map(self.checkpoint.entry, self.checkpoint.location)
+        return {entry.name: (entry.dtype, entry.shape) for entry in entries}
 
     def read_rows(self, name: str, indices: tuple[int, ...]) -> RawArray:
         entry = self.checkpoint.entry(name)
         if name in self._transposed:
-            columns = _columns(entry)
             with self._file(name) as file:
-                lines = (_line(file, entry, d)[np.asarray(indices)] for d in range(entry.shape[0]))
+                lines = (_line(file, entry, d)[np.asarray(indices, dtype=np.int64)] for d in range(entry.shape[0]))
                 rows = np.ascontiguousarray(np.stack(list(lines), axis=1))
-            return RawArray(entry.dtype, (len(indices), columns), rows.tobytes())
+            return RawArray(entry.dtype, (len(indices), entry.shape[0]), rows.tobytes())
         pitch = entry.shape[1] * ITEMSIZE[entry.dtype]
         with self._file(name) as file:
             data = b"".join(pread_exactly(file, pitch, entry.begin + index * pitch) for index in indices)
         return RawArray(entry.dtype, (len(indices), entry.shape[1]), data)
+
+    def read_vector(self, name: str) -> RawArray:
+        with self._file(name) as file:
+            raw = read_tensor(file, self.checkpoint.entry(name))
+        return RawArray(raw.dtype, (raw.shape[-1],), raw.data)
 
     def write_rows(self, name: str, indices: tuple[int, ...], rows: RawArray) -> None:
         entry = self.checkpoint.entry(name)
@@ -91,7 +112,7 @@ class ShardStore(Store):
             if name in self._transposed:
                 for d in range(entry.shape[0]):
                     line = _line(file, entry, d).copy()
-                    line[np.asarray(indices)] = rows.bits[:, d]
+                    line[np.asarray(indices, dtype=np.int64)] = rows.bits[:, d]
                     pwrite_exactly(file, line.tobytes(), entry.begin + d * entry.shape[1] * size)
                 return
             pitch = entry.shape[1] * size
@@ -101,7 +122,10 @@ class ShardStore(Store):
     def read_block(self, name: str, start: int, stop: int) -> RawArray:
         entry = self.checkpoint.entry(name)
         if name in self._transposed:
-            return self.read_rows(name, tuple(range(start, stop)))
+            with self._file(name) as file:
+                lines = [_line(file, entry, d, start, stop) for d in range(entry.shape[0])]
+            rows = np.ascontiguousarray(np.stack(lines, axis=1))
+            return RawArray(entry.dtype, (stop - start, entry.shape[0]), rows.tobytes())
         pitch = entry.shape[1] * ITEMSIZE[entry.dtype]
         with self._file(name) as file:
             data = pread_exactly(file, (stop - start) * pitch, entry.begin + start * pitch)
@@ -115,6 +139,48 @@ class ShardStore(Store):
         pitch = entry.shape[1] * ITEMSIZE[entry.dtype]
         with self._file(name, os.O_RDWR) as file:
             pwrite_exactly(file, rows.data, entry.begin + start * pitch)
+
+    def check_growth(self, vocabulary: Vocabulary, count: int) -> None:
+        super().check_growth(vocabulary, count)
+        growth = self._growth(vocabulary, count)
+        growth.heads({})
+        growth.small_files({})
+
+    def _growth(self, vocabulary: Vocabulary, count: int) -> Growth:
+        return Growth(self.checkpoint, self.graph, vocabulary, count)
+
+    def growth_files(self, vocabulary: Vocabulary) -> Collection[str]:
+        return tuple(self._growth(vocabulary, 1).saved())
+
+    def growth_saved(self, edit: Grow) -> Mapping[str, bytes]:
+        return self._growth(self.vocabulary(edit), edit.count).saved()
+
+    def grow(self, edit: Grow) -> None:
+        """Make the weight files that hold the vocabulary anew beside the old ones, and rename them over those."""
+        vocabulary, directory = self.vocabulary(edit), self.checkpoint.directory
+        growth = self._growth(vocabulary, edit.count)
+        heads, resized = growth.heads(edit.saved), growth.resized(edit)
+        staged: dict[Path, Path] = {}
+        try:
+            for file, head in heads.items():
+                staged[directory / file] = new = _beside(directory / file)
+                write_pieces(directory / file, new, head, pieces(self.checkpoint.headers[file], resized[file]))
+            for path, data in growth.small_files(edit.saved).items():
+                staged[directory / path] = _write_beside(directory / path, data)
+            replace_files(staged)
+        except BaseException:
+            for new in staged.values():
+                new.unlink(missing_ok=True)
+            raise
+        self.checkpoint = open_checkpoint(directory)
+        self.config = self.checkpoint.config
+        self.graph = grown_graph(self.graph, vocabulary, edit.count)
+
+    def expand(self, edit: AddTokens) -> tuple[Edit, ...]:
+        """Patches of the tokenizer's files."""
+        from embedsurgery.tokenizer_files import token_patches
+
+        return token_patches(self.checkpoint.directory, edit.tokens, edit.remove)
 
     def read_file(self, path: str) -> bytes | None:
         """The bytes of a file beside the weights, None where there is none.
@@ -131,14 +197,7 @@ class ShardStore(Store):
         if edit.after is None:
             file.unlink(missing_ok=True)
             return
-        staged = file.with_name(f".{file.name}.{os.getpid()}")
-        with open(staged, "xb") as out:
-            out.write(edit.after)
-            out.flush()
-            os.fsync(out.fileno())
-        if file.exists():
-            os.chmod(staged, file.stat().st_mode & 0o7777)
-        os.replace(staged, file)
+        os.replace(_write_beside(file, edit.after), file)
 
     def _inside(self, path: str) -> Path:
         parts = path.split("/")
@@ -157,12 +216,38 @@ class ShardStore(Store):
                 os.fsync(descriptor)
 
 
-def _columns(entry: Entry) -> int:
-    return entry.shape[0]
+def _refuse_links(path: Path, links: int) -> None:
+    if links > 1:
+        raise UnsupportedError("a weight file has more than one name, and all would change", where=path,
+                               found=f"{links} hard links", hint="work on a copy of the file")  # fmt: skip
 
 
-def _line(file: int, entry: Entry, d: int) -> np.ndarray[tuple[int], np.dtype[np.generic]]:
-    """One stored line of a transposed table: the d-th value of every row."""
-    pitch = entry.shape[1] * ITEMSIZE[entry.dtype]
-    raw = RawArray(entry.dtype, (entry.shape[1],), pread_exactly(file, pitch, entry.begin + d * pitch))
-    return raw.bits
+def _beside(file: Path) -> Path:
+    """A name beside a file for what is to become it; engines do not take it for weights."""
+    return file.with_name(f".{file.name}.{os.getpid()}")
+
+
+def _write_beside(file: Path, data: bytes) -> Path:
+    """Write what a small file is to become, with the mode that it has; a failure leaves nothing."""
+    staged = _beside(file)
+    try:
+        with open(staged, "xb") as out:
+            out.write(data)
+            out.flush()
+            os.fsync(out.fileno())
+        if file.exists():
+            os.chmod(staged, file.stat().st_mode & 0o7777)
+    except BaseException:
+        staged.unlink(missing_ok=True)
+        raise
+    return staged
+
+
+def _line(
+    file: int, entry: Entry, d: int, start: int = 0, stop: int | None = None
+) -> np.ndarray[tuple[int], np.dtype[np.generic]]:
+    """The d-th value of every row of a transposed table, or of rows ``start:stop``: they lie in one line."""
+    size, rows = ITEMSIZE[entry.dtype], entry.shape[1]
+    stop = rows if stop is None else stop
+    data = pread_exactly(file, (stop - start) * size, entry.begin + (d * rows + start) * size)
+    return RawArray(entry.dtype, (stop - start,), data).bits

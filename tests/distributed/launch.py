@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +26,35 @@ def port() -> int:
         return int(one.getsockname()[1])
 
 
-def run(command: list[str], **environment: str) -> None:
+def run(command: list[str], seconds: float = SECONDS, **environment: str) -> None:
     """Run a launcher; with everything that it started it is ended where it takes too long."""
     more = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    process = subprocess.Popen(
-        [sys.executable, *command], env={**os.environ, **more, **environment}, text=True, start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-    try:
-        output, _ = process.communicate(timeout=SECONDS)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        output, _ = process.communicate()
-        raise AssertionError(f"it hangs:\n{output[-4000:]}") from None
-    assert process.returncode == 0, output[-6000:]
+    with tempfile.TemporaryFile("w+") as said:  # no pipe: workers that outlived their launcher would keep it open
+        process = subprocess.Popen(
+            [sys.executable, *command], env={**os.environ, **more, **environment}, start_new_session=True, stdout=said,
+            stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        try:
+            code = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            _end(process)
+        said.seek(0)
+        output = said.read()
+    assert code is not None, f"it hangs:\n{output[-4000:]}"
+    assert code == 0, output[-6000:]
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Torch's launcher must end its workers itself: they live in sessions of their own, out of a signal's reach."""
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(40)  # it gives them 30 s
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def torchrun(worker: str, out: Path, *arguments: str, **environment: str) -> list[Any]:

@@ -24,15 +24,24 @@ MAKERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 }
 
 
-def steps(model: Any, optimizer: torch.optim.Optimizer, count: int) -> None:
-    for _ in range(count):
+def steps(model: Any, optimizer: torch.optim.Optimizer, count: int, *, closure: bool = False) -> None:
+    def gradients() -> torch.Tensor:
         optimizer.zero_grad()
-        model(**batch()).loss.backward()
-        optimizer.step()
+        loss = model(**batch()).loss
+        loss.backward()
+        return loss
+
+    for _ in range(count):
+        if closure:
+            optimizer.step(gradients)
+        else:
+            gradients()
+            optimizer.step()
 
 
 @pytest.mark.parametrize("kind", MAKERS)
-def test_an_optimizer_that_has_trained_other_rows_is_refused(kind: str) -> None:
+@pytest.mark.parametrize("closure", [False, True])
+def test_an_optimizer_that_has_trained_other_rows_is_refused(kind: str, closure: bool) -> None:
     model, attachment = attached()
     optimizer = MAKERS[kind](attachment.parameters())
     steps(model, optimizer, 2)
@@ -45,12 +54,12 @@ def test_an_optimizer_that_has_trained_other_rows_is_refused(kind: str) -> None:
     optimizer.load_state_dict(state)
     for _ in range(2):  # it stays refused
         with pytest.raises(AttachmentError, match=r"trained these rows before.*default.*restore"):
-            steps(model, optimizer, 1)
+            steps(model, optimizer, 1, closure=closure)
     assert torch.equal(rows(resumed), start)
     (parameter,) = resumed.parameters()
     resumed.restore(saved)
     assert next(resumed.parameters()) is parameter
-    steps(model, optimizer, 2)
+    steps(model, optimizer, 2, closure=closure)
     assert torch.equal(rows(resumed), rows(attachment))
 
 
@@ -59,7 +68,7 @@ def test_what_is_no_forgotten_resume_passes() -> None:
     optimizer = MAKERS["AdamW"](attachment.parameters())
     optimizer.param_groups[0]["lr"] = 0.0  # a warm-up: stepped, and the rows as they began
     start = rows(attachment)
-    steps(model, optimizer, 2)
+    steps(model, optimizer, 2, closure=True)
     assert torch.equal(rows(attachment), start)
     optimizer.param_groups[0]["lr"] = 0.1
     steps(model, optimizer, 1)

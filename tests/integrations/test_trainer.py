@@ -292,6 +292,6 @@ def test_copies_made_after_training_are_apart(tmp_path: Path) -> None:
 
 
 def test_importing_the_integrations_loads_neither_transformers_nor_accelerate() -> None:
-    loaded = "any(m in sys.modules for m in ('transformers', 'accelerate', 'torch'))"
+    loaded = "any(m in sys.modules for m in ('transformers', 'accelerate', 'lightning', 'torch'))"
     done = python(f"import sys, embedsurgery.integrations as i; print(i.__all__, {loaded})")
-    assert done.stdout == "['EmbedSurgeryCallback', 'keep_rows'] False\n"
+    assert done.stdout == "['EmbedSurgeryCallback', 'LightningCallback', 'keep_rows'] False\n"

@@ -1,4 +1,7 @@
-"""TRL's SFTTrainer: the Trainer's subclass that most people fine-tune chat models with."""
+"""TRL's SFTTrainer: the Trainer's subclass that most people fine-tune chat models with.
+
+It patches the model's forward with a fused loss, which reads the head's weight itself.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +21,13 @@ from embedsurgery.integrations import EmbedSurgeryCallback
 from tests.conftest import state_bits, tiny, write_tokenizer
 from tests.integrations.helpers import INDICES, losses, rows
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:the rows of .* full copy .* reads the weight outside of its module"),
+]
 
 
-def sft(model: Any, folder: Path, **options: Any) -> Any:
+def sft(model: Any, folder: Path, more: dict[str, Any] | None = None, **options: Any) -> Any:
     """An SFTTrainer of four steps on texts that hold the trained tokens."""
     write_tokenizer(folder)
     tokenizer = tr.PreTrainedTokenizerFast(
@@ -32,7 +38,7 @@ def sft(model: Any, folder: Path, **options: Any) -> Any:
         "output_dir": str(folder / "out"), "max_steps": 4, "per_device_train_batch_size": 2, "learning_rate": 3e-2,
         "save_steps": 2, "logging_steps": 1, "report_to": [], "use_cpu": True, "disable_tqdm": True, "bf16": False,
         "dataloader_pin_memory": False, "seed": 3, "max_length": 16, "dataset_num_proc": None,
-    }  # fmt: skip
+    } | (more or {})  # fmt: skip
     return trl.SFTTrainer(model=model, args=trl.SFTConfig(**settings), processing_class=tokenizer,
                           train_dataset=datasets.Dataset.from_dict({"text": texts}),
                           callbacks=[EmbedSurgeryCallback()], **options)  # fmt: skip
@@ -53,6 +59,36 @@ def test_sft_trains_the_rows_and_resumes(kind: str, tmp_path: Path) -> None:
     assert torch.equal(runs[0][0], runs[1][0])
     assert runs[0][1] == runs[1][1]
     assert len(runs[0][1]) == 4
+
+
+@pytest.mark.parametrize("kind", ["llama-tied", "llama-untied"])
+def test_the_numbers_are_those_of_a_loop_of_ones_own_on_the_dense_model(kind: str, tmp_path: Path) -> None:
+    model = tiny(kind)
+    targets = ["embed_tokens"] if kind == "llama-tied" else ["embed_tokens", "lm_head"]
+    attachment = es.attach(model, es.TrainableTokensConfig(INDICES, target_modules=targets))
+    dense = tiny(kind).train()
+    weights = [dense.model.embed_tokens.weight, dense.lm_head.weight][: len(targets)]
+    with torch.no_grad():
+        for part, weight in zip(attachment.parameters(), weights, strict=True):
+            part.normal_(std=0.3)
+            weight[INDICES] = part
+    trained = sft(model, tmp_path, {"optim": "sgd", "lr_scheduler_type": "constant"})
+    seen: list[dict[str, torch.Tensor]] = []
+    collate = trained.data_collator
+    trained.data_collator = lambda items: seen.append(collate(items)) or seen[-1]
+    trained.train()
+    found = []
+    for inputs in seen[:4]:
+        value = dense(**{name: tensor for name, tensor in inputs.items() if isinstance(tensor, torch.Tensor)}).loss
+        gradients = [gradient[INDICES] for gradient in torch.autograd.grad(value, weights)]
+        norm = torch.cat(gradients).norm()
+        with torch.no_grad():
+            for weight, gradient in zip(weights, gradients, strict=True):
+                weight[INDICES] -= 3e-2 * gradient * min(1.0, 1.0 / (float(norm) + 1e-6))
+        found.append(value.item())
+    assert losses(trained) == pytest.approx(found, abs=1e-5)
+    for part, weight in zip(attachment.parameters(), weights, strict=True):
+        torch.testing.assert_close(part.detach(), weight.detach()[INDICES], rtol=0, atol=2e-6)
 
 
 def test_sft_with_lora_trains_both(tmp_path: Path) -> None:

@@ -35,7 +35,9 @@ def patterns(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> torch.Ten
     return torch.randint(0, 256, (size,), generator=generator, dtype=torch.uint8).view(dtype).reshape(shape)
 
 
-def tensors(layout: str, dtype: torch.dtype, rows: int = V, width: int = D) -> dict[str, torch.Tensor]:
+def tensors(
+    layout: str, dtype: torch.dtype, rows: int = V, width: int = D, *, bias: bool = True
+) -> dict[str, torch.Tensor]:
     """The model's tensors. The ties of the layout are memory, but for "twice", which has equal copies.
 
     The names are chosen so that in a file the table `LAST` lies last, behind a filler.
@@ -51,7 +53,7 @@ def tensors(layout: str, dtype: torch.dtype, rows: int = V, width: int = D) -> d
     }[layout]()
     return {
         HEAD: head,
-        "lm_head.bias": patterns((rows,), dtype, 3),
+        **({"lm_head.bias": patterns((rows,), dtype, 3)} if bias else {}),
         EMBED: embed,
         "model.filler.weight": patterns((8 * rows, width), dtype, 4),
         "model.norm.weight": patterns((width,), dtype, 5),
@@ -107,7 +109,7 @@ class Home(ABC):
 
     @abstractmethod
     def make(self, folder: Path, layout: str, dtype: torch.dtype, **shape: int) -> Case:
-        """A case; ``shape`` may give ``rows`` and ``width``."""
+        """A case; ``shape`` may give ``rows`` and ``width``, and ``bias=False`` for a head without one."""
 
     @abstractmethod
     def hold(self, folder: Path, table: torch.Tensor, beside: Mapping[str, torch.Tensor] | None = None) -> Store:
@@ -118,9 +120,16 @@ class Conv1D(nn.Module):
     """A projection that is stored (D, V), as transformers' class of that name."""
 
 
+class Model(nn.Module):
+    """A model that says what it looks its input up in."""
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.get_submodule(EMBED.rpartition(".")[0])
+
+
 def module_of(values: Mapping[str, torch.Tensor]) -> nn.Module:
     """A plain model over the values' own memory; one tensor under two names is one parameter."""
-    root = nn.Module()
+    root = Model()
     root.model = nn.Module()
     parameters: dict[int, nn.Parameter] = {}
     for name, value in values.items():
@@ -128,18 +137,22 @@ def module_of(values: Mapping[str, torch.Tensor]) -> nn.Module:
         above, _, last = path.rpartition(".")
         parent = root.get_submodule(above)
         if last not in parent._modules:
-            parent.add_module(last, _bare(last, turned=value.shape == (D, V)))
+            parent.add_module(last, _bare(last, tuple(value.shape), turned=value.shape == (D, V)))
         parameter = parameters.setdefault(id(value), nn.Parameter(value, requires_grad=value.is_floating_point()))
         parent.get_submodule(last)._parameters[leaf] = parameter
     return root
 
 
-def _bare(last: str, *, turned: bool) -> nn.Module:
-    """A module of the class that the name stands for, without parameters."""
+def _bare(last: str, shape: tuple[int, ...], *, turned: bool) -> nn.Module:
+    """A module of the class that the name stands for, without parameters, that counts as that class does."""
     if last in ("embed_tokens", "z_emb"):
-        module: nn.Module = nn.Embedding(1, 1)
+        module: nn.Module = nn.Embedding(*shape[:2], _weight=torch.empty(shape[:2])) if len(shape) == 2 else nn.Module()
+    elif last == "lm_head" and turned:
+        module = Conv1D()
+        module.nx, module.nf = shape
     elif last == "lm_head":
-        module = Conv1D() if turned else nn.Linear(1, 1)
+        module = nn.Linear(1, 1)
+        module.out_features, module.in_features = shape[0], shape[-1]
     else:
         module = nn.Module()
     module._parameters.clear()
@@ -188,6 +201,9 @@ class ModuleCase(MemoryCase):
 
     def store(self) -> Store:
         return module_store(self.model)
+
+    def read(self) -> dict[str, torch.Tensor]:
+        return {n: p.detach().clone() for n, p in self.model.named_parameters(remove_duplicate=False)}
 
     @contextmanager
     def last_is_read_only(self) -> Iterator[None]:

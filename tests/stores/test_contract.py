@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from embedsurgery.errors import EmbedSurgeryError, PlanError, UnsupportedEditError, UnsupportedError
-from embedsurgery.plan import AddTokens, Blocks, Edit, Grow, PatchFile, Plan, SetBlocks, SetRows, Token
+from embedsurgery.errors import EmbedSurgeryError, PlanError, UnsupportedError
+from embedsurgery.plan import AddTokens, Blocks, Edit, PatchFile, Plan, SetBlocks, SetRows, Token
 from embedsurgery.raw import RawArray
 from embedsurgery.stores.base import apply, check, rows_of
 from embedsurgery.tensors import from_raw, to_raw
@@ -173,9 +173,7 @@ BAD: dict[str, tuple[Callable[[Case], tuple[Edit, ...]], type[EmbedSurgeryError]
     "no table": (lambda c: (SetRows("model.norm.weight", (4,), raw(1, D)),), PlanError),
     "whole, too few": (lambda c: (whole(c.table, V - 1),), PlanError),
     "whole, too wide": (lambda c: (whole(c.table, V, D + 1),), PlanError),
-    "grow": (lambda c: (Grow(c.table, 1, {c.table: raw(1, D)}, {}),), UnsupportedEditError),
-    "shrink": (lambda c: (Grow(c.table, -1, {}, {}),), UnsupportedEditError),
-    "tokens": (lambda c: (AddTokens((Token("<x>", 3),)),), UnsupportedEditError),
+    "tokens where there is no tokenizer": (lambda c: (AddTokens((Token("<x>", 3),)),), EmbedSurgeryError),
     "a file": (lambda c: (PatchFile("config.json", b"{}", b"[]"),), EmbedSurgeryError),
     "a path": (lambda c: (PatchFile("../config.json", b"{}", None),), EmbedSurgeryError),
 }

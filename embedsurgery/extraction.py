@@ -1,0 +1,341 @@
+"""The rows that a fully tuned embedding changed become an adapter of trainable tokens.
+
+Reads both checkpoints block by block, without torch. The tuned model is a checkpoint, or a PEFT adapter that saved
+whole embeddings (``modules_to_save``, ``save_embedding_layers``).
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from embedsurgery._version import __version__
+from embedsurgery.adapter import WEIGHTS_NAME, Adapter, Fingerprint, Manifest, TableRecord
+from embedsurgery.errors import BaseMismatchError, CheckpointError, ConfigError, EmbedSurgeryWarning
+from embedsurgery.graph import Table
+from embedsurgery.plan import Token, spans
+from embedsurgery.raw import EDITABLE, ITEMSIZE, RawArray
+from embedsurgery.registry import registry
+from embedsurgery.safetensors_file import Entry, open_regular, pread_exactly, read_header
+from embedsurgery.stores.base import rows_of
+from embedsurgery.stores.shards import ShardStore
+from embedsurgery.surgeries.trainable_tokens_files import OTHERS
+from embedsurgery.tokenizer_files import added_tokens, token_texts
+from embedsurgery.vocabulary import NewTokens, entries_name, evidence, filler_name
+from embedsurgery.wrappers import plain_name
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """What was found in a tuned embedding.
+
+    Attributes:
+        adapter: The changed rows; None where nothing changed.
+        rows: Table -> how many rows changed, grown ones included.
+        grown: Table -> how many rows the base does not have.
+        tokens: Id -> text of the changed rows' tokens, where a tokenizer says.
+        left: What else differs, or lies beside the embedding, and is in no adapter of rows.
+        bytes: Size of the tuned tables.
+    """
+
+    adapter: Adapter | None
+    rows: Mapping[str, int]
+    grown: Mapping[str, int]
+    tokens: Mapping[int, str]
+    left: tuple[str, ...]
+    bytes: int
+
+
+@dataclass(frozen=True)
+class _Tuned:
+    """A tensor of the tuned model."""
+
+    path: Path
+    entry: Entry
+
+    def block(self, start: int, stop: int) -> RawArray:
+        """Rows of a matrix, or entries of a vector."""
+        width = self.entry.shape[1:]
+        pitch = ITEMSIZE[self.entry.dtype] * int(np.prod(width, dtype=np.int64))
+        with open_regular(self.path) as descriptor:
+            data = pread_exactly(descriptor, (stop - start) * pitch, self.entry.begin + start * pitch)
+        return RawArray(self.entry.dtype, (stop - start, *width), data)
+
+
+def extract(
+    base: str | os.PathLike[str],
+    tuned: str | os.PathLike[str],
+    *,
+    threshold: float = 0.0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Extraction:
+    """The rows of a model's embedding tables that tuning changed, as an adapter.
+
+    Merged back into BASE, it gives TUNED's tables bit for bit where the threshold is zero and the dtypes are the same.
+
+    Args:
+        base: Checkpoint directory that tuning began from.
+        tuned: Checkpoint directory, or directory of a PEFT adapter that holds whole embeddings.
+        threshold: A row counts as changed where one of its elements differs by more than this. Zero: by any bit.
+        progress: Called with bytes read so far, and bytes to read.
+
+    Raises:
+        ConfigError: A negative threshold.
+        CheckpointError: Files that are missing or broken, or no table in TUNED.
+        BaseMismatchError: Tables of another width, fewer rows, or a tie that tuning parted.
+    """
+    if not isinstance(threshold, (int, float)) or not 0 <= threshold < float("inf"):
+        raise ConfigError("the threshold is no distance", expected="zero or more", found=repr(threshold))
+    source, target = Path(base), Path(tuned)
+    store = ShardStore.open(source)
+    tensors = _tensors(target)
+    pairs = _pairs(store, tensors, target)
+    total = sum(t.entry.end - t.entry.begin for t in pairs.values())
+    changed: dict[str, tuple[int, ...]] = {}
+    done = 0
+    for name, part in pairs.items():
+        found = []
+        for rows, size in _changed(store, store.graph.table(name), part, threshold):
+            found += rows
+            done += size
+            if progress is not None:
+                progress(done, total)
+        changed[name] = tuple(found)
+    new = _new_tokens(store, source, target, pairs)
+    left = (*_left(store, tensors, pairs), *_strangers(target, tensors, store))
+    texts = {**(token_texts(source) or {}), **(token_texts(target) or {})}
+    ids = sorted({i for rows in changed.values() for i in rows})
+    adapter = _adapter(store, source, tensors, pairs, changed, new, texts, threshold) if ids else None
+    return Extraction(
+        adapter,
+        {name: len(rows) for name, rows in changed.items()},
+        {name: max(0, p.entry.shape[0] - store.graph.table(name).shape[0]) for name, p in pairs.items()},
+        {i: texts[i] for i in ids if i in texts},
+        tuple(left),
+        total,
+    )
+
+
+def _tensors(tuned: Path) -> dict[str, _Tuned]:
+    """Plain name -> tensor, of a checkpoint or a PEFT adapter."""
+    if (tuned / WEIGHTS_NAME).exists():
+        header = read_header(tuned / WEIGHTS_NAME)
+        return {plain_name(name): _Tuned(tuned / WEIGHTS_NAME, entry) for name, entry in header.entries.items()}
+    checkpoint = ShardStore.open(tuned).checkpoint
+    return {plain_name(name): _Tuned(checkpoint.path(name), checkpoint.entry(name)) for name in checkpoint.location}
+
+
+def _pairs(store: ShardStore, tensors: Mapping[str, _Tuned], tuned: Path) -> dict[str, _Tuned]:
+    """Base table's name -> the tuned tensor. Copies of a table that is tied in the base must be one."""
+    pairs = {}
+    for table in (t for t in store.graph.tables if t.kind == "vocabulary"):
+        found = [known for name in table.names if (known := _like(name, tensors)) is not None]
+        for other in found[1:]:
+            if not _equal(found[0], other):
+                raise BaseMismatchError(
+                    "tuning parted a table that is tied in the base",
+                    where=other.entry.name,
+                    expected=f"the rows of {found[0].entry.name}",
+                    found="others",
+                    hint="set tie_word_embeddings to false in the base, and store both",
+                )
+        if not found:
+            continue
+        shape = found[0].entry.shape
+        if len(shape) != 2 or shape[1] != table.shape[1] or shape[0] < table.shape[0]:
+            raise BaseMismatchError("a tuned table of another shape", where=found[0].entry.name,
+                                    expected=f"({table.shape[0]} or more, {table.shape[1]})", found=list(shape),
+                                    hint="is this the base that tuning began from?")  # fmt: skip
+        if found[0].entry.dtype not in EDITABLE or table.dtype not in EDITABLE:
+            raise BaseMismatchError("a table whose rows are no plain numbers", where=found[0].entry.name,
+                                    expected=" or ".join(EDITABLE),
+                                    found=f"{found[0].entry.dtype}, in the base {table.dtype}")  # fmt: skip
+        if found[0].entry.dtype != table.dtype:
+            warnings.warn(f"{table.name} is {table.dtype} in the base and {found[0].entry.dtype} where it was tuned: "
+                          "merging rounds to the base's", EmbedSurgeryWarning, stacklevel=3)  # fmt: skip
+        pairs[table.name] = found[0]
+    if not pairs:
+        raise CheckpointError("no embedding table of the base is in the tuned model", where=tuned,
+                              expected=" or ".join(t.name for t in store.graph.tables if t.kind == "vocabulary"),
+                              found=", ".join(list(tensors)[:4]) or "no tensor")  # fmt: skip
+    return pairs
+
+
+def _like(name: str, tensors: Mapping[str, _Tuned]) -> _Tuned | None:
+    """The tensor of this name, or the one whose name begins or ends alike: see `locate`."""
+    if name in tensors:
+        return tensors[name]
+    near = [t for other, t in tensors.items() if other.endswith("." + name) or name.endswith("." + other)]
+    return near[0] if len(near) == 1 else None
+
+
+def _equal(one: _Tuned, other: _Tuned) -> bool:
+    if (one.entry.dtype, one.entry.shape) != (other.entry.dtype, other.entry.shape):
+        return False
+    pitch = (one.entry.end - one.entry.begin) // max(1, one.entry.shape[0])
+    return all(one.block(a, b) == other.block(a, b) for a, b in spans(one.entry.shape[0], pitch))
+
+
+def _changed(store: ShardStore, table: Table, part: _Tuned, threshold: float) -> Iterator[tuple[list[int], int]]:
+    """For each block the rows that differ, grown ones included, and the bytes that were read."""
+    name, rows = store.copies(table)[0], table.shape[0]
+    pitch = (part.entry.end - part.entry.begin) // max(1, part.entry.shape[0])
+    for start, stop in spans(rows, pitch):
+        before, after = store.read_block(name, start, stop), part.block(start, stop)
+        if before == after:
+            yield [], len(after.data)
+            continue
+        if threshold == 0 and before.dtype == after.dtype:
+            differ = (_bytes(before) != _bytes(after)).any(axis=1)
+        else:
+            old, new = (np.asarray(rows.to("F64").bits, np.float64) for rows in (before, after))
+            with np.errstate(invalid="ignore"):
+                differ = (~(np.abs(new - old) <= threshold) & ~(np.isnan(old) & np.isnan(new))).any(axis=1)
+        yield (np.flatnonzero(differ) + start).tolist(), len(after.data)
+    yield list(range(rows, part.entry.shape[0])), (part.entry.shape[0] - rows) * pitch
+
+
+def _bytes(rows: RawArray) -> np.ndarray[tuple[int, int], np.dtype[np.uint8]]:
+    return np.frombuffer(rows.data, np.uint8).reshape(rows.shape[0], -1)
+
+
+def _new_tokens(store: ShardStore, base: Path, tuned: Path, pairs: Mapping[str, _Tuned]) -> NewTokens | None:
+    """The tokens that the tuned model's tokenizer has and the base's has not."""
+    main = store.graph.main_input()
+    vocabulary = store.graph.vocabulary_of(main)
+    parts = [pairs[name] for name in vocabulary.tables if name in pairs]
+    grown = max((p.entry.shape[0] for p in parts), default=vocabulary.size)
+    tokens: tuple[Token, ...] = ()
+    before = token_texts(base)
+    if before is not None and token_texts(tuned) is not None:
+        found = (t for t in added_tokens(tuned) if before.get(t.id) != t.content and t.id < grown)
+        tokens = tuple(replace(t, replaces=before.get(t.id)) for t in found)
+    if grown > vocabulary.size:
+        if len(parts) != len(vocabulary.tables) or any(p.entry.shape[0] != grown for p in parts):
+            raise BaseMismatchError("not all tables of the vocabulary grew", where=tuned,
+                                    expected=f"{grown} rows in {', '.join(vocabulary.tables)}",
+                                    found=", ".join(f"{p.entry.name} {p.entry.shape[0]}" for p in parts))  # fmt: skip
+        if not tokens:
+            warnings.warn(f"{tuned} has rows that the base lacks, and no tokenizer that names them: the adapter brings "
+                          "rows and no tokens", EmbedSurgeryWarning, stacklevel=3)  # fmt: skip
+    if not tokens and grown == vocabulary.size:
+        return None
+    return NewTokens(tuple(sorted(tokens, key=lambda t: t.id)), vocabulary.size, grown, vocabulary.vectors)
+
+
+def _left(store: ShardStore, tensors: Mapping[str, _Tuned], pairs: Mapping[str, _Tuned]) -> Iterator[str]:
+    """Other tensors of the base that were changed too, and are in no adapter of rows."""
+    used = {id(part) for part in pairs.values()}
+    tables = {name for table in store.graph.tables for name in table.names}
+    for name in store.tensor_names():
+        part = _like(name, tensors)
+        if part is None or id(part) in used or name in tables:
+            continue
+        entry = store.checkpoint.entry(name)
+        mine = _Tuned(store.checkpoint.path(name), entry)
+        if (entry.shape, entry.dtype) != (part.entry.shape, part.entry.dtype) or not _same_bytes(mine, part):
+            yield name
+
+
+def _same_bytes(one: _Tuned, other: _Tuned) -> bool:
+    with open_regular(one.path) as left, open_regular(other.path) as right:
+        for start, stop in spans(one.entry.end - one.entry.begin, 1):
+            size = stop - start
+            if pread_exactly(left, size, one.entry.begin + start) != pread_exactly(
+                right, size, other.entry.begin + start
+            ):
+                return False
+    return True
+
+
+def _strangers(tuned: Path, tensors: Mapping[str, _Tuned], store: ShardStore) -> Iterator[str]:
+    """In a PEFT adapter what is no tensor of the base: LoRA's matrices and the like."""
+    if (tuned / WEIGHTS_NAME).exists():
+        names = list(store.tensor_names()) + [name for table in store.graph.tables for name in table.names]
+        for name in tensors:
+            if all(name != n and not n.endswith("." + name) and not name.endswith("." + n) for n in names):
+                yield name
+
+
+def _adapter(
+    store: ShardStore,
+    base: Path,
+    tensors: Mapping[str, _Tuned],
+    pairs: Mapping[str, _Tuned],
+    changed: Mapping[str, tuple[int, ...]],
+    new: NewTokens | None,
+    texts: Mapping[int, str],
+    threshold: float,
+) -> Adapter:
+    records, raw = [], {}
+    ids = () if new is None else new.ids
+    union = sorted({i for rows in changed.values() for i in rows} | set(ids))
+    for name, part in pairs.items():
+        table = store.graph.table(name)
+        indices = changed[name] or tuple(i for i in ids)
+        if not indices:
+            continue
+        wide = "F64" if table.dtype == "F64" else "F32"
+        raw[name] = _taken(part, indices).to(wide)
+        others = [i for i in union if i not in set(indices)]
+        if others:
+            raw[name + OTHERS] = _taken(part, tuple(others)).to(wide)
+        if new is not None:
+            raw[filler_name(name)] = _taken(part, (part.entry.shape[0] - 1,))
+        sampled = evidence(indices, new, table.shape[0]) if new is not None else ()
+        projections = [t for t in store.graph.tables if "output" in t.roles and t.shape[0] == table.shape[0]]
+        records.append(
+            TableRecord(
+                name=name,
+                aliases=table.aliases,
+                indices=indices,
+                shape=(part.entry.shape[0], table.shape[1]),
+                dtype=table.dtype,
+                tied="output" in table.roles if projections and "input" in table.roles else None,
+                fingerprint=Fingerprint.of(rows_of(store, table, sampled or indices)),
+                disk_names=tuple(n for n, _ in table.files),
+                sampled=sampled,
+            )
+        )
+    if new is not None:
+        raw.update(_entries(store, tensors, new))
+    manifest = Manifest(
+        "trainable_tokens",
+        1,
+        {"extracted": True, "threshold": threshold},
+        tuple(records),
+        str(base),
+        None,
+        {i: texts[i] for i in union if i in texts},
+        __version__,
+        new,
+    )
+    return Adapter(manifest, raw, registry().named("trainable_tokens").surgery)
+
+
+def _taken(part: _Tuned, indices: tuple[int, ...]) -> RawArray:
+    """Rows of a tuned table, (K, D)."""
+    width = part.entry.shape[1]
+    data = b"".join(part.block(index, index + 1).data for index in indices)
+    return RawArray(part.entry.dtype, (len(indices), width), data)
+
+
+def _entries(store: ShardStore, tensors: Mapping[str, _Tuned], new: NewTokens) -> dict[str, RawArray]:
+    """A vector's entries for the new tokens, and the last one as filler; zeros where the tuned model does not say."""
+    raw = {}
+    for name in new.vectors:
+        part = _like(name, tensors)
+        if part is None or part.entry.shape[-1] != new.grown:
+            entry = store.checkpoint.entry(name)
+            raw[entries_name(name)] = RawArray.of(np.zeros(len(new.tokens) + 1, np.float32)).to(entry.dtype)
+            continue
+        with open_regular(part.path) as descriptor:
+            data = pread_exactly(descriptor, part.entry.end - part.entry.begin, part.entry.begin)
+        vector = RawArray(part.entry.dtype, (new.grown,), data)
+        raw[entries_name(name)] = vector.take([*new.ids, new.grown - 1])
+    return raw

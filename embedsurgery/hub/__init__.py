@@ -1,0 +1,74 @@
+"""Adapters and models on the Hugging Face Hub.
+
+``ids.py`` says what is an id; ``client.py`` talks to the Hub and ``faults.py`` explains what goes wrong there;
+``headers.py`` reads a model's headers by range requests; ``pulling.py``, ``commits.py``, ``pushing.py`` and
+``merging.py`` do what their names say. With ``card.py`` the only code that needs huggingface_hub, which is loaded when
+one of the functions is first used.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from embedsurgery.hub.ids import HubId, find_id, read_source
+
+_LAZY = {
+    "push": "pushing",
+    "PushReport": "commits",
+    "pull": "pulling",
+    "open_remote": "headers",
+    "downloaded": "merging",
+    "push_merged": "merging",
+}
+
+if TYPE_CHECKING:
+    from embedsurgery.hub.commits import PushReport
+    from embedsurgery.hub.headers import open_remote
+    from embedsurgery.hub.merging import downloaded, push_merged
+    from embedsurgery.hub.pulling import pull
+    from embedsurgery.hub.pushing import push
+
+__all__ = [
+    "HubId",
+    "PushReport",
+    "directory",
+    "downloaded",
+    "find_id",
+    "open_remote",
+    "pull",
+    "push",
+    "push_merged",
+    "read_source",
+]
+
+
+@contextmanager
+def directory(model: str | os.PathLike[str]) -> Iterator[Path]:
+    """Inside, a model as a directory: the one that is there, else what a merge needs of the model of that id."""
+    remote = find_id(model)
+    if remote is None:
+        yield Path(model)
+        return
+    from embedsurgery.hub import downloaded
+
+    with downloaded(remote) as folder:
+        yield folder
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'embedsurgery.hub' has no attribute {name!r}")
+    from embedsurgery.errors import HubError
+
+    try:
+        return getattr(import_module(f"embedsurgery.hub.{_LAZY[name]}"), name)
+    except ImportError as error:
+        if not (error.name or "").startswith(("huggingface_hub", "httpx2", "yaml")):
+            raise
+        raise HubError("huggingface_hub is missing or too old", found=error.name,
+                       hint="pip install 'huggingface_hub>=2.4'") from error  # fmt: skip

@@ -1,0 +1,264 @@
+"""New tokens for a base: which ids they get, which rows, and how those start. A plan is all that comes out.
+
+The tokenizer is asked through `KnownTokens`, so that a live one and a checkpoint's files are the same here. What an
+adapter keeps of new tokens is ``vocabulary.py``'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import overload
+
+import numpy as np
+
+from embedsurgery.errors import AttachmentError, BaseMismatchError, ConfigError
+from embedsurgery.graph import Vocabulary
+from embedsurgery.initializers.base import InitializerRecord, NewToken, TableView
+from embedsurgery.initializers.initial import initial_rows, parse_init, with_parts
+from embedsurgery.plan import AddTokens, Edit, Grow, Plan, SetRows, Token
+from embedsurgery.raw import RawArray
+from embedsurgery.stores.base import Store
+from embedsurgery.vocabulary import NewTokens
+
+FILLER = "mean"
+"""How rows start that only pad a table to a multiple."""
+
+Init = str | Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class KnownTokens:
+    """What planning needs of a tokenizer.
+
+    Attributes:
+        texts: Id -> text of every token.
+        next_id: The id that it gives to the next token that is added.
+        encode: Ids of a text, without special tokens.
+        unknown: Id of the unknown token, None where there is none.
+        source: What it is, for messages.
+        replaceable: Gives the ids of reserved tokens ("[unused7]") that a new one may replace, ascending.
+    """
+
+    texts: Mapping[int, str]
+    next_id: int
+    encode: Callable[[str], Sequence[int]] = field(repr=False)
+    unknown: int | None = None
+    source: str = "tokenizer"
+    replaceable: Callable[[], Sequence[int]] = field(default=tuple, repr=False)
+
+
+@dataclass(frozen=True)
+class TokensPlan:
+    """What adding tokens will do.
+
+    Attributes:
+        plan: The edits.
+        ids: Id of each token that was asked for, those that existed included.
+        new: Those that did not exist, None where all did.
+    """
+
+    plan: Plan
+    ids: tuple[int, ...]
+    new: NewTokens | None
+
+
+class AddedTokens(Sequence[int]):
+    """Ids of tokens, in the order in which they were asked for; what `add_tokens` returns.
+
+    Attributes:
+        new_tokens: What the base did not have; an adapter that is trained on these ids carries it.
+    """
+
+    def __init__(self, ids: Sequence[int], new_tokens: NewTokens | None, undo: Callable[[], None]) -> None:
+        self._ids = tuple(ids)
+        self._undo: Callable[[], None] | None = undo
+        self.new_tokens = new_tokens
+
+    @overload
+    def __getitem__(self, index: int) -> int: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[int, ...]: ...
+    def __getitem__(self, index: int | slice) -> int | tuple[int, ...]:
+        return self._ids[index]
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and not isinstance(other, str) and list(self) == list(other)
+
+    def __hash__(self) -> int:
+        return hash(self._ids)
+
+    def __repr__(self) -> str:
+        return f"AddedTokens({list(self._ids)})"
+
+    def undo(self) -> None:
+        """Take the tokens out of model and tokenizer again, bit for bit.
+
+        Raises:
+            AttachmentError: It was done already, or an attachment still uses the rows.
+            PlanError: The model has grown otherwise since.
+        """
+        if self._undo is None:
+            raise AttachmentError("the tokens were taken out already", where=repr(self))
+        self._undo()
+        self._undo = None
+
+
+def plan_tokens(
+    store: Store,
+    known: KnownTokens,
+    tokens: str | Sequence[str],
+    *,
+    initializers: Mapping[str, InitializerRecord],
+    init: Init = "mean",
+    special: bool = False,
+    reserved: bool = False,
+    pad_to_multiple_of: int | None = None,
+    seed: int = 0,
+) -> TokensPlan:
+    """Ids and rows for new tokens; changes nothing.
+
+    Args:
+        store: The base.
+        known: Its tokenizer.
+        tokens: Texts. Those that exist are found, not added twice.
+        initializers: Name -> record.
+        init: NAME or NAME:ARGUMENT for all tokens, or for each by its text.
+        special: Whether they are special tokens.
+        reserved: Take the ids of reserved tokens ("[unused7]") first.
+        pad_to_multiple_of: Where a table must grow, grow it to a multiple.
+        seed: For initialisers that draw.
+
+    Raises:
+        ConfigError: No token, an empty one, one twice, an initialiser or multiple that is none.
+        TableError: The model's vocabulary is not known.
+        BaseMismatchError: The tokenizer has more tokens than the model has rows.
+    """
+    contents = _checked(tokens)
+    _check_multiple(pad_to_multiple_of)
+    vocabulary = store.graph.vocabulary_of(store.graph.main_input())
+    if known.next_id > vocabulary.size:
+        raise BaseMismatchError("the tokenizer has ids beyond the model's rows", where=known.source,
+                                expected=f"{vocabulary.size} tokens at most", found=known.next_id,
+                                hint="is it this model's tokenizer?")  # fmt: skip
+    ids = {text: index for index, text in known.texts.items() if text in contents}
+    new = _assign([c for c in contents if c not in ids], known, vocabulary.size, special, reserved)
+    ids.update({token.content: token.id for token in new})
+    inits = _inits(init, contents, initializers)
+    ordered = tuple(ids[c] for c in contents)
+    if not new:
+        return TokensPlan(Plan(()), ordered, None)
+    grown = max(vocabulary.size, max(token.id for token in new) + 1)
+    if grown > vocabulary.size and pad_to_multiple_of:
+        grown = -(-grown // pad_to_multiple_of) * pad_to_multiple_of
+    starts = _Starts(store, known, initializers, inits, seed)
+    edits: list[Edit] = [AddTokens(tuple(new)), *_edits(new, vocabulary, grown, starts)]
+    record = NewTokens(tuple(sorted(new, key=lambda t: t.id)), vocabulary.size, grown, vocabulary.vectors)
+    return TokensPlan(Plan(tuple(edits)), ordered, record)
+
+
+def _checked(tokens: str | Sequence[str]) -> list[str]:
+    contents = [tokens] if isinstance(tokens, str) else list(tokens)
+    wrong = [c for c in contents if not isinstance(c, str)]
+    if wrong or not contents:
+        raise ConfigError("no texts of tokens", expected="one or several strings", found=repr(wrong or contents)[:80])
+    if not all(contents):
+        raise ConfigError("a token is empty", expected="a text", found=repr(contents)[:80])
+    twice = sorted({c for c in contents if contents.count(c) > 1})
+    if twice:
+        raise ConfigError("a token is named twice", expected="each once", found=", ".join(map(repr, twice[:8])))
+    return contents
+
+
+def _check_multiple(multiple: int | None) -> None:
+    if multiple is not None and (type(multiple) is not int or multiple < 1):
+        raise ConfigError("pad_to_multiple_of is no multiple", expected="a positive integer", found=repr(multiple))
+
+
+def _assign(contents: list[str], known: KnownTokens, size: int, special: bool, reserved: bool) -> list[Token]:
+    """An id for each: those of reserved tokens where asked, then the next ones of the tokenizer."""
+    free = [i for i in known.replaceable() if i < size] if reserved else []
+    tokens = []
+    following = known.next_id
+    for number, content in enumerate(contents):
+        if number < len(free):
+            tokens.append(Token(content, free[number], special, replaces=known.texts[free[number]]))
+        else:
+            tokens.append(Token(content, following, special))
+            following += 1
+    return tokens
+
+
+def _inits(
+    init: Init, contents: list[str], known: Mapping[str, InitializerRecord]
+) -> dict[str, tuple[InitializerRecord, str | None]]:
+    """Token's text -> its initialiser and argument."""
+    if isinstance(init, Mapping):
+        strange = sorted(set(init) - set(contents))
+        missing = [c for c in contents if c not in init]
+        if strange or missing:
+            raise ConfigError("init does not name the tokens that are added", expected=", ".join(map(repr, contents)),
+                              found=", ".join(map(repr, init)) or "none")  # fmt: skip
+        return {content: parse_init(init[content], known) for content in contents}
+    return dict.fromkeys(contents, parse_init(init, known))
+
+
+@dataclass(frozen=True)
+class _Starts:
+    """How rows start: what every table and vector is asked with."""
+
+    store: Store
+    known: KnownTokens
+    initializers: Mapping[str, InitializerRecord]
+    inits: Mapping[str, tuple[InitializerRecord, str | None]]
+    seed: int
+
+    def rows(self, view: TableView, tokens: Sequence[Token]) -> list[RawArray]:
+        """A row (1, D) for each token; one without a text is padding."""
+        rows: dict[int, RawArray] = {}
+        groups: dict[tuple[str, str | None], list[Token]] = {}
+        for token in tokens:
+            record, argument = self._init(token)
+            groups.setdefault((record.name, argument), []).append(token)
+        for group in groups.values():
+            record, argument = self._init(group[0])
+            asked = [NewToken(token.content, token.id) for token in group]
+            found = with_parts(record, argument, asked, self.known.encode, self._find, self.known.unknown)
+            values = initial_rows(record, argument, view, found, self.seed)
+            rows.update({token.id: values.take([n]) for n, token in enumerate(group)})
+        return [rows[token.id] for token in tokens]
+
+    def _init(self, token: Token) -> tuple[InitializerRecord, str | None]:
+        return self.inits[token.content] if token.content else (self.initializers[FILLER], None)
+
+    def _find(self, text: str) -> int | None:
+        return next((i for i, known in self.known.texts.items() if known == text), None)
+
+
+def _edits(new: Sequence[Token], vocabulary: Vocabulary, grown: int, starts: _Starts) -> Iterator[Edit]:
+    """Growth for what the tables lack, and rows for what they have to spare."""
+    store, size = starts.store, vocabulary.size
+    named = {token.id: token for token in new}
+    beyond = [named.get(i, Token("", i)) for i in range(size, grown)]
+    spare = [token for token in new if token.id < size]
+    seen = min(starts.known.next_id, size)
+    views = {name: TableView.of_table(store, store.graph.table(name), seen) for name in vocabulary.tables}
+    if beyond:
+        vectors = {name: TableView.of_vector(store, name, seen) for name in vocabulary.vectors}
+        rows = {name: _joined(starts.rows(view, beyond)) for name, view in views.items()}
+        entries = {name: _flat(_joined(starts.rows(view, beyond))) for name, view in vectors.items()}
+        yield Grow(vocabulary.name, len(beyond), rows, entries)
+    if spare:
+        for name, view in views.items():
+            yield SetRows(name, tuple(token.id for token in spare), _joined(starts.rows(view, spare)))
+
+
+def _joined(rows: Sequence[RawArray]) -> RawArray:
+    return RawArray.of(np.concatenate([row.float32() for row in rows]))
+
+
+def _flat(column: RawArray) -> RawArray:
+    return RawArray(column.dtype, (column.shape[0],), column.data)

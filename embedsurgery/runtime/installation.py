@@ -1,0 +1,194 @@
+"""What is installed on a model: hooks at the sites of its tables, and the rows that are live, which the hooks share.
+
+Which adapters there are and which of them are live is ``attach.py``'s; what a hook does is ``sites.py``'s and
+``overlays.py``'s.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import nn
+
+from embedsurgery.errors import EmbedSurgeryWarning, UnsupportedError
+from embedsurgery.graph import EmbeddingGraph, Table
+from embedsurgery.runtime.hooks import Installed, after, before, remove
+from embedsurgery.runtime.overlays import Materialised, StandIns, Uncovered
+from embedsurgery.runtime.rows import Rows
+from embedsurgery.runtime.sites import Lookup, Projection, can_override, holders
+from embedsurgery.runtime.unchanged import Unchanged
+from embedsurgery.stores.tensors import TensorStore, module_store
+from embedsurgery.surgeries.base import RowOverride
+from embedsurgery.tensors import dtype_string
+from embedsurgery.wrappers import submodule
+
+
+class Installation:
+    """The hooks of one attachment, once for each table however many adapters have rows of it.
+
+    Args:
+        model: The attached model.
+        graph: Of it.
+        guard: A pre-hook for its root and every site.
+
+    Attributes:
+        live: Table's name -> the rows that are live for it.
+        copied: The tables that are overridden by a full copy, at a site at least.
+    """
+
+    def __init__(self, model: nn.Module, graph: EmbeddingGraph, guard: Callable[..., Any]) -> None:
+        self.live: dict[str, list[Rows]] = {}
+        self.copied: set[str] = set()
+        self._model = (model,)  # as in the attachment
+        self._graph = graph
+        self._guard = guard
+        self._unchanged = Unchanged()
+        self._overlays: list[Materialised] = []
+        self._hooks: Installed = []
+
+    def modes(self, overrides: Iterable[RowOverride], materialize: bool) -> dict[str, list[bool]]:
+        """For each table, and each of its sites, whether rows can be overridden there, or need a full copy.
+
+        Errors and warnings come here, before anything changes.
+
+        Raises:
+            UnsupportedError: A lookup that changes its own table.
+        """
+        found = {}
+        for override in overrides:
+            found[override.table] = self._modes(override, materialize)
+        return found
+
+    def _modes(self, override: RowOverride, materialize: bool) -> list[bool]:
+        model, table = self._model[0], self._graph.table(override.table)
+        modules = [submodule(model, site.module) for site in table.sites]
+        why = [f"a module of type {type(module).__name__}, no lookup and no projection, holds it too"
+               for module, _, _ in holders(model, table.names, table.transposed)
+               if not any(module is one for one in modules)]  # fmt: skip
+        materialize = materialize or bool(why)
+        modes = []
+        for site, module in zip(table.sites, modules, strict=True):
+            if getattr(module, "max_norm", None) is not None:
+                raise UnsupportedError("a lookup with max_norm changes its own table in the forward", where=site.module,
+                                       expected="max_norm=None", found=module.max_norm,
+                                       hint="normalise the table once and set max_norm to None")  # fmt: skip
+            weight = module._parameters[site.parameter]
+            assert weight is not None
+            rows = torch.tensor(override.indices, device=weight.device)
+            modes.append(not materialize and can_override(module, site, rows))
+            if not modes[-1] and not materialize:
+                why.append(f"of what {site.module or 'the model'} ({type(module).__name__}) computes")
+        if why and override.table not in self.live:
+            warnings.warn(_costs(table, f"because {' and '.join(why)}"), EmbedSurgeryWarning, stacklevel=6)
+        return modes
+
+    def install(self, table: Table, modes: list[bool]) -> None:
+        """Put the hooks for a table on its sites, unless they are there."""
+        if table.name in self.live:
+            return
+        model, live = self._model[0], self.live.setdefault(table.name, [])
+        sites = {id(module): (module, site, can) for site, can in zip(table.sites, modes, strict=True)
+                 for module in (submodule(model, site.module),)}  # fmt: skip
+        if not self._unchanged.sites:
+            before(self._hooks, model, self._guard)
+            before(self._hooks, model, self._unchanged)
+        for module, _, _ in sites.values():
+            before(self._hooks, module, self._guard)
+        self._unchanged.watch(model, table)
+        held = list(holders(model, table.names, table.transposed))
+        if not all(modes):
+            self.copied.add(table.name)
+        if not any(modes):
+            self._overlay(Materialised(held, live), _around(model, table))
+            return
+        self._overlay(StandIns(table, held, live, _say), [m for m in _around(model, table) if id(m) not in sites])
+        for module, site, can in sites.values():
+            if not can:
+                self._overlay(Materialised([(module, site.parameter, site.transposed)], live), [module])
+                continue
+            uncovered = Uncovered(site.parameter)
+            before(self._hooks, module, uncovered.enter)
+            after(self._hooks, module, uncovered.leave)
+            after(self._hooks, module, (Lookup if site.role == "input" else Projection)(module, site, live))
+
+    def refresh(self, live: Iterable[tuple[str, Rows]]) -> None:
+        """Fill the lists that the hooks share.
+
+        Args:
+            live: Rows that are live now, each with its table's name.
+        """
+        for rows in self.live.values():
+            rows.clear()
+        for table, part in live:
+            self.live[table].append(part)
+        self.settle()
+        for overlay in self._overlays:
+            overlay.refresh()
+
+    def settle(self) -> None:
+        """Take away what forwards left over weights that were broken off."""
+        for overlay in self._overlays:
+            overlay.settle()
+
+    def store(self) -> TensorStore:
+        """The model's tables, in the dtypes that they have now: the model may have been cast since."""
+        store = module_store(self._model[0], self._graph)
+        tables = tuple(replace(t, dtype=dtype_string(store.tensors[t.name])) for t in self._graph.tables)
+        store.graph = replace(self._graph, tables=tables)
+        return store
+
+    def check_unchanged(self) -> None:
+        """Raises AttachmentError where the modules that were hooked are not the model's any more."""
+        self._unchanged(self._model[0])
+
+    def remove(self) -> None:
+        """Take everything off."""
+        self.refresh(())
+        remove(self._hooks)
+
+    def _overlay(self, overlay: Materialised, modules: Iterable[nn.Module]) -> None:
+        self._overlays.append(overlay)
+        for module in modules:
+            before(self._hooks, module, overlay.enter)
+            after(self._hooks, module, overlay.leave, always=True)
+
+
+def _around(model: nn.Module, table: Table) -> list[nn.Module]:
+    """The modules that hold a table, and those around them."""
+    paths = {""}
+    for name in table.names:
+        parts = name.split(".")[:-1]
+        paths.update(".".join(parts[:count]) for count in range(1, len(parts) + 1))
+    return list({id(m): m for m in (submodule(model, path) for path in sorted(paths))}.values())
+
+
+def _say(table: Table, function: Any) -> None:
+    """Warn, at the line that reads it, of a weight that is read outside of its sites."""
+    if torch.compiler.is_compiling():
+        return
+    name = getattr(function, "__name__", str(function))
+    message = _costs(table, f"that reads the weight outside of its module, as {name} does here")
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_back is not None and frame.f_code.co_filename.startswith(_NOT_THE_READER):
+        frame = frame.f_back
+    assert frame is not None
+    warnings.warn_explicit(message, EmbedSurgeryWarning, frame.f_code.co_filename, frame.f_lineno)
+
+
+def _costs(table: Table, why: str) -> str:
+    size = f"{table.shape[0]:,} x {table.shape[1]:,}"
+    return (
+        f"the rows of {table.name} are put into a full copy of the table, {size}, in each forward {why}; "
+        "attach(..., materialize=True) says that this is meant"
+    )
+
+
+_NOT_THE_READER = (f"{Path(torch.__file__).parent}{os.sep}", f"{Path(__file__).parents[1]}{os.sep}")

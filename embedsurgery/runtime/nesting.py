@@ -1,0 +1,65 @@
+"""One attachment to a model: refuses a second one on a part of it, or on something that holds more than it."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+from torch import nn
+
+from embedsurgery.errors import AttachmentError
+from embedsurgery.walker import walk_module
+from embedsurgery.wrappers import submodule
+
+_living: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def remember(attachment: nn.Module) -> None:
+    """Know an attachment, as long as it lives."""
+    _living.add(attachment)
+
+
+def forget(attachment: nn.Module) -> None:
+    """Know it no more."""
+    _living.discard(attachment)
+
+
+def refuse_part(model: nn.Module) -> None:
+    """Refuse a model that is a part of one with an attachment, whose hooks may be on the same modules.
+
+    Raises:
+        AttachmentError: It names both.
+    """
+    for attachment in list(_living):
+        whole = attachment.model
+        path = next((path for path, module in whole.named_modules() if module is model), "")
+        if path:
+            raise AttachmentError(
+                "the model is a part of one that has an attachment",
+                where=f"{path} ({type(model).__name__}) of {type(whole).__name__}",
+                found=f"adapters {', '.join(attachment.names)}",
+                hint="attach to the whole model, one more adapter with a name= of its own; or detach() that first",
+            )
+
+
+def refuse_more(given: nn.Module, model: nn.Module) -> None:
+    """Refuse a module around an attached model that uses tables in modules of its own, which the attachment misses.
+
+    A wrapper that only holds the model is the model.
+
+    Raises:
+        AttachmentError: It names both.
+    """
+    if given is model:
+        return
+    inside = {id(module) for module in model.modules()}
+    sites = [site.module for table in walk_module(given).tables for site in table.sites]
+    beyond = [path for path in sites if id(submodule(given, path)) not in inside]
+    if beyond:
+        raise AttachmentError(
+            "a part of the model has an attachment",
+            where=f"{type(model).__name__} in {type(given).__name__}",
+            expected="the tables of that part alone",
+            found=f"{', '.join(beyond)} beside it",
+            hint="detach() it, and attach to the whole model",
+        )

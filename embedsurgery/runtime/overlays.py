@@ -1,0 +1,261 @@
+"""Full copies of a table over its weights, for code that reads ``module.weight`` itself.
+
+`Materialised` makes a copy for each outermost call of the modules that it is on. `StandIns` makes one only when
+something other than the table's own sites reads the weight: a fused loss, a functional head,
+``probs @ embedding.weight``, a direct call of ``embedding.forward``.
+
+Either lays tensors over weights as attributes of the module objects, which come before Parameters of the same name. The
+Parameters stay where they are, so that a state dict, an optimizer or a wrapper never meets a copy.
+
+Out of reach are weights that code took out of their modules before the forward, reads outside of every forward, and,
+until a forward has shown them, reads in a forward that is compiled.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import nn
+
+from embedsurgery.errors import UnsupportedError
+from embedsurgery.graph import Table
+from embedsurgery.runtime.copies import full_copy
+from embedsurgery.runtime.rows import Rows
+from embedsurgery.runtime.sites import held
+from embedsurgery.runtime.standin import Source, StandIn, stand_in
+from embedsurgery.tensors import is_sharded
+
+Holder = tuple[nn.Module, str, bool]
+"""A module, the name of its parameter, and whether that is stored (D, V)."""
+
+_ABSENT: Any = object()
+_BACKWARD: Any = object()
+
+
+class Materialised:
+    """Pre and post hooks that lay a table with the live rows over its weights while a module runs.
+
+    The slow right way: a (V, D) copy for each outermost call, and every use of the weight has the rows. While a
+    backward runs from what came out it lies there again, for parts of the forward may be computed once more.
+
+    A forward may end without its post hooks (a KeyboardInterrupt does that). What it left is taken away when the next
+    one begins, and by whatever the attachment is asked for.
+
+    Args:
+        holders: Every alias of the table.
+        live: The rows that are live for the table; emptied and filled by the attachment.
+    """
+
+    def __init__(self, holders: list[Holder], live: list[Rows]) -> None:
+        self.holders = holders
+        self.live = live
+        self.unpadded: list[nn.Module] = []
+        self._forget()
+
+    def _forget(self) -> None:
+        self.outermost: nn.Module | None = None
+        self.calls = 0
+        self.traced = False
+        self.frames: list[FrameType] = []
+        self.laid: list[tuple[nn.Module, str, Any]] = []  # module, attribute, what it was before
+
+    def refresh(self) -> None:
+        """To be called when other rows are live: a padding row of ours has a gradient, any other has none."""
+        self.unpadded = [module for module, _, _ in self.holders
+                         for row in (getattr(module, "padding_idx", None),)
+                         if row is not None and any(row in rows.numbers for rows in self.live)]  # fmt: skip
+
+    def enter(self, module: nn.Module, *_: Any) -> None:
+        """Pre-hook."""
+        tracing = torch.compiler.is_compiling()
+        if (self.outermost is not None or self.laid) and self._was_broken_off(module, tracing):
+            self.take_away()
+        if self.outermost is None:
+            if not self.live:
+                return
+            self.lay()
+            self.outermost, self.traced = module, tracing
+        if module is self.outermost:
+            self.calls += 1
+            if not tracing:
+                self.frames.append(sys._getframe(2))
+
+    def leave(self, module: nn.Module, *given: Any) -> None:
+        """Post-hook, also after an exception; one without its pre-hook is no matter."""
+        if module is not self.outermost:
+            return
+        self.calls -= 1
+        if self.calls == 0:
+            again = torch.is_grad_enabled() and not torch.compiler.is_compiling() and self.was_read()
+            covers = [(m, name, m.__dict__[name]) for m, name, _ in self.laid if name in m.__dict__] if again else []
+            self.take_away()
+            for tensor in tensors_in(given[-1]) if again else ():
+                if tensor.grad_fn is not None:
+                    tensor.register_hook(partial(self._begin_backward, covers))  # type: ignore[no-untyped-call]
+        elif self.frames:
+            self.frames.remove(_first_of(self.frames, sys._getframe()) or self.frames[-1])
+
+    def was_read(self) -> bool:
+        """Whether something may have read what was laid."""
+        return True
+
+    def _begin_backward(self, covers: list[tuple[nn.Module, str, Any]], _: torch.Tensor) -> None:
+        running = _backward()
+        if self.outermost is None and not self.laid and running is not None:
+            for module, name, value in covers:
+                self._over(module, name, value)
+            self.outermost, self.frames = _BACKWARD, [running]
+            engine: Any = torch.autograd.Variable._execution_engine
+            engine.queue_callback(self._end_backward)
+
+    def _end_backward(self) -> None:
+        if self.outermost is _BACKWARD:
+            self.take_away()
+
+    def lay(self) -> None:
+        """Lay the copy over the weights."""
+        module, name, transposed = self.holders[0]
+        base = held(module, name)
+        if is_sharded(base):
+            raise UnsupportedError("a table that is sharded here cannot be overridden by a full copy", where=name,
+                                   hint="let the sharded module be one that reads the table itself")  # fmt: skip
+        table = full_copy(base.t() if transposed else base, self.live)
+        for module, name, transposed in self.holders:
+            self._over(module, name, table.t() if transposed else table)
+        for module in self.unpadded:
+            self._over(module, "padding_idx", None)
+
+    def take_away(self) -> None:
+        """Uncover the weights."""
+        while self.laid:
+            module, name, before = self.laid.pop()
+            if before is _ABSENT:
+                module.__dict__.pop(name, None)
+            else:
+                module.__dict__[name] = before
+        self._forget()
+
+    def settle(self) -> None:
+        """Take away what a forward left that was broken off."""
+        if self.laid and self._was_broken_off(None, tracing=False):
+            self.take_away()
+
+    def _over(self, module: nn.Module, name: str, value: Any) -> None:
+        self.laid.append((module, name, module.__dict__.get(name, _ABSENT)))
+        module.__dict__[name] = value
+
+    def _was_broken_off(self, module: nn.Module | None, tracing: bool) -> bool:
+        """Whether the call that laid what is there does not run any more."""
+        if self.traced:  # its frames are not seen
+            return module is self.outermost
+        if tracing or _first_of(self.frames, sys._getframe()) is not None:
+            return False
+        return all(_first_of(self.frames, top) is None for top in sys._current_frames().values())  # of all threads
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "outermost": None, "calls": 0, "traced": False, "frames": [], "laid": []}
+
+
+class StandIns(Materialised):
+    """As `Materialised`, but the copy is made where the weight is read: see `StandIn`.
+
+    It is on every module around a site, and not on the sites, whose own weight is uncovered while they run.
+
+    Args:
+        table: What it is for.
+        said: Is told of the first full copy, with the function that needs it.
+    """
+
+    def __init__(
+        self, table: Table, holders: list[Holder], live: list[Rows], said: Callable[[Table, Any], None]
+    ) -> None:
+        super().__init__(holders, live)
+        self.table = table
+        self.said = said
+        self.seen = self.copied = False
+        self.source: Source | None = None
+
+    def lay(self) -> None:
+        if torch.compiler.is_compiling():
+            if self.seen:
+                super().lay()
+            return
+        parts = [*(rows.values for rows in self.live), *(held(m, n) for m, n, _ in self.holders)]
+        if torch._C._get_tracing_state() or any(is_sharded(part) or hasattr(part, "ds_id") for part in parts):
+            return
+        module, name, transposed = self.holders[0]
+        base = held(module, name)
+        self.source = Source(self.table, base.t() if transposed else base, tuple(self.live), self.note)
+        made: dict[int, StandIn] = {}
+        for module, name, transposed in self.holders:
+            weight = held(module, name)
+            if id(weight) not in made:
+                made[id(weight)] = stand_in(weight, transposed, self.source)
+            self._over(module, name, made[id(weight)])
+
+    def take_away(self) -> None:
+        super().take_away()
+        self.source = None
+
+    def was_read(self) -> bool:
+        return self.source is not None and self.source.read
+
+    def note(self, function: Any, whole: bool) -> None:
+        """The weight was read, and a function needs a copy of the whole."""
+        self.seen = True
+        if whole and not self.copied:
+            self.copied = True
+            self.said(self.table, function)
+
+
+class Uncovered:
+    """Pre and post hooks of a site: while it runs it has its own weight, whatever stands in for that."""
+
+    def __init__(self, parameter: str) -> None:
+        self.parameter = parameter
+        self.before: Any = None
+
+    def enter(self, module: nn.Module, *_: Any) -> None:
+        """Pre-hook."""
+        self.before = module.__dict__.pop(self.parameter, None)
+
+    def leave(self, module: nn.Module, *_: Any) -> None:
+        """Post-hook."""
+        if self.before is not None:
+            module.__dict__[self.parameter] = self.before
+            self.before = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "before": None}
+
+
+def _backward() -> FrameType | None:
+    """The frame that called autograd's engine, which may have other threads run its hooks."""
+    for top in (sys._getframe(), *sys._current_frames().values()):
+        frame: FrameType | None = top
+        while frame is not None:
+            if frame.f_code.co_name == "_engine_run_backward":
+                return frame
+            frame = frame.f_back
+    return None
+
+
+def tensors_in(value: Any, depth: int = 0) -> Iterator[torch.Tensor]:
+    """The tensors in an output: a tensor, a tuple, a dict (ModelOutput is one), two levels deep."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif depth < 2 and isinstance(value, (dict, tuple, list)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from tensors_in(item, depth + 1)
+
+
+def _first_of(frames: list[FrameType], top: FrameType | None) -> FrameType | None:
+    """The first of some frames on a stack, from its top."""
+    while top is not None and top not in frames:
+        top = top.f_back
+    return top

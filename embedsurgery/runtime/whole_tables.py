@@ -1,0 +1,147 @@
+"""Whole tables that are overridden in a forward: only the rows that a batch looks up are made, and heads as they can.
+
+A table's change may take several tensors. Each is a `Rows` of its own, so that it trains, moves and is saved as rows
+are; the last one of a table knows the others and is the one that hooks see.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from embedsurgery.adapter import Adapter
+from embedsurgery.errors import AttachmentError, UnsupportedError
+from embedsurgery.raw import RawArray
+from embedsurgery.runtime.rows import Rows
+from embedsurgery.runtime.sharded import plain_rows
+from embedsurgery.surgeries.base import RowOverride
+from embedsurgery.surgeries.whole_tables import TableChange, TableOverride
+from embedsurgery.tensors import from_raw, rows_at
+
+
+class Companion(Rows):
+    """A further tensor of a table's change: no hook sees it."""
+
+
+class TableRows(Rows):
+    """The last tensor of a table's change.
+
+    Args:
+        values: Its values.
+        override: What it is of.
+        device: Where the table is.
+        others: The tensors before it.
+    """
+
+    def __init__(
+        self, values: RawArray, override: TableOverride, device: torch.device, others: Sequence[Companion]
+    ) -> None:
+        super().__init__(values, override.indices, device)
+        assert override.change is not None
+        self.change: TableChange = override.change
+        self.numbers = frozenset(range(override.rows))  # a padding row changes as others do
+        self.others = tuple(others)  # in a tuple, so that none is registered twice
+
+    def tensors(self) -> list[torch.Tensor]:
+        """What the change takes."""
+        return [plain_rows(part.values) for part in (*self.others, self)]
+
+    def rows(self, ids: torch.Tensor, current: torch.Tensor) -> torch.Tensor:
+        """Rows as they become, (n, D) in the table's dtype."""
+        return self.change.rows(self.tensors(), ids, current).to(current.dtype)
+
+    def project(self, hidden: torch.Tensor, logits: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Logits as they become."""
+        return self.change.logits(self.tensors(), hidden, logits, weight).to(logits.dtype)
+
+
+def rows_for(
+    overrides: Sequence[RowOverride], raw: Mapping[str, RawArray], devices: Sequence[torch.device]
+) -> list[Rows]:
+    """The trainable module of each override, in their order.
+
+    Args:
+        overrides: What a surgery returned from `live`.
+        raw: The adapter's tensors.
+        devices: Where each override's table is.
+    """
+    made: list[Rows] = []
+    waiting: list[Companion] = []
+    for override, device in zip(overrides, devices, strict=True):
+        values = raw[override.tensor]
+        if not isinstance(override, TableOverride):
+            made.append(Rows(values, override.indices, device))
+        elif override.change is None:
+            waiting.append(Companion(values, (), device))
+            made.append(waiting[-1])
+        else:
+            made.append(TableRows(values, override, device, waiting))
+            waiting = []
+    return made
+
+
+def chosen(rows: Rows, ids: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What a lookup needs of live rows.
+
+    Args:
+        rows: Of a few rows, or of the whole table.
+        ids: Token ids of any shape.
+        weight: The table, (V, D).
+
+    Returns:
+        For each id its position in the small table, and whether it is overridden; and the small table, (n, D).
+    """
+    if not isinstance(rows, TableRows):
+        place, ours = rows.find(ids)
+        return place, ours, plain_rows(rows.values).to(weight.dtype)
+    flat = ids.reshape(-1).long()
+    place = torch.arange(flat.numel(), device=ids.device).reshape(ids.shape)
+    return place, torch.ones_like(ids, dtype=torch.bool), rows.rows(flat, rows_at(weight, flat))
+
+
+def over(base: torch.Tensor, rows: Rows) -> torch.Tensor:
+    """A full copy of a table, (V, D), with live rows in it."""
+    if not isinstance(rows, TableRows):
+        return base.index_copy(0, rows.indices, plain_rows(rows.values).to(base.dtype))
+    return rows.rows(torch.arange(base.shape[0], device=base.device), base)
+
+
+def has_whole_tables(rows: Sequence[Rows]) -> bool:
+    """Whether any of them is of a whole table."""
+    return any(isinstance(part, TableRows) for part in rows)
+
+
+class Undescribed(torch.autograd.Function):
+    """A weight's memory whose gradient is asked for by code that read it behind torch's back: refused, not lost."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: torch.Tensor, *values: torch.Tensor) -> torch.Tensor:
+        return weight.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        raise UnsupportedError(
+            "an autograd.Function reads the weight of a table that is overridden whole, and its gradient would be lost",
+            where="backward", hint="attach(..., materialize=True) gives it a full copy",
+        )  # fmt: skip
+
+
+def whole_replacements(
+    name: str, ours: Sequence[RowOverride], theirs: Sequence[RowOverride], adapter: Adapter
+) -> list[torch.Tensor]:
+    """As `loading.replacements`, where an override is of a whole table.
+
+    Raises:
+        AttachmentError: They are not for the same tables, in the same way.
+    """
+
+    def described(overrides: Sequence[RowOverride]) -> list[tuple[object, ...]]:
+        return [(o.table, o.indices, getattr(o, "change", None)) for o in overrides]
+
+    if described(ours) != described(theirs):
+        expected, found = (", ".join(dict.fromkeys(o.table for o in overrides)) for overrides in (ours, theirs))
+        raise AttachmentError("the adapter is for other tables, or changes them otherwise", where=name,
+                              expected=expected, found=found)  # fmt: skip
+    return [from_raw(adapter.raw[override.tensor]) for override in theirs]

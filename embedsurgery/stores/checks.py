@@ -1,0 +1,151 @@
+"""A plan checked against a store whole, before anything changes: each edit as those before it will have left things."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+
+from embedsurgery.errors import PlanError, TableError
+from embedsurgery.graph import Table
+from embedsurgery.plan import AddTokens, Edit, Grow, PatchFile, Plan, SetBlocks, SetRows
+from embedsurgery.raw import EDITABLE, RawArray
+from embedsurgery.stores.store import Store, check_indices, shorten
+
+
+def check(plan: Plan, store: Store) -> None:
+    """All that `apply` checks beforehand; changes nothing."""
+    check_edits(expanded(plan, store), store)
+
+
+def expanded(plan: Plan, store: Store) -> tuple[Edit, ...]:
+    """A plan's edits as the store does them: those that add tokens are made one, which it may do by patching files."""
+    together: dict[bool, AddTokens] = {}
+    for edit in plan.edits:
+        if isinstance(edit, AddTokens):
+            before = together.get(edit.remove, AddTokens((), edit.remove))
+            tokens = tuple(dict.fromkeys((*before.tokens, *edit.tokens)))
+            together[edit.remove] = AddTokens(tokens, edit.remove)
+    edits: list[Edit] = []
+    for edit in plan.edits:
+        if not isinstance(edit, AddTokens):
+            edits.append(edit)
+        elif edit.remove in together:
+            edits.extend(store.expand(together.pop(edit.remove)))
+    return tuple(edits)
+
+
+def check_edits(edits: tuple[Edit, ...], store: Store) -> None:
+    """As `check`, for edits that are `expanded` already."""
+    state = _State(store)
+    for edit in edits:
+        if isinstance(edit, SetRows):
+            table = state.table(edit.table)
+            check_indices(table, edit.indices)
+            if edit.rows.shape != (len(edit.indices), table.shape[1]) or edit.rows.dtype not in EDITABLE:
+                raise PlanError("rows of the wrong shape or dtype", where=f"{store.name}: {table.name}",
+                                expected=f"({len(edit.indices)}, {table.shape[1]}) of {', '.join(EDITABLE)}",
+                                found=f"{edit.rows.shape} of {edit.rows.dtype}")  # fmt: skip
+            state.claim(table, list(edit.indices))
+        elif isinstance(edit, SetBlocks):
+            table = state.table(edit.table)
+            if 0 in table.shape:
+                raise PlanError("the table is empty", where=f"{store.name}: {table.name}", found=list(table.shape))
+            if edit.blocks.shape != table.shape:
+                raise PlanError("a whole table of another shape", where=f"{store.name}: {table.name}",
+                                expected=list(table.shape), found=list(edit.blocks.shape))  # fmt: skip
+            state.claim(table, list(range(table.shape[0])))
+        elif isinstance(edit, PatchFile):
+            state.patch(edit.path)
+            found = store.read_file(edit.path)
+            if digest(found) != edit.before:
+                raise PlanError("a file is not what it was when the plan was made", where=f"{store.name}: {edit.path}",
+                                expected=_shown(edit.before), found=_shown(digest(found)))  # fmt: skip
+        elif isinstance(edit, Grow):
+            state.grow(edit)
+
+
+class _State:
+    """A store as the edits before one will have left it."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.grown: dict[str, int] = {}  # table or vocabulary -> how many rows it will have got
+        self.rewritten: set[str] = set()
+        self.patched: set[str] = set()
+        self.set: dict[str, set[int]] = {}
+
+    def table(self, name: str) -> Table:
+        """The table of a name with the rows that it will have; one that cannot be set is refused."""
+        try:
+            table = self.store.graph.table(name)
+        except TableError as error:
+            raise PlanError("the plan names a table that is not in the store", where=self.store.name, expected=name,
+                            found=error.found) from error  # fmt: skip
+        self.store.check_editable(table)
+        if not table.files or not {file for _, file in table.files} <= self.rewritten:
+            self.store.check_writable(table)
+        return replace(table, shape=(table.shape[0] + self.grown.get(table.name, 0), table.shape[1]))
+
+    def claim(self, table: Table, indices: list[int]) -> None:
+        """Note rows that are set; each can be once."""
+        taken = self.set.setdefault(table.name, set())
+        twice = sorted(taken.intersection(indices))
+        if twice or len(set(indices)) != len(indices):
+            twice = twice or sorted(i for i, count in Counter(indices).items() if count > 1)
+            raise PlanError("rows would be set twice", where=table.name, expected="each row once", found=shorten(twice))
+        taken.update(indices)
+
+    def patch(self, path: str) -> None:
+        """Note a file that changes; each can once."""
+        if path in self.patched:
+            raise PlanError("a file would be patched twice", where=f"{self.store.name}: {path}", expected="once")
+        self.patched.add(path)
+
+    def grow(self, edit: Grow) -> None:
+        """Check a `Grow` against its vocabulary, and note what it does."""
+        where = f"{self.store.name}: {edit.vocabulary}"
+        graph = self.store.graph
+        vocabulary = next((v for v in graph.vocabularies if v.name == edit.vocabulary), None)
+        if vocabulary is None:
+            found = ", ".join(v.name for v in graph.vocabularies) or "none at all"
+            raise PlanError("the plan names a vocabulary that is not in the store", where=self.store.name,
+                            expected=edit.vocabulary, found=found)  # fmt: skip
+        if vocabulary.name in self.grown:
+            raise PlanError("a vocabulary would grow twice", where=where, expected="one Grow for each in a plan")
+        tables = [graph.table(name) for name in vocabulary.tables]
+        least = min(table.shape[0] for table in tables)
+        if edit.count == 0 or least + edit.count < 1:
+            raise PlanError("a vocabulary cannot change by so many rows", where=where, found=edit.count,
+                            expected=f"at least one row more, or at most {least - 1} fewer")  # fmt: skip
+        self.store.check_growth(vocabulary, edit.count)
+        count = max(edit.count, 0)
+        rows = {table.name: (count, table.shape[1]) for table in tables} if count else {}
+        _check_parts(edit.rows, rows, where)
+        _check_parts(edit.vectors, dict.fromkeys(vocabulary.vectors, (count,)) if count else {}, where)
+        for path in self.store.growth_files(vocabulary):
+            self.patch(path)
+            self.rewritten.add(path)
+        self.grown.update(dict.fromkeys((vocabulary.name, *vocabulary.tables), edit.count))
+
+
+def _check_parts(found: Mapping[str, RawArray], expected: Mapping[str, tuple[int, ...]], where: str) -> None:
+    """Refuse a `Grow` whose rows or entries are not for exactly the tables or vectors there are."""
+    if found.keys() != expected.keys():
+        raise PlanError("a growth for other tables or vectors than the vocabulary has", where=where,
+                        expected=", ".join(expected) or "none", found=", ".join(found) or "none")  # fmt: skip
+    for name, shape in expected.items():
+        if found[name].shape != shape or found[name].dtype not in EDITABLE:
+            raise PlanError("new rows of the wrong shape or dtype", where=f"{where}: {name}",
+                            expected=f"{shape} of {', '.join(EDITABLE)}",
+                            found=f"{found[name].shape} of {found[name].dtype}")  # fmt: skip
+
+
+def digest(data: bytes | None) -> str | None:
+    """sha256 of a file's bytes, None for no file: what a `PatchFile` knows of what must be there."""
+    return None if data is None else hashlib.sha256(data).hexdigest()
+
+
+def _shown(digest: str | None) -> str:
+    return "no file" if digest is None else f"sha256 {digest[:12]}"

@@ -1,0 +1,79 @@
+"""Tables in the values of a state dict. It has no config and no modules: tables and vectors are all that can grow."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from embedsurgery.errors import UnsupportedError
+from embedsurgery.graph import Vocabulary
+from embedsurgery.names import Stored, walk_names
+from embedsurgery.plan import Grow
+from embedsurgery.stores.tensor_store import TensorStore
+from embedsurgery.tensors import Memory, dtype_string, memory_of, refuse_overlaps
+
+
+class StateDictStore(TensorStore):
+    """The tensors of a state dict."""
+
+    mapping: Mapping[str, Any]
+
+    def all_tensors(self) -> Mapping[str, torch.Tensor]:
+        return self.tensors
+
+    def check_growth(self, vocabulary: Vocabulary, count: int) -> None:
+        super().check_growth(vocabulary, count)
+        if not isinstance(self.mapping, MutableMapping):
+            raise UnsupportedError("this state dict cannot be written to, so its tables cannot grow", where=self.name,
+                                   found=type(self.mapping).__name__, expected="a dict")  # fmt: skip
+
+    def put(self, new: Mapping[int, torch.Tensor], edit: Grow) -> None:
+        assert isinstance(self.mapping, MutableMapping)
+        done: list[tuple[str, Any]] = []
+        try:
+            for name, old in list(self.mapping.items()):
+                if id(old) in new:
+                    done.append((name, old))
+                    self.mapping[name] = new[id(old)]
+        except BaseException:
+            for name, old in done:
+                self.mapping[name] = old
+            raise
+
+
+def state_dict_store(state_dict: Mapping[str, torch.Tensor], tokenizer: Any = None) -> StateDictStore:
+    """A store over a state dict: tensors of one memory are one table, and so are pairs of input and output names
+    with equal values, as a file holds them that stores a tie twice.
+
+    Args:
+        state_dict: Name -> tensor; what is no tensor is left alone. Growing sets its values, so it must be mutable.
+        tokenizer: Gets the tokens that plans add.
+    """
+    tensors = {name: value for name, value in state_dict.items() if isinstance(value, torch.Tensor)}
+    groups: dict[Memory, str] = {}
+    stored = []
+    for name, value in tensors.items():
+        memory = memory_of(value).normalised()
+        turned = memory.transposed().normalised() if value.dim() == 2 else memory
+        group, other = groups.get(memory), groups.get(turned)
+        if group is None and other is None:
+            groups[memory] = name
+        found = Stored(name, dtype_string(value), tuple(value.shape), group or other or name)
+        stored.append(replace(found, transposed=group is None and other is not None))
+
+    def equal(a: str, b: str) -> bool:
+        left, right = tensors[a], tensors[b]
+        if (left.shape, left.dtype) != (right.shape, right.dtype) or "meta" in (left.device.type, right.device.type):
+            return False
+        left, right = left.detach().contiguous(), right.detach().to(left.device).contiguous()
+        return torch.equal(left.view(torch.uint8), right.view(torch.uint8))
+
+    graph = walk_names(stored, config=None, source="state dict", equal=equal)
+    names = {name: memory_of(tensors[name]) for table in graph.tables for name in table.names if name in tensors}
+    refuse_overlaps(names, {name: memory_of(tensor) for name, tensor in tensors.items() if name not in names})
+    store = StateDictStore(tensors, graph, "state dict", tokenizer=tokenizer)
+    store.mapping = state_dict
+    return store

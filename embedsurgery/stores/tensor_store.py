@@ -1,0 +1,211 @@
+"""Tables in named torch tensors, whatever holds those: rows are written into the tensors that are there.
+
+Growing puts new tensors in their places. How those are made is ``grown_tensors.py``'s; the places are a model's
+(``modules.py``) or a state dict's (``state_dicts.py``).
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from embedsurgery.errors import UnsupportedEditError, UnsupportedError
+from embedsurgery.graph import EmbeddingGraph, Table, Vocabulary
+from embedsurgery.grouping import canonical, grown_graph
+from embedsurgery.plan import AddTokens, Grow
+from embedsurgery.raw import RawArray
+from embedsurgery.stores.grown_tensors import grown, memories, refuse_odd
+from embedsurgery.stores.store import Store
+from embedsurgery.tensors import Memory, dtype_string, from_raw, is_sharded, memory_of, rows_at, to_raw
+
+
+@dataclass(frozen=True)
+class Part:
+    """A separate memory that growing replaces.
+
+    Attributes:
+        of: The table or vector that it is (a copy of), by its name in the vocabulary.
+        name: Its own name.
+        tensors: Every object over it, the one of that name first.
+        axis: The first one's axis with one entry a token.
+    """
+
+    of: str
+    name: str
+    tensors: tuple[torch.Tensor, ...]
+    axis: int
+
+
+class TensorStore(Store):
+    """Named tensors with a graph over them.
+
+    Args:
+        tensors: Name -> tensor, aliases included.
+        graph: Of those tensors.
+        name: For messages.
+        others: Names of what lies beside them, such as buffers.
+        sharded: Names of tensors that are gathered just now, by a wrapper that will drop what is written into them.
+        tokenizer: Gets the tokens that plans add; None where there is none.
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        graph: EmbeddingGraph,
+        name: str,
+        others: Iterable[str] = (),
+        sharded: Iterable[str] = (),
+        tokenizer: Any = None,
+    ) -> None:
+        self.tensors = dict(tensors)
+        self.sharded = frozenset(sharded)
+        self.names = frozenset(tensors) | frozenset(others)
+        self.tokenizer = tokenizer
+        self.graph = graph
+        self.name = name
+        self._transposed = frozenset(n for table in graph.tables for n in table.transposed)
+
+    def _view(self, name: str) -> torch.Tensor:
+        """The (V, D) view of a tensor's memory, out of autograd's sight."""
+        tensor = self.tensors[name].detach()
+        return tensor.t() if name in self._transposed else tensor
+
+    def copies(self, table: Table) -> tuple[str, ...]:
+        """One name for each separate memory among the table's names."""
+        found: dict[Memory, str] = {}
+        for name in table.names:
+            if name in self.tensors:
+                memory = memory_of(self.tensors[name])
+                key = memory.transposed() if name in self._transposed else memory
+                found.setdefault(key.normalised(), name)
+        return tuple(found.values())
+
+    def check_editable(self, table: Table) -> None:
+        """As the base; meta and fake tensors too are refused."""
+        super().check_editable(table)
+        for name in table.names:
+            tensor = self.tensors.get(name)
+            if tensor is None:
+                continue
+            if tensor.device.type == "meta":
+                raise UnsupportedError("the table has no values", where=name, found="a meta tensor",
+                                       hint="load the weights first")  # fmt: skip
+            if any(step == 0 and size > 1 for size, step in zip(tensor.shape, tensor.stride(), strict=True)):
+                raise UnsupportedError("rows of the table share one memory", where=name, found="an expanded tensor",
+                                       hint="clone it first")  # fmt: skip
+
+    def check_writable(self, table: Table) -> None:
+        """Refuse a sharded table, also one that is gathered just now."""
+        for name in table.names:
+            tensor = self.tensors.get(name)
+            if tensor is not None and (is_sharded(tensor) or name in self.sharded or hasattr(tensor, "ds_id")):
+                raise UnsupportedError("the table is sharded over devices", where=name, found=type(tensor).__name__,
+                                       hint="merge into the checkpoint on disk instead")  # fmt: skip
+
+    def tensor_names(self) -> Collection[str]:
+        return self.names
+
+    def read_rows(self, name: str, indices: tuple[int, ...]) -> RawArray:
+        view = self._view(name)
+        return to_raw(rows_at(view, torch.tensor(indices, dtype=torch.int64, device=view.device)))
+
+    def write_rows(self, name: str, indices: tuple[int, ...], rows: RawArray) -> None:
+        view = self._view(name)
+        with torch.no_grad():
+            view[torch.tensor(indices, dtype=torch.int64, device=view.device)] = from_raw(rows).to(view.device)
+
+    def read_block(self, name: str, start: int, stop: int) -> RawArray:
+        view = self._view(name)
+        if is_sharded(view):
+            return to_raw(rows_at(view, torch.arange(start, stop, device=view.device)))
+        return to_raw(view[start:stop])
+
+    def write_block(self, name: str, start: int, rows: RawArray) -> None:
+        view = self._view(name)
+        with torch.no_grad():
+            view[start : start + rows.shape[0]].copy_(from_raw(rows).to(view.device))
+
+    @abstractmethod
+    def all_tensors(self) -> Mapping[str, torch.Tensor]:
+        """Name -> tensor of everything that is stored, each object under one name at least."""
+
+    @abstractmethod
+    def put(self, new: Mapping[int, torch.Tensor], edit: Grow) -> None:
+        """Put new tensors in the places of others, ``id(old)`` -> new, and bring up to date what counts them: all or
+        nothing.
+        """
+
+    def tensor_shapes(self) -> Mapping[str, tuple[str, tuple[int, ...]]]:
+        return {name: (dtype_string(t), tuple(t.shape)) for name, t in self.all_tensors().items()}
+
+    def read_vector(self, name: str) -> RawArray:
+        return to_raw(self.all_tensors()[name].detach().reshape(-1))
+
+    def vector_copies(self, vocabulary: Vocabulary, name: str) -> Sequence[str]:
+        """The names of separate copies of a per-token vector: a state dict may have it under both its names."""
+        found = {memory_of(self.all_tensors()[name]).normalised(): name}
+        for other, tensor in self.all_tensors().items():
+            if canonical(other) == canonical(name) and other not in vocabulary.vectors:
+                found.setdefault(memory_of(tensor).normalised(), other)
+        return tuple(found.values())
+
+    def parts(self, vocabulary: Vocabulary) -> list[Part]:
+        """Every separate memory that growing replaces."""
+        over: dict[Memory, dict[int, torch.Tensor]] = {}
+        for tensor in (*self.tensors.values(), *self.all_tensors().values()):
+            over.setdefault(memory_of(tensor).normalised(), {})[id(tensor)] = tensor
+        named = [
+            (of, name, self.tensors[name], 1 if name in self._transposed else 0)
+            for of in vocabulary.tables
+            for name in self.copies(self.graph.table(of))
+        ]
+        for of in vocabulary.vectors:
+            for name in self.vector_copies(vocabulary, of):
+                tensor = self.all_tensors()[name]
+                named.append((of, name, tensor, tensor.dim() - 1))
+        found = []
+        for of, name, tensor, axis in named:
+            own, turned = memories(tensor)
+            same = {id(tensor): tensor, **over[own]}
+            other = {} if tensor.dim() != 2 or own == turned or of in vocabulary.vectors else over.get(turned, {})
+            found.append(Part(of, name, tuple({**same, **other}.values()), axis))
+        return found
+
+    def check_growth(self, vocabulary: Vocabulary, count: int) -> None:
+        super().check_growth(vocabulary, count)
+        for table in map(self.graph.table, vocabulary.tables):
+            self.check_writable(table)
+        for part in self.parts(vocabulary):
+            for tensor in part.tensors:
+                refuse_odd(part.name, tensor)
+
+    def grow(self, edit: Grow) -> None:
+        vocabulary = self.vocabulary(edit)
+        values = {**edit.rows, **edit.vectors}
+        new: dict[int, torch.Tensor] = {}
+        for part in self.parts(vocabulary):
+            rows = values[part.of].to(dtype_string(part.tensors[0])) if edit.count > 0 else None
+            new.update(grown(part.tensors, part.axis, edit.count, rows))
+        self.put(new, edit)
+        self.tensors = {name: new.get(id(t), t) for name, t in self.tensors.items()}
+        self.graph = grown_graph(self.graph, vocabulary, edit.count)
+
+    def expand(self, edit: AddTokens) -> tuple[AddTokens, ...]:
+        if self.tokenizer is None:
+            raise UnsupportedEditError("no tokenizer was given, and the plan changes it", where=self.name,
+                                       found=edit.describe(), hint="give tokenizer=")  # fmt: skip
+        return (edit,)
+
+    def tokens_undone(self, edit: AddTokens) -> tuple[AddTokens, ...]:
+        from embedsurgery.live_tokenizer import undo_of
+
+        return undo_of(self.tokenizer, edit)
+
+    def change_tokens(self, edit: AddTokens) -> None:
+        from embedsurgery.live_tokenizer import change_tokens
+
+        change_tokens(self.tokenizer, edit)

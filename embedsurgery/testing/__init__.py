@@ -1,0 +1,22 @@
+"""The test kit: a plugin's author writes ``class TestMine(SurgeryContract): config = ...`` and gets the whole suite.
+
+`SurgeryContract`, `InitializerContract` and `StoreContract` are base classes for pytest; what is built in passes them
+too. A plugin that is not installed is named in the class's ``plugin``. The kit needs torch, pytest and safetensors.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.register_assert_rewrite(
+    "embedsurgery.testing.initializers", "embedsurgery.testing.stores", "embedsurgery.testing.surgeries"
+)
+
+from embedsurgery.registry import installed as installed  # noqa: E402 - pytest must know first whose asserts to show
+from embedsurgery.testing.initializers import InitializerContract as InitializerContract  # noqa: E402
+from embedsurgery.testing.models import TinyModel as TinyModel  # noqa: E402
+from embedsurgery.testing.models import bits as bits  # noqa: E402
+from embedsurgery.testing.models import contents as contents  # noqa: E402
+from embedsurgery.testing.models import write_checkpoint as write_checkpoint  # noqa: E402
+from embedsurgery.testing.stores import StoreContract as StoreContract  # noqa: E402
+from embedsurgery.testing.surgeries import SurgeryContract as SurgeryContract  # noqa: E402

@@ -1,0 +1,120 @@
+"""A small language model in plain torch, in memory and as a checkpoint, and ways to compare bits and files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+ROWS, WIDTH = 24, 8
+INPUT, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
+"""Names of `TinyModel`'s tables, in memory and on disk."""
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+class TinyModel(nn.Module):
+    """A lookup, a layer that mixes each token with those before it, and a projection, all random.
+
+    Args:
+        tied: Whether lookup and projection share their weight.
+        dtype: safetensors' string.
+        seed: Another seed is another base.
+    """
+
+    def __init__(self, *, tied: bool = True, dtype: str = "F32", seed: int = 0) -> None:
+        super().__init__()
+        self.tied = tied
+        self.model = nn.Module()
+        self.model.embed_tokens = nn.Embedding(ROWS, WIDTH)
+        self.model.mix = nn.Linear(WIDTH, WIDTH)
+        self.lm_head = nn.Linear(WIDTH, ROWS, bias=False)
+        if tied:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.5)
+        self.to(DTYPES[dtype])
+
+    def get_input_embeddings(self) -> nn.Module:
+        """As transformers has it."""
+        lookup: nn.Module = self.model.get_submodule("embed_tokens")
+        return lookup
+
+    def get_output_embeddings(self) -> nn.Module:
+        """As transformers has it."""
+        return self.lm_head
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Logits, (B, T, V)."""
+        states = self.get_input_embeddings()(input_ids)
+        count = torch.arange(1, states.shape[1] + 1, device=states.device, dtype=states.dtype)
+        mixed = torch.tanh(self.model.get_submodule("mix")(states.cumsum(1) / count[:, None]))
+        logits: torch.Tensor = self.lm_head(mixed)
+        return logits
+
+
+def every_token() -> torch.Tensor:
+    """A batch in which each of `TinyModel`'s tokens stands once, and some twice, int64 (2, T)."""
+    ids = torch.arange(ROWS)
+    return torch.cat([ids, ids[:4]]).reshape(2, -1)
+
+
+def write_checkpoint(model: TinyModel, folder: Path, *, shards: bool = False) -> Path:
+    """The model as a checkpoint: safetensors in one file or two, a config, a tokenizer, and files of other kinds."""
+    folder.mkdir(parents=True)
+    tensors = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    if model.tied:
+        del tensors[OUTPUT]
+    config = {"architectures": ["LlamaForCausalLM"], "vocab_size": ROWS, "tie_word_embeddings": model.tied}
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    (folder / "README.md").write_bytes(b"kept byte for byte\r\n")
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer_json()))
+    if not shards:
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        return folder
+    halves = [{n: t for n, t in tensors.items() if (n == INPUT) == first} for first in (True, False)]
+    files = {f"model-0000{n}-of-00002.safetensors": half for n, half in enumerate(halves, 1)}
+    for file, half in files.items():
+        save_file(half, folder / file, {"format": "pt"})
+    body = {"metadata": {}, "weight_map": {name: file for file, half in files.items() for name in half}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(body))
+    return folder
+
+
+def tokenizer_json() -> dict[str, Any]:
+    """A tokenizer of whole words that fits `TinyModel`."""
+    vocabulary = {f"t{number}": number for number in range(ROWS)}
+    model = {"type": "WordLevel", "vocab": vocabulary, "unk_token": "t0"}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Whitespace"},
+        "post_processor": None,
+        "decoder": None,
+        "model": model,
+    }
+
+
+def bits(tensor: torch.Tensor) -> bytes:
+    """A tensor's elements as bytes, in logical order."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+
+
+def state_bits(model: nn.Module) -> dict[str, bytes]:
+    """Name -> bytes of every tensor of a model's state dict."""
+    return {name: bits(tensor) for name, tensor in model.state_dict().items()}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Relative path -> bytes of every file below a directory."""
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}

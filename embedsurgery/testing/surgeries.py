@@ -1,0 +1,273 @@
+"""The contract of a surgery, as a suite of tests."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import embedsurgery as es
+from embedsurgery.adapter import Adapter
+from embedsurgery.errors import BaseMismatchError
+from embedsurgery.testing.base import Contract
+from embedsurgery.testing.models import TinyModel, bits, contents, every_token, state_bits, write_checkpoint
+
+_CLOSE = {"F64": 1e-9, "F32": 1e-5, "F16": 2e-2, "BF16": 1e-1}
+
+
+class SurgeryContract(Contract):
+    """What every surgery holds to: a subclass names a config and gets all tests.
+
+    Attributes:
+        config: What the user asks for, on a model with tables `INPUT` and, untied, `OUTPUT` of `ROWS` rows.
+        dtypes: The dtypes of the base that it takes.
+        ties: Whether lookup and projection are one table: the bases that it takes.
+        starts_as_base: Whether a fresh adapter changes nothing.
+    """
+
+    config: Any
+    dtypes: ClassVar[tuple[str, ...]] = ("F32", "BF16", "F16", "F64")
+    ties: ClassVar[tuple[bool, ...]] = (True, False)
+    starts_as_base = True
+    parameters: ClassVar[dict[str, str]] = {"dtype": "dtypes", "tied": "ties"}
+
+    # -- what a subclass may change ------------------------------------------------------------------------------
+
+    def make_config(self, model: TinyModel) -> Any:
+        """The config for a model."""
+        return self.config
+
+    def make_model(self, *, tied: bool, dtype: str = "F32", seed: int = 0) -> Any:
+        """A base; another seed is another base."""
+        return TinyModel(tied=tied, dtype=dtype, seed=seed)
+
+    def write(self, model: Any, folder: Path, *, shards: bool = False) -> Path:
+        """The base as a checkpoint directory."""
+        return write_checkpoint(model, folder, shards=shards)
+
+    def logits(self, model: Any) -> torch.Tensor:
+        """What the model gives for a batch that holds every token."""
+        logits: torch.Tensor = model(every_token())
+        return logits
+
+    def change(self, attachment: Any) -> None:
+        """Give every trainable tensor values that it did not start with."""
+        generator = torch.Generator().manual_seed(5)
+        with torch.no_grad():
+            for parameter in attachment.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+
+    # -- what the tests are made of ------------------------------------------------------------------------------
+
+    def trained(self, model: Any) -> Adapter:
+        """An adapter that changes the model; the model is as it was before."""
+        attachment = es.attach(model, self.make_config(model))
+        self.change(attachment)
+        adapter = attachment.adapter()
+        attachment.detach()
+        return adapter
+
+    def merged(self, model: Any, adapter: Adapter) -> Any:
+        """A copy of the model with the adapter baked in."""
+        other = copy.deepcopy(model)
+        es.merge(other, adapter)
+        return other
+
+    # -- the tests -----------------------------------------------------------------------------------------------
+
+    def test_a_fresh_adapter_changes_nothing(self, tied: bool) -> None:
+        """A no-op at the start: attached, and merged bit for bit but for rounding."""
+        if not self.starts_as_base:
+            pytest.skip("this surgery does not start as the base")
+        model = self.make_model(tied=tied)
+        before, state = self.logits(model).detach(), state_bits(model)
+        attachment = es.attach(model, self.make_config(model))
+        torch.testing.assert_close(self.logits(model).detach(), before, rtol=0, atol=1e-6)
+        assert state_bits(model) == state
+        adapter = attachment.adapter()
+        attachment.detach()
+        torch.testing.assert_close(self.logits(self.merged(model, adapter)).detach(), before, rtol=0, atol=1e-6)
+
+    def test_gradients_are_those_of_the_merged_model(self, tied: bool) -> None:
+        """Along random directions, against differences of a dense model with the adapter baked in, in fp64."""
+        model = self.make_model(tied=tied, dtype="F64")
+        dense = copy.deepcopy(model)
+        attachment = es.attach(model, self.make_config(model))
+        self.change(attachment)
+        generator = torch.Generator().manual_seed(1)
+        weights = torch.randn(self.logits(dense).shape, generator=generator, dtype=torch.float64)
+        torch.autograd.backward((self.logits(model) * weights).sum())
+
+        def loss() -> float:
+            with torch.no_grad():
+                return float((self.logits(self.merged(dense, attachment.adapter())) * weights).sum())
+
+        for parameter in attachment.parameters():
+            assert parameter.grad is not None, "a trainable tensor without a gradient"
+            exact = parameter.dtype == torch.float64
+            step, tolerance = (1e-6, 1e-5) if exact else (1e-2, 2e-2)
+            for _ in range(4):
+                direction = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+                start = parameter.detach().clone()
+                sides = []
+                for sign in (1, -1):
+                    with torch.no_grad():
+                        parameter.copy_(start + sign * step * direction)
+                    sides.append(loss())
+                with torch.no_grad():
+                    parameter.copy_(start)
+                found = float((parameter.grad * direction).sum())
+                assert found == pytest.approx((sides[0] - sides[1]) / (2 * step), rel=tolerance, abs=tolerance)
+
+    def test_training_lowers_the_loss_and_leaves_the_base(self, tied: bool) -> None:
+        """Any optimizer over `attachment.parameters()` trains it, and nothing of the base moves."""
+        model = self.make_model(tied=tied)
+        state = state_bits(model)
+        attachment = es.attach(model, self.make_config(model))
+        target = self.logits(self.make_model(tied=tied, seed=1)).detach()
+        optimizer = torch.optim.Adam(attachment.parameters(), lr=0.02)
+        losses = []
+        for _ in range(20):
+            loss = (self.logits(model) - target).square().mean()
+            losses.append(float(loss.detach()))
+            optimizer.zero_grad()
+            torch.autograd.backward(loss)
+            optimizer.step()
+        assert losses[-1] < losses[0]
+        assert state_bits(model) == state
+
+    def test_attached_is_merged_in_memory(self, tied: bool, dtype: str) -> None:
+        """The same numbers up to one rounding, and the same bits by either way to merge."""
+        model = self.make_model(tied=tied, dtype=dtype)
+        before = self.logits(model).detach()
+        dense = copy.deepcopy(model)
+        attachment = es.attach(model, self.make_config(model))
+        self.change(attachment)
+        live = self.logits(model).detach()
+        merged = self.merged(dense, attachment.adapter())
+        tolerance = _CLOSE[dtype]
+        torch.testing.assert_close(live, self.logits(merged).detach(), rtol=tolerance, atol=tolerance)
+        assert not torch.allclose(live, before, rtol=tolerance, atol=tolerance), "the changed adapter changes nothing"
+        attachment.merge()
+        assert state_bits(model) == state_bits(merged)
+        assert bits(self.logits(model)) == bits(self.logits(merged))
+
+    @pytest.mark.parametrize("shards", [False, True], ids=["file", "shards"])
+    def test_merged_on_disk_is_merged_in_memory(self, tied: bool, dtype: str, shards: bool, tmp_path: Path) -> None:
+        """The same bits, every other byte the base's; and unmerged the whole directory is the base again."""
+        model = self.make_model(tied=tied, dtype=dtype)
+        base = self.write(model, tmp_path / "base", shards=shards)
+        adapter = self.trained(model)
+        es.merge_checkpoint(base, adapter, tmp_path / "merged")
+        wanted = {name: bits(value) for name, value in self.merged(model, adapter).state_dict().items()}
+        weights = [path for path in sorted((tmp_path / "merged").glob("*.safetensors"))]
+        found = {name: bits(value) for path in weights for name, value in load_file(path).items()}
+        assert found.keys() <= wanted.keys()
+        assert {name: wanted[name] for name in found} == found
+        before, after = contents(base), contents(tmp_path / "merged")
+        changed = {path for path in before if before[path] != after[path]}
+        assert changed
+        assert changed <= {path.name for path in weights}
+        es.unmerge_checkpoint(tmp_path / "merged", tmp_path / "unmerged")
+        assert contents(tmp_path / "unmerged") == before
+
+    def test_undo_is_exact(self, tied: bool, dtype: str) -> None:
+        """Every bit of the model is back, by the function and by the attachment."""
+        model = self.make_model(tied=tied, dtype=dtype)
+        before, outside = state_bits(model), self.logits(model).detach()
+        adapter = self.trained(model)
+        undo = es.merge(model, adapter)
+        assert state_bits(model) != before
+        es.unmerge(model, undo)
+        assert state_bits(model) == before
+        attachment = es.attach(model, adapter)
+        attachment.merge()
+        attachment.unmerge()
+        assert state_bits(model) == before
+        with attachment.disabled():
+            assert bits(self.logits(model)) == bits(outside)
+        attachment.detach()
+        assert bits(self.logits(model)) == bits(outside)
+
+    def test_ties_hold(self, tied: bool) -> None:
+        """What shared memory still does after merging, and what did not does not."""
+        model = self.make_model(tied=tied)
+        owners = {name: p.data_ptr() for name, p in model.named_parameters(remove_duplicate=False)}
+        es.merge(model, self.trained(model))
+        assert {name: p.data_ptr() for name, p in model.named_parameters(remove_duplicate=False)} == owners
+
+    def test_save_and_load(self, tied: bool, dtype: str, tmp_path: Path) -> None:
+        """What was saved is loaded: the same manifest, tensors, logits, and the same files again."""
+        model = self.make_model(tied=tied, dtype=dtype)
+        adapter = self.trained(model)
+        adapter.save(tmp_path / "adapter")
+        loaded = es.load(tmp_path / "adapter")
+        assert loaded.manifest == adapter.manifest
+        assert dict(loaded.raw) == dict(adapter.raw)
+        loaded.save(tmp_path / "again")
+        assert contents(tmp_path / "again") == contents(tmp_path / "adapter")
+        assert state_bits(self.merged(model, loaded)) == state_bits(self.merged(model, adapter))
+
+    def test_a_loaded_adapter_goes_on(self, tied: bool, tmp_path: Path) -> None:
+        """Attached again it gives what it gave, and trains on."""
+        model = self.make_model(tied=tied)
+        attachment = es.attach(model, self.make_config(model))
+        self.change(attachment)
+        before = self.logits(model).detach()
+        attachment.save(tmp_path / "adapter")
+        attachment.detach()
+        attachment = es.attach(model, es.load(tmp_path / "adapter"))
+        assert bits(self.logits(model)) == bits(before)
+        torch.autograd.backward(self.logits(model).square().mean())
+        assert all(parameter.grad is not None for parameter in attachment.parameters())
+
+    def test_a_copy_is_on_its_own(self, tied: bool) -> None:
+        """A deep copy of a model with an attachment has its own, which goes its own way."""
+        model = self.make_model(tied=tied)
+        attachment = es.attach(model, self.make_config(model))
+        self.change(attachment)
+        before = self.logits(model).detach()
+        other = copy.deepcopy(model)
+        assert bits(self.logits(other)) == bits(before)
+        found = es.attached(other)
+        assert found is not None
+        with torch.no_grad():
+            for parameter in found.parameters():
+                parameter.zero_()
+        assert bits(self.logits(other)) != bits(before)
+        assert bits(self.logits(model)) == bits(before)
+
+    def test_it_comes_back_from_the_hub(self, tied: bool, tmp_path: Path) -> None:
+        """Its files as the Hub's cache lays them out, links to blobs named by their hashes, are the same adapter."""
+        model = self.make_model(tied=tied)
+        adapter = self.trained(model)
+        adapter.save(tmp_path / "adapter")
+        blobs, snapshot = tmp_path / "hub" / "blobs", tmp_path / "hub" / "snapshots" / "0123abc"
+        blobs.mkdir(parents=True)
+        snapshot.mkdir(parents=True)
+        for path, data in contents(tmp_path / "adapter").items():
+            blob = blobs / hashlib.sha256(data).hexdigest()
+            blob.write_bytes(data)
+            (snapshot / path).symlink_to(Path("..", "..", "blobs", blob.name))
+        loaded = es.load(snapshot)
+        assert (loaded.manifest, dict(loaded.raw)) == (adapter.manifest, dict(adapter.raw))
+
+    def test_another_base_is_refused(self, tied: bool, tmp_path: Path) -> None:
+        """In memory, live and on disk, with nothing changed or written."""
+        adapter = self.trained(self.make_model(tied=tied))
+        other = self.make_model(tied=tied, seed=1)
+        base = self.write(other, tmp_path / "base")
+        before, files = state_bits(other), contents(base)
+        for act in (lambda: es.merge(other, adapter), lambda: es.attach(other, adapter),
+                    lambda: es.merge_checkpoint(base, adapter, tmp_path / "merged")):  # fmt: skip
+            with pytest.raises(BaseMismatchError):
+                act()
+        assert state_bits(other) == before
+        assert es.attached(other) is None
+        assert contents(base) == files
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["base"]

@@ -1,0 +1,83 @@
+"""What a text really becomes: the tokenizers library on the content of a ``tokenizer.json``, and checks with it.
+
+The library is imported only when something is encoded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from embedsurgery.errors import CheckpointError, ConfigError, UnsupportedError
+from embedsurgery.plan import Token
+from embedsurgery.tokenizer_json import TokenizerJson, is_reserved
+
+Encode = Callable[[str], list[int]]
+"""Text -> ids, without special tokens around it."""
+
+
+def backend(text: str, where: object) -> Any:
+    """The library's tokenizer of a ``tokenizer.json``'s text, without truncation and padding.
+
+    Raises:
+        CheckpointError: The library refuses the content.
+        UnsupportedError: It is not installed.
+    """
+    try:
+        from tokenizers import Tokenizer
+    except ImportError as error:
+        raise UnsupportedError("encoding a text needs the tokenizers library", where=where,
+                               hint="pip install tokenizers") from error  # fmt: skip
+    try:
+        tokenizer = Tokenizer.from_str(text)
+    except Exception as error:  # the library raises nothing narrower
+        raise CheckpointError("the tokenizers library cannot load the tokenizer", where=where,
+                              found=str(error)[:200]) from error  # fmt: skip
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def encoder(tokenizer: Any) -> Encode:
+    """Encoding by a tokenizer of the library."""
+
+    def encode(text: str) -> list[int]:
+        return list(tokenizer.encode(text, add_special_tokens=False).ids)
+
+    return encode
+
+
+def check_encodings(tokens: Iterable[Token], content: TokenizerJson, before: Encode, after: Encode) -> None:
+    """Refuse tokens that text does not reach, by really encoding.
+
+    Args:
+        tokens: What was added.
+        content: The tokenizer's content from before.
+        before: How it encoded then.
+        after: How it encodes now.
+
+    Raises:
+        ConfigError: A text that was one token already, under another id, or that is not its one id now.
+    """
+    for token in tokens:
+        if is_reserved(token.content):
+            continue  # a name that is given back: what it encodes to is not ours to judge
+        was = before(token.content)
+        if len(was) == 1 and was[0] not in (content.unknown, token.id):
+            raise ConfigError("the tokenizer makes one token of this text already", where=repr(token.content),
+                              found=f"{was[0]} {content.texts.get(was[0])!r}",
+                              hint=f"train that one, token_indices=[{was[0]}], or add another text")  # fmt: skip
+        check_found(token, after)
+
+
+def check_found(token: Token, encode: Encode) -> None:
+    """Refuse a token whose text, alone and between words, does not become its id.
+
+    Raises:
+        ConfigError: With what it became.
+    """
+    alone, between = encode(token.content), encode(f"a {token.content} b")
+    if alone != [token.id] or between.count(token.id) != 1:
+        raise ConfigError("the tokenizer makes something else of this token's text", where=repr(token.content),
+                          expected=f"the one id {token.id}", found=alone if alone != [token.id] else between,
+                          hint="write it as the tokenizer normalises it, or make it special")  # fmt: skip

@@ -1,0 +1,43 @@
+"""Token Distillation as a plugin of embedsurgery: an initialiser and a command.
+
+Dobler, Elliott and de Melo, "Token Distillation: Attention-aware Input Embeddings For New Tokens", ICLR 2026,
+https://arxiv.org/abs/2505.20133. The method is ``method.py``'s; nothing heavy is imported before it is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import embedsurgery as es
+from embedsurgery.hookspecs import CommandRecord
+from embedsurgery.initializers import InitializerRecord
+from embedsurgery_distill.initializer import Distilled as Distilled
+from embedsurgery_distill.initializer import teacher as teacher
+
+embedsurgery_contract = 1
+
+
+@es.hookimpl
+def embedsurgery_initializers() -> Sequence[InitializerRecord]:
+    """``distill:TEXTS`` inside `teacher`, or ``distill:MODEL::TEXTS`` anywhere."""
+    return [InitializerRecord("distill", Distilled(), "[MODEL::]TEXTS")]
+
+
+@es.hookimpl
+def embedsurgery_commands() -> Sequence[CommandRecord]:
+    """``embedsurgery distill``."""
+
+    def load() -> Any:
+        from embedsurgery_distill.command import command
+
+        return command
+
+    return [CommandRecord("distill", "New tokens whose rows are learned from texts, as an adapter.", load)]
+
+
+def distill(*arguments: Any, **options: Any) -> Any:
+    """See `embedsurgery_distill.method.distill`."""
+    from embedsurgery_distill.method import distill
+
+    return distill(*arguments, **options)

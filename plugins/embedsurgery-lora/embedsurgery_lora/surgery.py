@@ -1,0 +1,179 @@
+"""LoRA on whole tables: every row changes by ``scaling * left @ right``, of which a forward makes the rows it reads.
+
+A table (V, D) has two matrices in the adapter: ``right`` (r, D) under the table record's name, and ``left`` (V, r)
+under that name with `LEFT`. For an embedding these are the transposes of PEFT's ``lora_embedding_B`` and
+``lora_embedding_A``; for a head they are ``lora_A`` and ``lora_B``. An adapter may have trained token rows of other
+tables too (PEFT's ``trainable_token_indices``). PEFT's files are ``files.py``'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from embedsurgery import __version__
+from embedsurgery.adapter import Adapter, Fingerprint, Manifest, PeftFiles, TableRecord
+from embedsurgery.errors import BaseMismatchError
+from embedsurgery.graph import Table
+from embedsurgery.plan import Edit, Plan, SetBlocks, SetRows
+from embedsurgery.raw import RawArray
+from embedsurgery.stores.base import Store, rows_of
+from embedsurgery.surgeries.base import Base, RowOverride, Surgery
+from embedsurgery.surgeries.whole_tables import TableChange, sampled_rows, set_table, table_overrides
+from embedsurgery_lora.config import LoraTablesConfig, scaling
+from embedsurgery_lora.files import LEFT, TOKENS, from_files, from_peft, kind_of, to_peft
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class LowRank(TableChange):
+    """``current + scaling * left @ right``, of one pair or, where a tie makes two tables one, of several.
+
+    Attributes:
+        scalings: The factor of each pair.
+    """
+
+    scalings: tuple[float, ...]
+
+    def rows(self, tensors: Sequence[torch.Tensor], indices: torch.Tensor, current: torch.Tensor) -> torch.Tensor:
+        for factor, left, right in zip(self.scalings, tensors[::2], tensors[1::2], strict=True):
+            current = current + factor * (left[indices] @ right)
+        return current
+
+    def logits(
+        self, tensors: Sequence[torch.Tensor], hidden: torch.Tensor, logits: torch.Tensor, weight: torch.Tensor
+    ) -> torch.Tensor:
+        for factor, left, right in zip(self.scalings, tensors[::2], tensors[1::2], strict=True):
+            logits = logits + factor * (hidden.to(right.dtype) @ right.t() @ left.t())
+        return logits
+
+
+class Lora(Surgery):
+    """A low-rank update of whole tables, at every site of a table: a tied head changes along."""
+
+    name = "lora"
+
+    def start(self, config: LoraTablesConfig, store: Store, base: Base) -> Adapter:
+        """No change yet: ``left`` is zero, ``right`` random, as PEFT starts.
+
+        Raises:
+            TableError: Nothing fits ``target_modules``.
+            UnsupportedError: A table whose rows are no plain numbers.
+        """
+        graph = store.graph
+        tables = (graph.main_input(),) if config.target_modules is None else graph.select(config.target_modules)
+        records, raw, kinds = [], {}, {}
+        for number, table in enumerate(tables):
+            store.check_editable(table)
+            dtype = "F64" if table.dtype == "F64" else "F32"
+            stream = np.random.default_rng([config.seed, number])
+            right = stream.standard_normal((config.r, table.shape[1])) / np.sqrt(table.shape[1])
+            raw[table.name] = RawArray.of(right).to(dtype)
+            raw[table.name + LEFT] = RawArray.of(np.zeros((table.shape[0], config.r))).to(dtype)
+            kinds[table.name] = {
+                "kind": kind_of(table),
+                "scaling": scaling(config.lora_alpha, config.r, rslora=config.use_rslora),
+            }
+            sampled = sampled_rows(table)
+            heads = [t for t in graph.tables if "output" in t.roles and t.shape[0] == table.shape[0]]
+            records.append(
+                TableRecord(
+                    name=table.name,
+                    aliases=table.aliases,
+                    indices=sampled,
+                    shape=table.shape,
+                    dtype=table.dtype,
+                    tied="output" in table.roles if heads and "input" in table.roles else None,
+                    fingerprint=Fingerprint.of(rows_of(store, table, sampled)),
+                )
+            )
+        asked = {**config.to_json(), "tables": kinds}
+        manifest = Manifest(self.name, self.version, asked, tuple(records), base.name, base.revision,
+                            library_version=__version__)  # fmt: skip
+        return Adapter(manifest, raw, self)
+
+    def live(self, adapter: Adapter, located: Mapping[str, Table]) -> tuple[RowOverride, ...]:
+        """Whole tables, and rows of those that train tokens."""
+        overrides: list[RowOverride] = []
+        for table, records in _by_table(adapter, located):
+            names = [record.name for record in records]
+            if _how(adapter, records[0])["kind"] == TOKENS:
+                overrides.append(RowOverride(table.name, names[0], records[0].indices))
+                continue
+            change = LowRank(tuple(float(_how(adapter, record)["scaling"]) for record in records))
+            tensors = [tensor for name in names for tensor in (name + LEFT, name)]
+            overrides += table_overrides(table, tensors, records[-1].indices, change)
+        return tuple(overrides)
+
+    def plan(self, adapter: Adapter, located: Mapping[str, Table]) -> Plan:
+        """Whole tables block by block, computed in fp32 (fp64 for an fp64 table) and rounded once; and token rows."""
+        edits: list[Edit] = []
+        for table, records in _by_table(adapter, located):
+            if _how(adapter, records[0])["kind"] == TOKENS:
+                edits.append(SetRows(table.name, records[0].indices, adapter.raw[records[0].name]))
+                continue
+            pairs = [
+                (adapter.raw[r.name + LEFT], adapter.raw[r.name], float(_how(adapter, r)["scaling"])) for r in records
+            ]
+            edits.append(_blocks(table, pairs))
+        return Plan(tuple(edits))
+
+    def to_peft(self, adapter: Adapter) -> PeftFiles:
+        return to_peft(adapter)
+
+    def from_files(self, files: PeftFiles, adapter: Adapter) -> Adapter:
+        return from_files(files, adapter)
+
+    def from_peft(self, files: PeftFiles) -> Adapter:
+        return from_peft(files, self)
+
+
+def _how(adapter: Adapter, record: TableRecord) -> Mapping[str, Any]:
+    how: Mapping[str, Any] = adapter.manifest.config["tables"][record.name]
+    return how
+
+
+def _by_table(adapter: Adapter, located: Mapping[str, Table]) -> list[tuple[Table, list[TableRecord]]]:
+    """The records of each table; low-rank updates of both ends of a tie add up, as they do when PEFT merges them.
+
+    Raises:
+        BaseMismatchError: A whole table of another shape, or token rows and another update of one table.
+    """
+    found: dict[str, tuple[Table, list[TableRecord]]] = {}
+    for record in adapter.manifest.tables:
+        table = located[record.name]
+        found.setdefault(table.name, (table, []))[1].append(record)
+    for table, records in found.values():
+        kinds = {_how(adapter, record)["kind"] == TOKENS for record in records}
+        if True in kinds and len(records) > 1:
+            raise BaseMismatchError("token rows and another update of one table", where=table.name,
+                                    expected="tables apart", found=", ".join(r.name for r in records),
+                                    hint="use the base that the adapter was trained on")  # fmt: skip
+        for record in records:
+            if True not in kinds and record.shape is not None and record.shape != table.shape:
+                raise BaseMismatchError("an update of a whole table of another shape", where=table.name,
+                                        expected=list(record.shape), found=list(table.shape),
+                                        hint="use the base that the adapter was trained on")  # fmt: skip
+    return list(found.values())
+
+
+def _blocks(table: Table, pairs: Sequence[tuple[RawArray, RawArray, float]]) -> SetBlocks:
+    name = "F64" if table.dtype == "F64" else "F32"
+    dtype: Any = np.float64 if name == "F64" else np.float32
+    matrices: list[tuple[Any, Any]] = []
+    for left, right, factor in pairs:
+        scaled: Any = right.to(name).bits
+        matrices.append((left.to(name).bits, (scaled * dtype(factor)).astype(dtype)))
+
+    def block(start: int, stop: int, current: RawArray) -> RawArray:
+        rows: Any = current.to(name).bits
+        for down, up in matrices:
+            rows = rows + down[start:stop] @ up
+        return RawArray.of(np.ascontiguousarray(rows, dtype=dtype))
+
+    return set_table(table, name, block)

@@ -1,0 +1,207 @@
+"""LoRA on tables: PEFT's merge is the reference, the kit the contract."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import embedsurgery_lora as plugin
+import pytest
+import torch
+from embedsurgery_lora import LoraTablesConfig
+from safetensors.torch import load_file
+
+import embedsurgery as es
+import embedsurgery.runtime.attach as attaching
+from embedsurgery.errors import AdapterError, BaseMismatchError, ConfigError, EmbedSurgeryWarning
+from embedsurgery.plan import SetBlocks
+from embedsurgery.raw import RawArray
+from embedsurgery.stores.tensors import module_store
+from embedsurgery.surgeries.base import Base
+from embedsurgery.testing import SurgeryContract, contents, installed
+from embedsurgery.testing.models import state_bits
+
+peft = pytest.importorskip("peft")
+tr = pytest.importorskip("transformers")
+
+ROWS = 24
+MODELS = {"llama": ["embed_tokens", "lm_head"], "llama-tied": ["embed_tokens"], "gpt2": ["wte"],
+          "t5": ["shared", "lm_head"], "t5-tied": ["shared"]}  # fmt: skip
+unchecked = pytest.mark.filterwarnings("ignore:.*the base is not checked")  # PEFT saves no rows of GPT-2's base
+live = pytest.mark.skipif(not hasattr(attaching, "rows_for"), reason="the runtime of this embedsurgery has rows alone")
+
+
+@pytest.fixture(autouse=True)
+def _plugin() -> Any:
+    with installed(plugin):
+        yield
+
+
+def model_of(kind: str, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
+    common: dict[str, Any] = {"vocab_size": ROWS, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    if kind.startswith("llama"):
+        model = tr.LlamaForCausalLM(tr.LlamaConfig(
+            hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+            tie_word_embeddings=kind.endswith("tied"), **common))  # fmt: skip
+    elif kind == "gpt2":
+        model = tr.GPT2LMHeadModel(tr.GPT2Config(n_embd=8, n_layer=1, n_head=2, n_positions=32, **common))
+    else:
+        model = tr.T5ForConditionalGeneration(tr.T5Config(
+            d_model=8, d_ff=16, d_kv=4, num_layers=1, num_heads=2, decoder_start_token_id=0,
+            tie_word_embeddings=kind.endswith("tied"), **common))  # fmt: skip
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return model.to(dtype).eval()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Inside, what PEFT has to say of ties and of transformers is not heard."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def by_peft(kind: str, folder: Path, **options: Any) -> tuple[Any, Any]:
+    """A base, and PEFT's model of it with random matrices, saved in ``folder``."""
+    base, other = model_of(kind), model_of(kind)
+    config = {"r": 3, "lora_alpha": 7, "target_modules": MODELS[kind], **options}
+    with quiet():
+        wrapped = peft.get_peft_model(other, peft.LoraConfig(**config))
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_" in name or "trainable_tokens_delta" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    with quiet():
+        wrapped.save_pretrained(folder)
+    return base, wrapped
+
+
+def same_as_peft(base: Any, wrapped: Any) -> None:
+    """A merged model's tensors and PEFT's merged ones."""
+    with quiet():
+        theirs = wrapped.merge_and_unload().state_dict()
+    for name, value in base.state_dict().items():
+        torch.testing.assert_close(value, theirs[name], rtol=1e-6, atol=1e-6)
+
+
+@unchecked
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"alpha_pattern": {"embed_tokens": 5}},
+                                     {"rank_pattern": {"shared": 2, "wte": 4, "embed_tokens": 1}}],
+                         ids=["plain", "rslora", "alphas", "ranks"])  # fmt: skip
+@pytest.mark.parametrize("kind", MODELS)
+def test_it_is_pefts_merge(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
+    base, wrapped = by_peft(kind, tmp_path / "adapter", **options)
+    before = state_bits(base)
+    adapter = es.load(tmp_path / "adapter")
+    undo = es.merge(base, adapter)
+    assert all(isinstance(edit, SetBlocks) for edit in undo.edits)
+    same_as_peft(base, wrapped)
+    es.unmerge(base, undo)
+    assert state_bits(base) == before
+
+
+@unchecked
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "t5-tied"])
+def test_on_disk_in_bounded_memory(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of a few rows; every other byte is the base's; unmerged it is the base again."""
+    monkeypatch.setattr("embedsurgery.plan.BLOCK_BYTES", 100)
+    base, wrapped = by_peft(kind, tmp_path / "adapter")
+    base.save_pretrained(tmp_path / "base")
+    es.merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    same_as_peft(type(base).from_pretrained(tmp_path / "merged"), wrapped)
+    es.unmerge_checkpoint(tmp_path / "merged", tmp_path / "again")
+    assert contents(tmp_path / "again") == contents(tmp_path / "base")
+
+
+@unchecked
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "t5"])
+def test_peft_reads_what_is_written(kind: str, tmp_path: Path) -> None:
+    base = model_of(kind)
+    by_peft(kind, tmp_path / "theirs", use_rslora=True)
+    adapter = es.load(tmp_path / "theirs")
+    adapter.save(tmp_path / "ours")
+    again = es.load(tmp_path / "ours")
+    assert (again.manifest, dict(again.raw)) == (adapter.manifest, dict(adapter.raw))
+    es.merge(base, again)
+    with quiet():
+        read = peft.PeftModel.from_pretrained(model_of(kind), tmp_path / "ours")
+    same_as_peft(base, read)
+
+
+@pytest.mark.parametrize("tokens", [[3, 5], {"embed_tokens": [5, 3]}])
+def test_token_rows_beside_other_layers(tokens: Any, tmp_path: Path) -> None:
+    """The rows of a LoRA adapter with ``trainable_token_indices`` are merged, and a word names what is not."""
+    base, wrapped = by_peft("llama", tmp_path / "adapter", target_modules=["q_proj", "v_proj"],
+                            trainable_token_indices=tokens)  # fmt: skip
+    with pytest.warns(EmbedSurgeryWarning, match=r"more than tables: model\.layers\.0\.self_attn\.q_proj, .*v_proj"):
+        adapter = es.load(tmp_path / "adapter")
+    before = state_bits(base)
+    with pytest.warns(EmbedSurgeryWarning, match="not checked"):
+        undo = es.merge(base, adapter)
+    with quiet():
+        theirs = wrapped.merge_and_unload().state_dict()["model.embed_tokens.weight"]
+    ours = base.state_dict()["model.embed_tokens.weight"]
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    es.unmerge(base, undo)
+    assert state_bits(base) == before
+
+
+def test_what_is_no_table_or_no_plain_lora_is_refused(tmp_path: Path) -> None:
+    by_peft("llama", tmp_path / "layers", target_modules=["q_proj"])
+    by_peft("llama", tmp_path / "dora", use_dora=True)
+    for name, said in (("layers", "no embedding table"), ("dora", "use_dora")):
+        with pytest.raises(AdapterError, match=said):
+            es.load(tmp_path / name)
+    base, _ = by_peft("llama", tmp_path / "good")
+    with pytest.raises(BaseMismatchError):
+        es.merge(model_of("llama", seed=1), es.load(tmp_path / "good"))
+    config = json.loads((tmp_path / "good" / "adapter_config.json").read_text())
+    assert config["peft_type"] == "LORA"
+    assert load_file(tmp_path / "good" / "adapter_model.safetensors")
+    for wrong in ({"r": 0}, {"r": 1.5}, {"lora_alpha": "x"}, {"target_modules": []}):
+        with pytest.raises(ConfigError):
+            LoraTablesConfig(**wrong)
+    assert base is not None
+
+
+@live
+def test_attached_is_pefts_forward(tmp_path: Path) -> None:
+    """On untied tables, where PEFT's forward is that of its merge."""
+    base, wrapped = by_peft("llama", tmp_path / "adapter")
+    ids = torch.arange(ROWS).reshape(2, -1)
+    es.attach(base, es.load(tmp_path / "adapter"))
+    torch.testing.assert_close(base(input_ids=ids).logits, wrapped(input_ids=ids).logits)
+
+
+def test_a_bf16_table_is_rounded_once() -> None:
+    base = model_of("llama", dtype=torch.bfloat16)
+    before = base.model.embed_tokens.weight.detach().clone()
+    adapter = plugin.Lora().start(LoraTablesConfig(r=2, lora_alpha=4), module_store(base), Base())
+    left = torch.randn(ROWS, 2, generator=torch.Generator().manual_seed(0))
+    name = "model.embed_tokens.weight"
+    es.merge(base, replace(adapter, raw={**adapter.raw, f"{name}.left": RawArray.of(left.numpy())}))
+    wanted = before.double() + 2.0 * left.double() @ adapter.tensors[name].double()
+    torch.testing.assert_close(base.model.embed_tokens.weight.detach().double(), wanted, rtol=2**-8, atol=0)
+    assert base.lm_head.weight.dtype == torch.bfloat16
+
+
+@live
+class TestInput(SurgeryContract):
+    plugin = plugin
+    config = LoraTablesConfig(r=2, lora_alpha=4)
+
+
+@live
+class TestBoth(SurgeryContract):
+    plugin = plugin
+    config = LoraTablesConfig(r=3, lora_alpha=4, target_modules=["embed_tokens", "lm_head"], use_rslora=True)
+    ties = (False,)

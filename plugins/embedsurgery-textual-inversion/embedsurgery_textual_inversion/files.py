@@ -1,0 +1,112 @@
+"""Files of learned embeddings, and the tokens that stand for them. Pickles are refused: they can run code.
+
+Three kinds of safetensors file are about: diffusers' ``learned_embeds.safetensors``, {token: (D,) or (n, D)}; those of
+AUTOMATIC1111's web UI, {"emb_params": (n, D)}, whose token is the file's name; and SDXL's for two encoders,
+{"clip_l": (n, 768), "clip_g": (n, 1280)}. Several vectors are several tokens, ``name``, ``name_1`` and so on, as
+diffusers names them (``loaders/textual_inversion.py``).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from embedsurgery.errors import AdapterError, CheckpointError
+from embedsurgery.raw import EDITABLE, RawArray
+from embedsurgery.safetensors_file import open_regular, read_header, read_tensor
+
+NAME = "learned_embeds.safetensors"
+_PICKLES = (".pt", ".bin", ".pth", ".ckpt", ".pkl")
+_ENCODERS = ("clip_l", "clip_g")
+
+
+@dataclass(frozen=True)
+class LearnedEmbedding:
+    """What a file holds.
+
+    Attributes:
+        token: The text that stands for it in prompts.
+        vectors: Key in the file -> (n, D); one, or one for each text encoder.
+    """
+
+    token: str
+    vectors: Mapping[str, RawArray]
+
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        """The tokens of its vectors, in their order."""
+        count = next(iter(self.vectors.values())).shape[0]
+        return (self.token, *(f"{self.token}_{number}" for number in range(1, count)))
+
+    def of_width(self, width: int) -> RawArray | None:
+        """The vectors for an encoder of this width, (n, D); None where there are none."""
+        return next((raw for raw in self.vectors.values() if raw.shape[1] == width), None)
+
+
+def read_embedding(path: str | Path, token: str | None = None) -> LearnedEmbedding:
+    """Read a file, or the `NAME` in a directory.
+
+    Args:
+        path: Where it is.
+        token: What stands for it in prompts, in the place of what the file says.
+
+    Raises:
+        AdapterError: A pickle, no such file, a broken one, or tensors that are no learned embedding.
+    """
+    file = Path(path)
+    if file.is_dir():
+        if not (file / NAME).exists() and any(p.suffix in _PICKLES for p in file.iterdir()):
+            raise _pickle(file)
+        file = file / NAME
+    if file.suffix.lower() in _PICKLES:
+        raise _pickle(file)
+    try:
+        header = read_header(file)
+        with open_regular(file) as descriptor:
+            tensors = {name: read_tensor(descriptor, entry) for name, entry in header.entries.items()}
+    except (CheckpointError, OSError) as error:
+        raise AdapterError("a learned embedding cannot be read", where=file, found=str(error),
+                           expected="a safetensors file") from error  # fmt: skip
+    if tensors.keys() == set(_ENCODERS):
+        name = file.stem
+    elif len(tensors) == 1:
+        only = next(iter(tensors))
+        name = file.stem if only in ("emb_params", *_ENCODERS) else only
+    else:
+        raise AdapterError("tensors that are no learned embedding", where=file, found=", ".join(list(tensors)[:6]),
+                           expected="one token's, emb_params, or clip_l and clip_g")  # fmt: skip
+    vectors = {key: _matrix(raw, key, file) for key, raw in tensors.items()}
+    if len({raw.shape[0] for raw in vectors.values()}) != 1:
+        raise AdapterError("the encoders have different numbers of vectors", where=file,
+                           found=", ".join(f"{key} {list(raw.shape)}" for key, raw in vectors.items()))  # fmt: skip
+    name = name if token is None else token
+    if not name.strip():
+        raise AdapterError("the embedding has no token", where=file, hint="name one")
+    return LearnedEmbedding(name, vectors)
+
+
+def _matrix(raw: RawArray, key: str, file: Path) -> RawArray:
+    shape = (1, *raw.shape) if len(raw.shape) == 1 else raw.shape
+    if len(shape) != 2 or 0 in shape or raw.dtype not in EDITABLE:
+        raise AdapterError("a tensor that is no vectors", where=f"{file}: {key}", expected="(n, D) floats",
+                           found=f"{raw!r}")  # fmt: skip
+    return RawArray(raw.dtype, shape, raw.data)
+
+
+def _pickle(file: Path) -> AdapterError:
+    return AdapterError(
+        "a pickle, which can run code when it is loaded", where=file, expected="a safetensors file",
+        hint="ask its author for one, or convert it where nothing can be harmed: "
+        "safetensors.torch.save_file({'emb_params': torch.load(FILE, weights_only=True)['string_to_param']['*']}, ...)",
+    )  # fmt: skip
+
+
+def expand_prompt(prompt: str, embedding: LearnedEmbedding) -> str:
+    """A prompt in which the token stands as many times as it has vectors: "name name_1 name_2".
+
+    diffusers' ``maybe_convert_prompt`` does so by itself.
+    """
+    pattern = rf"(?<![\w]){re.escape(embedding.token)}(?![\w])"
+    return re.sub(pattern, lambda match: " ".join(embedding.tokens), prompt)

@@ -1,0 +1,43 @@
+"""A learned vector as the start of a row: ``init="textual-inversion:FILE#N"``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from embedsurgery.errors import ConfigError
+from embedsurgery.initializers import Initializer, NewToken, TableView
+from embedsurgery_textual_inversion.files import read_embedding
+
+
+class Vector(Initializer):
+    """Vector N of a file of learned embeddings (textual inversion), of the table's width.
+
+    Gal et al. 2022, https://arxiv.org/abs/2208.01618. A table that is no input has the mean of its known rows.
+    """
+
+    def rows(
+        self,
+        view: TableView,
+        tokens: Sequence[NewToken],
+        argument: str | None,
+        streams: Sequence[np.random.Generator],
+    ) -> npt.NDArray[Any]:
+        path, _, number = (argument or "").rpartition("#")
+        if not path or not number.isascii() or not number.isdigit():
+            raise ConfigError("which vector of which file is not said", where=f"init 'textual-inversion:{argument}'",
+                              expected="textual-inversion:FILE#0")  # fmt: skip
+        if "input" not in view.roles:
+            total = sum((block.astype(np.float64).sum(axis=0) for _, block in view.blocks()), np.zeros(view.shape[1]))
+            return np.tile(total / max(1, view.known), (len(tokens), 1))
+        embedding = read_embedding(path)
+        vectors = embedding.of_width(view.shape[1])
+        if vectors is None or int(number) >= vectors.shape[0]:
+            found = ", ".join(f"{key} {list(raw.shape)}" for key, raw in embedding.vectors.items())
+            raise ConfigError("the file has no such vector of this table's width", where=view.name, found=found,
+                              expected=f"vector {number} of width {view.shape[1]}",
+                              hint="was it learned for this text encoder?")  # fmt: skip
+        return np.tile(vectors.float32()[int(number)], (len(tokens), 1))

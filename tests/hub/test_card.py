@@ -1,0 +1,135 @@
+"""The model card: our parts renewed, every other byte its author's."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import yaml
+
+import embedsurgery as es
+from embedsurgery.card import (
+    BEGIN,
+    END,
+    FRONT_BEGIN,
+    FRONT_END,
+    adapter_body,
+    adapter_front,
+    front_matter,
+    merged_front,
+    renewed,
+)
+from embedsurgery.errors import HubError
+
+FRONT = {"base_model": "team/base", "base_model_relation": "adapter", "tags": ["embedsurgery", "peft"]}
+
+
+def parsed(readme: str) -> dict[str, Any]:
+    return yaml.safe_load(readme.split("---")[1])
+
+
+def test_a_new_card() -> None:
+    text = renewed(None, FRONT, "rows", "Body.")
+    assert parsed(text) == FRONT
+    assert text.endswith(f"\n# rows\n\n{BEGIN}\nBody.\n{END}\n")
+    assert renewed(text, FRONT, "other", "Body.") == text
+
+
+def test_only_our_parts_are_renewed() -> None:
+    old = renewed(None, FRONT, "rows", "Old body.")
+    mine = old.replace("---\n", "---\n# mine\nlicense: mit\n", 1).replace("# rows\n", "# Rows of mine\n\nIntro.\n")
+    mine += "\n## Limits\n\n--- not front matter ---\n"
+    new = renewed(mine, {**FRONT, "base_model": "team/other"}, "rows", "New body.")
+    assert new == mine.replace("Old body.", "New body.").replace("team/base", "team/other")
+
+
+@pytest.mark.parametrize("line", ["\n", "\r\n"])
+@pytest.mark.parametrize("head", ["", "---\nlicense: mit\n---\n", "---\n---\n", "\ufeff---\nlicense: mit\n---\n"])
+def test_a_readme_that_never_saw_us(head: str, line: str) -> None:
+    readme = (head + "# Mine\n\nWords, é, 🌍 and --- dashes.\n").replace("\n", line)
+    new = renewed(readme, FRONT, "rows", "Body.")
+    assert (line == "\r\n") == ("\r\n" in new)
+    assert "\n" not in new.replace(line, "")
+    assert readme.split("---", 2)[-1].strip() in new
+    assert parsed(new) == ({"license": "mit"} if "mit" in head else {}) | FRONT
+    assert renewed(new, FRONT, "rows", "Body.") == new
+
+
+@pytest.mark.parametrize(("tags", "result"), [
+    ("tags: [a, 'b c']  # mine\n", "tags: [a, 'b c', embedsurgery, peft]  # mine\n"),
+    ("tags: []\n", "tags: [embedsurgery, peft]\n"),
+    ("tags:\n- a\n- b # last\nlicense: mit\n", "tags:\n- a\n- b # last\n- embedsurgery\n- peft\nlicense: mit\n"),
+    ("tags:\n  - a\n", "tags:\n  - a\n  - embedsurgery\n  - peft\n"),
+    ("tags:\n- a", "tags:\n- a\n- embedsurgery\n- peft"),
+    ("tags: one\n", "tags: [one, embedsurgery, peft]\n"),
+    ("tags:\nlicense: mit\n", "tags: [embedsurgery, peft]\nlicense: mit\n"),
+    ("tags: [peft, embedsurgery]\n", "tags: [peft, embedsurgery]\n"),
+])  # fmt: skip
+def test_tags_join_those_that_are_there(tags: str, result: str) -> None:
+    new = renewed(f"---\n{tags.rstrip(chr(10))}\n---\nMine.\n", {"tags": FRONT["tags"]}, "rows", "Body.")
+    assert new.startswith(f"---\n{result.rstrip(chr(10))}\n---\nMine.\n")
+    assert {"embedsurgery", "peft"} <= set(parsed(new)["tags"])
+
+
+def test_what_its_author_set_stays() -> None:
+    new = renewed("---\nbase_model: my/choice\n---\n", FRONT, "rows", "Body.")
+    assert parsed(new)["base_model"] == "my/choice"
+    assert new.count("base_model:") == 1
+    assert new.count(FRONT_BEGIN) == new.count(FRONT_END) == 1
+
+
+@pytest.mark.parametrize("text", [f"{BEGIN}\nx\n", f"{END}\n", f"{END}\n{BEGIN}\n", f"{BEGIN}\n{BEGIN}\n{END}\n"])
+def test_marks_that_were_lost(text: str) -> None:
+    with pytest.raises(HubError, match="put the marks back"):
+        renewed(text, FRONT, "rows", "Body.")
+
+
+def test_what_an_adapters_card_says(adapter: es.Adapter) -> None:
+    tokens = {5: "<tool>", 7: f"`a`\n{END}\n| b"}
+    named = replace(adapter, manifest=replace(adapter.manifest, base_model="team/base", revision="v1", tokens=tokens))
+    assert adapter_front(named) == {
+        "base_model": "team/base", "base_model_relation": "adapter", "library_name": "embedsurgery",
+        "tags": ["embedsurgery", "trainable-tokens", "peft"],
+    }  # fmt: skip
+    body = adapter_body(named, "team/rows", 1234)
+    assert "1,234 bytes" in body
+    assert "revision `v1`" in body
+    assert "`model.embed_tokens.weight`: 2 x 16 in F32" in body
+    assert "- 5: `<tool>`" in body
+    assert f"\\n{END}\\n| b ``" in body
+    assert "es.load('team/rows')" in body
+    assert "PeftModel.from_pretrained(model, 'team/rows')" in body
+    assert "embedsurgery merge team/base@v1 team/rows -o merged" in body
+    text = renewed(None, adapter_front(named), "rows", body)
+    assert renewed(text, adapter_front(named), "rows", body) == text
+
+
+def test_many_tokens_are_not_all_listed(adapter: es.Adapter) -> None:
+    named = replace(adapter, manifest=replace(adapter.manifest, tokens={i: f"t{i}" for i in range(50)}))
+    body = adapter_body(named, "team/rows", 1)
+    assert "- 19: `t19`" in body
+    assert "t20" not in body
+    assert "and 30 more" in body
+
+
+def test_a_surgery_can_say_more(adapter: es.Adapter) -> None:
+    class Talking:
+        name = "talking"
+
+        def to_peft(self, adapter: es.Adapter) -> Any:
+            raise NotImplementedError
+
+        def card_lines(self, adapter: es.Adapter) -> list[str]:
+            return ["- virtual token 0: near `river`, `stream`"]
+
+    assert "near `river`" in adapter_body(replace(adapter, surgery=Talking()), "team/rows", 1)
+
+
+def test_a_merged_models_front_matter_keeps_what_still_holds() -> None:
+    kept = front_matter("---\nlicense: mit\nbase_model: old/base\ntags: [x]\npipeline_tag: text-generation\n---\n")
+    assert merged_front(["team/base"], kept) == {
+        "license": "mit", "pipeline_tag": "text-generation", "base_model": ["team/base"],
+        "base_model_relation": "merge", "tags": ["embedsurgery"],
+    }  # fmt: skip
+    assert front_matter("---\n[\n---\n") == front_matter("no front matter") == {}

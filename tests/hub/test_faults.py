@@ -1,0 +1,248 @@
+"""Every fault on the way from the Hub: our own error on one line, with the way out, no token, and nothing half made."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import constants
+from huggingface_hub.utils import close_session
+
+import embedsurgery as es
+from embedsurgery.adapter import CONFIG_NAME, METADATA_KEY, WEIGHTS_NAME
+from embedsurgery.errors import AdapterError, CheckpointError, EmbedSurgeryError, HubError, UnknownSurgeryError
+from embedsurgery.safetensors_file import encode_header
+from tests.conftest import listing, trained
+from tests.hub.answers import Answer, Rule, cuts, drops, says, shortens, spoils, when
+from tests.hub.conftest import REPO, point
+from tests.hub.loopback import WRITER, Hub
+from tests.hub.secrets import refused
+
+
+@pytest.mark.parametrize(("rule", "words"), [
+    (when("GET /api/models/", says(401)), ("401", "HF_TOKEN")),
+    (when("GET /api/models/", says(401, f"bad token {WRITER} at https://x/y?signature=1")), ("401", "log in")),
+    (when("GET /api/models/", says(403, "Forbidden")), ("403", "Forbidden", "token")),
+    (when("GET /api/models/", says(403, "restricted", "GatedRepo")), ("gated", "ask for access")),
+    (when("GET /api/models/", says(404, "gone", "RepoNotFound")), ("404", "no such repository", "private")),
+    (when("GET /api/models/", says(404, "Invalid rev id", "RevisionNotFound")), ("no such revision", "a branch")),
+    (when("GET /api/models/", says(429, Retry_After="7")), ("429", "wait 7 seconds")),
+    (when("GET /api/models/", says(429)), ("429", "a few minutes")),
+    (when("GET /api/models/", says(500)), ("not in the Hub cache",)),
+    (when("GET /api/models/", drops), ("connection broke", "try again")),
+    (when("POST .*paths-info", says(500)), ("500", "trouble", "later")),
+    (when("POST .*paths-info", says(418, "a teapot")), ("418", "a teapot")),
+    (when("POST .*paths-info", drops), ("connection broke", "try again")),
+    (when("HEAD .*adapter_config", says(403, "no", "GatedRepo")), ("gated",)),
+    (when("HEAD .*adapter_config", says(404, "gone", "EntryNotFound")), ("no such file",)),
+    (when("HEAD .*adapter_config", says(503)), ("503", "trouble")),
+    (when("HEAD .*adapter_config", drops), ("connection broke", "try again")),
+    (when("GET .*resolve.*adapter_config", says(429, Retry_After="3")), ("429", "wait 3 seconds")),
+    (when("GET .*signature", says(403, "expired signature=1")), ("403",)),
+    (when("GET .*signature", drops), ("connection broke",)),
+    (when("GET .*signature", cuts(10)), ("connection broke",)),
+    (when("GET .*signature", shortens(10)), ("wrong size",)),
+])  # fmt: skip
+def test_a_pull_that_fails(hub: Hub, pushed: str, tmp_path: Path, rule: Rule, words: tuple[str, ...]) -> None:
+    hub.rules.append(rule)
+    if "not in the Hub cache" in words:
+        words = ("500", "trouble")
+    with pytest.raises(EmbedSurgeryError) as caught:
+        es.pull(REPO, output=tmp_path / "out" / "rows")
+    refused(caught.value, REPO, *words)
+    assert not (tmp_path / "out").exists()
+    hub.rules.clear()
+    assert es.pull(REPO, output=tmp_path / "out" / "rows").source == f"{REPO}@{pushed}"
+
+
+def _weights(change: Any, times: int | None = None) -> Rule:
+    """The download itself; the range request before it is left alone."""
+    rule = when("GET .*signature", change, times)
+    return lambda request, go: None if request.headers.get("range", "").startswith("bytes=0-") else rule(request, go)
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    (shortens(100), ("cut short", "try again")),
+    (spoils, ("wrong hash", "try again")),
+    (cuts(100), ("connection broke", "try again")),
+    (says(500), ("500", "trouble")),
+])  # fmt: skip
+def test_weights_that_come_wrong_are_not_kept(
+    hub: Hub, pushed: str, tmp_path: Path, change: Any, words: tuple[str, ...]
+) -> None:
+    hub.rules.append(_weights(change))
+    with pytest.raises(HubError) as caught:
+        es.pull(REPO, output=tmp_path / "out")
+    refused(caught.value, WEIGHTS_NAME, *words)
+    assert not (tmp_path / "out").exists()
+    kept = [name for name in listing(tmp_path / "hf-home") if WEIGHTS_NAME in name or "incomplete" in name]
+    assert not kept
+    hub.rules.clear()
+    assert es.load(REPO).source
+
+
+def test_a_cache_that_was_spoiled_is_seen(hub: Hub, pushed: str, tmp_path: Path) -> None:
+    es.load(REPO)
+    (weights,) = (tmp_path / "hf-home").rglob(WEIGHTS_NAME)
+    blob = weights.resolve()
+    blob.write_bytes(blob.read_bytes()[:-1] + b"!")
+    with pytest.raises(HubError, match="wrong hash"):
+        es.load(REPO)
+    assert es.load(REPO).source
+
+
+def test_a_drop_in_the_middle_is_tried_again(hub: Hub, pushed: str) -> None:
+    hub.rules.append(_weights(cuts(100), times=1))
+    assert es.load(REPO).source
+    assert len([r for r in hub.seen("GET .*signature") if "range" not in r.headers]) == 2
+
+
+def test_a_range_that_breaks_off_is_asked_for_again(hub: Hub, pushed: str) -> None:
+    hub.rules.append(when("GET .*signature", cuts(10), times=2))
+    assert es.load(REPO).source
+    assert len([r for r in hub.seen("GET .*signature") if "range" in r.headers]) == 3
+
+
+def test_retry_after_is_waited_for(hub: Hub, pushed: str, slept: list[float]) -> None:
+    hub.rules.append(when("GET .*resolve.*adapter_config", says(429, Retry_After="41"), times=1))
+    assert es.load(REPO).source
+    assert 42.0 in slept
+
+
+def test_no_name_server_and_no_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, adapter: es.Adapter) -> None:
+    point(monkeypatch, "http://no-such-host.invalid", tmp_path / "other")
+    for call in (lambda: es.load(REPO), lambda: es.push(adapter, REPO), lambda: es.walk(REPO)):
+        with pytest.raises(HubError) as caught:
+            call()
+        refused(caught.value, "cannot be reached", "HF_ENDPOINT")
+
+
+def test_no_name_server_with_a_cache(hub: Hub, pushed: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    es.load(REPO)
+    point(monkeypatch, "http://no-such-host.invalid", tmp_path / "hf-home")
+    assert es.load(REPO).source == f"{REPO}@{pushed}"
+
+
+def test_offline_without_a_cache(
+    hub: Hub, pushed: str, adapter: es.Adapter, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    point(monkeypatch, hub.url, tmp_path / "hf-home", offline=True)
+    for call in (lambda: es.load(REPO), lambda: es.load(f"{REPO}@{pushed}"), lambda: es.push(adapter, REPO),
+                 lambda: es.walk(REPO)):  # fmt: skip
+        with pytest.raises(HubError) as caught:
+            call()
+        refused(caught.value, "offline", "HF_HUB_OFFLINE")
+    assert not hub.log
+
+
+@pytest.mark.parametrize(("files", "kind", "words"), [
+    ({"adapter_config.json": b"{}", "adapter_model.bin": b"\x80\x04"}, AdapterError, ("pickle", "safetensors")),
+    ({"config.json": b"{}", "model.safetensors": b""}, AdapterError, ("a model", )),
+    ({"adapter_model.safetensors": b"x"}, AdapterError, ("no adapter_config.json",)),
+    ({"README.md": b""}, AdapterError, ("no adapter_model.safetensors", "none of our files")),
+    ({"adapter_config.json": b"[1]", "adapter_model.safetensors": b"x"}, CheckpointError, ("an object",)),
+    ({"adapter_config.json": b"{}", "adapter_model.safetensors": b"\x80\x04pickled after all"}, CheckpointError,
+     ("not a safetensors file",)),
+    ({"adapter_config.json": b"{}", "adapter_model.safetensors": b"x"}, CheckpointError, ("not a safetensors file",)),
+])  # fmt: skip
+def test_repositories_that_hold_no_adapter(
+    hub: Hub, files: dict[str, bytes], kind: type[EmbedSurgeryError], words: tuple[str, ...]
+) -> None:
+    hub.add(REPO, files)
+    with pytest.raises(kind) as caught:
+        es.load(REPO)
+    refused(caught.value, *words)
+    assert not [r for r in hub.seen("(GET|HEAD) .*adapter_model") if "range" not in r.headers]
+
+
+def _made(
+    config: object, tensors: dict[str, tuple[str, tuple[int, ...]]], metadata: dict[str, str]
+) -> dict[str, bytes]:
+    size = sum(4 * shape[0] * shape[-1] for _, shape in tensors.values())
+    weights = encode_header(tensors, metadata) + bytes(size)
+    return {CONFIG_NAME: json.dumps(config).encode(), WEIGHTS_NAME: weights}
+
+
+ROWS = "base_model.model.model.embed_tokens.trainable_tokens_delta"
+
+
+@pytest.mark.parametrize(("config", "tensors", "metadata", "kind", "words"), [
+    ({"peft_type": "TRAINABLE_TOKENS", "token_indices": [1, 2]}, {ROWS: ("F32", (3, 4))}, {}, AdapterError,
+     ("token_indices", "(2, D)", "[3, 4]")),
+    ({"peft_type": "TRAINABLE_TOKENS", "token_indices": [1]}, {ROWS: ("I32", (1, 4))}, {}, AdapterError, ("I32",)),
+    ({"peft_type": "TRAINABLE_TOKENS", "token_indices": [1]}, {}, {}, AdapterError, ("no tensor",)),
+    ({"peft_type": "os.system"}, {ROWS: ("F32", (1, 4))}, {}, UnknownSurgeryError, ("os.system", "plugin")),
+    ({"peft_type": "TRAINABLE_TOKENS"}, {ROWS: ("F32", (1, 4))}, {METADATA_KEY: '{"surgery": "color_shift"}'},
+     UnknownSurgeryError, ("color_shift", "look for an embedsurgery plugin")),
+    ({"peft_type": "TRAINABLE_TOKENS"}, {ROWS: ("F32", (1, 4))}, {METADATA_KEY: "["}, AdapterError, ("manifest",)),
+])  # fmt: skip
+def test_what_the_header_tells_before_the_weights_come(
+    hub: Hub, config: object, tensors: Any, metadata: dict[str, str], kind: type[EmbedSurgeryError],
+    words: tuple[str, ...],
+) -> None:  # fmt: skip
+    hub.add(REPO, _made(config, tensors, metadata))
+    with pytest.raises(kind) as caught:
+        es.load(REPO)
+    refused(caught.value, *words)
+    assert not [r for r in hub.seen("(GET|HEAD) .*adapter_model") if "range" not in r.headers]
+
+
+def test_a_server_without_ranges_is_refused_before_it_sends_everything(hub: Hub, pushed: str) -> None:
+    def whole(request: Any, go: Any) -> Any:
+        if "signature" not in request.path:
+            return None
+        request.headers.pop("range", None)
+        return go()
+
+    hub.rules.append(whole)
+    with pytest.raises(HubError, match="no pieces"):
+        es.load(REPO)
+
+
+@pytest.mark.parametrize("name", ["../evil.json", "a/../../evil.json", "/etc/evil", "a\\b", ".git/hooks/x", "C:evil",
+                                  "a//b", "x\ny"])  # fmt: skip
+def test_a_repository_whose_file_names_are_paths(hub: Hub, base: Path, tmp_path: Path, name: str) -> None:
+    from tests.hub.conftest import BASE
+
+    hub.add(BASE, {name: b"evil"})
+    with pytest.raises(HubError) as caught:
+        es.merge_checkpoint(BASE, trained_on(base), tmp_path / "out")
+    refused(caught.value, "no plain path", "do not use")
+    assert not [path for path in tmp_path.rglob("*") if "evil" in path.name]
+
+
+def trained_on(base: Path) -> es.Adapter:
+    from tests.conftest import tiny
+
+    return trained(tiny("llama-untied"), [5, 7])
+
+
+def test_a_commit_that_is_a_path(hub: Hub, pushed: str) -> None:
+    def answer(request: Any, go: Any) -> Any:
+        got = go()
+        if re.fullmatch("/api/models/team/rows", request.path):
+            got.body = got.body.replace(pushed.encode(), b"../../../../evil")
+        return got
+
+    hub.rules.append(answer)
+    with pytest.raises(HubError, match="names no commit"):
+        es.load(REPO)
+
+
+def test_a_cache_that_cannot_be_written(hub: Hub, pushed: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "file" / "hub"))
+    with pytest.raises(HubError) as caught:
+        es.load(REPO)
+    refused(caught.value, "HF_HOME")
+
+
+def test_the_endpoint_is_no_hub(monkeypatch: pytest.MonkeyPatch, hub: Hub) -> None:
+    hub.rules.append(when("GET /api", lambda go: Answer(200, b"<html>")))
+    with pytest.raises(HubError) as caught:
+        es.load(REPO)
+    refused(caught.value)
+    close_session()

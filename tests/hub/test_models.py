@@ -1,0 +1,215 @@
+"""Models by their id: headers by range requests, merges that download what they need, merges that hardly travel."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import embedsurgery as es
+from embedsurgery.checkpoint import open_checkpoint
+from embedsurgery.errors import BaseMismatchError, CheckpointError, ConfigError, EmbedSurgeryWarning, HubError
+from embedsurgery.hub import open_remote, push_merged
+from embedsurgery.hub.ids import HubId
+from embedsurgery.safetensors_file import encode_header
+from tests.conftest import contents, listing, save, tiny, trained
+from tests.hub.answers import says, when
+from tests.hub.conftest import BASE, REPO, point
+from tests.hub.loopback import Hub
+
+MERGED = "team/merged"
+
+
+@pytest.fixture
+def big(hub: Hub) -> str:
+    """A model whose one file is 64 MB of zeros, with a header longer than the first request."""
+    tensors = {"model.embed_tokens.weight": ("F32", (1000, 8000))}
+    tensors.update({f"model.layers.{i}.mlp.up_proj.weight": ("F32", (100, 100)) for i in range(800)})
+    config = {
+        "model_type": "llama",
+        "vocab_size": 1000,
+        "tie_word_embeddings": True,
+        "architectures": ["LlamaForCausalLM"],
+    }
+    hub.add("team/big", {"model.safetensors": encode_header(tensors, {}) + bytes(4 * (8_000_000 + 800 * 10_000)),
+                         "config.json": json.dumps(config).encode()})  # fmt: skip
+    return "team/big"
+
+
+def test_a_graph_from_kilobytes(hub: Hub, big: str) -> None:
+    graph = es.walk(big)
+    assert [(t.name, t.shape, t.dtype) for t in graph.tables] == [("model.embed_tokens.weight", (1000, 8000), "F32")]
+    assert hub.moved() < 150_000
+    assert len(hub.seen("GET .*signature")) == 2
+
+
+def test_the_graph_is_the_directorys(hub: Hub, base: Path) -> None:
+    assert es.walk(BASE).tables == es.walk(base).tables
+    remote, local = open_remote(HubId(BASE)), open_checkpoint(base)
+    assert (remote.headers, remote.location, remote.config) == (local.headers, local.location, local.config)
+    assert not [r for r in hub.seen("GET .*signature") if "range" not in r.headers]
+
+
+@pytest.mark.parametrize(("files", "words"), [
+    ({"adapter_model.safetensors": b"x"}, "an adapter, where a model"),
+    ({"pytorch_model.bin": b"x"}, "pickles"),
+    ({"README.md": b"x"}, "no safetensors weights"),
+    ({"model.safetensors": b"short"}, "not a safetensors file"),
+    ({"model.safetensors": (10**9).to_bytes(8, "little") + b"{}"}, "not a safetensors file"),
+    ({"model.safetensors.index.json": b'{"weight_map": {"a": "../x.safetensors"}}'}, "outside its directory"),
+    ({"model.safetensors.index.json": b'{"weight_map": {"a": "x.safetensors"}}'}, "a shard that is not there"),
+    ({"model.safetensors.index.json": b"{}"}, "no weight_map"),
+    ({"model.safetensors": b"x", "model.safetensors.index.json": b"{}"}, "two sets of weights"),
+])  # fmt: skip
+def test_repositories_that_hold_no_model(hub: Hub, files: dict[str, bytes], words: str) -> None:
+    hub.add("team/odd", files)
+    with pytest.raises(CheckpointError, match=words):
+        es.walk("team/odd")
+
+
+def test_merge_of_ids_is_the_merge_of_directories(
+    hub: Hub, base: Path, pushed: str, adapter: es.Adapter, tmp_path: Path
+) -> None:
+    hub.add(BASE, {"pytorch_model.bin": b"a pickle" * 1000, "onnx/model.onnx": b"x" * 1000})
+    es.merge_checkpoint(base, adapter, tmp_path / "local")
+    report = es.merge_checkpoint(BASE, REPO, tmp_path / "remote")
+    assert report.done
+    local, remote = contents(tmp_path / "local"), contents(tmp_path / "remote")
+    record = ".embedsurgery/merges/0001.safetensors"
+    assert local.keys() == remote.keys()
+    assert record in local
+    assert {k: v for k, v in local.items() if k != record} == {k: v for k, v in remote.items() if k != record}
+    assert f"{REPO}@{pushed}".encode() in remote[record]
+    assert not hub.seen("pytorch_model.bin|onnx/")
+    assert not any(path.is_symlink() for path in (tmp_path / "remote").rglob("*"))
+    es.unmerge_checkpoint(tmp_path / "remote", tmp_path / "back")
+    assert contents(tmp_path / "back") == contents(base)
+
+
+def test_merge_of_ids_offline(
+    hub: Hub, base: Path, pushed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    es.merge_checkpoint(BASE, REPO, tmp_path / "one")
+    count = len(hub.log)
+    point(monkeypatch, hub.url, tmp_path / "hf-home", offline=True)
+    with pytest.warns(EmbedSurgeryWarning, match="as far as the Hub cache has it, 1"):
+        es.merge_checkpoint(BASE, REPO, tmp_path / "two")
+    assert len(hub.log) == count
+    weights = {k: v for k, v in contents(tmp_path / "one").items() if "merges" not in k}
+    assert weights == {k: v for k, v in contents(tmp_path / "two").items() if "merges" not in k}
+
+
+def downloaded_shards(hub: Hub) -> set[str]:
+    return {r.path.split("?")[0].rpartition("/")[2] for r in hub.seen("GET .*signature") if "range" not in r.headers}
+
+
+def test_only_touched_shards_travel(hub: Hub, base: Path, adapter: es.Adapter, pushed: str, tmp_path: Path) -> None:
+    hub.add(BASE, {"pytorch_model.bin": b"stale"})
+    report = push_merged(BASE, [REPO], MERGED, tag="v1")
+    es.merge_checkpoint(base, adapter, tmp_path / "local")
+    there, local = hub.repos[MERGED].files(), contents(tmp_path / "local")
+    record = ".embedsurgery/merges/0001.safetensors"
+    assert there.keys() == local.keys() | {".gitattributes"}
+    mine = (record, ".gitattributes", "README.md")
+    assert {k: v for k, v in there.items() if k not in mine} == {k: v for k, v in local.items() if k not in mine}
+    shards = {name for name in local if name.endswith(".safetensors") and name != record}
+    (touched,) = {name for name in shards if local[name] != (base / name).read_bytes()}
+    assert set(report.copied) == shards - {touched}
+    assert len(shards) > 3
+    assert touched in report.uploaded
+    assert record in report.uploaded
+    base_files = hub.repos[BASE].commits[hub.repos[BASE].branches["main"]][1]
+    assert downloaded_shards(hub) - {hub.repos[REPO].commits[pushed][1]["adapter_model.safetensors"].sha256} == {
+        base_files[touched].sha256
+    }
+    assert len(hub.repos[MERGED].commits) == 2
+    assert hub.repos[MERGED].tags["v1"] == report.sha
+    assert hub.repos[MERGED].private
+    assert report.left_out == ("pytorch_model.bin",)
+    card = there["README.md"].decode()
+    assert f"base_model:\n- {BASE}\nbase_model_relation: merge\n" in card
+    assert "set 2 rows" in card
+    es.unmerge_checkpoint(save_from(hub, MERGED, tmp_path / "down"), tmp_path / "back")
+    back = contents(tmp_path / "back")
+    assert all(back[name] == (base / name).read_bytes() for name in shards)
+
+
+def test_what_the_hub_does_not_copy_travels(hub: Hub, base: Path, pushed: str) -> None:
+    hub.xet = False
+    report = push_merged(BASE, [REPO], MERGED)
+    assert report.copied == ()
+    assert len(hub.repos[MERGED].files()) > 5
+    hub.xet = True
+
+    def failed(go: Any) -> Any:
+        answer = go()
+        answer.body = json.dumps({"failed": [{"sha256": "0", "error": "another region"}]}).encode()
+        return answer
+
+    hub.rules.append(when("lfs-files/duplicate", failed))
+    with pytest.warns(EmbedSurgeryWarning, match="they travel"):
+        other = push_merged(BASE, [REPO], "team/far")
+    same = {k: v for k, v in hub.repos["team/far"].files().items() if "merges" not in k and k != "README.md"}
+    assert same.items() <= hub.repos[MERGED].files().items()
+    assert other.copied == ()
+
+
+def test_a_merge_that_cannot_be_pushed_leaves_nothing(hub: Hub, base: Path, pushed: str, model: Any) -> None:
+    with pytest.raises(ConfigError, match="of its own"):
+        push_merged(BASE, [REPO], BASE)
+    other = trained(tiny("llama-untied", seed=9), [5, 7])
+    with pytest.raises(BaseMismatchError):
+        push_merged(BASE, [other], MERGED)
+    with pytest.raises(es.errors.PlanError, match="same rows"):
+        push_merged(BASE, [REPO, trained(model, [7], seed=3)], MERGED)
+    assert MERGED not in hub.repos
+    hub.add(MERGED, {"model.safetensors": b"somebody's"})
+    with pytest.raises(HubError, match="holds something already"):
+        push_merged(BASE, [REPO], MERGED)
+    hub.rules.append(when("POST .*/commit/", says(500)))
+    with pytest.raises(HubError, match="500"):
+        push_merged(BASE, [REPO], "team/third")
+    assert set(hub.repos["team/third"].files()) == {".gitattributes"}
+
+
+def test_a_tied_adapter_on_an_untied_base_is_refused_without_the_head(hub: Hub, base: Path) -> None:
+    with pytest.raises(BaseMismatchError):
+        push_merged(BASE, [trained(tiny("llama-tied"), [5, 7])], MERGED)
+
+
+def test_two_adapters_and_a_second_merge(hub: Hub, base: Path, model: Any, tmp_path: Path) -> None:
+    one, two = trained(model, [5]), trained(model, [9], seed=2)
+    push_merged(BASE, [one, two], MERGED)
+    es.merge_checkpoint(base, [one, two], tmp_path / "local")
+    weights = {k: v for k, v in contents(tmp_path / "local").items() if k.endswith(".safetensors") and "/" not in k}
+    assert weights.items() <= hub.repos[MERGED].files().items()
+    merged = save_from(hub, MERGED, tmp_path / "merged")
+    assert len(listing(merged / ".embedsurgery" / "merges")) == 2
+    three = trained(model, [11], seed=3)
+    push_merged(MERGED, [three], "team/again")
+    assert ".embedsurgery/merges/0003.safetensors" in hub.repos["team/again"].files()
+
+
+def save_from(hub: Hub, name: str, folder: Path) -> Path:
+    for path, data in hub.repos[name].files().items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(data)
+    return folder
+
+
+def test_new_tokens_travel_with_the_tokenizer(hub: Hub, tmp_path: Path) -> None:
+    model = tiny("llama-untied")
+    folder = save(model, tmp_path / "base", shards=True)
+    hub.add("team/grow", contents(folder))
+    es.add_tokens_checkpoint(folder, ["<tool>"], tmp_path / "grown")
+    found = es.extract(folder, tmp_path / "grown")
+    assert found.adapter is not None
+    assert found.adapter.manifest.new_tokens is not None
+    report = push_merged("team/grow", [found.adapter], MERGED)
+    es.merge_checkpoint(folder, found.adapter, tmp_path / "local")
+    local = {k: v for k, v in contents(tmp_path / "local").items() if "merges" not in k and k != "README.md"}
+    assert local.items() <= hub.repos[MERGED].files().items()
+    assert report.copied
+    assert "tokenizer.json" in report.uploaded

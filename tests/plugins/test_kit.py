@@ -1,0 +1,95 @@
+"""What is built in passes the kit that plugins' authors use."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+import embedsurgery as es
+from embedsurgery.initializers import BUILT_IN
+from embedsurgery.registry import registry
+from embedsurgery.stores.base import Store
+from embedsurgery.stores.shards import ShardStore
+from embedsurgery.stores.tensors import module_store, state_dict_store
+from embedsurgery.testing import InitializerContract, StoreContract, SurgeryContract
+from embedsurgery.testing.models import OUTPUT
+
+
+class TestTrainableTokens(SurgeryContract):
+    config = es.TrainableTokensConfig([3, 17, 5])
+
+
+class TestTrainableTokensOfBothTables(SurgeryContract):
+    config = es.TrainableTokensConfig({"embed_tokens": [3, 5], "lm_head": [5, 7]})
+    ties = (False,)
+
+
+INITS = {"current": "", "zeros": "", "random": "draws", "mean": "", "normal": "draws", "subtokens": "",
+         "description": "t1 t2", "copy": "t6"}  # fmt: skip
+
+
+def _contract(name: str, argument: str) -> type:
+    init = name if argument in ("", "draws") else f"{name}:{argument}"
+    return type(f"Test_{name}", (InitializerContract,), {"init": init, "draws": argument == "draws"})
+
+
+globals().update({f"Test_{name}": _contract(name, argument) for name, argument in INITS.items()})
+
+
+def test_every_built_in_initialiser_is_here() -> None:
+    assert [record.name for record in BUILT_IN] == list(INITS)
+
+
+class TestStateDict(StoreContract):
+    def make(self, folder: Path, tensors: Mapping[str, torch.Tensor], *, tied: bool) -> Any:
+        return dict(tensors)
+
+    def open(self, home: Any) -> Store:
+        return state_dict_store(home)
+
+    def read(self, home: Any) -> dict[str, torch.Tensor]:
+        return {name: value.clone() for name, value in home.items()}
+
+
+class TestModule(StoreContract):
+    def make(self, folder: Path, tensors: Mapping[str, torch.Tensor], *, tied: bool) -> Any:
+        kinds = {"embed_tokens": torch.nn.Embedding, "lm_head": torch.nn.Linear}
+        root = torch.nn.Module()
+        root.model = torch.nn.Module()
+        made: dict[int, torch.nn.Parameter] = {}
+        for name, value in tensors.items():
+            above, _, last = name.removesuffix(".weight").rpartition(".")
+            module = kinds[last](1, 1) if last in kinds else torch.nn.Module()
+            module._parameters.clear()
+            floats = value.is_floating_point()
+            module.weight = made.setdefault(id(value), torch.nn.Parameter(value, requires_grad=floats))
+            root.get_submodule(above).add_module(last, module)
+        return root
+
+    def open(self, home: Any) -> Store:
+        return module_store(home)
+
+    def read(self, home: Any) -> dict[str, torch.Tensor]:
+        return {name: p.detach().clone() for name, p in home.named_parameters(remove_duplicate=False)}
+
+
+class TestSafetensors(StoreContract):
+    record = registry().stores["safetensors"]
+
+    def make(self, folder: Path, tensors: Mapping[str, torch.Tensor], *, tied: bool) -> Any:
+        kept = {name: value for name, value in tensors.items() if name != OUTPUT or not tied}
+        save_file(kept, folder / "model.safetensors", {"format": "pt"})
+        flag = str(tied).lower()
+        config = f'{{"architectures": ["LlamaForCausalLM"], "vocab_size": 11, "tie_word_embeddings": {flag}}}'
+        (folder / "config.json").write_text(config)
+        return folder
+
+    def open(self, home: Any) -> Store:
+        return ShardStore.open(home)
+
+    def read(self, home: Any) -> dict[str, torch.Tensor]:
+        return {name: value.clone() for name, value in load_file(home / "model.safetensors").items()}

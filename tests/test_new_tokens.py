@@ -1,0 +1,518 @@
+"""New tokens from start to finish on real models with real tokenizers: added, trained, carried, merged, taken out.
+
+References are transformers' own: a model reloaded from disk, its own encoding, its own logits.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as tr
+
+import embedsurgery as es
+from embedsurgery.errors import (
+    AttachmentError,
+    BaseMismatchError,
+    ConfigError,
+    EmbedSurgeryError,
+    EmbedSurgeryWarning,
+    OutputExistsError,
+)
+from tests import tokenizers
+from tests.conftest import bits, cli, contents, state_bits
+
+WIDTH = 16
+NEW = ["<tool>", "<answer>"]
+
+MODELS = {
+    "llama-tied": "llama-2",
+    "llama-untied": "llama-3",
+    "gpt2": "gpt2",
+    "bert": "word-piece",
+    "t5": "t5",
+    "gemma3": "llama-2",
+    "qwen2-vl": "llama-3",
+    "whisper": "gpt2",
+    "mpt": "llama-3",
+    "mobilebert": "word-piece",
+}
+"""Model -> the kind of tokenizer it is tried with."""
+
+INITS: list[Any] = [
+    *("mean", "zeros", "random", "normal", "subtokens", "description:the quick fox", "copy:fox"),
+    {"<tool>": "zeros", "<answer>": "description:a dog"},
+]
+
+SLOW_WAY = pytest.mark.filterwarnings("ignore:.*full copy.*:embedsurgery.errors.EmbedSurgeryWarning")
+pytestmark = SLOW_WAY
+
+
+def build(kind: str, rows: int) -> Any:
+    """A small transformers model with so many rows, every parameter random, biases included."""
+    text = {"vocab_size": rows, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "hidden_size": WIDTH,
+            "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2,
+            "max_position_embeddings": 64}  # fmt: skip
+    encoder = {k: v for k, v in text.items() if k not in ("num_key_value_heads", "bos_token_id", "eos_token_id")}
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    if kind.startswith("llama"):
+        model: Any = tr.LlamaForCausalLM(tr.LlamaConfig(tie_word_embeddings=kind == "llama-tied", **text))
+    elif kind == "gpt2":
+        config: Any = tr.GPT2Config(vocab_size=rows, n_embd=WIDTH, n_layer=1, n_head=2, n_positions=64, **special)
+        model = tr.GPT2LMHeadModel(config)
+    elif kind == "bert":
+        model = tr.BertForMaskedLM(tr.BertConfig(**encoder))
+    elif kind == "mobilebert":
+        config = tr.MobileBertConfig(**encoder, embedding_size=8, intra_bottleneck_size=8)
+        model = tr.MobileBertForMaskedLM(config)
+    elif kind == "t5":
+        config = tr.T5Config(vocab_size=rows, d_model=WIDTH, d_ff=24, d_kv=8, num_layers=1, num_heads=2,
+                             decoder_start_token_id=0, **special)  # fmt: skip
+        model = tr.T5ForConditionalGeneration(config)
+    elif kind == "whisper":
+        config = tr.WhisperConfig(vocab_size=rows, d_model=WIDTH, encoder_layers=1, decoder_layers=1,
+                                  encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=24,
+                                  decoder_ffn_dim=24, num_mel_bins=8, max_source_positions=8, max_target_positions=64,
+                                  decoder_start_token_id=1, suppress_tokens=None, begin_suppress_tokens=None,
+                                  **special)  # fmt: skip
+        model = tr.WhisperForConditionalGeneration(config)
+    elif kind == "mpt":
+        config = tr.MptConfig(d_model=WIDTH, n_heads=2, n_layers=1, expansion_ratio=2, max_seq_len=64, vocab_size=rows)
+        model = tr.MptForCausalLM(config)
+    elif kind == "gemma3":
+        vision = {"hidden_size": WIDTH, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
+                  "image_size": 28, "patch_size": 14}  # fmt: skip
+        config = tr.Gemma3Config(text_config={**text, "head_dim": 8, "sliding_window": 16}, vision_config=vision,
+                                 mm_tokens_per_image=4, image_token_index=5, boi_token_index=6,
+                                 eoi_token_index=7)  # fmt: skip
+        model = tr.Gemma3ForConditionalGeneration(config)
+    else:
+        rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
+        vision = {"depth": 1, "embed_dim": WIDTH, "num_heads": 2, "hidden_size": WIDTH, "patch_size": 14}
+        config = tr.Qwen2VLConfig(text_config={**text, "rope_parameters": rope, "tie_word_embeddings": True},
+                                  vision_config=vision, image_token_id=5, video_token_id=6, vision_start_token_id=7,
+                                  vision_end_token_id=8, tie_word_embeddings=True)  # fmt: skip
+        model = tr.Qwen2VLForConditionalGeneration(config)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return model.eval()
+
+
+def forward(model: Any, ids: torch.Tensor) -> Any:
+    if isinstance(model, tr.WhisperForConditionalGeneration):
+        return model(
+            input_features=torch.linspace(-1, 1, ids.shape[0] * 8 * 16).reshape(-1, 8, 16), decoder_input_ids=ids
+        )
+    more = {"decoder_input_ids": ids.flip(0)} if hasattr(model.config, "d_kv") else {}
+    return model(input_ids=ids, **more)
+
+
+def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return forward(model, ids).logits
+
+
+@dataclass
+class Start:
+    """A model and its tokenizer, in memory and on disk."""
+
+    model: Any
+    tokenizer: Any
+    folder: Path
+    used: int
+
+    def fresh(self) -> Start:
+        """As they lie on disk."""
+        model = type(self.model).from_pretrained(self.folder).eval()
+        return Start(model, tr.AutoTokenizer.from_pretrained(self.folder), self.folder, self.used)
+
+    def text(self) -> dict[str, Any]:
+        """The tokenizer, whole, but for what transformers sets anew in each call."""
+        body: dict[str, Any] = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        return {key: value for key, value in body.items() if key not in ("truncation", "padding")}
+
+
+def start(kind: str, tmp_path: Path, spare: int = 0, *, shards: bool = False) -> Start:
+    tokenizer = tokenizers.KINDS[MODELS[kind]].build()
+    used = max(tokenizer.get_vocab().values()) + 1
+    model = build(kind, used + spare)
+    folder = tmp_path / "base"
+    model.save_pretrained(folder, **({"max_shard_size": "20KB"} if shards else {}))
+    tokenizer.save_pretrained(folder)
+    return Start(model, tr.AutoTokenizer.from_pretrained(folder), folder, used)
+
+
+def batch(ids: Any) -> torch.Tensor:
+    """Token ids with the new ones in them."""
+    return torch.tensor([[9, 10, ids[0], 11, 12], [13, ids[-1], 14, 15, ids[0]]])
+
+
+def trained(begun: Start, ids: Any, **options: Any) -> tuple[es.Adapter, torch.Tensor]:
+    """An adapter after two steps of AdamW, and the logits of the model with it."""
+    attachment = es.attach(begun.model, es.TrainableTokensConfig(ids, **options), tokenizer=begun.tokenizer)
+    optimizer = torch.optim.AdamW(attachment.parameters(), lr=0.1)
+    for _ in range(2):
+        loss = forward(begun.model, batch(ids)).logits[..., list(ids)].square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    adapter, found = attachment.adapter(), logits(begun.model, batch(ids))
+    attachment.detach()
+    return adapter, found
+
+
+def check_encodes(tokenizer: Any, ids: Any, texts: list[str] = NEW) -> None:
+    for text, index in zip(texts, ids, strict=True):
+        assert tokenizer.encode(text, add_special_tokens=False) == [index]
+        assert index in tokenizer.encode(f"the {text} and", add_special_tokens=False)
+
+
+@pytest.mark.parametrize("special", [False, True], ids=["plain", "special"])
+@pytest.mark.parametrize("spare", [0, 1, 7])
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_whole_way(kind: str, spare: int, special: bool, tmp_path: Path) -> None:
+    """Added, trained, saved, loaded onto a fresh base, merged on disk and in memory, and taken out again."""
+    begun = start(kind, tmp_path, spare, shards=kind == "llama-untied")
+    before = contents(begun.folder)
+    ids = es.add_tokens(begun.model, begun.tokenizer, NEW, special=special)
+    assert list(ids) == [begun.used, begun.used + 1]
+    rows = max(begun.used + spare, begun.used + 2)
+    assert begun.model.get_input_embeddings().weight.shape[0] == rows
+    check_encodes(begun.tokenizer, ids)
+    adapter, expected = trained(begun, ids)
+    assert expected.shape[-1] == rows
+    adapter.save(tmp_path / "adapter")
+    assert sum(p.stat().st_size for p in (tmp_path / "adapter").iterdir()) < 12_000
+
+    loaded = es.load(tmp_path / "adapter")
+    fresh = begun.fresh()
+    base_bits, base_text = state_bits(fresh.model), fresh.text()
+    attachment = es.attach(fresh.model, loaded, tokenizer=fresh.tokenizer)
+    check_encodes(fresh.tokenizer, ids)
+    assert torch.allclose(logits(fresh.model, batch(ids)), expected, rtol=1e-5, atol=1e-5)
+    attachment.detach()
+    assert state_bits(fresh.model) == base_bits
+    assert fresh.text() == base_text
+
+    undo = es.merge(fresh.model, loaded, fresh.tokenizer)
+    in_memory = state_bits(fresh.model)
+    assert torch.allclose(logits(fresh.model, batch(ids)), expected, rtol=1e-5, atol=1e-5)
+    es.unmerge(fresh.model, undo)
+    assert state_bits(fresh.model) == base_bits
+    assert fresh.text() == base_text
+
+    es.merge_checkpoint(begun.folder, tmp_path / "adapter", tmp_path / "merged")
+    assert contents(begun.folder) == before
+    assert all(check.ok for check in es.verify_checkpoint(tmp_path / "merged")), es.verify_checkpoint(
+        tmp_path / "merged"
+    )
+    reloaded = type(begun.model).from_pretrained(tmp_path / "merged").eval()
+    assert state_bits(reloaded) == in_memory
+    assert reloaded.config.get_text_config().vocab_size == rows
+    assert torch.allclose(logits(reloaded, batch(ids)), expected, rtol=1e-5, atol=1e-5)
+    check_encodes(tr.AutoTokenizer.from_pretrained(tmp_path / "merged"), ids)
+    es.unmerge_checkpoint(tmp_path / "merged", tmp_path / "unmerged")
+    assert contents(tmp_path / "unmerged") == before
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_undo_in_memory(kind: str, tmp_path: Path) -> None:
+    begun = start(kind, tmp_path)
+    before, text, config = state_bits(begun.model), begun.text(), begun.model.config.to_dict()
+    ids = es.add_tokens(begun.model, begun.tokenizer, NEW, init="normal", pad_to_multiple_of=8)
+    assert begun.model.get_input_embeddings().weight.shape[0] % 8 == 0
+    assert state_bits(begun.model) != before
+    ids.undo()
+    assert state_bits(begun.model) == before
+    assert begun.text() == text
+    assert begun.model.config.to_dict() == config
+    with pytest.raises(AttachmentError, match="already"):
+        ids.undo()
+
+
+@pytest.mark.parametrize("kind", ["llama-untied", "mpt", "bert"])
+def test_every_table_of_the_vocabulary_trains_by_default_and_the_user_may_choose(kind: str, tmp_path: Path) -> None:
+    begun = start(kind, tmp_path)
+    ids = es.add_tokens(begun.model, begun.tokenizer, NEW)
+    graph = es.walk(begun.model)
+    tables = graph.vocabulary_of(graph.main_input()).tables
+    attachment = es.attach(begun.model, es.TrainableTokensConfig(ids))
+    assert len(list(attachment.parameters())) == len(tables)
+    attachment.detach()
+    if len(tables) == 1:
+        return
+    name = graph.main_input().modules[0]
+    adapter, expected = trained(begun, ids, target_modules=[name])
+    adapter.save(tmp_path / "adapter")
+    head = es.walk(begun.model).tables[1]
+    start_rows = begun.model.get_parameter(head.name)[list(ids)].detach().clone()
+    es.merge_checkpoint(begun.folder, tmp_path / "adapter", tmp_path / "merged")
+    reloaded = type(begun.model).from_pretrained(tmp_path / "merged").eval()
+    assert torch.equal(reloaded.get_parameter(head.name)[list(ids)], start_rows)
+    assert torch.allclose(logits(reloaded, batch(ids)), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_padding_comes_with_the_adapter(tmp_path: Path) -> None:
+    """Rows that only pad a table make logits too: they are the same everywhere."""
+    begun = start("llama-untied", tmp_path)
+    ids = es.add_tokens(begun.model, begun.tokenizer, NEW, pad_to_multiple_of=64)
+    adapter, expected = trained(begun, ids)
+    adapter.save(tmp_path / "adapter")
+    es.merge_checkpoint(begun.folder, tmp_path / "adapter", tmp_path / "merged")
+    reloaded = type(begun.model).from_pretrained(tmp_path / "merged").eval()
+    assert expected.shape[-1] % 64 == 0
+    assert torch.allclose(logits(reloaded, batch(ids)), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("init", INITS, ids=str)
+@pytest.mark.parametrize("kind", ["llama-untied", "bert"])
+def test_disk_and_memory_start_alike(kind: str, init: Any, tmp_path: Path) -> None:
+    begun = start(kind, tmp_path)
+    if init == "copy:fox":
+        init = f"copy:{begun.tokenizer.convert_ids_to_tokens(20)}"
+    es.add_tokens(begun.model, begun.tokenizer, NEW, init=init, seed=3)
+    es.add_tokens_checkpoint(begun.folder, NEW, tmp_path / "out", init=init, seed=3)
+    reloaded = type(begun.model).from_pretrained(tmp_path / "out").eval()
+    assert state_bits(reloaded) == state_bits(begun.model)
+    again = tr.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert again.get_vocab() == begun.tokenizer.get_vocab()
+    before = contents(begun.folder)
+    es.unmerge_checkpoint(tmp_path / "out", tmp_path / "back")
+    assert contents(tmp_path / "back") == before
+
+
+@pytest.mark.parametrize("kind", ["llama-tied", "llama-untied", "bert", "gpt2", "qwen2-vl"])
+def test_reserved_tokens_give_their_rows(kind: str, tmp_path: Path) -> None:
+    begun = start(kind, tmp_path)
+    reserved = tokenizers.KINDS[MODELS[kind]].reserved
+    size = begun.model.get_input_embeddings().weight.shape[0]
+    before = contents(begun.folder)
+    ids = es.add_tokens(begun.model, begun.tokenizer, "<tool>", reserved=True)
+    assert begun.model.get_input_embeddings().weight.shape[0] == size
+    assert reserved not in begun.tokenizer.get_vocab() or ids[0] != begun.tokenizer.get_vocab()[reserved]
+    check_encodes(begun.tokenizer, ids, ["<tool>"])
+    adapter, expected = trained(begun, ids)
+    adapter.save(tmp_path / "adapter")
+    es.merge_checkpoint(begun.folder, tmp_path / "adapter", tmp_path / "merged")
+    check_encodes(tr.AutoTokenizer.from_pretrained(tmp_path / "merged"), ids, ["<tool>"])
+    reloaded = type(begun.model).from_pretrained(tmp_path / "merged").eval()
+    assert torch.allclose(logits(reloaded, batch(ids)), expected, rtol=1e-5, atol=1e-5)
+    es.unmerge_checkpoint(tmp_path / "merged", tmp_path / "unmerged")
+    assert contents(tmp_path / "unmerged") == before
+
+
+def test_old_tokens_with_new_ones(tmp_path: Path) -> None:
+    """Rows that the base has train beside new ones; disabled, they are the base's."""
+    begun = start("llama-untied", tmp_path)
+    base = copy.deepcopy(begun.model)
+    ids = es.add_tokens(begun.model, begun.tokenizer, NEW)
+    attachment = es.attach(begun.model, es.TrainableTokensConfig([20, *ids], new_tokens=ids), tokenizer=begun.tokenizer)
+    with torch.no_grad():
+        for parameter in attachment.parameters():
+            parameter.add_(1)
+    adapter, expected = attachment.adapter(), logits(begun.model, batch(ids))
+    attachment.detach()
+    adapter.save(tmp_path / "adapter")
+    fresh = begun.fresh()
+    attachment = es.attach(fresh.model, es.load(tmp_path / "adapter"), tokenizer=fresh.tokenizer)
+    assert torch.allclose(logits(fresh.model, batch(ids)), expected, rtol=1e-5, atol=1e-5)
+    known = torch.tensor([[20, 21, 22]])
+    with attachment.disabled():
+        assert torch.allclose(logits(fresh.model, known)[..., : begun.used], logits(base, known), atol=1e-6)
+
+
+def test_existing_tokens_are_found(tmp_path: Path) -> None:
+    begun = start("llama-tied", tmp_path)
+    before = state_bits(begun.model)
+    known = begun.tokenizer.convert_ids_to_tokens(20)
+    assert list(es.add_tokens(begun.model, begun.tokenizer, known)) == [20]
+    assert state_bits(begun.model) == before
+    ids = es.add_tokens(begun.model, begun.tokenizer, [known, "<tool>"])
+    assert list(ids) == [20, begun.used]
+    assert list(es.add_tokens(begun.model, begun.tokenizer, [known, "<tool>"])) == [20, begun.used]
+    with pytest.raises(ConfigError, match="exist already"):
+        es.add_tokens_checkpoint(begun.folder, known, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_adapters_with_tokens_of_their_own(tmp_path: Path) -> None:
+    """The second is made on the first's result: they stack, and come out in turn."""
+    begun = start("llama-untied", tmp_path)
+    first, _ = trained(begun, es.add_tokens(begun.model, begun.tokenizer, "<tool>"))
+    second, _ = trained(begun, es.add_tokens(begun.model, begun.tokenizer, "<answer>"))
+    first.save(tmp_path / "first")
+    second.save(tmp_path / "second")
+    es.merge_checkpoint(begun.folder, tmp_path / "first", tmp_path / "one")
+    es.merge_checkpoint(tmp_path / "one", tmp_path / "second", tmp_path / "two")
+    es.merge_checkpoint(begun.folder, [tmp_path / "first", tmp_path / "second"], tmp_path / "both")
+    for folder in ("two", "both"):
+        tokenizer = tr.AutoTokenizer.from_pretrained(tmp_path / folder)
+        check_encodes(tokenizer, [begun.used, begun.used + 1])
+    weights = {p: d for p, d in contents(tmp_path / "two").items() if not p.startswith(".embedsurgery")}
+    assert weights == {p: d for p, d in contents(tmp_path / "both").items() if not p.startswith(".embedsurgery")}
+    es.unmerge_checkpoint(tmp_path / "both", tmp_path / "less")
+    assert {p: d for p, d in contents(tmp_path / "less").items() if not p.startswith(".embedsurgery")} == {
+        p: d for p, d in contents(tmp_path / "one").items() if not p.startswith(".embedsurgery")
+    }
+    es.unmerge_checkpoint(tmp_path / "less", tmp_path / "least")
+    assert contents(tmp_path / "least") == contents(begun.folder)
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT's, on transformers 5
+def test_peft_reads_it_on_an_extended_base(tmp_path: Path) -> None:
+    import peft
+
+    begun = start("llama-untied", tmp_path)
+    ids = es.add_tokens(begun.model, begun.tokenizer, NEW)
+    extended = copy.deepcopy(begun.model)
+    adapter, expected = trained(begun, ids)
+    adapter.save(tmp_path / "adapter")
+    theirs = peft.PeftModel.from_pretrained(extended, tmp_path / "adapter")
+    assert torch.allclose(logits(theirs, batch(ids)), expected, rtol=1e-5, atol=1e-5)
+
+
+@dataclass(frozen=True)
+class Bad:
+    tokens: Any
+    options: dict[str, Any]
+    error: type[EmbedSurgeryError]
+    says: str
+
+
+BAD = {
+    "empty": Bad([""], {}, ConfigError, "empty"),
+    "none": Bad([], {}, ConfigError, "no texts"),
+    "no text": Bad([3], {}, ConfigError, "no texts"),
+    "twice": Bad(["<a>", "<a>"], {}, ConfigError, "twice"),
+    "unknown init": Bad(["<a>"], {"init": "meen"}, ConfigError, "mean"),
+    "init of another": Bad(["<a>"], {"init": {"<b>": "mean"}}, ConfigError, "init"),
+    "copy of nothing": Bad(["<a>"], {"init": "copy:no such token"}, ConfigError, "no such token"),
+    "description of nothing": Bad(["<a>"], {"init": "description:"}, ConfigError, "description:TEXT"),
+    "current of a grown row": Bad(["<a>"], {"init": "current"}, ConfigError, "current"),
+    "multiple": Bad(["<a>"], {"pad_to_multiple_of": 0}, ConfigError, "multiple"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+@pytest.mark.parametrize("kind", ["llama-untied", "bert"])
+def test_bad_input_changes_nothing(kind: str, name: str, tmp_path: Path) -> None:
+    begun, bad = start(kind, tmp_path), BAD[name]
+    before, text, files = state_bits(begun.model), begun.text(), contents(tmp_path)
+    with pytest.raises(bad.error, match=bad.says):
+        es.add_tokens(begun.model, begun.tokenizer, bad.tokens, **bad.options)
+    with pytest.raises(bad.error, match=bad.says):
+        es.add_tokens_checkpoint(begun.folder, bad.tokens, tmp_path / "out", **bad.options)
+    assert state_bits(begun.model) == before
+    assert begun.text() == text
+    assert contents(tmp_path) == files
+
+
+def test_a_tokenizer_of_another_model(tmp_path: Path) -> None:
+    begun = start("llama-tied", tmp_path)
+    strange = tokenizers.KINDS["llama-3"].build()
+    with pytest.raises(BaseMismatchError, match="beyond the model's rows"):
+        es.add_tokens(begun.model, strange, "<tool>")
+
+
+def test_an_id_that_is_taken(tmp_path: Path) -> None:
+    """The adapter's id belongs to another token, or its token has another id: said which, and nothing changes."""
+    begun = start("llama-untied", tmp_path)
+    adapter, _ = trained(begun, es.add_tokens(begun.model, begun.tokenizer, NEW))
+    adapter.save(tmp_path / "adapter")
+    for tokens, says in ((["<other>"], "'<other>'"), (["<one>", "<two>", "<tool>"], "'<one>'")):
+        other = begun.fresh()
+        es.add_tokens(other.model, other.tokenizer, tokens)
+        before = state_bits(other.model)
+        with pytest.raises(BaseMismatchError, match=says):
+            es.attach(other.model, es.load(tmp_path / "adapter"), tokenizer=other.tokenizer)
+        assert state_bits(other.model) == before
+        out = tmp_path / tokens[0].strip("<>")
+        es.add_tokens_checkpoint(begun.folder, tokens, out)
+        with pytest.raises(BaseMismatchError, match=says):
+            es.merge_checkpoint(out, tmp_path / "adapter", tmp_path / "merged")
+        assert not (tmp_path / "merged").exists()
+
+
+def test_another_base_is_refused(tmp_path: Path) -> None:
+    """New rows tell nothing of a base, so a sample of the others does."""
+    begun = start("llama-untied", tmp_path)
+    adapter, _ = trained(begun, es.add_tokens(begun.model, begun.tokenizer, NEW))
+    other = begun.fresh()
+    with torch.no_grad():
+        other.model.get_input_embeddings().weight.mul_(1.01)
+    with pytest.raises(BaseMismatchError, match="base"):
+        es.attach(other.model, adapter, tokenizer=other.tokenizer)
+
+
+def test_without_a_tokenizer_it_is_said(tmp_path: Path) -> None:
+    begun = start("llama-untied", tmp_path)
+    adapter, expected = trained(begun, (ids := es.add_tokens(begun.model, begun.tokenizer, NEW)))
+    fresh = begun.fresh()
+    with pytest.warns(EmbedSurgeryWarning, match="tokenizer="):
+        es.attach(fresh.model, adapter)
+    assert torch.allclose(logits(fresh.model, batch(ids)), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_an_attached_model_does_not_grow(tmp_path: Path) -> None:
+    begun = start("llama-tied", tmp_path)
+    es.attach(begun.model, es.TrainableTokensConfig([5]))
+    with pytest.raises(AttachmentError, match="detach"):
+        es.add_tokens(begun.model, begun.tokenizer, "<tool>")
+
+
+def test_a_state_dict_grows(tmp_path: Path) -> None:
+    begun = start("llama-untied", tmp_path)
+    adapter, _ = trained(begun, es.add_tokens(begun.model, begun.tokenizer, NEW))
+    fresh = begun.fresh()
+    state = {name: tensor.clone() for name, tensor in fresh.model.state_dict().items()}
+    before = {name: bits(tensor) for name, tensor in state.items()}
+    undo = es.merge(state, adapter, fresh.tokenizer)
+    assert state["lm_head.weight"].shape[0] == begun.used + 2
+    es.merge(fresh.model, adapter, copy.deepcopy(begun.tokenizer))
+    assert {name: bits(tensor) for name, tensor in state.items()} == state_bits(fresh.model)
+    es.unmerge(state, undo)
+    assert {name: bits(tensor) for name, tensor in state.items()} == before
+
+
+# -- the command line --------------------------------------------------------------------------------------------------
+
+
+def test_tokens_add(tmp_path: Path) -> None:
+    begun = start("bert", tmp_path)
+    done = cli("tokens", "add", begun.folder, "--token", "<tool>", "--token", "<answer>", "--init", "subtokens",
+               "--special", "-o", tmp_path / "out", "--json")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["tokens"] == {"<tool>": begun.used, "<answer>": begun.used + 1}
+    check_encodes(tr.AutoTokenizer.from_pretrained(tmp_path / "out"), [begun.used, begun.used + 1])
+    assert cli("verify", tmp_path / "out").returncode == 0
+    shown = json.loads(cli("inspect", tmp_path / "out", "--json").stdout)["rows"]
+    assert shown["spare"] == []
+    assert shown["disagreements"] == []
+    back = cli("unmerge", tmp_path / "out", "-o", tmp_path / "back")
+    assert back.returncode == 0, back.stderr
+    assert contents(tmp_path / "back") == contents(begun.folder)
+
+
+def test_tokens_add_says_what_it_would_do(tmp_path: Path) -> None:
+    begun = start("llama-untied", tmp_path)
+    done = cli("tokens", "add", begun.folder, "--token", "<tool>", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert f"'<tool>' as {begun.used}" in done.stdout
+    for arguments, code in ((("--token", ""), 1), (("--token", "<a>", "--init", "meen"), 1), ((), 2)):
+        failed = cli("tokens", "add", begun.folder, *arguments, "-o", tmp_path / "out")
+        assert failed.returncode == code
+        assert "Traceback" not in failed.stderr
+        assert not (tmp_path / "out").exists()
+
+
+def test_add_never_writes_over(tmp_path: Path) -> None:
+    begun = start("llama-tied", tmp_path)
+    with pytest.raises(OutputExistsError):
+        es.add_tokens_checkpoint(begun.folder, "<tool>", begun.folder)

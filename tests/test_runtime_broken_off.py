@@ -1,0 +1,204 @@
+"""A forward that ends by an exception of any kind leaves the model as it was, or the next use puts it right."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import embedsurgery as es
+from tests.test_functional_reads import IDS, INDICES, Reader, attached, reader
+from tests.test_walker import D, V
+
+pytestmark = pytest.mark.filterwarnings("ignore:the rows of .* full copy")
+
+
+class Body(nn.Module):
+    """A part in the middle of a model, which may be called by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(V, D, padding_idx=2)
+        self.ending: BaseException | None = None
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        found = self.embed(ids) + F.embedding(ids, self.embed.weight * 2.0)
+        if self.ending is not None:
+            raise self.ending
+        return found
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = Body()
+        self.head = nn.Linear(D, V, bias=False)
+        self.head.weight = self.body.embed.weight
+        self.ending: BaseException | None = None
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        hidden = self.body(ids)
+        if self.ending is not None:
+            raise self.ending
+        return F.linear(hidden, self.head.weight) + self.head(hidden)
+
+    @property
+    def embed(self) -> nn.Embedding:
+        return self.body.embed
+
+
+def broken(where: str, ending: BaseException, materialize: bool) -> tuple[Any, Any, Any, torch.Tensor]:
+    """An attached model after a forward that was broken off, the edited one, its rows, and the base's Parameter."""
+    torch.manual_seed(0)
+    model, edited, (rows,) = attached(Model(), materialize=materialize)
+    weight = model.embed.weight
+    part = model if where == "root" else model.body
+    part.ending = ending
+    with pytest.raises(type(ending)):
+        model(IDS)
+    part.ending = None
+    return model, edited, rows, weight
+
+
+@pytest.mark.parametrize("materialize", [True, False])
+@pytest.mark.parametrize("where", ["root", "body"])
+@pytest.mark.parametrize("ending", [KeyboardInterrupt(), SystemExit(1), ValueError()], ids=lambda e: type(e).__name__)
+def test_the_base_is_whole_at_once_and_the_next_forward_is_right(
+    where: str, ending: BaseException, materialize: bool
+) -> None:
+    model, edited, rows, weight = broken(where, ending, materialize)
+    named = dict(model.named_parameters(remove_duplicate=False))
+    assert named["head.weight"] is named["body.embed.weight"] is weight
+    assert next(model.body.parameters()) is weight
+    assert model.state_dict()["head.weight"].data_ptr() == weight.data_ptr()
+    with torch.no_grad():
+        rows.add_(1.0)
+        edited.embed.weight[INDICES] = rows
+    torch.testing.assert_close(model(IDS), edited(IDS), rtol=1e-13, atol=1e-13)
+    assert model.head.weight is model.embed.weight is weight
+    assert model.embed.padding_idx == 2
+
+
+@pytest.mark.parametrize("materialize", [True, False])
+def test_a_part_called_afterwards_by_itself_is_right(materialize: bool) -> None:
+    model, edited, rows, _ = broken("root", KeyboardInterrupt(), materialize)
+    with torch.no_grad():
+        rows.add_(1.0)
+        edited.embed.weight[INDICES] = rows
+    torch.testing.assert_close(model.body(IDS), edited.body(IDS), rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(model(IDS), edited(IDS), rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("materialize", [True, False])
+@pytest.mark.parametrize("use", ["attached", "merge", "detach", "disabled"])
+def test_whatever_is_asked_of_the_attachment_uncovers_the_weight(use: str, materialize: bool) -> None:
+    model, _, rows, weight = broken("body", KeyboardInterrupt(), materialize)
+    attachment: Any = next(m for m in model.children() if m not in (model.body, model.head))
+    assert model.embed.weight is not weight
+    if use == "attached":
+        assert es.attached(model) is attachment
+    elif use == "merge":
+        attachment.merge()
+        assert torch.equal(model.embed.weight[INDICES], rows)
+    elif use == "detach":
+        attachment.detach()
+    else:
+        with attachment.disabled():
+            pass
+    assert model.head.weight is model.embed.weight is weight
+    assert model.embed.padding_idx == 2
+
+
+@pytest.mark.parametrize("materialize", [True, False])
+def test_an_attachment_that_is_asked_in_the_middle_of_a_forward_uncovers_nothing(materialize: bool) -> None:
+    def read(m: Any, ids: torch.Tensor) -> torch.Tensor:
+        assert (es.attached(m) is None) == (m is edited)
+        return F.linear(m.embed(ids), m.head.weight)
+
+    model, edited, _ = attached(reader(""), materialize=materialize)
+    model.read = edited.read = read
+    torch.testing.assert_close(model(IDS), edited(IDS), rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("materialize", [True, False])
+def test_a_model_that_calls_itself(materialize: bool) -> None:
+    def read(m: Any, ids: torch.Tensor) -> torch.Tensor:
+        if len(ids) > 1:
+            return torch.cat([m(part) for part in ids.split(1)]) + F.linear(m.embed(ids), m.head.weight)
+        return F.linear(m.embed(ids), m.head.weight)
+
+    model, edited, _ = attached(reader(""), materialize=materialize)
+    model.read = edited.read = read
+    torch.testing.assert_close(model(IDS), edited(IDS), rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("materialize", [True, False])
+def test_two_threads_in_one_model(materialize: bool) -> None:
+    """The first to come in goes out first, while the second goes on."""
+    came, go = threading.Event(), threading.Event()
+
+    def read(m: Any, ids: torch.Tensor) -> torch.Tensor:
+        if threading.current_thread() is first:
+            came.set()
+            assert go.wait(20)
+        else:
+            m.embed(ids)
+            go.set()
+            first.join(20)
+        return F.linear(m.embed(ids), m.head.weight)
+
+    model, edited, _ = attached(reader(""), materialize=materialize)
+    edited.read = lambda m, ids: F.linear(m.embed(ids), m.head.weight)
+    model.read = read
+    found: list[torch.Tensor] = []
+    first = threading.Thread(target=lambda: found.append(model(IDS)))
+    first.start()
+    assert came.wait(20)
+    found.append(model(IDS))
+    assert len(found) == 2
+    for one in found:
+        torch.testing.assert_close(one, edited(IDS), rtol=1e-13, atol=1e-13)
+    assert type(model.embed.weight) is nn.Parameter
+
+
+@pytest.mark.parametrize("materialize", [True, False])
+def test_a_backward_that_is_broken_off(materialize: bool) -> None:
+    def stop(gradient: torch.Tensor) -> None:
+        raise KeyboardInterrupt
+
+    model, edited, (rows,) = attached(reader("functional head"), materialize=materialize)
+    weight = model.embed.weight
+    handle = model.embed.register_forward_hook(lambda m, args, out: out.register_hook(stop) and None)
+    loss = model(IDS).sum()
+    assert model.embed.weight is weight
+    with pytest.raises(KeyboardInterrupt):
+        loss.backward()
+    assert dict(model.named_parameters())["body.embed.weight"] is weight
+    handle.remove()
+    with torch.no_grad():
+        rows.add_(1.0)
+        edited.embed.weight[INDICES] = rows
+    torch.testing.assert_close(model(IDS), edited(IDS), rtol=1e-13, atol=1e-13)
+    assert model.embed.weight is weight
+
+
+def test_a_copy_of_a_model_in_whose_forward_something_was_left() -> None:
+    model, edited, _, _ = broken("root", KeyboardInterrupt(), False)
+    assert es.attached(model) is not None
+    other = copy.deepcopy(model)
+    torch.testing.assert_close(other(IDS), edited(IDS), rtol=1e-13, atol=1e-13)
+    assert type(other.embed.weight) is nn.Parameter
+
+
+def test_an_error_in_a_lookup_puts_the_weight_back() -> None:
+    model, _, _ = attached(Reader(lambda m, ids: m.head(m.embed(ids))), materialize=True)
+    weight = model.embed.weight
+    with pytest.raises(IndexError):
+        model(torch.tensor([[V + 5]]))
+    assert model.embed.weight is weight
+    assert model.embed.padding_idx == 2
