@@ -12,8 +12,8 @@ from typing import overload
 
 import numpy as np
 
-from embedsurgery.errors import AttachmentError, BaseMismatchError, ConfigError
-from embedsurgery.graph import Vocabulary
+from embedsurgery.errors import AttachmentError, BaseMismatchError, ConfigError, UnsupportedError
+from embedsurgery.graph import EmbeddingGraph, Vocabulary
 from embedsurgery.initializers.base import InitializerRecord, NewToken, TableView
 from embedsurgery.initializers.initial import initial_rows, parse_init, with_parts
 from embedsurgery.plan import AddTokens, Edit, Grow, Plan, SetRows, Token
@@ -136,6 +136,7 @@ def plan_tokens(
         ConfigError: No token, an empty one, one twice, an initialiser or multiple that is none.
         TableError: The model's vocabulary is not known.
         BaseMismatchError: The tokenizer has more tokens than the model has rows.
+        UnsupportedError: Tables of different lengths, of which one lacks the new rows.
     """
     contents = _checked(tokens)
     _check_multiple(pad_to_multiple_of)
@@ -151,6 +152,7 @@ def plan_tokens(
     ordered = tuple(ids[c] for c in contents)
     if not new:
         return TokensPlan(Plan(()), ordered, None)
+    _check_heads(store.graph, vocabulary, new)
     grown = max(vocabulary.size, max(token.id for token in new) + 1)
     if grown > vocabulary.size and pad_to_multiple_of:
         grown = -(-grown // pad_to_multiple_of) * pad_to_multiple_of
@@ -176,6 +178,17 @@ def _checked(tokens: str | Sequence[str]) -> list[str]:
 def _check_multiple(multiple: int | None) -> None:
     if multiple is not None and (type(multiple) is not int or multiple < 1):
         raise ConfigError("pad_to_multiple_of is no multiple", expected="a positive integer", found=repr(multiple))
+
+
+def _check_heads(graph: EmbeddingGraph, vocabulary: Vocabulary, new: Sequence[Token]) -> None:
+    """Refuse new ids that one table of the vocabulary has rows for and another has not."""
+    shortest = min((graph.table(name) for name in vocabulary.tables), key=lambda table: table.shape[0])
+    beyond = [token.id for token in new if token.id >= shortest.shape[0]]
+    if shortest.shape[0] < vocabulary.size and beyond:
+        raise UnsupportedError("the tables of this vocabulary have different numbers of rows, so a new id would be "
+                               "another token's in one of them", where=f"{graph.source}: {shortest.name}",
+                               expected=f"ids below {shortest.shape[0]}", found=", ".join(map(str, beyond[:8])),
+                               hint="take reserved tokens' rows")  # fmt: skip
 
 
 def _assign(contents: list[str], known: KnownTokens, size: int, special: bool, reserved: bool) -> list[Token]:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as tr
+from tokenizers import Tokenizer, models
 
 import embedsurgery as es
 from embedsurgery.errors import (
@@ -23,8 +24,9 @@ from embedsurgery.errors import (
     EmbedSurgeryError,
     EmbedSurgeryWarning,
     OutputExistsError,
+    UnsupportedError,
 )
-from tests import tokenizers
+from tests import tokenizers, zoo
 from tests.conftest import bits, cli, contents, state_bits
 
 WIDTH = 16
@@ -412,6 +414,21 @@ def test_bad_input_changes_nothing(kind: str, name: str, tmp_path: Path) -> None
     assert state_bits(begun.model) == before
     assert begun.text() == text
     assert contents(tmp_path) == files
+
+
+def test_a_head_that_is_shorter_than_the_input_is_not_grown_past(tmp_path: Path) -> None:
+    """Mllama: eight rows of the input follow the vocabulary, and a new id would be one of theirs."""
+    case = next(case for case in zoo.cases() if case.name == "MllamaForConditionalGeneration")
+    model = zoo.build(case)
+    rows = [table.shape[0] for table in es.walk(model).tables[:2]]
+    assert rows[0] != rows[1]
+    words = {f"w{n}": n for n in range(min(rows))}
+    inner = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokenizer = tr.PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="w0")
+    before = state_bits(model)
+    with pytest.raises(UnsupportedError, match="different numbers of rows"):
+        es.add_tokens(model, tokenizer, "<tool>")
+    assert state_bits(model) == before
 
 
 def test_a_tokenizer_of_another_model(tmp_path: Path) -> None:

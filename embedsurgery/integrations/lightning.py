@@ -10,6 +10,7 @@ import tempfile
 import warnings
 from collections.abc import Mapping
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,17 @@ from embedsurgery.runtime.attach import Attachment
 KEY = "embedsurgery"
 """In a checkpoint: path of an attached model in the LightningModule -> adapter's name -> file name -> bytes, uint8."""
 
-_callback: Any
-try:
-    _callback = import_module("lightning.pytorch").Callback
-except ModuleNotFoundError:  # the same library under its older name
-    _callback = import_module("pytorch_lightning").Callback
+_NAMES = ("lightning.pytorch", "pytorch_lightning")
+"""The library, and its older name."""
 
 
-class LightningCallback(_callback):  # type: ignore[misc]
+def _base() -> Any:
+    """Lightning's Callback; without the library, which there is then nothing to give it to, no class of its own."""
+    found = [name for name in _NAMES if find_spec(name.partition(".")[0]) is not None]
+    return import_module(found[0]).Callback if found else object
+
+
+class LightningCallback(_base()):  # type: ignore[misc]
     """Saves the adapters of every attached model of a LightningModule in each checkpoint, and restores them.
 
     The rows' Parameters stay the same objects, so the optimizer's state stays theirs. Attach, by the same names, before
