@@ -5,6 +5,7 @@ What the names mean is ``names.py``'s; rows are read and written by ``stores/sha
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,14 +13,14 @@ from typing import Any
 
 from embedsurgery.errors import CheckpointError
 from embedsurgery.jsonfile import read_json
+from embedsurgery.locking import STATE_DIRECTORY as STATE_DIRECTORY
+from embedsurgery.locking import refuse_linked_state, refuse_unfinished
 from embedsurgery.names import Stored
 from embedsurgery.safetensors_file import Entry, Header, read_header
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
-STATE_DIRECTORY = ".embedsurgery"
-"""What we keep beside a checkpoint: engines glob ``*.safetensors`` at the top level and would load a stray file."""
 
 
 @dataclass(frozen=True)
@@ -56,20 +57,28 @@ class Checkpoint:
         ]
 
 
-def open_checkpoint(directory: Path) -> Checkpoint:
+def open_checkpoint(directory: Path, *, unfinished: bool = False) -> Checkpoint:
     """Read a directory's headers, index and config.
+
+    Args:
+        directory: Where.
+        unfinished: Whether it is the caller who is changing it in place.
 
     Raises:
         CheckpointError: It is no directory, holds no safetensors weights, or its files contradict each other.
+        UnfinishedError: A change of it in place was interrupted, or is under way.
     """
-    if not directory.is_dir():
+    if not os.path.isdir(directory):
         what = (
             "a file, where a checkpoint directory was expected"
-            if directory.exists()
+            if os.path.exists(directory)
             else "no such checkpoint directory"
         )
         raise CheckpointError(what, where=directory,
                               hint="give the directory that the model was downloaded or saved to")  # fmt: skip
+    if not unfinished:
+        refuse_linked_state(directory)
+        refuse_unfinished(directory)
     single, index = directory / SINGLE, directory / INDEX
     config = read_json(directory / CONFIG) if (directory / CONFIG).exists() else None
     if single.exists() and index.exists():

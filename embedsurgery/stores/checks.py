@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from embedsurgery.errors import PlanError, TableError
+from embedsurgery.file_edits import PutFile, SetBytes
 from embedsurgery.graph import Table
 from embedsurgery.plan import AddTokens, Edit, Grow, PatchFile, Plan, SetBlocks, SetRows
 from embedsurgery.raw import EDITABLE, RawArray
@@ -64,6 +65,9 @@ def check_edits(edits: tuple[Edit, ...], store: Store) -> None:
                                 expected=_shown(edit.before), found=_shown(digest(found)))  # fmt: skip
         elif isinstance(edit, Grow):
             state.grow(edit)
+        elif isinstance(edit, (SetBytes, PutFile)):
+            raise PlanError("an edit that belongs into a journal, not into a plan", where=store.name,
+                            found=edit.describe(), hint="a journal is for: embedsurgery recover")  # fmt: skip
 
 
 class _State:

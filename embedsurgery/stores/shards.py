@@ -1,6 +1,7 @@
 """Tables in the safetensors files of a checkpoint: rows are read and written where they lie, growing makes files anew.
 
-Rows go straight into the files of the directory that it is opened on, so the caller opens it on a staged copy.
+Rows go straight into the files of the directory that it is opened on, so the caller opens it on a staged copy, or has
+a journal written first.
 """
 
 from __future__ import annotations
@@ -32,29 +33,37 @@ class ShardStore(Store):
 
     Args:
         checkpoint: Its headers.
+        work: A directory on the same file system for files that are being made, where the caller puts everything back
+            if need be. By default they lie beside those that they are to become, and nothing is left half replaced.
 
     The graph is the walk's, with one question settled that headers leave open: whether a tie that the config claims,
     and whose two ends are both stored, holds. Loaders tie equal tensors and part different ones, so their bytes decide.
     """
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, work: Path | None = None) -> None:
         self.checkpoint = checkpoint
+        self.work = work
         self.name = str(checkpoint.directory)
         self.config = checkpoint.config
         self.graph = walk_names(checkpoint.stored(), config=checkpoint.config, source=self.name, equal=self.equal)
         self._transposed = frozenset(n for table in self.graph.tables for n in table.transposed)
 
     @classmethod
-    def open(cls, directory: Path) -> ShardStore:
+    def open(cls, directory: Path, work: Path | None = None) -> ShardStore:
         """A store over a directory.
 
         Raises:
             CheckpointError: Its files are missing or broken.
+            UnfinishedError: It was being changed in place when something stopped that, and no ``work`` is given.
         """
-        return cls(open_checkpoint(directory))
+        return cls(open_checkpoint(directory, unfinished=work is not None), work)
 
     def copies(self, table: Table) -> tuple[str, ...]:
         return tuple(name for name, _ in table.files)
+
+    def is_transposed(self, name: str) -> bool:
+        """Whether a stored table has its dimensions first, so that a row is spread over all of it."""
+        return name in self._transposed
 
     def tensor_names(self) -> Collection[str]:
         return self.checkpoint.location.keys()
@@ -74,13 +83,16 @@ class ShardStore(Store):
     @contextmanager
     def _file(self, name: str, flags: int = os.O_RDONLY) -> Iterator[int]:
         with open_regular(self.checkpoint.path(name), flags) as descriptor:
-            if flags != os.O_RDONLY:
+            if flags != os.O_RDONLY and self.work is None:
                 _refuse_links(self.checkpoint.path(name), os.fstat(descriptor).st_nlink)
             yield descriptor
 
     def check_writable(self, table: Table) -> None:
-        """Refuse a table in a file that has a second name: what that stands for would change too."""
-        for _, file in table.files:
+        """Refuse a table in a file that has a second name: what that stands for would change too.
+
+        In place it may be a name of the journal's; what others have been refused is the caller's.
+        """
+        for _, file in table.files if self.work is None else ():
             path = self.checkpoint.directory / file
             _refuse_links(path, path.stat().st_nlink)
 
@@ -163,16 +175,16 @@ class ShardStore(Store):
         staged: dict[Path, Path] = {}
         try:
             for file, head in heads.items():
-                staged[directory / file] = new = _beside(directory / file)
+                staged[directory / file] = new = self._beside(directory / file)
                 write_pieces(directory / file, new, head, pieces(self.checkpoint.headers[file], resized[file]))
             for path, data in growth.small_files(edit.saved).items():
-                staged[directory / path] = _write_beside(directory / path, data)
-            replace_files(staged)
+                staged[directory / path] = self._write_beside(directory / path, data)
+            replace_files(staged, keep=self.work is None)
         except BaseException:
             for new in staged.values():
                 new.unlink(missing_ok=True)
             raise
-        self.checkpoint = open_checkpoint(directory)
+        self.checkpoint = open_checkpoint(directory, unfinished=self.work is not None)
         self.config = self.checkpoint.config
         self.graph = grown_graph(self.graph, vocabulary, edit.count)
 
@@ -197,7 +209,7 @@ class ShardStore(Store):
         if edit.after is None:
             file.unlink(missing_ok=True)
             return
-        os.replace(_write_beside(file, edit.after), file)
+        os.replace(self._write_beside(file, edit.after), file)
 
     def _inside(self, path: str) -> Path:
         parts = path.split("/")
@@ -210,6 +222,26 @@ class ShardStore(Store):
             raise CheckpointError("no such directory in the checkpoint", where=self.name, found=repr(path))
         return file
 
+    def _beside(self, file: Path) -> Path:
+        """A name for what is to become a file; engines do not take it for weights."""
+        name = f".{file.name}"[:80] + f".{os.getpid()}"
+        return (file.parent if self.work is None else self.work) / name
+
+    def _write_beside(self, file: Path, data: bytes) -> Path:
+        """Write what a small file is to become, with the mode that it has; a failure leaves nothing."""
+        staged = self._beside(file)
+        try:
+            with open(staged, "xb") as out:
+                out.write(data)
+                out.flush()
+                if file.exists():
+                    os.fchmod(out.fileno(), file.stat().st_mode & 0o7777)
+                os.fsync(out.fileno())
+        except BaseException:
+            staged.unlink(missing_ok=True)
+            raise
+        return staged
+
     def sync(self) -> None:
         for file in dict.fromkeys(f for table in self.graph.tables for _, f in table.files):
             with open_regular(self.checkpoint.directory / file) as descriptor:
@@ -220,27 +252,6 @@ def _refuse_links(path: Path, links: int) -> None:
     if links > 1:
         raise UnsupportedError("a weight file has more than one name, and all would change", where=path,
                                found=f"{links} hard links", hint="work on a copy of the file")  # fmt: skip
-
-
-def _beside(file: Path) -> Path:
-    """A name beside a file for what is to become it; engines do not take it for weights."""
-    return file.with_name(f".{file.name}.{os.getpid()}")
-
-
-def _write_beside(file: Path, data: bytes) -> Path:
-    """Write what a small file is to become, with the mode that it has; a failure leaves nothing."""
-    staged = _beside(file)
-    try:
-        with open(staged, "xb") as out:
-            out.write(data)
-            out.flush()
-            os.fsync(out.fileno())
-        if file.exists():
-            os.chmod(staged, file.stat().st_mode & 0o7777)
-    except BaseException:
-        staged.unlink(missing_ok=True)
-        raise
-    return staged
 
 
 def _line(
