@@ -21,6 +21,7 @@ _PUBLIC = {
     "merge": "api",
     "unmerge": "api",
     "merge_checkpoint": "offline",
+    "recover_checkpoint": "offline",
     "unmerge_checkpoint": "offline",
     "verify_checkpoint": "verify",
     "log_checkpoint": "log",
@@ -48,7 +49,12 @@ if TYPE_CHECKING:
     from embedsurgery.hub import pull, push
     from embedsurgery.live import add_tokens, attach, attached
     from embedsurgery.log import log_checkpoint
-    from embedsurgery.offline import add_tokens_checkpoint, merge_checkpoint, unmerge_checkpoint
+    from embedsurgery.offline import (
+        add_tokens_checkpoint,
+        merge_checkpoint,
+        recover_checkpoint,
+        unmerge_checkpoint,
+    )
     from embedsurgery.surgeries.trainable_tokens_config import TrainableTokensConfig
     from embedsurgery.verify import verify_checkpoint
 
@@ -74,6 +80,7 @@ __all__ = [
     "merge_checkpoint",
     "pull",
     "push",
+    "recover_checkpoint",
     "unmerge",
     "unmerge_checkpoint",
     "verify_checkpoint",

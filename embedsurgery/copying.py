@@ -228,7 +228,7 @@ def writable(directory: Path, files: Iterable[str]) -> Iterator[None]:
 
 
 def remove_tree(directory: Path) -> None:
-    """Remove a directory that is our own with all in it, directories that forbid it included; links are not followed."""
+    """Remove a directory of our own with all in it, directories that forbid it included; links are not followed."""
     for folder, _, _ in os.walk(directory):
         try:
             mode = os.lstat(folder).st_mode

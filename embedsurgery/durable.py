@@ -291,7 +291,7 @@ def uninterrupted() -> Iterator[None]:
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for blocked, handler in before.items():
+            signal.signal(blocked, handler)
         for number in dict.fromkeys(waiting):
             signal.raise_signal(number)

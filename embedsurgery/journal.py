@@ -1,8 +1,8 @@
 """The journal of a change in place: what puts the files back, written and fsynced before any of them is touched.
 
-It is a directory, ``.embedsurgery/journal``, of parts that are plans of file edits (``file_edits.py``), beside the files
-that are kept and the files that are being made. No part: nothing was touched. A part: it is rolled back, the last part
-first. Renaming the directory is the commit. After SQLite's rollback journal: https://sqlite.org/atomiccommit.html
+It is a directory, ``.embedsurgery/journal``, of parts that are plans of file edits (``file_edits.py``), beside files that
+are kept and files that are being made. No part: nothing was touched. A part: it is rolled back, the last part first.
+Renaming the directory is the commit. After SQLite's rollback journal: https://sqlite.org/atomiccommit.html
 """
 
 from __future__ import annotations
@@ -186,7 +186,7 @@ def _write_back(file: Path, edit: SetBytes) -> None:
                 while begin == end:
                     begin, end = next(places)
                 size = min(len(rest), end - begin)
-                pwrite_exactly(descriptor, rest[:size], begin)
+                pwrite_exactly(descriptor, bytes(rest[:size]), begin)
                 begin, rest = begin + size, rest[size:]
         os.utime(descriptor, ns=(os.fstat(descriptor).st_atime_ns, edit.state.mtime_ns))
         os.fsync(descriptor)

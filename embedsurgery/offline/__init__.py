@@ -7,7 +7,9 @@ in a new directory or, with ``in_place.py``, where the checkpoint lies; ``recove
 from __future__ import annotations
 
 from embedsurgery.offline.merging import add_tokens_checkpoint, merge_checkpoint
+from embedsurgery.offline.recovery import RecoveryReport, recover_checkpoint
 from embedsurgery.offline.report import MergeReport, Progress
 from embedsurgery.offline.unmerging import unmerge_checkpoint
 
-__all__ = ["MergeReport", "Progress", "add_tokens_checkpoint", "merge_checkpoint", "unmerge_checkpoint"]
+__all__ = ["MergeReport", "Progress", "RecoveryReport", "add_tokens_checkpoint", "merge_checkpoint",
+           "recover_checkpoint", "unmerge_checkpoint"]  # fmt: skip

@@ -68,7 +68,8 @@ def refuse_in_place(directory: Path, touched: Footprint, ours: Collection[str] =
     """
     if directory.is_symlink():
         raise UnsupportedError("the checkpoint is reached through a link", where=directory,
-                               found=f"a link to {os.path.realpath(directory)}", hint="name that directory itself")  # fmt: skip
+                               found=f"a link to {directory.resolve()}",
+                               hint="name that directory itself")  # fmt: skip
     _refuse_read_only(directory)
     for path in sorted({*touched.ranges, *touched.files} - set(ours)):
         file = directory / path
@@ -94,7 +95,7 @@ def _refuse_read_only(path: Path) -> None:
 
 
 def warn_of_readers(directory: Path, files: Collection[str]) -> None:
-    """Say that whoever has the files mapped sees the rows change, and which processes those are, as far as can be seen."""
+    """Say that whoever has the files mapped sees the rows change, and who that is, as far as can be seen."""
     found = mapped_by([directory / file for file in files])
     who = f"; now: {', '.join(found)}" if found else ""
     warnings.warn(f"{', '.join(files)}: processes that have these files mapped, such as a server that runs the model, "

@@ -13,7 +13,7 @@ from embedsurgery import hub
 from embedsurgery.copying import Tree, copy_tree, link_file, read_tree, writable
 from embedsurgery.durable import refuse_existing, refuse_inside, staged_directory, sync_path
 from embedsurgery.errors import ConfigError, EmbedSurgeryWarning, PlanError
-from embedsurgery.journal import Journal
+from embedsurgery.journal import Journal, clean
 from embedsurgery.locking import DONE, JOURNAL, locked
 from embedsurgery.offline.in_place import changing, refuse_in_place, warn_of_readers
 from embedsurgery.offline.jobs import Job, check_jobs, rewritten, weights, whole_plan
@@ -134,6 +134,7 @@ def _write_anew(jobs: list[Job], store: ShardStore, place: Place) -> MergeReport
         _copy(place, staging, tree, anew, shared)
         with writable(staging, [file for file in touched if file not in anew]):
             _do(jobs, staging, staging.parent, None)
+        clean(staging)
     return replace(report, done=True)
 
 
@@ -202,8 +203,8 @@ def _copy(place: Place, staging: Path, tree: Tree, anew: list[str], shared: list
 
     copy_tree(place.source, staging, tree, count, place=put)
     if copied:
-        warnings.warn(f"could not be shared, and were copied: {', '.join(copied)} (a link, a read-only file, or another "
-                      "file system)", EmbedSurgeryWarning, stacklevel=6)  # fmt: skip
+        warnings.warn(f"could not be shared (links, read-only, or another file system), so they were copied: "
+                      f"{', '.join(copied)}", EmbedSurgeryWarning, stacklevel=6)  # fmt: skip
 
 
 def _refuse_new_ties(before: ShardStore, after: ShardStore, undo: Plan) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from embedsurgery.journal import Range
-from embedsurgery.plan import Grow, PatchFile, Plan, SetBlocks, SetRows
+from embedsurgery.plan import Grow, PatchFile, Plan, SetBlocks, SetEntries, SetRows
 from embedsurgery.raw import ITEMSIZE
+from embedsurgery.safetensors_file import Entry
 from embedsurgery.stores.checks import expanded
 from embedsurgery.stores.shards import ShardStore
 
@@ -37,6 +38,11 @@ def footprint(plan: Plan, store: ShardStore) -> Footprint:
                 if file not in found.files:
                     ranges = _ranges(store, name, edit.indices if isinstance(edit, SetRows) else None)
                     found.ranges.setdefault(file, []).extend(ranges)
+        elif isinstance(edit, SetEntries):
+            for name in store.vector_copies(edit.vector):
+                entry, file = store.checkpoint.entry(name), store.checkpoint.location[name]
+                if file not in found.files:
+                    found.ranges.setdefault(file, []).extend(_lines(entry, ITEMSIZE[entry.dtype], edit.indices))
         elif isinstance(edit, Grow):
             found.files.update(store.growth_files(store.vocabulary(edit)))
         elif isinstance(edit, PatchFile):
@@ -49,5 +55,8 @@ def _ranges(store: ShardStore, name: str, indices: tuple[int, ...] | None) -> li
     entry = store.checkpoint.entry(name)
     if indices is None or store.is_transposed(name):
         return [(entry.begin, entry.end)]
-    pitch = entry.shape[1] * ITEMSIZE[entry.dtype]
+    return _lines(entry, entry.shape[1] * ITEMSIZE[entry.dtype], indices)
+
+
+def _lines(entry: Entry, pitch: int, indices: tuple[int, ...]) -> list[Range]:
     return [(entry.begin + i * pitch, entry.begin + (i + 1) * pitch) for i in indices]

@@ -117,21 +117,21 @@ class ShardStore(Store):
             raw = read_tensor(file, self.checkpoint.entry(name))
         return RawArray(raw.dtype, (raw.shape[-1],), raw.data)
 
-    def _vector_copies(self, name: str) -> list[str]:
+    def vector_copies(self, name: str) -> list[str]:
         """The names under which a per-token vector is stored."""
         vocabulary = next(v for v in self.graph.vocabularies if name in v.vectors)
         return [copy for copy, of, _ in self._growth(vocabulary, 1).tensors() if of == name]
 
     def vector_files(self, name: str) -> Collection[str]:
-        return tuple(dict.fromkeys(self.checkpoint.location[copy] for copy in self._vector_copies(name)))
+        return tuple(dict.fromkeys(self.checkpoint.location[copy] for copy in self.vector_copies(name)))
 
     def check_vector(self, name: str) -> None:
-        for file in self.vector_files(name):
+        for file in self.vector_files(name) if self.work is None else ():
             path = self.checkpoint.directory / file
             _refuse_links(path, path.stat().st_nlink)
 
     def write_entries(self, name: str, indices: tuple[int, ...], entries: RawArray) -> None:
-        for copy in self._vector_copies(name):
+        for copy in self.vector_copies(name):
             entry = self.checkpoint.entry(copy)
             values, size = entries.to(entry.dtype).data, ITEMSIZE[entry.dtype]
             with self._file(copy, os.O_RDWR) as file:
