@@ -13,6 +13,8 @@ from typing import Any
 
 from embedsurgery.errors import CheckpointError
 from embedsurgery.jsonfile import read_json
+from embedsurgery.jsonguard import CONFIG as BOUNDS_OF_CONFIG
+from embedsurgery.jsonguard import INDEX as BOUNDS_OF_INDEX
 from embedsurgery.locking import STATE_DIRECTORY as STATE_DIRECTORY
 from embedsurgery.locking import refuse_linked_state, refuse_unfinished
 from embedsurgery.names import Stored
@@ -80,7 +82,7 @@ def open_checkpoint(directory: Path, *, unfinished: bool = False) -> Checkpoint:
         refuse_linked_state(directory)
         refuse_unfinished(directory)
     single, index = directory / SINGLE, directory / INDEX
-    config = read_json(directory / CONFIG) if (directory / CONFIG).exists() else None
+    config = read_json(directory / CONFIG, BOUNDS_OF_CONFIG) if (directory / CONFIG).exists() else None
     if single.exists() and index.exists():
         raise CheckpointError(
             "two sets of weights", where=directory, found=f"{SINGLE} beside {INDEX}",
@@ -93,6 +95,7 @@ def open_checkpoint(directory: Path, *, unfinished: bool = False) -> Checkpoint:
             if name not in headers[file].entries:
                 raise CheckpointError("the index names a tensor that its shard does not hold", where=index,
                                       expected=f"{name} in {file}", hint="download the checkpoint again")  # fmt: skip
+        _refuse_twice(headers, location, index)
         return Checkpoint(directory, headers, location, config, indexed=True)
     file = SINGLE if single.exists() else _only_file(directory)
     header = read_header(directory / file)
@@ -100,7 +103,7 @@ def open_checkpoint(directory: Path, *, unfinished: bool = False) -> Checkpoint:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    body = read_json(index).get("weight_map")
+    body = read_json(index, BOUNDS_OF_INDEX).get("weight_map")
     if not isinstance(body, dict) or not body or not all(isinstance(v, str) for v in body.values()):
         raise CheckpointError("the index has no weight_map of file names", where=index)
     for file in dict.fromkeys(body.values()):
@@ -108,6 +111,18 @@ def _weight_map(index: Path) -> dict[str, str]:
             raise CheckpointError("the index names a file outside its directory, or no safetensors file", where=index,
                                   expected="a plain file name", found=repr(file)[:120])  # fmt: skip
     return body
+
+
+def _refuse_twice(headers: Mapping[str, Header], location: Mapping[str, str], index: Path) -> None:
+    """A tensor in two shards: loaders differ in which they take, so a merge into one would be seen by some alone."""
+    holders: dict[str, str] = {}
+    for file, header in headers.items():
+        for name in header.entries:
+            other = holders.setdefault(name, file)
+            if other != file:
+                raise CheckpointError("a tensor lies in two shards", where=index, expected=f"{name} in "
+                                      f"{location.get(name, 'one of them')} alone", found=f"in {other} and {file}",
+                                      hint="download the checkpoint again")  # fmt: skip
 
 
 def is_plain_name(name: str) -> bool:

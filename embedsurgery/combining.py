@@ -194,8 +194,8 @@ def _weighted(plan: Plan, part: Part, store: Store, texts: Mapping[int, str] | N
         edits.append(edit)
     if absent:
         named = ", ".join(map(repr, list(absent.values())[:4]))
-        warnings.warn(f"weight {part.weight:g} of {part.name} leaves its new tokens ({named}) as they were trained: the "
-                      "base has no rows of them to interpolate from", EmbedSurgeryWarning, stacklevel=5)  # fmt: skip
+        warnings.warn(f"weight {part.weight:g} of {part.name} leaves its new tokens ({named}) as they were trained: "
+                      "the base has no rows of them to go from", EmbedSurgeryWarning, stacklevel=5)  # fmt: skip
     return Plan(tuple(edits), plan.facts)
 
 
@@ -303,7 +303,9 @@ def _contested(plans: Sequence[Plan], asked: Sequence[Part], store: Store) -> _C
                 whole.setdefault(edit.table, number)
     for table, number in whole.items():
         setters = {n for holders in owners.get(table, {}).values() for n in holders}
-        setters |= {n for n, plan in enumerate(plans) for e in plan.edits if isinstance(e, SetBlocks) and e.table == table}
+        setters |= {
+            n for n, plan in enumerate(plans) for e in plan.edits if isinstance(e, SetBlocks) and e.table == table
+        }
         others = ", ".join(asked[n].name for n in sorted(setters - {number}))
         if others:
             raise PlanError("an adapter changes all rows of a table that others change too", where=f"{store.name}: "
@@ -321,13 +323,16 @@ def _overlap(table: str, rows: Mapping[int, Sequence[int]], asked: Sequence[Part
 
 def _averaged(plans: Sequence[Plan], contested: _Contested, store: Store) -> list[Plan]:
     """Contested rows become the mean over the plans so far: summed in fp64, and given as fp32 (fp64 for fp64)."""
-    so_far: dict[tuple[str, int], list[_Floats]] = {}
+    so_far: dict[tuple[str, int], list[npt.NDArray[np.float64]]] = {}
     sizes = _sizes(store)
     return [Plan(tuple(_mean(edit, contested, so_far, sizes) for edit in plan.edits), plan.facts) for plan in plans]
 
 
 def _mean(
-    edit: Edit, contested: _Contested, so_far: dict[tuple[str, int], list[_Floats]], sizes: dict[str, int]
+    edit: Edit,
+    contested: _Contested,
+    so_far: dict[tuple[str, int], list[npt.NDArray[np.float64]]],
+    sizes: dict[str, int],
 ) -> Edit:
     changed: dict[str, RawArray] = {}
     for name, indices, raw in _cells(edit, sizes):
@@ -337,9 +342,9 @@ def _mean(
         values = _wide(raw, raw.dtype == "F64").copy()
         for n in places:
             earlier = so_far.setdefault((name, indices[n]), [])
-            earlier.append(np.array(values[n]))
+            earlier.append(np.asarray(values[n], dtype=np.float64))
             with np.errstate(invalid="ignore"):
-                values[n] = np.mean(np.stack(earlier), axis=0, dtype=np.float64)
+                values[n] = np.mean(np.stack(earlier), axis=0)
         changed[name] = RawArray.of(values)
     if isinstance(edit, SetRows) and changed:
         return replace(edit, rows=changed[edit.table])

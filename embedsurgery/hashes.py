@@ -90,9 +90,9 @@ def known_hashes(directory: Path) -> dict[str, Known]:
                 found.setdefault(name, Known(digest, record.label))
         later.update(record.files)
     for name in checkpoint_files(directory):
-        digest = None if name in later else _from_hub(directory, name)
-        if digest is not None:
-            found.setdefault(name, Known(digest, "the Hub"))
+        etag = None if name in later else _from_hub(directory, name)
+        if etag is not None:
+            found.setdefault(name, Known(etag, "the Hub"))
     return found
 
 

@@ -18,7 +18,8 @@ from typing import Any
 from embedsurgery._version import __version__
 from embedsurgery.adapter import Adapter, Fingerprint
 from embedsurgery.checkpoint import STATE_DIRECTORY
-from embedsurgery.errors import CheckpointError, PlanError
+from embedsurgery.errors import PlanError
+from embedsurgery.locking import refuse_linked_state
 from embedsurgery.plan import Grow, PatchFile, Plan, SetBlocks, SetEntries, SetRows, Undo, spans
 from embedsurgery.raw import ITEMSIZE, RawArray
 from embedsurgery.safetensors_file import Header, read_header
@@ -78,11 +79,8 @@ def record_paths(directory: Path) -> list[Path]:
     Raises:
         CheckpointError: The directory that they lie in is a link, which may lead anywhere.
     """
+    refuse_linked_state(directory)
     folder = directory / MERGES
-    for place in (folder.parent, folder):
-        if place.is_symlink():
-            raise CheckpointError("a link where embedsurgery keeps its records", where=place,
-                                  expected="a directory", hint="put the directory itself there")  # fmt: skip
     names = (p for p in folder.iterdir() if RECORD.fullmatch(p.name)) if folder.is_dir() else ()
     return sorted(names, key=lambda p: int(p.stem))
 

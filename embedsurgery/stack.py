@@ -64,7 +64,7 @@ def entry(path: Path) -> Entry:
     Raises:
         CheckpointError, PlanError: It cannot be read.
     """
-    undo = Plan.load(path)
+    undo = Plan.load(path, sealed=True)
     return Entry(path, undo, merge_record(path, undo.facts))
 
 

@@ -191,4 +191,4 @@ def _hashes(folder: Path) -> Iterator[Check]:
         yield Check(path, same, f"sha256 {found[:12]}, {said}")
     if unknown:
         shown = ", ".join(unknown[:6]) + (f" and {len(unknown) - 6} more" if len(unknown) > 6 else "")
-        yield Check("no hash known", True, f"{shown}: read whole, compared with nothing (merge with --hash records them)")
+        yield Check("no hash known", True, f"{shown}: read, and compared with nothing (merge --hash records them)")

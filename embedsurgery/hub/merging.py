@@ -23,6 +23,7 @@ from huggingface_hub import CommitOperationCopy
 from embedsurgery.adapter import Adapter
 from embedsurgery.card import README, front_matter, merged_body, merged_front, renewed
 from embedsurgery.checkpoint import STATE_DIRECTORY, Checkpoint
+from embedsurgery.combining import Conflict
 from embedsurgery.copying import copy_file
 from embedsurgery.errors import ConfigError, EmbedSurgeryWarning, HubError
 from embedsurgery.hub.client import Client, RemoteFile, Snapshot, Token

@@ -14,6 +14,9 @@ from embedsurgery.plan import AddTokens, Edit, Grow, PatchFile, Plan, SetBlocks,
 from embedsurgery.raw import EDITABLE, RawArray
 from embedsurgery.stores.store import Store, check_indices, shorten
 
+_DATA = (".json", ".jsonl", ".txt", ".model", ".jinja", ".tiktoken", ".bpe", ".vocab", ".md", ".yaml", ".yml")
+"""Ends of the names of files that a plan may change: what tokenizers and configs consist of, and nothing that runs."""
+
 
 def check(plan: Plan, store: Store) -> None:
     """All that `apply` checks beforehand; changes nothing."""
@@ -60,6 +63,7 @@ def check_edits(edits: tuple[Edit, ...], store: Store) -> None:
                                 expected=list(table.shape), found=list(edit.blocks.shape))  # fmt: skip
             state.claim(table.name, list(range(table.shape[0])))
         elif isinstance(edit, PatchFile):
+            _check_path(edit.path, store)
             state.patch(edit.path)
             found = store.read_file(edit.path)
             if digest(found) != edit.before:
@@ -168,6 +172,16 @@ def _check_parts(found: Mapping[str, RawArray], expected: Mapping[str, tuple[int
             raise PlanError("new rows of the wrong shape or dtype", where=f"{where}: {name}",
                             expected=f"{shape} of {', '.join(EDITABLE)}",
                             found=f"{found[name].shape} of {found[name].dtype}")  # fmt: skip
+
+
+def _check_path(path: str, store: Store) -> None:
+    """Refuse a `PatchFile` of anything but data beside the weights: plans come with checkpoints that others made."""
+    parts = path.split("/")
+    plain = all(part and not part.startswith(".") and part.isprintable() and "\\" not in part for part in parts)
+    if not plain or not parts[-1].lower().endswith(_DATA):
+        raise PlanError("a plan may only change data files beside the weights", where=f"{store.name}: {path!r}",
+                        expected=f"a path inside the checkpoint that ends in {', '.join(_DATA)}",
+                        hint="do not trust where this plan or record came from")  # fmt: skip
 
 
 def digest(data: bytes | None) -> str | None:
