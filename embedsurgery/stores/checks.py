@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
@@ -14,8 +15,10 @@ from embedsurgery.plan import AddTokens, Edit, Grow, PatchFile, Plan, SetBlocks,
 from embedsurgery.raw import EDITABLE, RawArray
 from embedsurgery.stores.store import Store, check_indices, shorten
 
-_DATA = (".json", ".jsonl", ".txt", ".model", ".jinja", ".tiktoken", ".bpe", ".vocab", ".md", ".yaml", ".yml")
-"""Ends of the names of files that a plan may change: what tokenizers and configs consist of, and nothing that runs."""
+_NO_DATA = re.compile(
+    r".*\.(safetensors|bin|pt|pth|ckpt|pkl|pickle|gguf|h5|msgpack|onnx|npy|npz|py[cdow]?|so|dll|sh|exe|js)"
+)
+"""Names of files that hold weights or can run: no plan has a reason to change them as it does a small file."""
 
 
 def check(plan: Plan, store: Store) -> None:
@@ -178,9 +181,9 @@ def _check_path(path: str, store: Store) -> None:
     """Refuse a `PatchFile` of anything but data beside the weights: plans come with checkpoints that others made."""
     parts = path.split("/")
     plain = all(part and not part.startswith(".") and part.isprintable() and "\\" not in part for part in parts)
-    if not plain or not parts[-1].lower().endswith(_DATA):
-        raise PlanError("a plan may only change data files beside the weights", where=f"{store.name}: {path!r}",
-                        expected=f"a path inside the checkpoint that ends in {', '.join(_DATA)}",
+    if not plain or _NO_DATA.fullmatch(parts[-1].lower()):
+        raise PlanError("a plan that would change more than a small data file in the checkpoint", where=store.name,
+                        expected="a path inside it, of no weights and nothing that runs", found=repr(path)[:120],
                         hint="do not trust where this plan or record came from")  # fmt: skip
 
 
