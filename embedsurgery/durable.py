@@ -159,9 +159,8 @@ def sweep(parent: Path) -> list[str]:
 
 def _was_for(hidden: Path) -> str | None:
     """What a hidden directory was to become; None for one that is not ours."""
-    names = os.listdir(hidden)
-    if not set(names) - {_OWNER} and (not names or (hidden / _OWNER).stat().st_size == 0):
-        return "nothing yet"  # killed before it said whose it is
+    if set(os.listdir(hidden)) <= {_OWNER}:
+        return "nothing yet"  # killed before it began, and perhaps in the middle of saying whose it is
     try:
         body = json.loads((hidden / _OWNER).read_bytes()[:4096])
         return str(body["output"]) if body["embedsurgery"] == "staging" else None

@@ -37,8 +37,12 @@ class FileState:
     mtime_ns: int
 
     @classmethod
-    def of(cls, path: Path) -> FileState:
+    def of(cls, path: Path, name: str | None = None) -> FileState:
         """The state of a file as it is.
+
+        Args:
+            path: Where it is.
+            name: What it is called in the checkpoint, where it has another name now.
 
         Raises:
             CheckpointError: It is not there, or no regular file.
@@ -46,7 +50,7 @@ class FileState:
         with open_regular(path, os.O_RDONLY | os.O_NOFOLLOW) as descriptor:
             status = os.fstat(descriptor)
             end = status.st_size
-            if path.suffix == ".safetensors" and end >= 8:
+            if (name or path.name).endswith(".safetensors") and end >= 8:
                 end = min(end, 8 + int.from_bytes(pread_exactly(descriptor, 8, 0), "little"), MAX_HEADER)
             digest = hashlib.sha256()
             for start in range(0, end, CHUNK):

@@ -160,7 +160,7 @@ def _put_back(directory: Path, edit: Edit) -> str:
         if edit.kept != kept.name or not edit.kept.endswith(".kept"):
             raise _strange(file, "the name of a kept file", repr(edit.kept))
         if os.path.lexists(kept):
-            if not FileState.of(kept).same_file(edit.state):
+            if not FileState.of(kept, edit.path).same_file(edit.state):
                 raise _strange(file, "the file that was kept", "another")
             os.replace(kept, file)
         elif not os.path.lexists(file) or not FileState.of(file).same_file(edit.state):
