@@ -64,8 +64,12 @@ def segments(directory: Path) -> list[Path]:
     return [folder / name for name in names if name.endswith(".safetensors")]
 
 
-def refuse_unfinished(directory: Path) -> None:
+def refuse_unfinished(directory: Path, *, held: bool = False) -> None:
     """Refuse a checkpoint that a change in place is working on, or was when it was killed: its files are in between.
+
+    Args:
+        directory: The checkpoint.
+        held: Whether the caller holds the lock alone, so that nobody is working on it.
 
     Raises:
         UnfinishedError: With the way out.
@@ -73,8 +77,9 @@ def refuse_unfinished(directory: Path) -> None:
     if not segments(directory):
         return
     try:
-        with locked(directory, shared=True):
-            pass
+        if not held:
+            with locked(directory, shared=True):
+                pass
     except BusyError as error:
         raise UnfinishedError("another process is changing this checkpoint in place", where=directory,
                               hint="wait until it is done") from error  # fmt: skip

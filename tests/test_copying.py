@@ -191,6 +191,9 @@ def test_hardlinked_shards_are_the_bases_own(tmp_path: Path) -> None:
     assert {p: d for p, d in merged.items() if p != record} == {p: d for p, d in plain.items() if p != record}
     es.unmerge_checkpoint(tmp_path / "out", tmp_path / "back", hardlink=True)
     assert contents(tmp_path / "back") == before
+    other = trained(tiny("llama-untied"), [2], target_modules=["lm_head"])  # in a shard with two names
+    es.merge_checkpoint(base, other, tmp_path / "other", hardlink=True)
+    assert contents(base) == before
 
 
 def test_what_cannot_be_shared_is_copied_and_said(tmp_path: Path) -> None:

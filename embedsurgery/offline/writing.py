@@ -14,7 +14,7 @@ from embedsurgery.copying import Tree, copy_tree, link_file, read_tree, writable
 from embedsurgery.durable import refuse_existing, refuse_inside, staged_directory, sync_path
 from embedsurgery.errors import ConfigError, EmbedSurgeryWarning, PlanError
 from embedsurgery.journal import Journal, clean
-from embedsurgery.locking import DONE, JOURNAL, locked
+from embedsurgery.locking import DONE, JOURNAL, locked, refuse_unfinished
 from embedsurgery.offline.in_place import changing, refuse_in_place, warn_of_readers
 from embedsurgery.offline.jobs import Job, check_jobs, rewritten, weights, whole_plan
 from embedsurgery.offline.report import MergeReport, Progress, report_of
@@ -87,7 +87,9 @@ class Place:
         if not os.path.isdir(self.source):
             yield  # which opening it explains
             return
-        with locked(self.source, shared=not self.in_place or self.dry_run):
+        alone = self.in_place and not self.dry_run
+        with locked(self.source, shared=not alone):
+            refuse_unfinished(self.source, held=alone)
             yield
 
 
@@ -99,6 +101,7 @@ def write(jobs: list[Job], store: ShardStore, place: Place) -> MergeReport:
         store: The checkpoint as it is.
         place: Where what it becomes goes.
     """
+    store.refuse_links = False  # a copy of it is what is written, or `refuse_in_place` looks
     check_jobs(jobs, store)
     if jobs[0].before is not None:
         jobs[0].before(store)

@@ -43,6 +43,9 @@ class ShardStore(Store):
     def __init__(self, checkpoint: Checkpoint, work: Path | None = None) -> None:
         self.checkpoint = checkpoint
         self.work = work
+        self.refuse_links = work is None
+        """Whether a file with a second name is not written. In place it may have one of the journal's; and what is only
+        planned on here may be written elsewhere."""
         self.name = str(checkpoint.directory)
         self.config = checkpoint.config
         self.graph = walk_names(checkpoint.stored(), config=checkpoint.config, source=self.name, equal=self.equal)
@@ -83,16 +86,13 @@ class ShardStore(Store):
     @contextmanager
     def _file(self, name: str, flags: int = os.O_RDONLY) -> Iterator[int]:
         with open_regular(self.checkpoint.path(name), flags) as descriptor:
-            if flags != os.O_RDONLY and self.work is None:
+            if flags != os.O_RDONLY and self.refuse_links:
                 _refuse_links(self.checkpoint.path(name), os.fstat(descriptor).st_nlink)
             yield descriptor
 
     def check_writable(self, table: Table) -> None:
-        """Refuse a table in a file that has a second name: what that stands for would change too.
-
-        In place it may be a name of the journal's; what others have been refused is the caller's.
-        """
-        for _, file in table.files if self.work is None else ():
+        """Refuse a table in a file that has a second name: what that stands for would change too."""
+        for _, file in table.files if self.refuse_links else ():
             path = self.checkpoint.directory / file
             _refuse_links(path, path.stat().st_nlink)
 
@@ -126,7 +126,7 @@ class ShardStore(Store):
         return tuple(dict.fromkeys(self.checkpoint.location[copy] for copy in self.vector_copies(name)))
 
     def check_vector(self, name: str) -> None:
-        for file in self.vector_files(name) if self.work is None else ():
+        for file in self.vector_files(name) if self.refuse_links else ():
             path = self.checkpoint.directory / file
             _refuse_links(path, path.stat().st_nlink)
 

@@ -173,9 +173,7 @@ SCENARIOS = {
         Scenario("unmerge of a stack in place", _prepared(_merge("a"), _grow, _merge("b")), _unmerge_all),
         Scenario("recovery of rows", _prepared(_killed(_merge("a", "b"), "0002.part")), _recover),
         Scenario("recovery of growth", _prepared(_killed(_grow, "renam", 4)), _recover),
-        Scenario(
-            "recovery of growth that was about to stand", _prepared(_killed(_grow, ".embedsurgery/done")), _recover
-        ),
+        Scenario("recovery just before the commit", _prepared(_killed(_grow, ".embedsurgery/done")), _recover),
         Scenario("unmerge into a new directory", _prepared(_merge("a")), _unmerge_anew, "out"),
     )
 }

@@ -49,15 +49,17 @@ def test_every_call_of_a_merge_in_place() -> None:
 
 
 def test_some_calls_of_everything() -> None:
-    found = sweep(("kill",), 6)
+    found = sweep(("kill",), 9)
     assert {scenario for scenario, _ in found} == set(SCENARIOS)
-    check(found, 130)
+    check(found, 90)
 
 
-@pytest.mark.parametrize("fault", ALL[1:])
-def test_other_faults_at_some_calls(fault: str) -> None:
+def test_other_faults_at_some_calls() -> None:
+    """Torn writes; no space, once and for good; errors of the disk; Ctrl-C."""
     names = ("merge into a new directory", "two adapters in place", "growth in place", "unmerge in place")
-    check(sweep((fault,), {"interrupt": 9}.get(fault, 4), *names), 8)
+    found = sweep(ALL[1:], 7, *names)
+    assert all(line["runs"] for line in found.values())
+    check(found, 60)
 
 
 @pytest.mark.sweep

@@ -1,8 +1,8 @@
 """Runs a function in a forked process and stops it at each system call that changes a file system.
 
 A seccomp filter hands exactly those calls to the parent, who is its tracer (ptrace), whoever makes them: Python, numpy
-or the C library. At the n-th, the parent kills the process, lets half of a write through and kills it then, makes the call
-fail with an error number, or sends a signal. A run costs a fork and not the start of an interpreter.
+or the C library. At the n-th, the parent kills the process, or lets half of a write through and kills it then, or makes
+the call fail with an error number, or sends a signal. A run costs a fork and not the start of an interpreter.
 Linux on x86-64 or AArch64; `unavailable` says why it cannot be done here.
 """
 
