@@ -1,11 +1,15 @@
-"""What surgery on disk costs beside ``cp -r`` of the same checkpoint.
+"""What surgery on disk costs beside ``cp -r`` of the same checkpoint, PEFT's load-merge-save, and mergekit.
 
-``python -m tests.benchmarks.disk [--gigabytes 4] [--repeats 5] [--directory DIR] [--json FILE]``
+``python -m tests.benchmarks.disk [--gigabytes 4] [--repeats 5] [--directory DIR] [--mergekit SITE] [--json FILE]``
 
-A synthetic bf16 checkpoint in shards of 0.9 GB, its embedding and head first, each V=128,000 by D=2,048, with a
-tokenizer. Every way runs in a process of its own, in turn, and writes a new directory, fsynced; ``cp -r`` is followed
-by ``sync`` on what it wrote. Reported are the median of the paired ratios to ``cp -r``, the peak resident size of the
-process, and the size of what was written.
+A synthetic bf16 Llama in shards of 0.9 GB, its embedding and head V=128,000 by D=2,048, and an adapter of 100 rows.
+Every way runs in a process of its own, in turn, and what it writes is fsynced (``cp -r`` by ``sync`` of its files; PEFT
+and mergekit as they are, which is without). Reported: seconds of the whole process, interpreter start included, and the
+median of the paired ratios to ``cp -r``; its peak resident size; the bytes that it made the kernel write.
+
+Then `inspect` and a merge in place on a checkpoint of ``--large`` gigabytes in some 60 sparse files, beside the same on
+the first one. mergekit is run where ``--mergekit`` names a directory that it was installed into
+(``pip install --no-deps --target SITE mergekit immutables``).
 """
 
 from __future__ import annotations
@@ -19,139 +23,169 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from embedsurgery.safetensors_file import TensorSource, write_file
+import embedsurgery as es
+from embedsurgery.adapter import Adapter
+from embedsurgery.raw import RawArray
+from embedsurgery.stores.shards import ShardStore
+from embedsurgery.surgeries.base import Base
+from embedsurgery.surgeries.trainable_tokens import TrainableTokens
+from tests.benchmarks.checkpoints import ROWS, TABLE, Size, make
 
-ROWS, WIDTH = 128_000, 2_048
-SHARD = 900_000_000
-BLOCK = 1 << 24
-CHANGED = (5, 77, 12_345)
+CHANGED = 100
+BIG_TOKENIZER = 200
+"""Characters of a token of the large ``tokenizer.json``: about 28 MB."""
 
 _CP = "import subprocess, sys; a, b = sys.argv[1:3]; subprocess.run(['cp', '-r', a, b], check=True); " \
-      "subprocess.run(['sync', '-f', b], check=True)"  # fmt: skip
+      "subprocess.run(['find', b, '-type', 'f', '-exec', 'sync', '{}', '+'], check=True)"  # fmt: skip
 _CLI = "from embedsurgery.cli.main import main; main()"
+_PEFT = """
+import sys, torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
+PeftModel.from_pretrained(model, sys.argv[2]).merge_and_unload().save_pretrained(sys.argv[3], max_shard_size="900MB")
+"""
+_MERGEKIT = """
+import sys
+sys.path.append(sys.argv[1])
+from mergekit.scripts.run_yaml import main
+main(sys.argv[2:], standalone_mode=False)
+"""
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--gigabytes", type=float, default=4.0)
+    parser.add_argument("--large", type=float, default=100.0, help="Gigabytes of the sparse checkpoint; 0: none.")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--slow", type=int, default=1, help="Repeats of PEFT and mergekit.")
     parser.add_argument("--directory", type=Path, help="Where to work; by default the temporary directory.")
+    parser.add_argument("--mergekit", type=Path, metavar="SITE")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
-    with tempfile.TemporaryDirectory(dir=options.directory) as folder:
-        report = measure(Path(folder), int(options.gigabytes * 1e9), options.repeats)
+    with tempfile.TemporaryDirectory(dir=options.directory) as name:
+        folder = Path(name)
+        report = {"gigabytes": options.gigabytes, "ways": measure(folder, options)}
+        report["same time"] = grown(folder, options) if options.large else {}
     if options.json:
         options.json.write_text(json.dumps(report, indent=1) + "\n")
     print(table(report))
     return 0
 
 
-def measure(folder: Path, size: int, repeats: int) -> dict[str, Any]:
-    """Every way, in turn, ``repeats`` times."""
-    base, tuned = folder / "base", folder / "tuned"
-    make(base, size)
-    tune(base, tuned)
-    ways: dict[str, Callable[[Path], list[str]]] = {
-        "cp -r": lambda out: [_CP, str(base), str(out)],
-        "tokens add (tables grow)": lambda out: [_CLI, "tokens", "add", str(base), "--token", "<tool>", "-o", str(out)],
-        "extract": lambda out: [_CLI, "extract", str(base), str(tuned), "-o", str(out)],
-        "merge of what was extracted": lambda out: [_CLI, "merge", str(base), str(folder / "adapter"), "-o", str(out)],
-    }
-    run(ways["extract"](folder / "adapter"))
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
-    for _ in range(repeats):
-        for name, command in ways.items():
-            out = folder / "out"
-            found[name].append(run(command(out)))
-            found[name][-1]["bytes"] = sum(p.stat().st_size for p in out.rglob("*") if p.is_file())
-            shutil.rmtree(out)
-    return {"bytes": sum(p.stat().st_size for p in base.iterdir()), "ways": found}
+def measure(folder: Path, options: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
+    """Every way of changing the first checkpoint, in turn, ``repeats`` times; the slow ones fewer."""
+    base = make(folder / "base", Size.of(int(options.gigabytes * 1e9)))
+    adapter, out = str(adapt(base).save(folder / "adapter")), folder / "out"
+    texts = make(folder / "texts", Size(256, 256, 1), text=BIG_TOKENIZER)
+    ways: dict[str, list[str]] = {
+        "cp -r": [_CP, str(base), str(out)],
+        "merge -o": [_CLI, "merge", str(base), adapter, "-o", str(out)],
+        "merge -o --hardlink": [_CLI, "merge", str(base), adapter, "-o", str(out), "--hardlink"],
+        "merge --in-place": [_CLI, "merge", str(base), adapter, "--in-place"],
+        "unmerge --in-place": [_CLI, "unmerge", str(base), "--in-place"],
+        "tokens add -o, tables grow": [_CLI, "tokens", "add", str(base), "--token", "<tool>", "--multiple", "64000",
+                                       "-o", str(out)],
+        "tokens add -o, spare row, tokenizer.json of 28 MB": [_CLI, "tokens", "add", str(texts), "--token", "<tool>",
+                                                              "-o", str(out)],
+    }  # fmt: skip
+    slow = {"PEFT: load, merge_and_unload, save_pretrained": [_PEFT, str(base), adapter, str(out)]}
+    if options.mergekit:
+        recipe = folder / "recipe.yaml"
+        recipe.write_text(f"merge_method: passthrough\ndtype: bfloat16\nmodels:\n  - model: {base}+{adapter}\n")
+        slow["mergekit: base+adapter, passthrough"] = [
+            _MERGEKIT, str(options.mergekit), str(recipe), str(out), "--copy-tokenizer", "--lazy-unpickle",
+            "--lora-merge-cache", str(folder / "cache")]  # fmt: skip
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in (*ways, *slow)}
+    for number in range(options.repeats):
+        for name, command in (ways if number >= options.slow else {**ways, **slow}).items():
+            found[name].append(run(command))
+            for made in (out, folder / "cache"):
+                shutil.rmtree(made, ignore_errors=True)
+            os.sync()
+    if len({path.stat().st_nlink for path in base.glob("*.safetensors")}) != 1:
+        raise RuntimeError("the base has been linked")
+    return found
+
+
+def grown(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """`inspect` and a merge in place, at both sizes in turn."""
+    small = folder / "base"
+    large = make(folder / "large", Size.of(int(options.large * 1e9)), sparse=True)
+    space = used(large)
+    adapters = {small: folder / "adapter", large: adapt(large).save(folder / "adapter of large")}
+    found: dict[str, dict[str, list[dict[str, float]]]] = {}
+    for _ in range(options.repeats):
+        for model, name in ((small, "small"), (large, "large")):
+            for verb, command in (("inspect", ["inspect", str(model)]),
+                                  ("merge --in-place", ["merge", str(model), str(adapters[model]), "--in-place"]),
+                                  ("unmerge --in-place", ["unmerge", str(model), "--in-place"])):  # fmt: skip
+                found.setdefault(verb, {}).setdefault(name, []).append(run([_CLI, *command]))
+    files = [path.stat().st_size for path in large.glob("*.safetensors")]
+    sizes = {"gigabytes": sum(files) / 1e9, "shards": len(files), "MB on disk before": space / 1e6,
+             "MB on disk after": used(large) / 1e6}  # fmt: skip
+    return {"sizes": sizes, "verbs": found}
+
+
+def used(folder: Path) -> int:
+    """Bytes that a directory really takes, as ``du`` says."""
+    return sum(path.stat().st_blocks * 512 for path in folder.iterdir())
+
+
+def adapt(base: Path) -> Adapter:
+    """An adapter of rows that are spread over the table."""
+    rows = [int(row) for row in np.linspace(5, ROWS - 100, CHANGED).astype(int)]
+    store = ShardStore.open(base)
+    started = TrainableTokens().start(es.TrainableTokensConfig(rows), store, Base())
+    width = store.graph.table(TABLE).shape[1]
+    values = np.random.default_rng(1).standard_normal((CHANGED, width)).astype(np.float32)
+    return Adapter(started.manifest, {TABLE: RawArray.of(values)}, started.surgery)
 
 
 def run(command: list[str]) -> dict[str, float]:
-    """Seconds and peak resident bytes of one process; the kernel's ``ru_maxrss`` would begin with its parent's."""
+    """Seconds, peak resident bytes and written bytes of one process with its children."""
     code = "import re, sys; sys.argv = ['-'] + sys.argv[1:]\n"
     code += f"try:\n    exec({command[0]!r})\nfinally:\n"
     code += "    print('peak', re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1], file=sys.stderr)\n"
+    code += "    print('wrote', re.search(r'write_bytes: (\\d+)', open('/proc/self/io').read())[1], file=sys.stderr)\n"
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     began = time.perf_counter()
-    done = subprocess.run([sys.executable, "-c", code, *command[1:]], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", code, *command[1:]], capture_output=True, text=True, check=False,
+                          env=environment)  # fmt: skip
     seconds = time.perf_counter() - began
     if done.returncode != 0:
         raise RuntimeError(done.stderr)
-    return {"seconds": seconds, "peak": float(done.stderr.rsplit("peak", 1)[1]) * 1024}
-
-
-def make(folder: Path, size: int) -> None:
-    """A checkpoint of about so many bytes."""
-    folder.mkdir()
-    table = ROWS * WIDTH * 2
-    names: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (ROWS, WIDTH), "lm_head.weight": (ROWS, WIDTH)}
-    layer = (WIDTH * 4, WIDTH)
-    for number in range(max(1, (size - 2 * table) // (layer[0] * layer[1] * 2))):
-        names[f"model.layers.{number}.mlp.up_proj.weight"] = layer
-    shards: list[dict[str, tuple[int, ...]]] = [{}]
-    for name, shape in names.items():
-        if sum(a * b * 2 for a, b in shards[-1].values()) + shape[0] * shape[1] * 2 > SHARD and shards[-1]:
-            shards.append({})
-        shards[-1][name] = shape
-    where = {}
-    for number, shard in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        where.update(dict.fromkeys(shard, file))
-        sources = {n: TensorSource("BF16", s, _noise(s[0] * s[1] * 2, n)) for n, s in shard.items()}
-        write_file(folder / file, sources, {"format": "pt"})
-    total = sum(a * b * 2 for a, b in names.values())
-    _write(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
-    _write(folder / "config.json", {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": ROWS,
-                                    "hidden_size": WIDTH, "tie_word_embeddings": False})  # fmt: skip
-    vocabulary = {f"t{n}": n for n in range(ROWS)}
-    model = {"type": "WordLevel", "vocab": vocabulary, "unk_token": "t0"}
-    tokenizer = {"version": "1.0", "added_tokens": [], "pre_tokenizer": {"type": "Whitespace"}, "model": model}
-    _write(folder / "tokenizer.json", tokenizer)
-
-
-def tune(base: Path, tuned: Path) -> None:
-    """A copy in which a few rows of the embedding differ."""
-    shutil.copytree(base, tuned)
-    first = min(tuned.glob("*.safetensors"))
-    with open(first, "r+b") as file:
-        begin = 8 + int.from_bytes(file.read(8), "little")
-        for row in CHANGED:
-            file.seek(begin + row * WIDTH * 2)
-            file.write(np.full(WIDTH, 0x3F80, np.uint16).tobytes())
-
-
-def _noise(size: int, name: str) -> Iterator[bytes]:
-    """Bytes that are finite bf16 numbers: a block of random ones, again and again."""
-    values = np.random.default_rng(len(name)).standard_normal(BLOCK // 2).astype(np.float32)
-    block = (values.view(np.uint32) >> 16).astype(np.uint16).tobytes()
-    for start in range(0, size, BLOCK):
-        yield block[: min(BLOCK, size - start)]
-
-
-def _write(path: Path, body: object) -> None:
-    path.write_text(json.dumps(body) + "\n")
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
+    facts = {key: float(done.stderr.rsplit(f"{key} ", 1)[1].split()[0]) for key in ("peak", "wrote")}
+    return {"seconds": seconds, "peak": facts["peak"] * 1024, "bytes": facts["wrote"]}
 
 
 def table(report: dict[str, Any]) -> str:
-    """A Markdown table."""
+    """Two Markdown tables."""
     ways = report["ways"]
     lines = ["| way | time, cp -r = 1 | seconds | peak MB | MB written |", "| --- | --- | --- | --- | --- |"]
     for name, runs in ways.items():
-        ratios = [r["seconds"] / c["seconds"] for r, c in zip(runs, ways["cp -r"], strict=True)]
-        seconds = statistics.median(r["seconds"] for r in runs)
+        ratios = [r["seconds"] / c["seconds"] for r, c in zip(runs, ways["cp -r"], strict=False)]
+        seconds, written = (statistics.median(r[key] for r in runs) for key in ("seconds", "bytes"))
         peak = max(r["peak"] for r in runs) / 1e6
-        lines.append(f"| {name} | {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) "
-                     f"| {seconds:.1f} | {peak:.0f} | {runs[0]['bytes'] / 1e6:.1f} |")  # fmt: skip
+        spread = f" ({min(ratios):.2f} to {max(ratios):.2f})" if len(runs) > 1 else ""
+        lines.append(f"| {name} | {statistics.median(ratios):.2f}{spread} | {seconds:.2f} | {peak:.0f} "
+                     f"| {written / 1e6:.1f} |")  # fmt: skip
+    if report["same time"]:
+        sizes = report["same time"]["sizes"]
+        large = f"{sizes['gigabytes']:.0f} GB in {sizes['shards']} sparse shards"
+        lines += ["", f"| verb | {report['gigabytes']:.0f} GB | {large} |", "| --- | --- | --- |"]
+        for verb, found in report["same time"]["verbs"].items():
+            cells = [(statistics.median(r["seconds"] for r in runs), max(r["peak"] for r in runs) / 1e6)
+                     for runs in found.values()]  # fmt: skip
+            lines.append(f"| {verb} | {' | '.join(f'{seconds:.2f} s, {peak:.0f} MB' for seconds, peak in cells)} |")
+        lines += ["", f"The sparse files took {sizes['MB on disk before']:.1f} MB on disk before and "
+                  f"{sizes['MB on disk after']:.1f} MB after."]  # fmt: skip
     return "\n".join(lines)
 
 
