@@ -1,8 +1,8 @@
 """The journal of a change in place: what puts the files back, written and fsynced before any of them is touched.
 
-It is a directory, ``.embedsurgery/journal``, of parts that are plans of file edits (``file_edits.py``), beside files that
-are kept and files that are being made. No part: nothing was touched. A part: it is rolled back, the last part first.
-Renaming the directory is the commit. After SQLite's rollback journal: https://sqlite.org/atomiccommit.html
+It is a directory, ``.embedsurgery/journal``, of parts that are plans of file edits (``file_edits.py``), beside files
+that are kept and files that are being made. No part: nothing was touched. A part: it is rolled back, the last part
+first. Renaming the directory is the commit. After SQLite's rollback journal: https://sqlite.org/atomiccommit.html
 """
 
 from __future__ import annotations
@@ -133,7 +133,13 @@ def roll_back(directory: Path) -> tuple[str, ...]:
     undone: list[str] = []
     for plan in reversed([_load(directory, part) for part in segments(directory)]):
         for edit in plan.edits:
-            undone.append(_put_back(directory, edit))
+            try:
+                undone.append(_put_back(directory, edit))
+            except OSError as error:
+                where = getattr(edit, "path", directory)
+                raise UnfinishedError("a file cannot be put back", where=f"{directory}: {str(where)[:200]}",
+                                      found=error.strerror, hint="make it writable, or make room, and run recover again"
+                                      ) from error  # fmt: skip
     for folder in {(directory / path).parent for path in undone}:
         if folder.is_dir():
             sync_path(folder)
@@ -197,7 +203,7 @@ def _inside(directory: Path, path: str) -> Path:
     parts = path.split("/")
     file = directory.joinpath(*parts)
     if not all(part and part not in (".", "..") and "\0" not in part and "\\" not in part for part in parts):
-        raise _strange(directory, "a path inside the checkpoint", repr(path))
+        raise _strange(directory, "a path inside the checkpoint", repr(path)[:200])
     for parent in file.parents:
         if parent == directory:
             break

@@ -91,3 +91,15 @@ def test_the_first_screen_has_the_two_commands() -> None:
     assert first.endswith('-e ".[demo]" && .venv/bin/embedsurgery demo')
     assert second.endswith('-e ".[test]" && .venv/bin/pytest')
     assert TEXT[:start].count("\n") < 40
+
+
+def test_every_promise_names_a_test_that_exists() -> None:
+    (body,) = re.findall(r"^## What it promises\n(.*?)(?=^## )", TEXT, re.MULTILINE | re.DOTALL)
+    promises = re.split(r"^- ", body, flags=re.MULTILINE)[1:]
+    assert len(promises) > 10
+    for promise in promises:
+        named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", promise)
+        assert named, promise
+        for path, name in named:
+            text = (README.parent / path).read_text(encoding="utf-8")
+            assert f"def {name or 'test_'}" in text, (path, name)
