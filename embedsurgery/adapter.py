@@ -164,7 +164,9 @@ def _table(body: Mapping[str, Any]) -> TableRecord:
     shape = body["shape"]
     if mark is not None and not all(isinstance(mark["sha256"].get(d), str) for d in FINGERPRINT_DTYPES):
         raise ValueError("a fingerprint without its digests")
-    rows = sys.maxsize if shape is None else int(shape[0])
+    if shape is not None and not (isinstance(shape, list) and len(shape) == 2 and all(type(s) is int for s in shape)):
+        raise ValueError(f"a shape of {shape!r}, which is no table's")
+    rows = sys.maxsize if shape is None else shape[0]
     sampled = body.get("sampled", [])
     for indices in (body["indices"], sampled):
         if not all(type(i) is int and 0 <= i < rows for i in indices):
@@ -175,7 +177,7 @@ def _table(body: Mapping[str, Any]) -> TableRecord:
         name=str(body["name"]),
         aliases=tuple(map(str, body["aliases"])),
         indices=tuple(body["indices"]),
-        shape=None if shape is None else (int(shape[0]), int(shape[1])),
+        shape=None if shape is None else (shape[0], shape[1]),
         dtype=body["dtype"],
         tied=body["tied"],
         fingerprint=None if mark is None else Fingerprint(str(mark["dtype"]), dict(mark["sha256"])),
@@ -288,9 +290,9 @@ def read_adapter_files(directory: str | os.PathLike[str]) -> tuple[PeftFiles, Ma
         AdapterError: A file is missing, broken, or a pickle.
     """
     folder = Path(directory)
-    if not (folder / WEIGHTS_NAME).exists():
+    if not os.path.exists(folder / WEIGHTS_NAME):
         hint = "an adapter is a directory with adapter_config.json and adapter_model.safetensors"
-        if not folder.is_dir():
+        if not os.path.isdir(folder):
             raise AdapterError("no such adapter directory", where=folder, hint="give the directory it was saved to")
         if (folder / "config.json").exists():
             raise AdapterError("a model, where an adapter was expected", where=folder, expected=WEIGHTS_NAME,

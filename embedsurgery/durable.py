@@ -89,7 +89,7 @@ def _begin(output: Path, parent: Path) -> tuple[Path, int]:
             _end([(hidden, lock)])
             raise
     except OSError as error:
-        found = "a file" if parent.is_file() else error.strerror
+        found = "a file" if os.path.isfile(parent) else error.strerror
         raise CheckpointError("cannot write beside the output", where=parent, found=found,
                               expected="a directory that can be written") from error  # fmt: skip
     return hidden, lock

@@ -123,7 +123,7 @@ def extract(
 
 def _tensors(tuned: Path) -> dict[str, _Tuned]:
     """Plain name -> tensor, of a checkpoint or a PEFT adapter."""
-    if (tuned / WEIGHTS_NAME).exists():
+    if os.path.exists(tuned / WEIGHTS_NAME):
         header = read_header(tuned / WEIGHTS_NAME)
         return {plain_name(name): _Tuned(tuned / WEIGHTS_NAME, entry) for name, entry in header.entries.items()}
     checkpoint = ShardStore.open(tuned).checkpoint
@@ -255,7 +255,7 @@ def _same_bytes(one: _Tuned, other: _Tuned) -> bool:
 
 def _strangers(tuned: Path, tensors: Mapping[str, _Tuned], store: ShardStore) -> Iterator[str]:
     """In a PEFT adapter what is no tensor of the base: LoRA's matrices and the like."""
-    if (tuned / WEIGHTS_NAME).exists():
+    if os.path.exists(tuned / WEIGHTS_NAME):
         names = list(store.tensor_names()) + [name for table in store.graph.tables for name in table.names]
         for name in tensors:
             if all(name != n and not n.endswith("." + name) and not name.endswith("." + n) for n in names):

@@ -24,7 +24,7 @@ def log_checkpoint(merged: str | os.PathLike[str]) -> tuple[MergeRecord, ...]:
     """
     remote = hub.find_id(merged)
     if remote is None:
-        if Path(merged).is_dir():
+        if os.path.isdir(merged):
             refuse_unfinished(Path(merged))
         return merges_in(Path(merged))
     found = hub.remote_records(remote)

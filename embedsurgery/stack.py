@@ -6,6 +6,7 @@ Reads records and changes nothing; ``offline/unmerging.py`` does what is decided
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -53,7 +54,7 @@ def merges_in(directory: Path) -> tuple[MergeRecord, ...]:
         CheckpointError: It is no directory, or a record is broken.
         PlanError: A record is none.
     """
-    if not directory.is_dir():
+    if not os.path.isdir(directory):
         raise CheckpointError("no such checkpoint directory", where=directory)
     return tuple(merge_record(path, facts_of(path)) for path in record_paths(directory))
 

@@ -211,3 +211,27 @@ def test_an_output_inside_the_base_is_refused(base: Path) -> None:
         with pytest.raises(EmbedSurgeryError):
             es.merge_checkpoint(base, trained(tiny("llama-tied"), [1]), output)
         assert listing(base) == before
+
+
+@pytest.mark.parametrize(
+    "verb",
+    [
+        lambda long, base, adapter: es.merge_checkpoint(long, adapter, base.parent / "o"),
+        lambda long, base, adapter: es.merge_checkpoint(base, long, base.parent / "o"),
+        lambda long, base, adapter: es.merge_checkpoint(base, adapter, long),
+        lambda long, base, adapter: es.merge_checkpoint(base, adapter, long / "o"),
+        lambda long, base, adapter: es.merge_checkpoint(long, adapter, in_place=True),
+        lambda long, base, adapter: es.unmerge_checkpoint(long, base.parent / "o"),
+        lambda long, base, adapter: es.recover_checkpoint(long),
+        lambda long, base, adapter: es.verify_checkpoint(long),
+        lambda long, base, adapter: es.log_checkpoint(long),
+        lambda long, base, adapter: es.extract(base, long),
+        lambda long, base, adapter: es.load(long),
+    ],
+)
+def test_a_name_that_is_too_long_is_said(verb: Any, base: Path, tmp_path: Path) -> None:
+    adapter = trained(tiny("llama-tied"), [1])
+    before = listing(tmp_path)
+    with pytest.raises(EmbedSurgeryError):
+        verb(tmp_path / ("x" * 300), base, adapter)
+    assert listing(tmp_path) == before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ def command(base: Path, tuned: Path, output: Path | None, threshold: float, dry_
 
     if output is None and not dry_run:
         raise click.UsageError("missing option '-o' / '--output', which only --dry-run does without")
-    if output is not None and output.exists():
+    if output is not None and os.path.exists(output):
         raise OutputExistsError("the output exists already", where=output, hint="name a new directory, or remove it")
     with copying("reading") as progress:
         found = extract(base, tuned, threshold=threshold, progress=progress)

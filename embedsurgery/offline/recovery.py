@@ -46,8 +46,8 @@ def recover_checkpoint(directory: str | os.PathLike[str]) -> RecoveryReport:
     """
     folder = Path(directory)
     parent = folder.absolute().parent
-    removed = sweep(parent) if parent.is_dir() else []
-    if not folder.is_dir():
+    removed = sweep(parent) if os.path.isdir(parent) else []
+    if not os.path.isdir(folder):
         if not removed:
             raise CheckpointError("no such checkpoint directory, and nothing beside it that was to become one",
                                   where=folder)  # fmt: skip

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 from pathlib import Path
 
@@ -93,7 +94,7 @@ def make(folder: Path, size: Size, *, sparse: bool = False, text: int = 8) -> Pa
                 out.write(header)
                 out.truncate(len(header) + sum(map(prod, tensors.values())) * 2)
         else:
-            sources = {n: TensorSource("BF16", shape, _noise(prod(shape) * 2, n)) for n, shape in tensors.items()}
+            sources = {n: TensorSource("BF16", shape, _noise(prod(shape) * 2)) for n, shape in tensors.items()}
             write_file(folder / file, sources, {"format": "pt"})
     total = 2 * sum(map(prod, size.tensors().values()))
     _write(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
@@ -109,12 +110,17 @@ def write_tokenizer(path: Path, count: int, text: int) -> None:
     _write(path, {"version": "1.0", "added_tokens": [], "pre_tokenizer": {"type": "Whitespace"}, "model": model})
 
 
-def _noise(size: int, name: str) -> Iterator[bytes]:
+@cache
+def _block() -> bytes:
+    """Random numbers in bf16."""
+    values = np.random.default_rng(0).standard_normal(BLOCK // 2).astype(np.float32) * 0.02
+    return (values.view(np.uint32) >> 16).astype(np.uint16).tobytes()
+
+
+def _noise(size: int) -> Iterator[bytes]:
     """Bytes that are finite bf16 numbers: a block of random ones, again and again."""
-    values = np.random.default_rng(len(name)).standard_normal(BLOCK // 2).astype(np.float32)
-    block = (values.view(np.uint32) >> 16).astype(np.uint16).tobytes()
     for start in range(0, size, BLOCK):
-        yield block[: min(BLOCK, size - start)]
+        yield _block()[: min(BLOCK, size - start)]
 
 
 def _write(path: Path, body: object) -> None:
