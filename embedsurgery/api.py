@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 from embedsurgery import hub
 from embedsurgery.adapter import Adapter, read_adapter_files
 from embedsurgery.checkpoint import open_checkpoint
-from embedsurgery.combining import Conflict, parts, plan_parts, together
+from embedsurgery.combining import Conflict, plan_parts, together
 from embedsurgery.errors import AdapterError, AttachmentError, ConfigError, EmbedSurgeryWarning
 from embedsurgery.graph import EmbeddingGraph
 from embedsurgery.names import walk_names
+from embedsurgery.parts import parts
 from embedsurgery.plan import Undo
 from embedsurgery.records import check_written, written
 from embedsurgery.registry import registry

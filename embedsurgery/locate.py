@@ -47,6 +47,7 @@ def _locate(record: TableRecord, adapter: Adapter, store: Store) -> Table:
         table = named
     elif named is not None:
         table = _check_shape(here, adapter, named)
+        store.check_editable(table)
         raise BaseMismatchError(
             "the base's rows are not those that the adapter was made from",
             where=f"{store.name}: {named.name}, rows {shorten(list(record.evidence))}",

@@ -73,7 +73,8 @@ class RawArray:
         if dtype == self.dtype:
             return self
         if dtype == "F64":
-            wide = self.float32().astype(np.float64)
+            with np.errstate(invalid="ignore"):  # a signalling NaN becomes a quiet one
+                wide = self.float32().astype(np.float64)
             return RawArray("F64", self.shape, wide.tobytes())
         return RawArray(dtype, self.shape, round_float32(self.float32(), dtype).tobytes())
 

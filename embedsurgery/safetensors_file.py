@@ -11,25 +11,27 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import TypeGuard
+from typing import NamedTuple, TypeGuard
 
 from embedsurgery.errors import CheckpointError
+from embedsurgery.jsonguard import HEADER, refuse_bomb
 from embedsurgery.raw import ITEMSIZE, RawArray
 
-MAX_HEADER = 100_000_000
-"""Bytes; what the safetensors library accepts at most."""
+MAX_HEADER = HEADER.size
+"""Bytes. The safetensors library accepts 100 MB, of which it makes more than a gigabyte of objects."""
 
 _DIMENSIONS = 64
 _SEAL = 32
 _CHUNK = 8 << 20
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Entry:
     """Where a tensor lies: ``[begin, end)`` in bytes from the start of the *file*."""
 
@@ -97,9 +99,10 @@ def read_header(path: Path) -> Header:
 
 def parse_header(blob: bytes, total: int, path: Path) -> Header:
     """As `read_header`, from the JSON's bytes and the whole file's size."""
+    refuse_bomb(blob, HEADER, path)
     try:
         # the format pads with spaces; the library accepts any white space, as json does
-        table = json.loads(blob.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
+        table = json.loads(blob.decode("utf-8"), object_pairs_hook=_object, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise _broken(path, "the header is no valid JSON", "an object", str(error)) from error
     if not isinstance(table, dict):
@@ -124,9 +127,11 @@ def parse_header(blob: bytes, total: int, path: Path) -> Header:
 
 
 def _entry(name: str, value: object, size: int, path: Path) -> Entry:
-    if not isinstance(value, dict):
+    if isinstance(value, dict):
+        value = _Described(value.get("dtype"), value.get("shape"), value.get("data_offsets"))
+    if not isinstance(value, _Described):
         raise _broken(path, f"tensor {name!r} is no object", "an object", type(value).__name__)
-    dtype, shape, offsets = value.get("dtype"), value.get("shape"), value.get("data_offsets")
+    dtype, shape, offsets = value
     if not isinstance(dtype, str) or dtype not in ITEMSIZE:
         raise _broken(path, f"tensor {name!r} has an unknown dtype", "one of " + ", ".join(ITEMSIZE), dtype)
     if not _is_naturals(shape, _DIMENSIONS):
@@ -140,8 +145,26 @@ def _entry(name: str, value: object, size: int, path: Path) -> Entry:
     return Entry(name, dtype, tuple(shape), size + begin, size + end)
 
 
-def _is_naturals(value: object, most: int) -> TypeGuard[list[int]]:
-    return isinstance(value, list) and len(value) <= most and all(type(v) is int and 0 <= v < 2**63 for v in value)
+def _is_naturals(value: object, most: int) -> TypeGuard[Sequence[int]]:
+    if not isinstance(value, (list, tuple)) or len(value) > most:
+        return False
+    return all(type(v) is int and 0 <= v < 2**63 for v in value)
+
+
+class _Described(NamedTuple):
+    """What a header says of a tensor; a third of the memory that the object would take, of which there are many."""
+
+    dtype: object
+    shape: object
+    data_offsets: object
+
+
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object] | _Described:
+    table = _unique(pairs)
+    if table.keys() != {"dtype", "shape", "data_offsets"}:
+        return table
+    dtype, shape, offsets = (tuple(v) if isinstance(v, list) else v for v in map(table.__getitem__, _Described._fields))
+    return _Described(sys.intern(dtype) if isinstance(dtype, str) else dtype, shape, offsets)
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from embedsurgery.cli.render import json_option, print_json, print_table
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from embedsurgery.raw import RawArray
 
 
 @click.command("show")
@@ -38,6 +44,14 @@ def command(adapter: Path, model: Path | None, as_json: bool) -> None:
         print_table(f"{table['name']}{tied}{where}", columns, rows)
 
 
+def wide(rows: RawArray) -> npt.NDArray[np.float64]:
+    """Rows as fp64, to compute with."""
+    import numpy as np
+
+    with np.errstate(invalid="ignore"):  # a signalling NaN becomes a quiet one
+        return rows.float32().astype(np.float64)
+
+
 def show(adapter: Path, model: Path | None) -> dict[str, Any]:
     """What the verb shows, as JSON values.
 
@@ -57,7 +71,7 @@ def show(adapter: Path, model: Path | None) -> dict[str, Any]:
     located = locate(loaded, store) if store is not None else {}
     tables = []
     for record in manifest.tables:
-        values = loaded.raw[record.name].float32().astype(np.float64)
+        values = wide(loaded.raw[record.name])
         norms = np.linalg.norm(values, axis=1)
         rows = [
             {"row": i, "token": manifest.tokens.get(i), "norm": float(n)}
@@ -65,7 +79,7 @@ def show(adapter: Path, model: Path | None) -> dict[str, Any]:
         ]
         if store is not None:
             table = located[record.name]
-            base = rows_of(store, table, record.indices).float32().astype(np.float64)
+            base = wide(rows_of(store, table, record.indices))
             lengths = np.linalg.norm(base, axis=1)
             cosines = (values * base).sum(axis=1) / np.maximum(norms * lengths, 1e-30)
             for row, length, cosine in zip(rows, lengths, cosines, strict=True):

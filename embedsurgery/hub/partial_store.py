@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from embedsurgery.checkpoint import Checkpoint, open_checkpoint
-from embedsurgery.combining import Conflict, parts, plan_parts
+from embedsurgery.combining import Conflict, plan_parts
 from embedsurgery.errors import CheckpointError, PlanError
 from embedsurgery.graph import Table
 from embedsurgery.offline.merging import named_adapter, part_facts
+from embedsurgery.parts import parts
 from embedsurgery.plan import Grow, SetRows
 from embedsurgery.records import next_record
 from embedsurgery.registry import registry

@@ -16,13 +16,14 @@ from typing import Any
 from embedsurgery import hub
 from embedsurgery.adapter import Adapter
 from embedsurgery.api import load
-from embedsurgery.combining import Conflict, Part, parts, plan_parts
+from embedsurgery.combining import Conflict, plan_parts
 from embedsurgery.errors import BaseMismatchError, ConfigError, EmbedSurgeryWarning
 from embedsurgery.hashes import file_hashes
 from embedsurgery.new_tokens import Init, plan_tokens
 from embedsurgery.offline.jobs import Job
 from embedsurgery.offline.report import MergeReport, Progress
 from embedsurgery.offline.writing import Place, write
+from embedsurgery.parts import Part, parts
 from embedsurgery.plan import Undo
 from embedsurgery.records import adapter_sha256, facts, facts_of, record_paths, tokens_facts
 from embedsurgery.registry import registry

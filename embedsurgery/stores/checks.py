@@ -21,6 +21,10 @@ _NO_DATA = re.compile(
 """Names of files that hold weights or can run: no plan has a reason to change them as it does a small file."""
 
 
+_LONGEST = 200
+"""Characters of such a file's path; file systems take 255 bytes."""
+
+
 def check(plan: Plan, store: Store) -> None:
     """All that `apply` checks beforehand; changes nothing."""
     check_edits(expanded(plan, store), store)
@@ -180,7 +184,9 @@ def _check_parts(found: Mapping[str, RawArray], expected: Mapping[str, tuple[int
 def _check_path(path: str, store: Store) -> None:
     """Refuse a `PatchFile` of anything but data beside the weights: plans come with checkpoints that others made."""
     parts = path.split("/")
-    plain = all(part and not part.startswith(".") and part.isprintable() and "\\" not in part for part in parts)
+    plain = len(path) < _LONGEST and all(
+        part and not part.startswith(".") and part.isprintable() and "\\" not in part for part in parts
+    )
     if not plain or _NO_DATA.fullmatch(parts[-1].lower()):
         raise PlanError("a plan that would change more than a small data file in the checkpoint", where=store.name,
                         expected="a path inside it, of no weights and nothing that runs", found=repr(path)[:120],
