@@ -1,0 +1,3 @@
+"""The kit pushes to the loopback Hub here."""
+
+from tests.plugins.hub import embedsurgery_hub as embedsurgery_hub
