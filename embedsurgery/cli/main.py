@@ -65,13 +65,31 @@ class _Verbs(click.Group):
 
 def _brought() -> Mapping[str, CommandRecord]:
     """The verbs that plugins bring. Without any plugin installed nothing is imported to find that out."""
-    from importlib.metadata import entry_points
-
-    if not entry_points(group="embedsurgery"):
+    if not any(map(_has_plugins, dict.fromkeys(sys.path))):
         return {}
     from embedsurgery.registry import registry
 
     return {name: record for name, record in registry().commands.items() if name not in VERBS}
+
+
+def _has_plugins(folder: str) -> bool:
+    """Whether a package in a folder of the path may name our group of entry points.
+
+    importlib.metadata would know for sure, and takes as long to ask as all else that a list of verbs takes.
+    """
+    try:
+        with os.scandir(folder or ".") as entries:
+            found = [entry.path for entry in entries if entry.name.endswith((".dist-info", ".egg-info"))]
+    except OSError:
+        return os.path.isfile(folder)  # a zip file of packages
+    for path in found:
+        try:
+            with open(os.path.join(path, "entry_points.txt"), "rb") as file:
+                if b"[embedsurgery]" in file.read():
+                    return True
+        except OSError:  # most have none
+            continue
+    return False
 
 
 def _loaded(record: CommandRecord) -> click.Command:

@@ -168,7 +168,7 @@ def test_a_tied_model_around_an_unknown_module() -> None:
         attachment.unmerge()
         more = nn.ModuleDict({"model": model, "other": Strange()})
         with pytest.raises(AttachmentError, match="part of the model"):
-            es.attach(more, es.TrainableTokensConfig([3], ["other"]), name="more")
+            es.attach(more, es.TrainableTokensConfig([5], ["strange"]), name="more")
 
 
 @pytest.mark.parametrize("answer", [

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 import embedsurgery as es
 from embedsurgery.cli.main import cli
 from embedsurgery.errors import AdapterError, BaseMismatchError, ConfigError, EmbedSurgeryWarning
-from embedsurgery.plan import SetBlocks
+from embedsurgery.plan import BLOCK_BYTES, SetBlocks
 from embedsurgery.raw import RawArray
 from embedsurgery.stores.shards import ShardStore
 from embedsurgery.stores.tensors import module_store
@@ -129,30 +129,35 @@ def test_on_disk_in_bounded_memory(kind: str, tmp_path: Path, monkeypatch: pytes
 
 
 MEASURE = """
-import resource, sys
+import sys
 from pathlib import Path
 import embedsurgery as es
 import embedsurgery_lora as plugin
 from embedsurgery.registry import installed
+
+def kilobytes(what):
+    return int(Path("/proc/self/status").read_text().partition(f"{what}:")[2].split()[0])
+
 base, adapter, out, again = map(Path, sys.argv[1:])
 with installed(plugin):
     adapter = es.load(adapter)
     es.walk(base)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = kilobytes("VmRSS")
     es.merge_checkpoint(base, adapter, out)
     es.unmerge_checkpoint(out, again)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, "torch" in sys.modules)
+    print(kilobytes("VmHWM") - before, "torch" in sys.modules)
 """
 
 
 def test_a_large_table_in_bounded_memory(tmp_path: Path) -> None:
-    """Merged and unmerged on disk without torch, in a fifth of the table's bytes."""
-    rows, width = 200_000, 256
+    """Merged and unmerged on disk without torch, in a few blocks' bytes."""
+    rows, width = 100_000, 256
     base = tmp_path / "base"
     base.mkdir()
     table = torch.arange(rows * width, dtype=torch.float32).reshape(rows, width) % 1000
     save_file({"model.embed_tokens.weight": table}, base / "model.safetensors", {"format": "pt"})
-    (base / "config.json").write_text('{"architectures": ["LlamaModel"], "vocab_size": 200000}')
+    (base / "config.json").write_text('{"architectures": ["LlamaModel"], "vocab_size": 100000}')
     adapter = plugin.Lora().start(LoraTablesConfig(r=2), ShardStore.open(base), Base())
     ones = RawArray.of(np.ones((rows, 2), np.float32))
     adapter = replace(adapter, raw={**adapter.raw, "model.embed_tokens.weight.left": ones})
@@ -164,7 +169,7 @@ def test_a_large_table_in_bounded_memory(tmp_path: Path) -> None:
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     kilobytes, torch_there = run.stdout.split()
-    assert int(kilobytes) * 1024 < rows * width * 4 / 5
+    assert int(kilobytes) * 1024 < 6 * BLOCK_BYTES < rows * width * 4 / 2
     assert torch_there == "False"
     merged = load_file(tmp_path / "out" / "model.safetensors")["model.embed_tokens.weight"]
     change = 8 / 2 * adapter.tensors["model.embed_tokens.weight"].sum(0)
@@ -230,14 +235,12 @@ def test_what_is_no_table_or_no_plain_lora_is_refused(tmp_path: Path) -> None:
     assert base is not None
 
 
-@pytest.mark.parametrize("kind", ["llama", "t5"])
-def test_attached_is_pefts_forward(kind: str, tmp_path: Path) -> None:
-    """On untied tables, where PEFT's forward is that of its merge; and so are the gradients."""
-    base, wrapped = by_peft(kind, tmp_path / "adapter")
-    ids = torch.arange(ROWS).reshape(2, -1)
-    given = {"input_ids": ids, **({"decoder_input_ids": ids} if kind == "t5" else {})}
+def test_attached_is_pefts_forward(tmp_path: Path) -> None:
+    """On untied tables, where PEFT's forward is that of its merge; gradients too, but of the padding row, 0."""
+    base, wrapped = by_peft("llama", tmp_path / "adapter")
+    ids = torch.arange(2, ROWS).reshape(2, -1)
     attachment = es.attach(base, es.load(tmp_path / "adapter"))
-    ours, theirs = base(**given).logits, wrapped(**given).logits
+    ours, theirs = base(input_ids=ids).logits, wrapped(input_ids=ids).logits
     torch.testing.assert_close(ours, theirs)
     ours.square().sum().backward()
     theirs.square().sum().backward()
