@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Mapping
 from difflib import get_close_matches
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 import click
@@ -81,7 +82,7 @@ def _has_plugins(folder: str) -> bool:
         with os.scandir(folder or ".") as entries:
             found = [entry.path for entry in entries if entry.name.endswith((".dist-info", ".egg-info"))]
     except OSError:
-        return os.path.isfile(folder)  # a zip file of packages
+        return Path(folder).is_file()  # a zip file of packages
     for path in found:
         try:
             with open(os.path.join(path, "entry_points.txt"), "rb") as file:
