@@ -134,11 +134,10 @@ def whole_replacements(
     Raises:
         AttachmentError: They are not for the same tables, in the same way.
     """
-    parts: list[list[tuple[object, ...]]] = []
-    for overrides, raw in ((ours, live.raw), (theirs, adapter.raw)):
-        parts.append([(o.table, raw[o.tensor].shape, o.indices, getattr(o, "change", None)) for o in overrides])
+    parts = [[(o.table, raw[o.tensor].shape, o.indices, getattr(o, "change", None)) for o in overrides]
+             for overrides, raw in ((ours, live.raw), (theirs, adapter.raw))]  # fmt: skip
     if parts[0] != parts[1]:
-        expected, found = (", ".join(f"{table} {list(shape)}" for table, shape, *_ in part) for part in parts)
+        expected, found = (", ".join(f"{table} {list(shape)}" for table, shape, _, _ in part) for part in parts)
         raise AttachmentError("the adapter is for other tables, or changes them otherwise", where=name,
                               expected=expected, found=found)  # fmt: skip
     return [from_raw(adapter.raw[override.tensor]) for override in theirs]
