@@ -212,6 +212,24 @@ def test_as_a_command(checkpoint: Path, texts: Path, tmp_path: Path) -> None:
     assert contents(checkpoint) == before
 
 
+@pytest.mark.parametrize(("given", "asked"), [
+    ("team/base", {"pretrained_model_name_or_path": "team/base", "revision": "main"}),
+    ("team/base@v1", {"pretrained_model_name_or_path": "team/base", "revision": "v1"}),
+    ("./nowhere", {"pretrained_model_name_or_path": Path("./nowhere")}),
+])  # fmt: skip
+def test_a_model_is_a_directory_or_an_id(given: str, asked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers as tr
+    from embedsurgery_distill.loading import load
+
+    def refuse(**source: Any) -> None:
+        assert source == asked
+        raise OSError("not there\nin many lines")
+
+    monkeypatch.setattr(tr.AutoConfig, "from_pretrained", refuse)
+    with pytest.raises(CheckpointError, match=r"not there$"):
+        load(Path(given) if given.startswith(".") else given)
+
+
 def test_nothing_heavy_is_imported_with_the_plugin() -> None:
     code = "import sys, embedsurgery_distill; sys.exit({'torch', 'transformers', 'click'} & set(sys.modules) != set())"
     folder = str(Path(embedsurgery_distill.__file__).parents[1])
