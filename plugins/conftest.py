@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from tests.plugins.hub import embedsurgery_hub as embedsurgery_hub
+from tests.plugins.hub import hub as hub
 
 for _folder in sorted(Path(__file__).resolve().parent.glob("embedsurgery-*")):
     if find_spec(_folder.name.replace("-", "_")) is None:

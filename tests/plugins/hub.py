@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests.hub.conftest import hub as hub
 from tests.hub.conftest import point
-from tests.hub.loopback import Hub
 
 
 @pytest.fixture
-def embedsurgery_hub(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def embedsurgery_hub(hub: Any, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> str:
     """A repository that the kit may push to."""
-    home: Path = tmp_path_factory.mktemp("hf-home")
-    with Hub().running() as hub:
-        point(monkeypatch, hub.url, home)
-        yield "team/kit"
+    point(monkeypatch, hub.url, tmp_path_factory.mktemp("hf-home"))
+    return "team/kit"
