@@ -21,8 +21,10 @@ _PUBLIC = {
     "merge": "api",
     "unmerge": "api",
     "merge_checkpoint": "offline",
+    "recover_checkpoint": "offline",
     "unmerge_checkpoint": "offline",
     "verify_checkpoint": "verify",
+    "log_checkpoint": "log",
     "Adapter": "adapter",
     "Manifest": "adapter",
     "TrainableTokensConfig": "surgeries.trainable_tokens_config",
@@ -46,7 +48,13 @@ if TYPE_CHECKING:
     from embedsurgery.hookspecs import hookimpl
     from embedsurgery.hub import pull, push
     from embedsurgery.live import add_tokens, attach, attached
-    from embedsurgery.offline import add_tokens_checkpoint, merge_checkpoint, unmerge_checkpoint
+    from embedsurgery.log import log_checkpoint
+    from embedsurgery.offline import (
+        add_tokens_checkpoint,
+        merge_checkpoint,
+        recover_checkpoint,
+        unmerge_checkpoint,
+    )
     from embedsurgery.surgeries.trainable_tokens_config import TrainableTokensConfig
     from embedsurgery.verify import verify_checkpoint
 
@@ -67,10 +75,12 @@ __all__ = [
     "extract",
     "hookimpl",
     "load",
+    "log_checkpoint",
     "merge",
     "merge_checkpoint",
     "pull",
     "push",
+    "recover_checkpoint",
     "unmerge",
     "unmerge_checkpoint",
     "verify_checkpoint",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,16 +15,15 @@ from typing import TYPE_CHECKING, Any
 from embedsurgery import hub
 from embedsurgery.adapter import Adapter, read_adapter_files
 from embedsurgery.checkpoint import open_checkpoint
+from embedsurgery.combining import Conflict, parts, plan_parts, together
 from embedsurgery.errors import AdapterError, AttachmentError, ConfigError, EmbedSurgeryWarning
 from embedsurgery.graph import EmbeddingGraph
 from embedsurgery.names import walk_names
 from embedsurgery.plan import Undo
-from embedsurgery.planning import plan_adapter
 from embedsurgery.records import check_written, written
 from embedsurgery.registry import registry
 from embedsurgery.stores.base import Store, apply, check
 from embedsurgery.surgeries.base import Tokenizer
-from embedsurgery.vocabulary import State
 
 if TYPE_CHECKING:
     import torch
@@ -93,13 +92,23 @@ def _read(directory: str | os.PathLike[str]) -> Adapter:
     return surgery.from_files(files, Adapter(manifest, {}, surgery))
 
 
-def merge(target: Target, adapter: Adapter, tokenizer: Tokenizer | None = None) -> Undo:
-    """Bake an adapter into a model or state dict, in place; each row is rounded once to the table's dtype.
+def merge(
+    target: Target,
+    adapter: Adapter | tuple[Adapter, float] | Sequence[Adapter | tuple[Adapter, float]],
+    tokenizer: Tokenizer | None = None,
+    *,
+    on_conflict: Conflict | None = None,
+    allow_nan: bool = False,
+) -> Undo:
+    """Bake adapters into a model or state dict, in place; each row is rounded once to the table's dtype.
 
     Args:
         target: An ``nn.Module`` without an attachment, or a state dict.
-        adapter: What to bake in.
-        tokenizer: Gets the tokens that the adapter brings, if any.
+        adapter: What to bake in: one or several, each alone or in a pair with a weight, as `merge_checkpoint` takes
+            them. Several are one merge, with one undo.
+        tokenizer: Gets the tokens that the adapters bring, if any.
+        on_conflict: What becomes of rows that several set: "last" or "average", as for `merge_checkpoint`.
+        allow_nan: Merge rows with NaN or infinity, which are refused otherwise.
 
     Returns:
         The undo, for `unmerge`.
@@ -107,18 +116,25 @@ def merge(target: Target, adapter: Adapter, tokenizer: Tokenizer | None = None) 
     Raises:
         BaseMismatchError: The target's rows are not those the adapter was made from.
         TableError: The table is not found.
+        PlanError: Two adapters set the same rows, or rows hold NaN or infinity.
         UnsupportedError: A table whose rows cannot be set.
         AttachmentError: The model has an attachment, which merges by itself.
     """
     refuse_attached(target, "merge")
+    asked = parts(adapter, _loaded)
+    store = store_of(target, tokenizer)
+    texts = texts_of([part.adapter for part in asked], tokenizer)
+    plans = plan_parts(asked, lambda name: registry().named(name).surgery, store, texts, on_conflict=on_conflict,
+                       allow_nan=allow_nan)  # fmt: skip
+    undo = apply(plans[0] if len(plans) == 1 else together(plans), store)
+    return MergeUndo(undo.edits, {"written": written(undo, store)}, tokenizer)
+
+
+def _loaded(adapter: object) -> tuple[Adapter, str]:
     if not isinstance(adapter, Adapter):
         raise ConfigError("not an adapter", expected="an Adapter", found=type(adapter).__name__,
                           hint="embedsurgery.load(directory) or attachment.adapter() gives one")  # fmt: skip
-    store = store_of(target, tokenizer)
-    surgery = registry().named(adapter.manifest.surgery).surgery
-    plan = plan_adapter(adapter, surgery, store, State.of(store.graph, texts_of(adapter, tokenizer)))
-    undo = apply(plan, store)
-    return MergeUndo(undo.edits, {"written": written(undo, store)}, tokenizer)
+    return adapter, adapter.source or "adapter"
 
 
 def unmerge(target: Target, undo: Undo, tokenizer: Tokenizer | None = None) -> None:
@@ -150,14 +166,15 @@ class MergeUndo(Undo):
     tokenizer: Any = field(default=None, repr=False, compare=False)
 
 
-def texts_of(adapter: Adapter, tokenizer: Any) -> Mapping[int, str] | None:
+def texts_of(adapters: Sequence[Adapter], tokenizer: Any) -> Mapping[int, str] | None:
     """Id -> text of a tokenizer's tokens; without one, a word to whom an adapter brings new tokens."""
     from embedsurgery.live_tokenizer import texts
 
     if tokenizer is not None:
         return texts(tokenizer)
-    if adapter.manifest.new_tokens is not None:
-        named = ", ".join(repr(t.content) for t in adapter.manifest.new_tokens.tokens[:4])
+    new = [token for a in adapters if a.manifest.new_tokens is not None for token in a.manifest.new_tokens.tokens]
+    if new:
+        named = ", ".join(repr(token.content) for token in new[:4])
         warnings.warn(f"the adapter brings new tokens ({named}): give tokenizer=, or it does not know them",
                       EmbedSurgeryWarning, stacklevel=4)  # fmt: skip
     return None

@@ -5,6 +5,7 @@ What the names mean is ``names.py``'s; rows are read and written by ``stores/sha
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,14 +13,16 @@ from typing import Any
 
 from embedsurgery.errors import CheckpointError
 from embedsurgery.jsonfile import read_json
+from embedsurgery.jsonguard import CONFIG as BOUNDS_OF_CONFIG
+from embedsurgery.jsonguard import INDEX as BOUNDS_OF_INDEX
+from embedsurgery.locking import STATE_DIRECTORY as STATE_DIRECTORY
+from embedsurgery.locking import refuse_linked_state, refuse_unfinished
 from embedsurgery.names import Stored
 from embedsurgery.safetensors_file import Entry, Header, read_header
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
-STATE_DIRECTORY = ".embedsurgery"
-"""What we keep beside a checkpoint: engines glob ``*.safetensors`` at the top level and would load a stray file."""
 
 
 @dataclass(frozen=True)
@@ -56,22 +59,30 @@ class Checkpoint:
         ]
 
 
-def open_checkpoint(directory: Path) -> Checkpoint:
+def open_checkpoint(directory: Path, *, unfinished: bool = False) -> Checkpoint:
     """Read a directory's headers, index and config.
+
+    Args:
+        directory: Where.
+        unfinished: Whether it is the caller who is changing it in place.
 
     Raises:
         CheckpointError: It is no directory, holds no safetensors weights, or its files contradict each other.
+        UnfinishedError: A change of it in place was interrupted, or is under way.
     """
-    if not directory.is_dir():
+    if not os.path.isdir(directory):
         what = (
             "a file, where a checkpoint directory was expected"
-            if directory.exists()
+            if os.path.exists(directory)
             else "no such checkpoint directory"
         )
         raise CheckpointError(what, where=directory,
                               hint="give the directory that the model was downloaded or saved to")  # fmt: skip
+    if not unfinished:
+        refuse_linked_state(directory)
+        refuse_unfinished(directory)
     single, index = directory / SINGLE, directory / INDEX
-    config = read_json(directory / CONFIG) if (directory / CONFIG).exists() else None
+    config = read_json(directory / CONFIG, BOUNDS_OF_CONFIG) if (directory / CONFIG).exists() else None
     if single.exists() and index.exists():
         raise CheckpointError(
             "two sets of weights", where=directory, found=f"{SINGLE} beside {INDEX}",
@@ -84,6 +95,7 @@ def open_checkpoint(directory: Path) -> Checkpoint:
             if name not in headers[file].entries:
                 raise CheckpointError("the index names a tensor that its shard does not hold", where=index,
                                       expected=f"{name} in {file}", hint="download the checkpoint again")  # fmt: skip
+        _refuse_twice(headers, location, index)
         return Checkpoint(directory, headers, location, config, indexed=True)
     file = SINGLE if single.exists() else _only_file(directory)
     header = read_header(directory / file)
@@ -91,7 +103,7 @@ def open_checkpoint(directory: Path) -> Checkpoint:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    body = read_json(index).get("weight_map")
+    body = read_json(index, BOUNDS_OF_INDEX).get("weight_map")
     if not isinstance(body, dict) or not body or not all(isinstance(v, str) for v in body.values()):
         raise CheckpointError("the index has no weight_map of file names", where=index)
     for file in dict.fromkeys(body.values()):
@@ -99,6 +111,18 @@ def _weight_map(index: Path) -> dict[str, str]:
             raise CheckpointError("the index names a file outside its directory, or no safetensors file", where=index,
                                   expected="a plain file name", found=repr(file)[:120])  # fmt: skip
     return body
+
+
+def _refuse_twice(headers: Mapping[str, Header], location: Mapping[str, str], index: Path) -> None:
+    """A tensor in two shards: loaders differ in which they take, so a merge into one would be seen by some alone."""
+    holders: dict[str, str] = {}
+    for file, header in headers.items():
+        for name in header.entries:
+            other = holders.setdefault(name, file)
+            if other != file:
+                raise CheckpointError("a tensor lies in two shards", where=index, expected=f"{name} in "
+                                      f"{location.get(name, 'one of them')} alone", found=f"in {other} and {file}",
+                                      hint="download the checkpoint again")  # fmt: skip
 
 
 def is_plain_name(name: str) -> bool:

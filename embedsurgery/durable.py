@@ -1,61 +1,188 @@
-"""Directories that appear whole or not at all, and copies that the kernel makes.
+"""Directories that appear whole or not at all, and what makes files and names last: fsync, in the right order.
 
-Build in a sibling of the target, fsync every file and directory, rename, fsync the parent.
+A new directory is built inside a hidden one beside it, every file and directory is fsynced, it is renamed, and the
+parent is fsynced. The hidden one is locked while its maker lives and says whose it is, so that the next run can tell
+what a killed one left, and remove it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
+import json
 import os
-import shutil
+import re
+import signal
 import stat
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import threading
+import time
+import warnings
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
-from embedsurgery.errors import CheckpointError, ConfigError, OutputExistsError
+from embedsurgery.copying import copy_file, remove_tree
+from embedsurgery.errors import CheckpointError, ConfigError, EmbedSurgeryWarning, OutputExistsError
+from embedsurgery.locking import STATE_DIRECTORY
 
-Progress = Callable[[int], None]
-"""Called with the number of bytes just copied."""
+_STAGING = re.compile(re.escape(STATE_DIRECTORY) + r"-[a-z0-9_]{8}")
+"""Names of the hidden directories that new ones are built in."""
 
-_FICLONE = 0x40049409
-_CHUNK = 64 << 20
-SKIPPED = (".git",)
-"""Directories that are no part of a checkpoint and are not copied."""
+_OWNER = "owner.json"
+_TREE = "tree"
+_NO_SYNC = (errno.EINVAL, errno.EROFS, errno.ENOTSUP, errno.EBADF)
+"""What ``fsync`` says of a directory on file systems that do not sync directories."""
 
 
 @contextmanager
 def staged_directory(output: Path) -> Iterator[Path]:
-    """A new directory beside ``output``, which becomes it when the block ends well and vanishes when it does not.
+    """A new directory, which becomes ``output`` when the block ends well and vanishes when it does not.
+
+    It lies in a hidden directory beside ``output``, where the block may put what is to vanish in either case. What
+    killed runs left in hidden directories there is removed first, with a warning that says so.
 
     Raises:
         OutputExistsError: ``output`` is there already; nothing is ever written over.
+        CheckpointError: Nothing can be written there, or nothing of that name.
     """
     refuse_existing(output)
     parent = output.absolute().parent
-    missing = [folder for folder in (parent, *parent.parents) if not folder.exists()]
+    missing = [folder for folder in (parent, *parent.parents) if not os.path.lexists(folder)]
+    made: list[tuple[Path, int]] = []
+    try:
+        with uninterrupted():
+            made.append(_begin(output, parent))
+        staging = made[0][0] / _TREE
+        yield staging
+        sync_tree(staging)
+        with uninterrupted():
+            refuse_existing(output)
+            _rename_new(staging, output)
+            sync_path(parent)
+            _end(made)
+    except BaseException:
+        with uninterrupted():
+            _end(made)
+            for folder in missing:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+        raise
+
+
+def _begin(output: Path, parent: Path) -> tuple[Path, int]:
+    """A hidden directory with an empty one in it, and its lock."""
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.embedsurgery-", dir=parent))
+        _refuse_long(output, parent)
+        left = sweep(parent)
+        if left:
+            warnings.warn(f"removed what interrupted runs left in {parent}: {', '.join(left)}", EmbedSurgeryWarning,
+                          stacklevel=5)  # fmt: skip
+        hidden, lock = _make_hidden(parent)
+        try:
+            _write_owner(hidden, output.name)
+            (hidden / _TREE).mkdir()
+        except BaseException:
+            _end([(hidden, lock)])
+            raise
     except OSError as error:
         found = "a file" if parent.is_file() else error.strerror
         raise CheckpointError("cannot write beside the output", where=parent, found=found,
                               expected="a directory that can be written") from error  # fmt: skip
+    return hidden, lock
+
+
+def _end(made: list[tuple[Path, int]]) -> None:
+    """Remove hidden directories of this process, and forget them."""
+    while made:
+        hidden, lock = made.pop()
+        with contextlib.suppress(OSError):
+            remove_tree(hidden)
+        os.close(lock)
+
+
+def _make_hidden(parent: Path) -> tuple[Path, int]:
+    """A new hidden directory and its lock. Between the two it looks like one that was left, and may be removed."""
+    while True:
+        path = Path(tempfile.mkdtemp(prefix=f"{STATE_DIRECTORY}-", dir=parent))
+        try:
+            lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            continue
+        with contextlib.suppress(OSError):  # a file system without locks: then nobody else can take it either
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.exists(path):
+            return path, lock
+        os.close(lock)
+
+
+def _write_owner(hidden: Path, name: str) -> None:
+    body = {"embedsurgery": "staging", "output": name, "pid": os.getpid(), "time": time.time()}
+    with open(hidden / _OWNER, "xb") as file:
+        file.write(json.dumps(body).encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sweep(parent: Path) -> list[str]:
+    """Remove the hidden directories that killed runs left in a directory: ours by name and content, held by nobody.
+
+    Returns:
+        What they were to become.
+    """
+    removed = []
+    for name in sorted(os.listdir(parent)):
+        path = parent / name
+        if not _STAGING.fullmatch(name) or path.is_symlink() or not path.is_dir():
+            continue
+        try:
+            if path.stat().st_uid != os.geteuid():
+                continue
+            lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError:
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            output = _was_for(path)
+            if output is not None:
+                remove_tree(path)
+                removed.append(output)
+        except OSError:  # somebody holds it, or it cannot be known
+            continue
+        finally:
+            os.close(lock)
+    return removed
+
+
+def _was_for(hidden: Path) -> str | None:
+    """What a hidden directory was to become; None for one that is not ours."""
+    if set(os.listdir(hidden)) <= {_OWNER}:
+        return "nothing yet"  # killed before it began, and perhaps in the middle of saying whose it is
     try:
-        os.chmod(staging, 0o777 & ~_umask())
-        yield staging
-        sync_tree(staging)
-        refuse_existing(output)
+        body = json.loads((hidden / _OWNER).read_bytes()[:4096])
+        return str(body["output"]) if body["embedsurgery"] == "staging" else None
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def _rename_new(staging: Path, output: Path) -> None:
+    try:
         staging.rename(output)
-        sync_path(parent)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        for folder in missing:
-            with contextlib.suppress(OSError):
-                folder.rmdir()
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+            raise
+        refuse_existing(output)
         raise
+
+
+def _refuse_long(output: Path, parent: Path) -> None:
+    most = os.pathconf(parent, "PC_NAME_MAX")
+    if len(os.fsencode(output.name)) > most:
+        raise CheckpointError("the output's name is too long for its file system", where=f"{output.name[:40]}...",
+                              expected=f"{most} bytes at most", found=len(os.fsencode(output.name)))  # fmt: skip
 
 
 def refuse_existing(output: Path) -> None:
@@ -73,22 +200,23 @@ def refuse_inside(output: Path, source: Path) -> None:
                           hint="name a directory beside it")  # fmt: skip
 
 
-def replace_files(staged: Mapping[Path, Path]) -> None:
+def replace_files(staged: Mapping[Path, Path], *, keep: bool = True) -> None:
     """Put new files in the places of others: all, or none where one cannot be put. The files are fsynced already.
 
     Args:
-        staged: Target, which may be there already -> the file that becomes it, beside it.
+        staged: Target, which may be there already -> the file that becomes it, on the same file system.
+        keep: Keep the old ones until all is done. Otherwise it is the caller who can put them back.
     """
     kept: dict[Path, Path] = {}
     done: list[Path] = []
     try:
         for target, new in staged.items():
-            if target.exists():
-                kept[target] = _second_name(target)
+            if keep and target.exists():
+                kept[target] = _second_name(target, new)
             os.replace(new, target)
             done.append(target)
     except BaseException:
-        for target in done:
+        for target in done if keep else ():
             if target in kept:
                 os.replace(kept.pop(target), target)
             else:
@@ -101,145 +229,36 @@ def replace_files(staged: Mapping[Path, Path]) -> None:
         sync_path(parent)
 
 
-def _second_name(path: Path) -> Path:
-    """A file under another name beside it: a link, or a copy where the file system has none."""
-    backup = path.with_name(f".{path.name}.{os.getpid()}.before")
+def _second_name(path: Path, new: Path) -> Path:
+    """A file under another name, beside the one that replaces it: a link, or a copy where there are none."""
+    backup = new.with_name(f"{new.name}.before")
     backup.unlink(missing_ok=True)
-    try:
-        os.link(path, backup)
-    except OSError:
-        copy_file(path, backup)
+    second_name(path, backup)
     return backup
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def tree_files(directory: Path) -> list[tuple[str, int]]:
-    """(relative path, size) of every file below a directory, links to files and directories followed.
-
-    Raises:
-        CheckpointError: Something that is neither file nor directory, or a link that leads nowhere or in a circle.
-    """
-    found: list[tuple[str, int]] = []
-    queue: list[tuple[str, frozenset[str]]] = [("", frozenset({os.path.realpath(directory)}))]
-    while queue:
-        prefix, above = queue.pop()
-        for entry in sorted(os.scandir(directory / prefix), key=lambda e: e.name):
-            path = f"{prefix}{entry.name}"
-            try:
-                status = entry.stat()
-            except OSError as error:
-                raise CheckpointError("a link that leads nowhere", where=entry.path) from error
-            if stat.S_ISDIR(status.st_mode):
-                real = os.path.realpath(entry.path)
-                if real in above:
-                    raise CheckpointError("a link that leads in a circle", where=entry.path)
-                if entry.name not in SKIPPED:
-                    queue.append((f"{path}/", above | {real}))
-            elif stat.S_ISREG(status.st_mode):
-                found.append((path, status.st_size))
-            else:
-                raise CheckpointError("neither a file nor a directory", where=entry.path, hint="remove it first")
-    return sorted(found)
-
-
-def copy_tree(source: Path, target: Path, files: list[tuple[str, int]], progress: Progress | None = None) -> None:
-    """Copy files below one directory into another; modes, and the times of files, included."""
-    for path, _ in files:
-        (target / path).parent.mkdir(parents=True, exist_ok=True)
-        copy_file(source / path, target / path, progress)
-    for folder in {parent for path, _ in files for parent in Path(path).parents} - {Path()}:
-        shutil.copymode(source / folder, target / folder)
-
-
-def link_file(source: Path, target: Path) -> bool:
-    """Give a file a second name, where the file system can and its owner may write it; says whether it did."""
-    if source.is_symlink() or not source.stat().st_mode & stat.S_IWUSR:
-        return False
+def second_name(path: Path, name: Path) -> None:
+    """Give a file another name on its file system: a link, or a copy where the file system has none."""
     try:
-        os.link(source, target)
-    except OSError:  # another file system, or one without links
-        return False
-    return True
-
-
-def copy_file(source: Path, target: Path, progress: Progress | None = None) -> None:
-    """Copy a file by the kernel: a shared extent where the file system has it, else a copy within it; fsynced."""
-    with open(source, "rb") as a, open(target, "xb") as b:
-        size = os.fstat(a.fileno()).st_size
-        if not _clone(a.fileno(), b.fileno()):
-            _copy_range(a.fileno(), b.fileno(), size, progress)
-        elif progress is not None:
-            progress(size)
-        if os.fstat(b.fileno()).st_size != size:
-            raise CheckpointError("a file changed while it was copied", where=source, expected=f"{size} bytes",
-                                  found=f"{os.fstat(b.fileno()).st_size} bytes")  # fmt: skip
-        os.fsync(b.fileno())
-    shutil.copystat(source, target)
-
-
-@contextmanager
-def writable(directory: Path, files: Iterable[str]) -> Iterator[None]:
-    """Inside, these files can be written by their owner; afterwards they have the modes they had."""
-    modes = {directory / file: stat.S_IMODE((directory / file).stat().st_mode) for file in files}
-    for path, mode in modes.items():
-        path.chmod(mode | stat.S_IWUSR)
-    yield
-    for path, mode in modes.items():
-        path.chmod(mode)
-
-
-def _clone(source: int, target: int) -> bool:
-    try:
-        fcntl.ioctl(target, _FICLONE, source)
-    except OSError:
-        return False
-    return True
-
-
-def _copy_range(source: int, target: int, size: int, progress: Progress | None) -> None:
-    done = 0
-    while done < size:
-        count = _copy_some(source, target, min(_CHUNK, size - done))
-        if count == 0:
-            return
-        done += count
-        if progress is not None:
-            progress(count)
-
-
-def copy_range(source: int, target: int, begin: int, end: int) -> None:
-    """Append bytes ``begin`` to ``end`` of one open file to another, by the kernel.
-
-    Raises:
-        CheckpointError: The source ends before.
-    """
-    os.lseek(source, begin, os.SEEK_SET)
-    while begin < end:
-        count = _copy_some(source, target, min(_CHUNK, end - begin))
-        if count == 0:
-            raise CheckpointError("a file became shorter while it was copied", expected=f"{end} bytes",
-                                  found=f"{begin} bytes", hint="is something else writing it?")  # fmt: skip
-        begin += count
-
-
-def _copy_some(source: int, target: int, size: int) -> int:
-    try:
-        return os.copy_file_range(source, target, size)
-    except OSError:  # across file systems on old kernels, or a file system without it
-        return os.sendfile(target, source, None, size)
+        os.link(path, name)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EROFS, errno.EEXIST):
+            raise
+        copy_file(path, name)
 
 
 def sync_path(path: Path) -> None:
-    """Fsync a file or directory."""
+    """Fsync a file or directory.
+
+    Raises:
+        OSError: The disk could not write it. A directory on a file system that syncs none is passed over.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):  # some file systems do not sync directories
-            os.fsync(descriptor)
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_SYNC or not stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise
     finally:
         os.close(descriptor)
 
@@ -248,3 +267,30 @@ def sync_tree(directory: Path) -> None:
     """Fsync every directory below and including this one; files are synced as they are written."""
     for folder, _, _ in os.walk(directory):
         sync_path(Path(folder))
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Inside, Ctrl-C and the like wait until the end: for what must be done whole, and is short.
+
+    Only handlers of Python's can wait, and only in the main thread are they called at all.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    waiting: list[int] = []
+
+    def wait(number: int, frame: FrameType | None) -> None:
+        waiting.append(number)
+
+    before = {}
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if callable(signal.getsignal(number)):
+            before[number] = signal.signal(number, wait)
+    try:
+        yield
+    finally:
+        for blocked, handler in before.items():
+            signal.signal(blocked, handler)
+        for number in dict.fromkeys(waiting):
+            signal.raise_signal(number)

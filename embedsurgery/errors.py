@@ -11,6 +11,8 @@
     ├── AdapterError (ValueError)           an adapter's files cannot be read
     │   └── UnknownSurgeryError             no installed plugin brings that surgery
     ├── CheckpointError (ValueError)        a checkpoint's files cannot be read or disagree
+    │   ├── UnfinishedError                 a change in place was interrupted: `embedsurgery recover`
+    │   └── BusyError                       another process is reading or changing the checkpoint
     ├── BaseMismatchError (ValueError)      the adapter was made from another base
     ├── PlanError (ValueError)              a plan or undo that does not fit its store
     ├── HubError (RuntimeError)             the Hugging Face Hub said no, or could not be reached
@@ -116,6 +118,14 @@ class UnknownSurgeryError(AdapterError):
 
 class CheckpointError(EmbedSurgeryError, ValueError):
     """A checkpoint's files are missing, broken or contradict each other."""
+
+
+class UnfinishedError(CheckpointError):
+    """A change of a checkpoint in place was interrupted, and has to be taken back first."""
+
+
+class BusyError(CheckpointError):
+    """Another process of embedsurgery is reading or changing the checkpoint."""
 
 
 class BaseMismatchError(EmbedSurgeryError, ValueError):

@@ -11,25 +11,26 @@ from pathlib import Path
 from typing import Any
 
 from embedsurgery.errors import CheckpointError
+from embedsurgery.jsonguard import TOKENIZER, Bounds, refuse_bomb, refuse_large
 from embedsurgery.safetensors_file import open_regular, pread_exactly
 
-MAX_BYTES = 200_000_000
-"""No config, index or tokenizer file comes near it."""
+MAX_BYTES = TOKENIZER.size
+"""No small file comes near it."""
 
 _LARGE = 1_000_000
 """Bytes from which it pays to keep the garbage collector still."""
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, bounds: Bounds = TOKENIZER) -> dict[str, Any]:
     """A file's JSON object.
 
     Raises:
-        CheckpointError: The file is missing, no regular file, too large, no JSON, or no object.
+        CheckpointError: The file is missing, no regular file, too large for what it is, no JSON, or no object.
     """
-    return parse_json(read_small(path), path)
+    return parse_json(read_small(path, bounds), path, bounds)
 
 
-def read_small(path: Path) -> bytes:
+def read_small(path: Path, bounds: Bounds = TOKENIZER) -> bytes:
     """The bytes of a small regular file.
 
     Raises:
@@ -37,13 +38,13 @@ def read_small(path: Path) -> bytes:
     """
     with open_regular(path) as descriptor:
         size = os.fstat(descriptor).st_size
-        if size > MAX_BYTES:
-            raise CheckpointError("file too large", where=path, expected=f"at most {MAX_BYTES} bytes", found=size)
+        refuse_large(size, bounds, path)
         return pread_exactly(descriptor, size, 0)
 
 
-def parse_json(data: bytes, path: Path) -> dict[str, Any]:
+def parse_json(data: bytes, path: Path, bounds: Bounds = TOKENIZER) -> dict[str, Any]:
     """As `read_json`, from the file's bytes; ``path`` is for messages."""
+    refuse_bomb(data, bounds, path)
     try:
         with _uncollected(len(data) > _LARGE):
             value = json.loads(data.decode("utf-8-sig"))

@@ -99,7 +99,7 @@ def _extend(model: nn.Module, adapter: Adapter, tokenizer: Tokenizer | None, kno
         return None
     store = store_of(model, tokenizer)
     located = locate(adapter, store)
-    edits = extend(adapter, located, store, State.of(store.graph, texts_of(adapter, tokenizer)))
+    edits = extend(adapter, located, store, State.of(store.graph, texts_of([adapter], tokenizer)))
     if not edits:
         return None
     if known is not None:

@@ -1,8 +1,9 @@
 """Edits, plans and undos as frozen data, and their one serialised form.
 
-A plan says what will change, an undo is a plan that holds what was there before, and the record of a merge is an
-undo with facts about the merge beside it. All three are one safetensors file: the numbers are its tensors, the rest
-is JSON in its metadata. What applies a plan is ``stores/base.py``.
+A plan says what will change, an undo is a plan that holds what was there before, the record of a merge is an undo with
+facts about the merge beside it, and a journal is an undo of files (``file_edits.py``). All of them are one safetensors
+file: the numbers are its tensors, the rest is JSON in its metadata, and its last tensor is the sha256 of all that comes
+before. What applies a plan is ``stores/base.py``.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ from typing import Any
 import numpy as np
 
 from embedsurgery.errors import PlanError
+from embedsurgery.file_edits import PutFile, SetBytes, decode, encode
 from embedsurgery.graph import EmbeddingGraph
 from embedsurgery.raw import ITEMSIZE, RawArray
 from embedsurgery.safetensors_file import (
     Entry,
     TensorSource,
+    check_seal,
     open_regular,
     pread_exactly,
     read_header,
@@ -30,6 +33,9 @@ from embedsurgery.safetensors_file import (
 
 FORMAT = 1
 """Version of the serialised form."""
+
+SEAL = "sha256"
+"""The last tensor of the file."""
 
 BLOCK_BYTES = 8 << 20
 """Bytes that whole-table edits hold at a time, about."""
@@ -243,7 +249,7 @@ class PatchFile:
         return f"{'remove' if self.after is None else 'write'} {self.path}"
 
 
-Edit = SetRows | SetEntries | SetBlocks | Grow | AddTokens | PatchFile
+Edit = SetRows | SetEntries | SetBlocks | Grow | AddTokens | PatchFile | SetBytes | PutFile
 
 
 @dataclass(frozen=True)
@@ -271,17 +277,23 @@ class Plan:
         tensors: dict[str, TensorSource] = {}
         described = [_encode(edit, f"{number}.", tensors) for number, edit in enumerate(self.edits)]
         body = {"format": FORMAT, "edits": described, "facts": dict(self.facts)}
-        write_file(path, tensors, {"embedsurgery.plan": json.dumps(body, sort_keys=True)})
+        write_file(path, tensors, {"embedsurgery.plan": json.dumps(body, sort_keys=True)}, seal=SEAL)
 
     @classmethod
-    def load(cls, path: Path) -> Plan:
+    def load(cls, path: Path, *, sealed: bool = False) -> Plan:
         """Read a plan; whole-table blocks stay in the file and are read when they are applied.
+
+        Args:
+            path: The file.
+            sealed: Read all of it first, and see that it is what was written.
 
         Raises:
             PlanError: The file is no plan, or of a newer format.
             CheckpointError: The file is no safetensors file.
         """
         header = read_header(path)
+        if sealed:
+            check_seal(path, header, SEAL)
         try:
             body = json.loads(header.metadata["embedsurgery.plan"])
             if body["format"] != FORMAT:
@@ -339,6 +351,8 @@ def _encode(edit: Edit, prefix: str, tensors: dict[str, TensorSource]) -> dict[s
                 "rows": list(edit.rows), "vectors": list(edit.vectors), "saved": list(edit.saved)}  # fmt: skip
     if isinstance(edit, AddTokens):
         return {"edit": "AddTokens", "tokens": [asdict(token) for token in edit.tokens], "remove": edit.remove}
+    if isinstance(edit, (SetBytes, PutFile)):
+        return encode(edit, prefix, tensors)
     if edit.after is not None:
         tensors[prefix + "after"] = _bytes(edit.after)
     return {"edit": "PatchFile", "path": edit.path, "removed": edit.after is None, "before": edit.before}
@@ -392,6 +406,9 @@ class _Reader:
         if kind == "PatchFile":
             after = None if body["removed"] else self.bytes(prefix + "after")
             return PatchFile(str(body["path"]), after, _text(body["before"]))
+        found = decode(body, prefix, self.path, self.entries)
+        if found is not None:
+            return found
         raise PlanError("an edit that this version does not know", where=self.path, found=kind,
                         hint="use the embedsurgery version that wrote it, or a newer one")  # fmt: skip
 

@@ -1,8 +1,11 @@
-"""From adapters to plans: an adapter is located in a store, its vocabulary extended, and its surgery plans the rest."""
+"""From an adapter to a plan: it is located in a store, its vocabulary extended, and its surgery plans the rest.
+
+Several adapters at once are ``combining.py``'s.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 
 from embedsurgery.adapter import Adapter
 from embedsurgery.graph import Table
@@ -28,24 +31,6 @@ def plan_adapter(adapter: Adapter, surgery: Surgery, store: Store, state: State)
     """
     located = locate(adapter, store)
     return Plan((*extend(adapter, located, store, state), *surgery.plan(adapter, located).edits))
-
-
-def plan_adapters(
-    adapters: Sequence[Adapter],
-    surgery_of: Callable[[str], Surgery],
-    store: Store,
-    texts: Mapping[int, str] | None,
-) -> list[Plan]:
-    """A plan for each adapter, to be applied one after another.
-
-    Args:
-        adapters: What to bake in.
-        surgery_of: Gives a surgery by its name.
-        store: The base.
-        texts: Id -> text of the base's tokens, None where no tokenizer is at hand.
-    """
-    state = State.of(store.graph, texts)
-    return [plan_adapter(adapter, surgery_of(adapter.manifest.surgery), store, state) for adapter in adapters]
 
 
 def extend(adapter: Adapter, located: Mapping[str, Table], store: Store, state: State) -> list[Edit]:

@@ -7,6 +7,7 @@ Format: https://huggingface.co/docs/safetensors/index#format
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import stat
@@ -15,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import BinaryIO, TypeGuard
+from typing import TypeGuard
 
 from embedsurgery.errors import CheckpointError
 from embedsurgery.raw import ITEMSIZE, RawArray
@@ -24,6 +25,8 @@ MAX_HEADER = 100_000_000
 """Bytes; what the safetensors library accepts at most."""
 
 _DIMENSIONS = 64
+_SEAL = 32
+_CHUNK = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -222,21 +225,36 @@ def encode_header(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: 
     return len(blob).to_bytes(8, "little") + blob
 
 
-def write_file(path: Path, tensors: Mapping[str, TensorSource], metadata: Mapping[str, str]) -> None:
+def write_file(
+    path: Path, tensors: Mapping[str, TensorSource], metadata: Mapping[str, str], *, seal: str | None = None
+) -> None:
     """Write a new safetensors file, chunk by chunk, and fsync it. Its mode is the umask's. A failure leaves no file.
 
     Tensors are laid out widest dtype first, then by name, as the library does, so that each is aligned.
+
+    Args:
+        path: Where.
+        tensors: By name.
+        metadata: The ``__metadata__`` strings.
+        seal: The name of one more tensor, U8 (32,), at the end: the sha256 of all bytes before it.
 
     Raises:
         FileExistsError: The path exists.
     """
     names = sorted(tensors, key=lambda n: (-ITEMSIZE[tensors[n].dtype], n))
-    header = encode_header({n: (tensors[n].dtype, tensors[n].shape) for n in names}, metadata)
+    shapes: dict[str, tuple[str, tuple[int, ...]]] = {n: (tensors[n].dtype, tensors[n].shape) for n in names}
+    header = encode_header(shapes if seal is None else {**shapes, seal: ("U8", (_SEAL,))}, metadata)
+    digest = hashlib.sha256(header) if seal is not None else None
     with open(path, "xb") as file:
         try:
             file.write(header)
             for name in names:
-                _write_chunks(file, name, tensors[name])
+                for chunk in _checked(name, tensors[name]):
+                    file.write(chunk)
+                    if digest is not None:
+                        digest.update(chunk)
+            if digest is not None:
+                file.write(digest.digest())
             file.flush()
             os.fsync(file.fileno())
         except BaseException:
@@ -244,11 +262,32 @@ def write_file(path: Path, tensors: Mapping[str, TensorSource], metadata: Mappin
             raise
 
 
-def _write_chunks(file: BinaryIO, name: str, tensor: TensorSource) -> None:
+def _checked(name: str, tensor: TensorSource) -> Iterator[bytes]:
+    """A tensor's chunks, which must be as many bytes as its shape has."""
     written = 0
     for chunk in tensor.chunks:
-        file.write(chunk)
+        yield chunk
         written += len(chunk)
     expected = prod(tensor.shape) * ITEMSIZE[tensor.dtype]
     if written != expected:
         raise ValueError(f"{name}: {written} bytes given for a shape of {expected}")
+
+
+def check_seal(path: Path, header: Header, seal: str) -> None:
+    """See that a file is what `write_file` sealed; reads all of it, in bounded memory.
+
+    Raises:
+        CheckpointError: It has no seal, or the seal is not of these bytes.
+    """
+    entry = header.entries.get(seal)
+    if entry is None or (entry.dtype, entry.shape) != ("U8", (_SEAL,)):
+        raise _broken(path, "no checksum at its end", f"tensor {seal}", "none")
+    digest = hashlib.sha256()
+    with open_regular(path) as descriptor:
+        if os.fstat(descriptor).st_size != entry.end:
+            raise _broken(path, "the checksum is not at its end", entry.end, os.fstat(descriptor).st_size)
+        for start in range(0, entry.begin, _CHUNK):
+            digest.update(pread_exactly(descriptor, min(_CHUNK, entry.begin - start), start))
+        found = pread_exactly(descriptor, _SEAL, entry.begin)
+    if found != digest.digest():
+        raise _broken(path, "the checksum is not that of its bytes", digest.hexdigest(), found.hex())

@@ -1,12 +1,13 @@
 """Checks a checkpoint: what would make a loader fail, or load something else than it seems.
 
-Reads headers, index, config and tokenizer, the rows of recorded merges, and, where a tie is stored twice, its copies.
+Reads headers, index, config and tokenizer, the rows of recorded merges, and, where a tie is stored twice, its copies;
+when asked, every byte of every file.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,18 @@ import numpy as np
 from embedsurgery import hub
 from embedsurgery.api import opened
 from embedsurgery.checkpoint import INDEX, Checkpoint
-from embedsurgery.errors import EmbedSurgeryError
+from embedsurgery.errors import EmbedSurgeryError, PlanError
 from embedsurgery.graph import EmbeddingGraph
+from embedsurgery.hashes import checkpoint_files, known_hashes, sha256_of
 from embedsurgery.jsonfile import read_json
 from embedsurgery.names import is_language_model, tie_flag, vocabulary_sizes
-from embedsurgery.plan import Plan, SetBlocks, SetRows, Undo, count_rows
+from embedsurgery.plan import PatchFile, SetBlocks, SetRows, count_rows
 from embedsurgery.raw import EDITABLE
 from embedsurgery.records import check_written, record_paths
 from embedsurgery.registry import registry
+from embedsurgery.stack import Entry, arranged, entry, tombstones
 from embedsurgery.stores.base import Store, rows_of
+from embedsurgery.stores.checks import digest
 from embedsurgery.stores.shards import ShardStore
 from embedsurgery.tokenizer_files import highest_token_id
 
@@ -50,8 +54,14 @@ class Check:
     detail: str
 
 
-def verify_checkpoint(directory: str | os.PathLike[str]) -> tuple[Check, ...]:
+def verify_checkpoint(directory: str | os.PathLike[str], *, full: bool = False) -> tuple[Check, ...]:
     """Check a checkpoint directory.
+
+    Args:
+        directory: A directory or a Hub id.
+        full: Also read every file whole and compare its sha256 with what a merge recorded (``hashes=True``) or, for a
+            file that no merge has touched, with what the Hub said when it was downloaded. Files of which neither is
+            known are named: they were read, and compared with nothing.
 
     Returns:
         Every check, in order; all are ``ok`` in a sound checkpoint.
@@ -61,12 +71,13 @@ def verify_checkpoint(directory: str | os.PathLike[str]) -> tuple[Check, ...]:
     """
     if hub.find_id(directory) is not None:
         with hub.directory(directory) as folder:
-            return verify_checkpoint(folder)
+            return verify_checkpoint(folder, full=full)
     folder = Path(directory)
     store, claimed = registry().open_store(folder), opened(folder)[0]
     checks = list(_index(store.checkpoint)) if isinstance(store, ShardStore) else []
     checks += [*_rows(store.config, store.graph), *_ties(store.config, store.graph, claimed)]
-    return (*checks, *_tokenizer(folder, store.graph), *_records(folder, store))
+    checks += [*_tokenizer(folder, store.graph), *_records(folder, store)]
+    return (*checks, *_hashes(folder)) if full else tuple(checks)
 
 
 def _index(checkpoint: Checkpoint) -> Iterator[Check]:
@@ -121,37 +132,69 @@ def _tokenizer(folder: Path, graph: EmbeddingGraph) -> Iterator[Check]:
 
 
 def _records(folder: Path, store: Store) -> Iterator[Check]:
-    covered: dict[str, set[int]] = {}
-    numbers = [int(path.stem) for path in record_paths(folder)]
+    paths = record_paths(folder)
+    numbers = sorted({int(path.stem) for path in paths} | tombstones(folder).keys())
     if numbers != list(range(1, len(numbers) + 1)):
         yield Check("merges", False, f"records {', '.join(map(str, numbers))} are there, so one is missing")
-    for path in reversed(record_paths(folder)):
-        name = f"merge {int(path.stem)}"
+    entries: list[Entry] = []
+    for path in paths:
         try:
-            undo = Plan.load(path)
-            overlaid = any(not covered.get(table, set()).isdisjoint(rows) for table, rows in _edited(undo))
-            if not overlaid:
-                check_written(path, undo, store)
+            entries.append(entry(path))
+        except EmbedSurgeryError as error:
+            yield Check(f"merge {int(path.stem)}", False, str(error))
+    for one in reversed(arranged(entries, store.graph)):
+        name = f"merge {one.number}"
+        try:
+            check_written(one.path, one.undo, store, skip=one.under)
+            _small_files(one, store)
+            bad = [e.table for n, e in enumerate(one.undo.edits)
+                   if isinstance(e, SetRows) and n not in one.under and not _finite(store, e)]  # fmt: skip
         except EmbedSurgeryError as error:
             yield Check(name, False, str(error))
             continue
-        bad = [e.table for e in undo.edits if isinstance(e, SetRows) and not _finite(store, e)]
-        rows = sum(len(indices) for _, indices in _edited(undo))
-        detail = f"NaN or infinity in {', '.join(bad)}" if bad else f"{count_rows(rows)} as written"
-        yield Check(name, not bad, "partly under a later merge" if overlaid and not bad else detail)
-        for table, indices in _edited(undo):
-            covered.setdefault(table, set()).update(indices)
+        rows = sum(len(e.indices) if isinstance(e, SetRows) else e.blocks.shape[0]
+                   for e in one.undo.edits if isinstance(e, (SetRows, SetBlocks)))  # fmt: skip
+        detail = f"{count_rows(rows)} as written" if not one.under else f"partly under {one.overlaps}"
+        yield Check(name, not bad, f"NaN or infinity in {', '.join(bad)}" if bad else detail)
 
 
-def _edited(undo: Undo) -> Iterator[tuple[str, Sequence[int]]]:
-    """Table's name and row numbers of what a merge set."""
-    for edit in undo.edits:
-        if isinstance(edit, SetRows):
-            yield edit.table, edit.indices
-        elif isinstance(edit, SetBlocks):
-            yield edit.table, range(edit.blocks.shape[0])
+def _small_files(one: Entry, store: Store) -> None:
+    """Refuse small files that are not what the merge wrote."""
+    for number, edit in enumerate(one.undo.edits):
+        if isinstance(edit, PatchFile) and number not in one.under:
+            found = digest(store.read_file(edit.path))
+            if found != edit.before:
+                raise PlanError("a file is not what the merge wrote", where=edit.path, found=f"sha256 {found}"[:19],
+                                expected=f"sha256 {edit.before}"[:19])  # fmt: skip
 
 
 def _finite(store: Store, edit: SetRows) -> bool:
     rows = rows_of(store, store.graph.table(edit.table), edit.indices)
     return bool(np.isfinite(rows.float32()).all())
+
+
+def _hashes(folder: Path) -> Iterator[Check]:
+    try:
+        known = known_hashes(folder)
+    except EmbedSurgeryError as error:
+        yield Check("hashes", False, str(error))
+        known = {}
+    unknown = []
+    files = checkpoint_files(folder)
+    for path in sorted(known.keys() - set(files)):
+        yield Check(path, False, f"not there; its hash is known from {known[path].source}")
+    for path in files:
+        try:
+            found = sha256_of(folder / path)
+        except EmbedSurgeryError as error:
+            yield Check(path, False, str(error))
+            continue
+        if path not in known:
+            unknown.append(path)
+            continue
+        same = found == known[path].sha256
+        said = f"as {known[path].source} has it" if same else f"{known[path].source} has {known[path].sha256[:12]}"
+        yield Check(path, same, f"sha256 {found[:12]}, {said}")
+    if unknown:
+        shown = ", ".join(unknown[:6]) + (f" and {len(unknown) - 6} more" if len(unknown) > 6 else "")
+        yield Check("no hash known", True, f"{shown}: read, and compared with nothing (merge --hash records them)")

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import embedsurgery as es
-from embedsurgery.durable import copy_file, copy_tree, staged_directory, tree_files
+from embedsurgery.durable import staged_directory
 from embedsurgery.errors import CheckpointError, EmbedSurgeryError, OutputExistsError
 from embedsurgery.plan import spans
 from embedsurgery.raw import RawArray
@@ -28,7 +28,8 @@ from tests.conftest import contents, listing, python, tiny, trained
 def test_a_staged_directory_appears_whole(tmp_path: Path) -> None:
     with staged_directory(tmp_path / "a" / "out") as staging:
         (staging / "file").write_bytes(b"x")
-        assert staging.parent == tmp_path / "a"
+        assert staging.parent.parent == tmp_path / "a"
+        assert staging.parent.name.startswith(".embedsurgery-")
         assert not (tmp_path / "a" / "out").exists()
     assert listing(tmp_path) == ["a", "a/out", "a/out/file"]
     assert stat.S_IMODE((tmp_path / "a/out").stat().st_mode) == stat.S_IMODE((tmp_path / "a").stat().st_mode)
@@ -71,43 +72,12 @@ def test_what_cannot_be_written_beside_is_said(tmp_path: Path) -> None:
     assert listing(tmp_path) == ["file"]
 
 
-@pytest.mark.parametrize("size", [0, 1, 4095, 4096, 1_000_003])
-def test_a_copy_has_the_bytes_the_mode_and_the_time(size: int, tmp_path: Path) -> None:
-    data = bytes(range(256)) * (size // 256 + 1)
-    (tmp_path / "a").write_bytes(data[:size])
-    os.chmod(tmp_path / "a", 0o741)
-    os.utime(tmp_path / "a", ns=(10**18 + 1, 10**18 + 3))
-    counted: list[int] = []
-    copy_file(tmp_path / "a", tmp_path / "b", counted.append)
-    status = (tmp_path / "b").stat()
-    assert (tmp_path / "b").read_bytes() == data[:size]
-    assert (stat.S_IMODE(status.st_mode), status.st_mtime_ns) == (0o741, 10**18 + 3)
-    assert sum(counted) == size
-    with pytest.raises(FileExistsError):
-        copy_file(tmp_path / "a", tmp_path / "b")
-
-
-def test_the_files_of_a_tree(tmp_path: Path) -> None:
-    (tmp_path / "t/.git/objects").mkdir(parents=True)
-    (tmp_path / "t/.git/objects/x").write_bytes(b"x")
-    (tmp_path / "t/d/e").mkdir(parents=True)
-    (tmp_path / "t/d/e/f").write_bytes(b"12")
-    (tmp_path / "out").write_bytes(b"123")
-    (tmp_path / "t/link").symlink_to("../out")
-    (tmp_path / "t/dir").symlink_to("d")
-    files = tree_files(tmp_path / "t")
-    assert files == [("d/e/f", 2), ("dir/e/f", 2), ("link", 3)]
-    copy_tree(tmp_path / "t", tmp_path / "copy", files)
-    assert contents(tmp_path / "copy") == {"d/e/f": b"12", "dir/e/f": b"12", "link": b"123"}
-    assert not any(p.is_symlink() for p in (tmp_path / "copy").rglob("*"))
-
-
-@pytest.mark.parametrize("odd", ["fifo", "dangling", "circle"])
+@pytest.mark.parametrize("odd", ["fifo", "dangling"])
 def test_odd_things_in_a_checkpoint_are_refused(odd: str, base: Path, tmp_path: Path) -> None:
     if odd == "fifo":
         os.mkfifo(base / "odd")
     else:
-        (base / "odd").symlink_to("nowhere" if odd == "dangling" else ".")
+        (base / "odd").symlink_to("nowhere")
     before = sorted(p.name for p in tmp_path.iterdir())
     with pytest.raises(CheckpointError, match="odd"):
         es.merge_checkpoint(base, trained(tiny("llama-tied"), [1]), tmp_path / "out")
@@ -232,16 +202,6 @@ def test_a_checkpoint_in_no_directory_is_refused(tmp_path: Path) -> None:
     with pytest.raises(EmbedSurgeryError, match="nowhere"):
         es.unmerge_checkpoint(tmp_path / "nowhere", tmp_path / "out")
     assert listing(tmp_path) == []
-
-
-def test_directories_keep_their_modes(base: Path, tmp_path: Path) -> None:
-    os.chmod(base / "sub" / "deeper", 0o700)
-    os.chmod(base / "sub", 0o750)
-    es.merge_checkpoint(base, trained(tiny("llama-tied"), [1]), tmp_path / "out")
-    modes = {
-        p.relative_to(tmp_path / "out").as_posix(): stat.S_IMODE(p.stat().st_mode) for p in tmp_path.rglob("out/*/**")
-    }
-    assert (modes["sub"], modes["sub/deeper"]) == (0o750, 0o700)
 
 
 def test_an_output_inside_the_base_is_refused(base: Path) -> None:

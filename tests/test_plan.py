@@ -251,7 +251,7 @@ def test_any_value_anywhere(tmp_path: Path, data: st.DataObject) -> None:
 FILES = {
     "changed": patch("README.md", b"new", "kept byte for byte: \u00e9\r\n".encode()),
     "emptied": patch("README.md", b"", "kept byte for byte: \u00e9\r\n".encode()),
-    "removed": patch("run.sh", None, b"#!/bin/sh\n"),
+    "removed": patch("sub/deeper/empty", None, b""),
     "new": patch("added_tokens.json", b"{}", None),
     "deep": patch("sub/deeper/empty", b"\x00", b""),
     "nothing": patch("nowhere", None, None),
@@ -301,17 +301,18 @@ def test_a_file_that_cannot_be_patched_changes_nothing(edit: PatchFile, base: Pa
 def test_one_file_twice(base: Path) -> None:
     """The second patch finds what the first one wrote, or the plan is refused; it is never half done."""
     before = contents(base)
-    first = patch("run.sh", b"one", b"#!/bin/sh\n")
+    was = (base / "README.md").read_bytes()
+    first = patch("README.md", b"one", was)
     try:
-        undo = apply(Plan((first, patch("run.sh", b"two", b"one"))), ShardStore.open(base))
+        undo = apply(Plan((first, patch("README.md", b"two", b"one"))), ShardStore.open(base))
     except PlanError:
         assert contents(base) == before
     else:
-        assert contents(base)["run.sh"] == b"two"
+        assert contents(base)["README.md"] == b"two"
         apply(undo, ShardStore.open(base))
         assert contents(base) == before
     with pytest.raises(PlanError):
-        apply(Plan((first, patch("run.sh", b"two", b"#!/bin/sh\n"))), ShardStore.open(base))
+        apply(Plan((first, patch("README.md", b"two", was))), ShardStore.open(base))
     assert contents(base) == before
 
 

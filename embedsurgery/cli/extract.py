@@ -7,7 +7,6 @@ from typing import Any
 
 import click
 
-from embedsurgery.cli.merge import place
 from embedsurgery.cli.render import copying, json_option, print_json, size
 from embedsurgery.errors import OutputExistsError
 
@@ -28,7 +27,8 @@ def command(base: Path, tuned: Path, output: Path | None, threshold: float, dry_
     """
     from embedsurgery.extraction import extract
 
-    output = place(output, dry_run)
+    if output is None and not dry_run:
+        raise click.UsageError("missing option '-o' / '--output', which only --dry-run does without")
     if output is not None and output.exists():
         raise OutputExistsError("the output exists already", where=output, hint="name a new directory, or remove it")
     with copying("reading") as progress:

@@ -26,10 +26,12 @@ VERBS = {
     "inspect": "The embedding tables of a checkpoint: names, ties, rows, shards.",
     "show": "What an adapter holds, and whether it fits a model.",
     "merge": "Bake adapters into a checkpoint on disk, without loading it.",
-    "unmerge": "Take the last merge out again, bit for bit.",
+    "unmerge": "Take the last merge out again, or another, bit for bit.",
+    "log": "The merges that a checkpoint records.",
     "verify": "Check a checkpoint; exits 1 and names what disagrees.",
     "tokens": "New tokens for a checkpoint: tokens add.",
     "extract": "The rows that full tuning changed, as an adapter.",
+    "recover": "Finish or roll back what a crash left of a change.",
     "push": "Put an adapter on the Hugging Face Hub.",
     "pull": "Get an adapter from the Hugging Face Hub.",
     "plugins": "The plugins that are installed, and what each brings.",
@@ -152,7 +154,7 @@ def _run(args: list[str] | None) -> int:
         error.show()
         return error.exit_code
     except (KeyboardInterrupt, click.Abort) as error:
-        _fail("interrupted; nothing was left behind")
+        _fail("interrupted; nothing is half done")
         numbers = (*error.args, *getattr(error.__cause__, "args", ()))  # click makes an Abort of an interrupt
         return 128 + next((n for n in numbers if isinstance(n, int)), signal.SIGINT)
     except SystemExit as stop:  # click's own: after a shell's completion, or 1 where the reader of a pipe went away

@@ -8,21 +8,25 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from embedsurgery.cli.combining import combine_options, weighted
+from embedsurgery.cli.placing import place_options, placed
 from embedsurgery.cli.push import print_push, push_options
 from embedsurgery.cli.render import copying, json_option, print_json, size
 
 if TYPE_CHECKING:
+    from embedsurgery.combining import Conflict
     from embedsurgery.offline import MergeReport
 
-output_option = click.option("-o", "--output", type=click.Path(path_type=Path),
-                             help="The new checkpoint directory; --dry-run needs none.")  # fmt: skip
+hash_option = click.option("--hash", "hashes", is_flag=True,
+                           help="Record the sha256 of every file of the result, for verify --full.")  # fmt: skip
 
 
 @click.command("merge")
 @click.argument("base", type=click.Path(path_type=Path))
 @click.argument("adapters", type=click.Path(path_type=Path), nargs=-1, required=True, metavar="ADAPTER...")
-@output_option
-@click.option("--dry-run", is_flag=True, help="Check everything, say what would be done, write nothing.")
+@place_options
+@combine_options
+@hash_option
 @click.option("--push", "repo", metavar="REPO", help="Push the result to org/name on the Hub; BASE is an id, too.")
 @push_options
 @json_option
@@ -30,6 +34,12 @@ def command(
     base: Path,
     adapters: tuple[Path, ...],
     output: Path | None,
+    in_place: bool,
+    hardlink: bool,
+    weights: tuple[str, ...],
+    on_conflict: Conflict | None,
+    allow_nan: bool,
+    hashes: bool,
     dry_run: bool,
     repo: str | None,
     as_json: bool,
@@ -37,35 +47,32 @@ def command(
 ) -> None:
     """Write the checkpoint BASE with each ADAPTER baked in.
 
-    The model is not loaded: files are copied by the kernel, and only the rows are written. What was there before is
-    kept in the output's .embedsurgery directory, so that `embedsurgery unmerge` gives BASE back bit for bit.
+    Several adapters go in one pass, each with a record of its own. The model is not loaded: files are copied by the
+    kernel, and only the rows are written. What was there before is kept in the output's .embedsurgery directory, so
+    that `embedsurgery unmerge` gives BASE back bit for bit.
+
+    With --in-place the rows are written into BASE itself, under a lock (a second merge meanwhile is refused) and with a
+    journal: what a kill leaves half done, `embedsurgery recover` takes back.
 
     BASE and ADAPTER are directories or Hub ids, org/name or org/name@revision. With --push only shards with a touched
     table, small files and headers travel; the Hub copies the other shards by itself.
     """
+    asked = weighted(adapters, weights)
     if repo is not None:
-        if output is not None or dry_run:
-            raise click.UsageError("--push goes with neither -o / --output nor --dry-run")
+        if output is not None or in_place or hardlink or dry_run or hashes:
+            raise click.UsageError("--push goes with none of -o, --in-place, --hardlink, --dry-run and --hash")
         from embedsurgery import hub
 
-        print_push(hub.push_merged(str(base), adapters, repo, **options), as_json)
+        pushed = hub.push_merged(str(base), asked, repo, on_conflict=on_conflict, allow_nan=allow_nan, **options)
+        print_push(pushed, as_json)
         return
     from embedsurgery.offline import merge_checkpoint
 
+    where = placed(output=output, in_place=in_place, hardlink=hardlink, dry_run=dry_run)
     with copying("copying") as progress:
-        report = merge_checkpoint(base, adapters, place(output, dry_run), dry_run=dry_run, progress=progress)
+        report = merge_checkpoint(base, asked, on_conflict=on_conflict, allow_nan=allow_nan, hashes=hashes,
+                                  progress=progress, **where)  # fmt: skip
     print_report(report, "merged", as_json)
-
-
-def place(output: Path | None, dry_run: bool) -> Path | None:
-    """Where the checkpoint is to be written; a dry run needs no place.
-
-    Raises:
-        click.UsageError: Something is to be written, and nobody said where.
-    """
-    if output is None and not dry_run:
-        raise click.UsageError("missing option '-o' / '--output', which only --dry-run does without")
-    return output
 
 
 def print_report(report: MergeReport, verb: str, as_json: bool) -> None:
@@ -84,4 +91,5 @@ def print_report(report: MergeReport, verb: str, as_json: bool) -> None:
         click.echo(f"  {line}")
     if report.undo and not report.done:
         click.echo(f"would be kept to take it out again: {size(report.undo)}")
-    click.echo(f"{would}written: {report.output or 'no output was named'} ({size(report.copied)})")
+    how = "in place" if report.in_place else size(report.copied)
+    click.echo(f"{would}written: {report.output or 'no output was named'} ({how})")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
-from embedsurgery.cli.merge import output_option, place, print_report
+from embedsurgery.cli.merge import print_report
+from embedsurgery.cli.placing import place_options, placed
 from embedsurgery.cli.render import copying, json_option
 
 _INIT = "How rows start: mean, normal, random, zeros, subtokens, description:TEXT, copy:TOKEN, or a plugin's."
@@ -25,8 +27,7 @@ def command() -> None:
 @click.option("--reserved", is_flag=True, help="Take the ids of reserved tokens, such as [unused7], first.")
 @click.option("--multiple", type=click.IntRange(min=1), metavar="N", help="Where tables grow, grow to a multiple of N.")
 @click.option("--seed", type=int, default=0, show_default=True, help="For initialisers that draw.")
-@output_option
-@click.option("--dry-run", is_flag=True, help="Check everything, say what would be done, write nothing.")
+@place_options
 @json_option
 def add(
     model: Path,
@@ -36,27 +37,26 @@ def add(
     reserved: bool,
     multiple: int | None,
     seed: int,
-    output: Path | None,
-    dry_run: bool,
     as_json: bool,
+    **where: Any,
 ) -> None:
     """Write the checkpoint MODEL with tokens added to its tokenizer, and rows for them.
 
     Spare rows are used first; else every table of the vocabulary grows. `embedsurgery unmerge` takes them out again.
     """
+    place = placed(**where)
     from embedsurgery.offline import add_tokens_checkpoint
 
     with copying("copying") as progress:
         report = add_tokens_checkpoint(
             model,
             tokens,
-            place(output, dry_run),
             init=init,
             special=special,
             reserved=reserved,
             pad_to_multiple_of=multiple,
             seed=seed,
-            dry_run=dry_run,
             progress=progress,
+            **place,
         )
     print_report(report, "added", as_json)

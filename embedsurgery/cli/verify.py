@@ -12,15 +12,19 @@ from embedsurgery.cli.render import json_option, print_json, print_table
 
 @click.command("verify")
 @click.argument("model", type=click.Path(path_type=Path))
+@click.option("--full", is_flag=True, help="Also read every byte and compare each file's hash with what was recorded.")
 @json_option
-def command(model: Path, as_json: bool) -> None:
+def command(model: Path, full: bool, as_json: bool) -> None:
     """Check the checkpoint MODEL: index against shards, config against rows, ties, tokenizer, recorded merges.
+
+    With --full, each file's sha256 is compared with what `merge --hash` recorded or, for files that no merge has
+    touched, with what the Hub said when they were downloaded; files of which neither is known are named.
 
     Exits 1 where something disagrees.
     """
     from embedsurgery.verify import verify_checkpoint
 
-    checks = verify_checkpoint(model)
+    checks = verify_checkpoint(model, full=full)
     good = all(check.ok for check in checks)
     if as_json:
         print_json({"model": str(model), "ok": good, "checks": [asdict(check) for check in checks]})

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from embedsurgery.durable import tree_files
+from embedsurgery.copying import tree_files
 from embedsurgery.errors import ConfigError, OutputExistsError
 
 

@@ -22,13 +22,14 @@ _LAZY = {
     "PushReport": "commits",
     "pull": "pulling",
     "open_remote": "headers",
+    "remote_records": "headers",
     "downloaded": "merging",
     "push_merged": "merging",
 }
 
 if TYPE_CHECKING:
     from embedsurgery.hub.commits import PushReport
-    from embedsurgery.hub.headers import open_remote
+    from embedsurgery.hub.headers import open_remote, remote_records
     from embedsurgery.hub.merging import downloaded, push_merged
     from embedsurgery.hub.pulling import pull
     from embedsurgery.hub.pushing import push
@@ -44,6 +45,7 @@ __all__ = [
     "push",
     "push_merged",
     "read_source",
+    "remote_records",
 ]
 
 

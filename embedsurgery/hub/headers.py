@@ -14,6 +14,7 @@ from embedsurgery.errors import CheckpointError, HubError
 from embedsurgery.hub.client import Client, RemoteFile, Snapshot, Token
 from embedsurgery.hub.ids import HubId
 from embedsurgery.jsonfile import read_json
+from embedsurgery.records import MERGES, RECORD
 from embedsurgery.safetensors_file import MAX_HEADER, Header, parse_header
 
 _FIRST = 32_768
@@ -100,6 +101,20 @@ def read_remote(client: Client, at: Snapshot, name: str) -> tuple[Header, bytes,
         data += client.piece(at, name, len(data), 8 + length - len(data))[0]
     head = data[: 8 + length]
     return parse_header(head[8:], total, path), head, total
+
+
+def remote_records(of: HubId, *, token: Token = None) -> dict[str, Header]:
+    """Path -> header of each record of a merge that a model holds, the oldest first.
+
+    Raises:
+        HubError: The repository cannot be read.
+        CheckpointError: A record is no safetensors file.
+    """
+    client = Client(token)
+    at = client.resolve(of)
+    held = (name for name in client.files(at, everything=True) if name.startswith(f"{MERGES}/"))
+    names = [name for name in held if RECORD.fullmatch(name.removeprefix(f"{MERGES}/"))]
+    return remote_headers(client, at, sorted(names, key=lambda name: int(Path(name).stem)))
 
 
 def _weight_map(index: Path, where: Path) -> dict[str, str]:

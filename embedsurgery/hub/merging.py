@@ -23,7 +23,8 @@ from huggingface_hub import CommitOperationCopy
 from embedsurgery.adapter import Adapter
 from embedsurgery.card import README, front_matter, merged_body, merged_front, renewed
 from embedsurgery.checkpoint import STATE_DIRECTORY, Checkpoint
-from embedsurgery.durable import copy_file
+from embedsurgery.combining import Conflict
+from embedsurgery.copying import copy_file
 from embedsurgery.errors import ConfigError, EmbedSurgeryWarning, HubError
 from embedsurgery.hub.client import Client, RemoteFile, Snapshot, Token
 from embedsurgery.hub.commits import Content, CopyRefused, PushReport, commit, prepare
@@ -32,6 +33,8 @@ from embedsurgery.hub.headers import read_remote, remote_checkpoint
 from embedsurgery.hub.ids import HubId, find_id
 from embedsurgery.hub.partial_store import PartialStore, merged
 from embedsurgery.hub.pulling import pull
+
+AdapterLike = Adapter | str | os.PathLike[str]
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".msgpack", ".h5", ".gguf", ".onnx", ".onnx_data",
             ".ot", ".tflite", ".nemo", ".mlmodel")  # fmt: skip
@@ -107,9 +110,11 @@ def _scratch(at: Snapshot) -> Iterator[Path]:
 
 def push_merged(
     base: str,
-    adapters: Sequence[Adapter | str | os.PathLike[str]],
+    adapters: Sequence[AdapterLike | tuple[AdapterLike, float]],
     repo: str,
     *,
+    on_conflict: Conflict | None = None,
+    allow_nan: bool = False,
     private: bool = True,
     revision: str | None = None,
     tag: str | None = None,
@@ -124,8 +129,10 @@ def push_merged(
 
     Args:
         base: ``org/name`` or ``org/name@revision``.
-        adapters: Loaded, as directories, or as ids.
+        adapters: Loaded, as directories, or as ids, each alone or in a pair with a weight.
         repo: The new repository, ``org/name``; one that holds a model already is refused.
+        on_conflict: As for `embedsurgery.merge_checkpoint`.
+        allow_nan: Merge rows with NaN or infinity.
         private: Make a new repository private.
         revision: The branch to push to, made where it is not there.
         tag: Set this tag on the commit.
@@ -151,7 +158,8 @@ def push_merged(
     with _scratch(at) as folder:
         _fill(client, at, files, checkpoint, names, folder)
         store = PartialStore.begin(folder, partial(_into, client, at))
-        done = merged(store, [_pulled(adapter, token) for adapter in adapters])
+        pulled = [(_pulled(a[0], token), a[1]) if isinstance(a, tuple) else _pulled(a, token) for a in adapters]
+        done = merged(store, pulled, on_conflict=on_conflict, allow_nan=allow_nan)
         content, copies = _changes(client, at, files, names, folder, store.present)
         kept = front_matter(client.fetch(at, README).read_text("utf-8", "replace")) if README in files else {}
         body = merged_body(f"{at.repo}@{at.sha}", done.adapters, done.edits, into.repo)
@@ -173,7 +181,7 @@ def push_merged(
     return replace(report, left_out=tuple(sorted(set(files) - set(names) - set(_NOT_THEIRS))))
 
 
-def _pulled(adapter: Adapter | str | os.PathLike[str], token: Token) -> Adapter | str | os.PathLike[str]:
+def _pulled(adapter: AdapterLike, token: Token) -> AdapterLike:
     if isinstance(adapter, Adapter) or find_id(adapter) is None:
         return adapter
     return pull(os.fspath(adapter), token=token)

@@ -11,15 +11,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from embedsurgery.adapter import Adapter
-from embedsurgery.api import load
 from embedsurgery.checkpoint import Checkpoint, open_checkpoint
+from embedsurgery.combining import Conflict, parts, plan_parts
 from embedsurgery.errors import CheckpointError, PlanError
 from embedsurgery.graph import Table
+from embedsurgery.offline.merging import named_adapter, part_facts
 from embedsurgery.plan import Grow, SetRows
-from embedsurgery.planning import plan_adapters
-from embedsurgery.records import facts, next_record
+from embedsurgery.records import next_record
 from embedsurgery.registry import registry
 from embedsurgery.stores.base import apply
 from embedsurgery.stores.shards import ShardStore
@@ -48,7 +48,7 @@ class PartialStore(ShardStore):
         self.present = present
         self._holes = holes
         self.checkpoint = checkpoint  # which the walk that follows reads from
-        super().__init__(checkpoint, registry().architectures)
+        super().__init__(checkpoint, architectures=registry().architectures)
 
     @classmethod
     def begin(cls, directory: Path, fetch: Fetch) -> PartialStore:
@@ -110,20 +110,25 @@ class Merged:
     edits: tuple[str, ...]
 
 
-def merged(store: PartialStore, adapters: Sequence[Adapter | str | os.PathLike[str]]) -> Merged:
-    """Bake adapters in, in place, with the record of each.
+def merged(
+    store: PartialStore,
+    adapters: Any,
+    *,
+    on_conflict: Conflict | None = None,
+    allow_nan: bool = False,
+) -> Merged:
+    """Bake adapters in, in place, with the record of each; the arguments are those of `merge_checkpoint`.
 
     Raises:
         BaseMismatchError: An adapter was made from another base.
         PlanError: Two adapters set the same rows.
     """
     directory = store.checkpoint.directory
-    loaded = [(a, a.source or "adapter") if isinstance(a, Adapter) else _loaded(a) for a in adapters]
-    plain = [adapter for adapter, _ in loaded]
-    texts = dict(known_tokens(directory).texts) if any(a.manifest.new_tokens for a in plain) else None
-    plans = plan_adapters(plain, lambda name: registry().named(name).surgery, store, texts)
-    _refuse_overlap([edit for plan in plans for edit in plan.edits if isinstance(edit, SetRows)])
-    for plan, (adapter, name) in zip(plans, loaded, strict=True):
+    asked = parts(adapters, named_adapter)
+    texts = dict(known_tokens(directory).texts) if any(p.adapter.manifest.new_tokens for p in asked) else None
+    plans = plan_parts(asked, lambda name: registry().named(name).surgery, store, texts, on_conflict=on_conflict,
+                       allow_nan=allow_nan)  # fmt: skip
+    for plan, part in zip(plans, asked, strict=True):
         undo = apply(plan, store, spill=directory.parent)
         before, store = store, store.again()
         for table in (edit.table for edit in undo.edits if isinstance(edit, SetRows)):
@@ -132,20 +137,5 @@ def merged(store: PartialStore, adapters: Sequence[Adapter | str | os.PathLike[s
                                 hint="set tie_word_embeddings to false in the config first")  # fmt: skip
         record = next_record(directory)
         record.parent.mkdir(parents=True, exist_ok=True)
-        replace(undo, facts=facts(adapter, name, undo, store)).save(record)
-    return Merged(tuple(name for _, name in loaded), tuple(line for plan in plans for line in plan.describe()))
-
-
-def _loaded(adapter: str | os.PathLike[str]) -> tuple[Adapter, str]:
-    found = load(adapter)
-    return found, found.source or Path(adapter).absolute().name
-
-
-def _refuse_overlap(edits: Sequence[SetRows]) -> None:
-    seen: dict[str, set[int]] = {}
-    for edit in edits:
-        twice = seen.setdefault(edit.table, set()).intersection(edit.indices)
-        if twice:
-            raise PlanError("two adapters set the same rows", where=edit.table, found=sorted(twice)[:8],
-                            hint="merge one of them")  # fmt: skip
-        seen[edit.table].update(edit.indices)
+        replace(undo, facts=part_facts(part, undo, store, on_conflict=on_conflict)).save(record)
+    return Merged(tuple(part.name for part in asked), tuple(line for plan in plans for line in plan.describe()))

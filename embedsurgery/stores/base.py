@@ -87,6 +87,7 @@ def _save(edit: Edit, store: Store, spill: Path | None) -> tuple[Edit, ...]:
         return (store.growth_undone(edit),)
     if isinstance(edit, AddTokens):
         return store.tokens_undone(edit)
+    assert isinstance(edit, PatchFile)
     return (PatchFile(edit.path, after=store.read_file(edit.path), before=digest(edit.after)),)
 
 
@@ -139,5 +140,5 @@ def _do(edit: Edit, store: Store) -> None:
         store.grow(edit)
     elif isinstance(edit, AddTokens):
         store.change_tokens(edit)
-    else:
+    elif isinstance(edit, PatchFile):
         store.patch_file(edit)

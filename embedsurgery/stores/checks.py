@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 
 from embedsurgery.errors import PlanError, TableError
+from embedsurgery.file_edits import PutFile, SetBytes
 from embedsurgery.graph import Table
 from embedsurgery.plan import AddTokens, Edit, Grow, PatchFile, Plan, SetBlocks, SetEntries, SetRows
 from embedsurgery.raw import EDITABLE, RawArray
 from embedsurgery.stores.store import Store, check_indices, shorten
+
+_NO_DATA = re.compile(
+    r".*\.(safetensors|bin|pt|pth|ckpt|pkl|pickle|gguf|h5|msgpack|onnx|npy|npz|py[cdow]?|so|dll|sh|exe|js)"
+)
+"""Names of files that hold weights or can run: no plan has a reason to change them as it does a small file."""
 
 
 def check(plan: Plan, store: Store) -> None:
@@ -59,6 +66,7 @@ def check_edits(edits: tuple[Edit, ...], store: Store) -> None:
                                 expected=list(table.shape), found=list(edit.blocks.shape))  # fmt: skip
             state.claim(table.name, list(range(table.shape[0])))
         elif isinstance(edit, PatchFile):
+            _check_path(edit.path, store)
             state.patch(edit.path)
             found = store.read_file(edit.path)
             if digest(found) != edit.before:
@@ -66,6 +74,9 @@ def check_edits(edits: tuple[Edit, ...], store: Store) -> None:
                                 expected=_shown(edit.before), found=_shown(digest(found)))  # fmt: skip
         elif isinstance(edit, Grow):
             state.grow(edit)
+        elif isinstance(edit, (SetBytes, PutFile)):
+            raise PlanError("an edit that belongs into a journal, not into a plan", where=store.name,
+                            found=edit.describe(), hint="a journal is for: embedsurgery recover")  # fmt: skip
 
 
 class _State:
@@ -164,6 +175,16 @@ def _check_parts(found: Mapping[str, RawArray], expected: Mapping[str, tuple[int
             raise PlanError("new rows of the wrong shape or dtype", where=f"{where}: {name}",
                             expected=f"{shape} of {', '.join(EDITABLE)}",
                             found=f"{found[name].shape} of {found[name].dtype}")  # fmt: skip
+
+
+def _check_path(path: str, store: Store) -> None:
+    """Refuse a `PatchFile` of anything but data beside the weights: plans come with checkpoints that others made."""
+    parts = path.split("/")
+    plain = all(part and not part.startswith(".") and part.isprintable() and "\\" not in part for part in parts)
+    if not plain or _NO_DATA.fullmatch(parts[-1].lower()):
+        raise PlanError("a plan that would change more than a small data file in the checkpoint", where=store.name,
+                        expected="a path inside it, of no weights and nothing that runs", found=repr(path)[:120],
+                        hint="do not trust where this plan or record came from")  # fmt: skip
 
 
 def digest(data: bytes | None) -> str | None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-from embedsurgery.durable import copy_range
+from embedsurgery.copying import copy_range
 from embedsurgery.errors import CheckpointError
 from embedsurgery.raw import ITEMSIZE
 from embedsurgery.safetensors_file import MAX_HEADER, Entry, Header, open_regular

@@ -1,6 +1,7 @@
 """Tables in the safetensors files of a checkpoint: rows are read and written where they lie, growing makes files anew.
 
-Rows go straight into the files of the directory that it is opened on, so the caller opens it on a staged copy.
+Rows go straight into the files of the directory that it is opened on, so the caller opens it on a staged copy, or has
+a journal written first.
 """
 
 from __future__ import annotations
@@ -32,14 +33,26 @@ class ShardStore(Store):
 
     Args:
         checkpoint: Its headers.
+        work: A directory on the same file system for files that are being made, where the caller puts everything back
+            if need be. By default they lie beside those that they are to become, and nothing is left half replaced.
         architectures: What is special about the names of which architecture.
 
     The graph is the walk's, with one question settled that headers leave open: whether a tie that the config claims,
     and whose two ends are both stored, holds. Loaders tie equal tensors and part different ones, so their bytes decide.
     """
 
-    def __init__(self, checkpoint: Checkpoint, architectures: Mapping[str, Layout] = ARCHITECTURES) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        work: Path | None = None,
+        *,
+        architectures: Mapping[str, Layout] = ARCHITECTURES,
+    ) -> None:
         self.checkpoint = checkpoint
+        self.work = work
+        self.refuse_links = work is None
+        """Whether a file with a second name is not written. In place it may have one of the journal's; and what is only
+        planned on here may be written elsewhere."""
         self.name = str(checkpoint.directory)
         self.config = checkpoint.config
         self.graph = walk_names(checkpoint.stored(), config=checkpoint.config, source=self.name, equal=self.equal,
@@ -47,20 +60,28 @@ class ShardStore(Store):
         self._transposed = frozenset(n for table in self.graph.tables for n in table.transposed)
 
     @classmethod
-    def open(cls, directory: Path, architectures: Mapping[str, Layout] = ARCHITECTURES) -> ShardStore:
+    def open(
+        cls, directory: Path, work: Path | None = None, *, architectures: Mapping[str, Layout] = ARCHITECTURES
+    ) -> ShardStore:
         """A store over a directory.
 
         Args:
             directory: Where it is.
+            work: As for the class.
             architectures: What is special about the names of which architecture.
 
         Raises:
             CheckpointError: Its files are missing or broken.
+            UnfinishedError: It was being changed in place when something stopped that, and no ``work`` is given.
         """
-        return cls(open_checkpoint(directory), architectures)
+        return cls(open_checkpoint(directory, unfinished=work is not None), work, architectures=architectures)
 
     def copies(self, table: Table) -> tuple[str, ...]:
         return tuple(name for name, _ in table.files)
+
+    def is_transposed(self, name: str) -> bool:
+        """Whether a stored table has its dimensions first, so that a row is spread over all of it."""
+        return name in self._transposed
 
     def tensor_names(self) -> Collection[str]:
         return self.checkpoint.location.keys()
@@ -80,13 +101,13 @@ class ShardStore(Store):
     @contextmanager
     def _file(self, name: str, flags: int = os.O_RDONLY) -> Iterator[int]:
         with open_regular(self.checkpoint.path(name), flags) as descriptor:
-            if flags != os.O_RDONLY:
+            if flags != os.O_RDONLY and self.refuse_links:
                 _refuse_links(self.checkpoint.path(name), os.fstat(descriptor).st_nlink)
             yield descriptor
 
     def check_writable(self, table: Table) -> None:
         """Refuse a table in a file that has a second name: what that stands for would change too."""
-        for _, file in table.files:
+        for _, file in table.files if self.refuse_links else ():
             path = self.checkpoint.directory / file
             _refuse_links(path, path.stat().st_nlink)
 
@@ -111,21 +132,21 @@ class ShardStore(Store):
             raw = read_tensor(file, self.checkpoint.entry(name))
         return RawArray(raw.dtype, (raw.shape[-1],), raw.data)
 
-    def _vector_copies(self, name: str) -> list[str]:
+    def vector_copies(self, name: str) -> list[str]:
         """The names under which a per-token vector is stored."""
         vocabulary = next(v for v in self.graph.vocabularies if name in v.vectors)
         return [copy for copy, of, _ in self._growth(vocabulary, 1).tensors() if of == name]
 
     def vector_files(self, name: str) -> Collection[str]:
-        return tuple(dict.fromkeys(self.checkpoint.location[copy] for copy in self._vector_copies(name)))
+        return tuple(dict.fromkeys(self.checkpoint.location[copy] for copy in self.vector_copies(name)))
 
     def check_vector(self, name: str) -> None:
-        for file in self.vector_files(name):
+        for file in self.vector_files(name) if self.refuse_links else ():
             path = self.checkpoint.directory / file
             _refuse_links(path, path.stat().st_nlink)
 
     def write_entries(self, name: str, indices: tuple[int, ...], entries: RawArray) -> None:
-        for copy in self._vector_copies(name):
+        for copy in self.vector_copies(name):
             entry = self.checkpoint.entry(copy)
             values, size = entries.to(entry.dtype).data, ITEMSIZE[entry.dtype]
             with self._file(copy, os.O_RDWR) as file:
@@ -193,16 +214,16 @@ class ShardStore(Store):
         staged: dict[Path, Path] = {}
         try:
             for file, head in heads.items():
-                staged[directory / file] = new = _beside(directory / file)
+                staged[directory / file] = new = self._beside(directory / file)
                 write_pieces(directory / file, new, head, pieces(self.checkpoint.headers[file], resized[file]))
             for path, data in growth.small_files(edit.saved).items():
-                staged[directory / path] = _write_beside(directory / path, data)
-            replace_files(staged)
+                staged[directory / path] = self._write_beside(directory / path, data)
+            replace_files(staged, keep=self.work is None)
         except BaseException:
             for new in staged.values():
                 new.unlink(missing_ok=True)
             raise
-        self.checkpoint = open_checkpoint(directory)
+        self.checkpoint = open_checkpoint(directory, unfinished=self.work is not None)
         self.config = self.checkpoint.config
         self.graph = grown_graph(self.graph, vocabulary, edit.count)
 
@@ -227,7 +248,7 @@ class ShardStore(Store):
         if edit.after is None:
             file.unlink(missing_ok=True)
             return
-        os.replace(_write_beside(file, edit.after), file)
+        os.replace(self._write_beside(file, edit.after), file)
 
     def _inside(self, path: str) -> Path:
         parts = path.split("/")
@@ -239,6 +260,26 @@ class ShardStore(Store):
         if not file.parent.is_dir():
             raise CheckpointError("no such directory in the checkpoint", where=self.name, found=repr(path))
         return file
+
+    def _beside(self, file: Path) -> Path:
+        """A name for what is to become a file; engines do not take it for weights."""
+        name = f".{file.name}"[:80] + f".{os.getpid()}"
+        return (file.parent if self.work is None else self.work) / name
+
+    def _write_beside(self, file: Path, data: bytes) -> Path:
+        """Write what a small file is to become, with the mode that it has; a failure leaves nothing."""
+        staged = self._beside(file)
+        try:
+            with open(staged, "xb") as out:
+                out.write(data)
+                out.flush()
+                if file.exists():
+                    os.fchmod(out.fileno(), file.stat().st_mode & 0o7777)
+                os.fsync(out.fileno())
+        except BaseException:
+            staged.unlink(missing_ok=True)
+            raise
+        return staged
 
     def sync(self) -> None:
         vectors = [name for vocabulary in self.graph.vocabularies for name in vocabulary.vectors]
@@ -253,27 +294,6 @@ def _refuse_links(path: Path, links: int) -> None:
     if links > 1:
         raise UnsupportedError("a weight file has more than one name, and all would change", where=path,
                                found=f"{links} hard links", hint="work on a copy of the file")  # fmt: skip
-
-
-def _beside(file: Path) -> Path:
-    """A name beside a file for what is to become it; engines do not take it for weights."""
-    return file.with_name(f".{file.name}.{os.getpid()}")
-
-
-def _write_beside(file: Path, data: bytes) -> Path:
-    """Write what a small file is to become, with the mode that it has; a failure leaves nothing."""
-    staged = _beside(file)
-    try:
-        with open(staged, "xb") as out:
-            out.write(data)
-            out.flush()
-            os.fsync(out.fileno())
-        if file.exists():
-            os.chmod(staged, file.stat().st_mode & 0o7777)
-    except BaseException:
-        staged.unlink(missing_ok=True)
-        raise
-    return staged
 
 
 def _line(

@@ -33,6 +33,9 @@ class Store(ABC):
     config: Any = None
     """The model's config, a mapping or an object; None where there is none."""
 
+    refuse_links: bool = True
+    """Whether a file with a second name is not written, of a store of files."""
+
     @abstractmethod
     def copies(self, table: Table) -> tuple[str, ...]:
         """The names under which separate copies of a table are stored, one for each memory; the first is read."""

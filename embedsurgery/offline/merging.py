@@ -1,0 +1,210 @@
+"""Baking adapters, and tokens without any, into checkpoints on disk.
+
+An adapter is located in the store and its surgery plans; what the plans are done to is ``writing.py``'s.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import warnings
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from embedsurgery import hub
+from embedsurgery.adapter import Adapter
+from embedsurgery.api import load
+from embedsurgery.combining import Conflict, Part, parts, plan_parts
+from embedsurgery.errors import BaseMismatchError, ConfigError, EmbedSurgeryWarning
+from embedsurgery.hashes import file_hashes
+from embedsurgery.new_tokens import Init, plan_tokens
+from embedsurgery.offline.jobs import Job
+from embedsurgery.offline.report import MergeReport, Progress
+from embedsurgery.offline.writing import Place, opened, write
+from embedsurgery.plan import Undo
+from embedsurgery.records import adapter_sha256, facts, facts_of, record_paths, tokens_facts
+from embedsurgery.registry import registry
+from embedsurgery.stores.base import Store
+from embedsurgery.tokenizer_files import check_tokens, known_tokens
+from embedsurgery.vocabulary import NewTokens
+
+AdapterLike = Adapter | str | os.PathLike[str]
+Weighted = tuple[AdapterLike, float]
+
+
+def merge_checkpoint(
+    base: str | os.PathLike[str],
+    adapters: AdapterLike | Weighted | Sequence[AdapterLike | Weighted],
+    output: str | os.PathLike[str] | None = None,
+    *,
+    on_conflict: Conflict | None = None,
+    allow_nan: bool = False,
+    hashes: bool = False,
+    in_place: bool = False,
+    hardlink: bool = False,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> MergeReport:
+    """Write a new checkpoint directory with adapters baked in; every other byte of it is the base's.
+
+    The undo lies in the output's ``.embedsurgery/``, so that `unmerge_checkpoint` gives the base back bit for bit.
+    In place, the rows are written into the base's own files, under a lock and with a journal: a failure takes back what
+    was done, and after a kill `recover_checkpoint` does. A second merge meanwhile is refused, it does not wait.
+
+    Args:
+        base: A directory with safetensors weights, in one file or in shards; or a Hub id, ``org/name@revision``.
+        adapters: One or several, loaded, as directories or as Hub ids, each alone or in a pair with a weight: its rows
+            then go that part of the way from the base's, computed in fp32 and rounded once. Rows of tokens that an
+            adapter brings and the base does not have are taken as they are. Each adapter gets a record of its own.
+        output: A directory that does not exist yet; it appears when it is whole. None for a dry run alone, or with
+            ``in_place``.
+        on_conflict: What becomes of rows that several adapters set: "last", those of the adapter that is named last;
+            "average", the mean of what each adapter alone would make of them, its weight included. By default such
+            adapters are refused.
+        allow_nan: Merge rows with NaN or infinity, which are refused otherwise.
+        hashes: Record the sha256 of every file of the result, for `verify_checkpoint(full=True)`: reads all of it once.
+        in_place: Change ``base`` itself. Processes that have its files mapped see the rows change.
+        hardlink: Share the weight files that do not change with ``base``: another name for the same bytes.
+        dry_run: Check everything and say what would be done.
+        progress: Called as files are copied.
+
+    Raises:
+        CheckpointError: The base's files are missing or broken.
+        BaseMismatchError: An adapter was made from another base.
+        PlanError: Two adapters set the same rows, or rows hold NaN or infinity.
+        OutputExistsError: ``output`` exists.
+        UnsupportedError: ``base`` cannot be changed in place: a file with a second name, behind a link, read-only.
+        UnfinishedError: ``base`` was being changed in place when something stopped it.
+        BusyError: ``base`` is being changed in place by another process.
+    """
+    if hub.find_id(base) is not None and not in_place:
+        with hub.directory(base) as folder:
+            return merge_checkpoint(folder, adapters, output, on_conflict=on_conflict, allow_nan=allow_nan,
+                                    hashes=hashes, hardlink=hardlink, dry_run=dry_run, progress=progress)  # fmt: skip
+    place = Place.of(base, output, in_place=in_place, hardlink=hardlink, dry_run=dry_run, progress=progress)
+    with place.held():
+        store = opened(place.source)
+        asked = parts(adapters, named_adapter)
+        _refuse_merged(place.source, asked)
+        texts = _texts(place.source, asked)
+        plans = plan_parts(asked, lambda name: registry().named(name).surgery, store, texts, on_conflict=on_conflict,
+                           allow_nan=allow_nan)  # fmt: skip
+        jobs = [
+            Job(plan, partial(part_facts, part, on_conflict=on_conflict, hashes=hashes and part is asked[-1]))
+            for plan, part in zip(plans, asked, strict=True)
+        ]
+        return write(jobs, store, place)
+
+
+def part_facts(
+    part: Part, undo: Undo, store: Store, *, on_conflict: Conflict | None = None, hashes: bool = False
+) -> dict[str, Any]:
+    """What the record of a part says; called when it is done."""
+    said = facts(part.adapter, part.name, undo, store, weight=part.weight, on_conflict=on_conflict)
+    return {**said, **_hashes(store, hashes)}
+
+
+def _hashes(store: Store, asked: bool) -> dict[str, Any]:
+    return {"sha256": file_hashes(Path(store.name))} if asked else {}
+
+
+def add_tokens_checkpoint(
+    model: str | os.PathLike[str],
+    tokens: str | Sequence[str],
+    output: str | os.PathLike[str] | None = None,
+    *,
+    init: Init = "mean",
+    special: bool = False,
+    reserved: bool = False,
+    pad_to_multiple_of: int | None = None,
+    seed: int = 0,
+    hashes: bool = False,
+    in_place: bool = False,
+    hardlink: bool = False,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> MergeReport:
+    """Write a new checkpoint directory with tokens added to its tokenizer and rows for them; nothing is trained.
+
+    As `embedsurgery.add_tokens`, on disk and without loading the model; recorded as a merge, so that
+    `unmerge_checkpoint` takes the tokens out again.
+
+    Args:
+        model: A directory with safetensors weights and a tokenizer.
+        tokens: Texts. Those that exist are found, not added twice.
+        output: A directory that does not exist yet. None for a dry run alone, or with ``in_place``.
+        init: How rows start: NAME or NAME:ARGUMENT, for all tokens or for each in a dict by its text.
+        special: Whether they are special tokens.
+        reserved: Take the ids of reserved tokens first.
+        pad_to_multiple_of: Where the tables must grow, grow them to a multiple.
+        seed: For initialisers that draw.
+        hashes: Record the sha256 of every file of the result, as `merge_checkpoint` does.
+        in_place: Change ``model`` itself, as `merge_checkpoint` does. Spare rows are written where they lie; where the
+            tables must grow, new files are made inside ``.embedsurgery/`` and take the places of the old ones.
+        hardlink: Share the weight files that do not change with ``model``.
+        dry_run: Check everything and say what would be done.
+        progress: Called as files are copied.
+
+    Raises:
+        ConfigError: A token that is empty, named twice or exists already, or an initialiser that is none.
+        CheckpointError: The model's files are missing or broken, or have no tokenizer.
+        OutputExistsError: ``output`` exists.
+    """
+    place = Place.of(model, output, in_place=in_place, hardlink=hardlink, dry_run=dry_run, progress=progress)
+    with place.held():
+        store = opened(place.source)
+        known = known_tokens(place.source)
+        asked = plan_tokens(
+            store,
+            known,
+            tokens,
+            initializers=registry().initializers,
+            init=init,
+            special=special,
+            reserved=reserved,
+            pad_to_multiple_of=pad_to_multiple_of,
+            seed=seed,
+        )
+        if asked.new is None:
+            named = ", ".join(f"{known.texts[i]!r} is {i}" for i in asked.ids)
+            raise ConfigError("the tokens exist already, so there is nothing to write", where=place.source, found=named)
+        _try_encoding(place.source, asked.new)
+        new = asked.new
+        job = Job(asked.plan, lambda undo, store: {**tokens_facts(new, undo, store), **_hashes(store, hashes)})
+        return write([job], store, place)
+
+
+def _try_encoding(source: Path, new: NewTokens) -> None:
+    """See that text reaches the new tokens, where the library that encodes is there."""
+    if importlib.util.find_spec("tokenizers") is None:
+        warnings.warn("the tokenizers library is not installed, so whether text reaches the new tokens was not tried",
+                      EmbedSurgeryWarning, stacklevel=3)  # fmt: skip
+        return
+    check_tokens(source, new.tokens)
+
+
+def named_adapter(adapter: AdapterLike) -> tuple[Adapter, str]:
+    """An adapter and what to call it in the record."""
+    if isinstance(adapter, Adapter):
+        return adapter, adapter.source or "adapter"
+    found = load(adapter)
+    return found, found.source or Path(adapter).absolute().name
+
+
+def _refuse_merged(base: Path, asked: list[Part]) -> None:
+    """An adapter that lies in the base already would only be refused for its rows, which says less."""
+    known = {adapter_sha256(part.adapter): part.name for part in asked}
+    for record in record_paths(base):
+        name = known.get(str(facts_of(record).get("adapter_sha256")))
+        if name is not None:
+            raise BaseMismatchError("this adapter is in the base already", where=base, found=f"{name} in {record.name}",
+                            hint="unmerge it first, or merge into the original base")  # fmt: skip
+
+
+def _texts(source: Path, asked: list[Part]) -> dict[int, str] | None:
+    """Id -> text of the base's tokens, where an adapter brings new ones."""
+    if all(part.adapter.manifest.new_tokens is None for part in asked):
+        return None
+    return dict(known_tokens(source).texts)

@@ -1,0 +1,62 @@
+"""What of a checkpoint's files a plan will write over or replace, found before anything is touched."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from embedsurgery.journal import Range
+from embedsurgery.plan import Grow, PatchFile, Plan, SetBlocks, SetEntries, SetRows
+from embedsurgery.raw import ITEMSIZE
+from embedsurgery.safetensors_file import Entry
+from embedsurgery.stores.checks import expanded
+from embedsurgery.stores.shards import ShardStore
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What is touched.
+
+    Attributes:
+        ranges: Weight file -> the bytes that are written over where they lie.
+        files: Files that are replaced, made or removed, relative to the checkpoint.
+    """
+
+    ranges: dict[str, list[Range]] = field(default_factory=dict)
+    files: set[str] = field(default_factory=set)
+
+
+def footprint(plan: Plan, store: ShardStore) -> Footprint:
+    """What a plan does to the files of a store, whose tables it fits.
+
+    Rows that are set after their file was made anew are no matter: the old file is as it was.
+    """
+    found = Footprint()
+    for edit in expanded(plan, store):
+        if isinstance(edit, (SetRows, SetBlocks)):
+            table = store.graph.table(edit.table)
+            for name, file in table.files:
+                if file not in found.files:
+                    ranges = _ranges(store, name, edit.indices if isinstance(edit, SetRows) else None)
+                    found.ranges.setdefault(file, []).extend(ranges)
+        elif isinstance(edit, SetEntries):
+            for name in store.vector_copies(edit.vector):
+                entry, file = store.checkpoint.entry(name), store.checkpoint.location[name]
+                if file not in found.files:
+                    found.ranges.setdefault(file, []).extend(_lines(entry, ITEMSIZE[entry.dtype], edit.indices))
+        elif isinstance(edit, Grow):
+            found.files.update(store.growth_files(store.vocabulary(edit)))
+        elif isinstance(edit, PatchFile):
+            found.files.add(edit.path)
+    return found
+
+
+def _ranges(store: ShardStore, name: str, indices: tuple[int, ...] | None) -> list[Range]:
+    """Where rows of a tensor lie: all of it for a whole table, or one that is stored with a line for each dimension."""
+    entry = store.checkpoint.entry(name)
+    if indices is None or store.is_transposed(name):
+        return [(entry.begin, entry.end)]
+    return _lines(entry, entry.shape[1] * ITEMSIZE[entry.dtype], indices)
+
+
+def _lines(entry: Entry, pitch: int, indices: tuple[int, ...]) -> list[Range]:
+    return [(entry.begin + i * pitch, entry.begin + (i + 1) * pitch) for i in indices]

@@ -1,0 +1,207 @@
+"""What is done to small checkpoints while it is killed, and what they may be afterwards; without torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+import embedsurgery as es
+from embedsurgery.adapter import Adapter
+from embedsurgery.locking import segments
+from embedsurgery.raw import RawArray
+from embedsurgery.safetensors_file import TensorSource, write_file
+from embedsurgery.stores.shards import ShardStore
+from embedsurgery.surgeries.base import Base
+from embedsurgery.surgeries.trainable_tokens import TrainableTokens
+from tests.faults.tracer import Fault, run
+
+ROWS, WIDTH = 24, 8
+TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+SHARDS = {"model-00001-of-00003.safetensors": {TABLE: (ROWS, WIDTH)},
+          "model-00002-of-00003.safetensors": {"model.layers.0.mlp.up_proj.weight": (WIDTH, WIDTH)},
+          "model-00003-of-00003.safetensors": {HEAD: (ROWS, WIDTH), "model.norm.weight": (WIDTH,)}}  # fmt: skip
+
+
+def make(folder: Path, spare: int = 0) -> Path:
+    """A checkpoint in three shards, with a tokenizer that leaves rows spare."""
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    where = {}
+    for file, tensors in SHARDS.items():
+        sources = {}
+        for name, shape in tensors.items():
+            raw = RawArray.of(random.standard_normal(shape).astype(np.float32), "BF16")
+            sources[name] = TensorSource("BF16", shape, (raw.data,))
+            where[name] = file
+        write_file(folder / file, sources, {"format": "pt"})
+    total = sum((folder / file).stat().st_size for file in SHARDS)
+    texts = {f"t{n}": n for n in range(ROWS - spare)}
+    bodies = {
+        "model.safetensors.index.json": {"metadata": {"total_size": total}, "weight_map": where},
+        "config.json": {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": ROWS,
+                        "hidden_size": WIDTH, "tie_word_embeddings": False},
+        "tokenizer.json": {"version": "1.0", "added_tokens": [], "pre_tokenizer": {"type": "Whitespace"},
+                           "model": {"type": "WordLevel", "vocab": texts, "unk_token": "t0"}},
+    }  # fmt: skip
+    for name, body in bodies.items():
+        (folder / name).write_text(json.dumps(body) + "\n")
+    (folder / "assets").mkdir()
+    (folder / "assets" / "card.md").write_text("kept\n")
+    os.chmod(folder / "assets" / "card.md", 0o640)
+    for number, path in enumerate(sorted(folder.rglob("*"))):
+        os.utime(path, ns=(10**18 + number, 10**18 + 7 * number))
+    return folder
+
+
+def adapter(base: Path, rows: list[int], value: float) -> Adapter:
+    """An adapter that sets rows of the input table to one value."""
+    started = TrainableTokens().start(es.TrainableTokensConfig(rows), ShardStore.open(base), Base())
+    values = RawArray.of(np.full((len(rows), WIDTH), value, np.float32))
+    return Adapter(started.manifest, {TABLE: values}, started.surgery)
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """One thing that is done to a directory with a checkpoint in it.
+
+    Attributes:
+        name: For people.
+        prepare: Called once with an empty directory, to fill it.
+        act: Called with the directory, or a copy of it; returns when all is done.
+        target: The name in the directory that `embedsurgery recover` is then given.
+    """
+
+    name: str
+    prepare: Callable[[Path], None]
+    act: Callable[[Path], None]
+    target: str = "base"
+
+
+_ADAPTERS: dict[str, Adapter] = {}
+
+
+def _base(spare: int = 0) -> Callable[[Path], None]:
+    def prepare(folder: Path) -> None:
+        base = make(folder / "base", spare)
+        if "a" not in _ADAPTERS:
+            _ADAPTERS.update(a=adapter(base, [3, 1, 4], 1.0), b=adapter(base, [9, 5], 2.0))
+
+    return prepare
+
+
+def _prepared(*steps: Callable[[Path], None], spare: int = 0) -> Callable[[Path], None]:
+    def prepare(folder: Path) -> None:
+        _base(spare)(folder)
+        for step in steps:
+            step(folder)
+
+    return prepare
+
+
+def _merge(*names: str) -> Callable[[Path], None]:
+    return lambda folder: void(es.merge_checkpoint(folder / "base", [_ADAPTERS[n] for n in names], in_place=True))
+
+
+def _new(hardlink: bool) -> Callable[[Path], None]:
+    return lambda folder: void(es.merge_checkpoint(folder / "base", _ADAPTERS["a"], folder / "out", hardlink=hardlink))
+
+
+def _grow(folder: Path) -> None:
+    es.add_tokens_checkpoint(folder / "base", ["<tool>", "<x>"], in_place=True)
+
+
+def _unmerge(folder: Path) -> None:
+    es.unmerge_checkpoint(folder / "base", in_place=True)
+
+
+def _unmerge_all(folder: Path) -> None:
+    es.unmerge_checkpoint(folder / "base", in_place=True, all=True)
+
+
+def _unmerge_anew(folder: Path) -> None:
+    es.unmerge_checkpoint(folder / "base", folder / "out")
+
+
+def _grow_anew(folder: Path) -> None:
+    es.add_tokens_checkpoint(folder / "base", ["<tool>"], folder / "out")
+
+
+def _killed(act: Callable[[Path], None], call: str, time: int = 1) -> Callable[[Path], None]:
+    """Do something and be killed at the n-th call whose description holds some text."""
+
+    def prepare(folder: Path) -> None:
+        trial = folder.with_name("trial")
+        shutil.copytree(folder, trial)
+        seen = [place for place, text in enumerate(run(lambda: act(trial), ()).calls, 1) if call in text]
+        shutil.rmtree(trial)
+        assert run(lambda: act(folder), (), Fault(seen[time - 1])).code == -signal.SIGKILL
+        assert segments(folder / "base")
+
+    return prepare
+
+
+def _recover(folder: Path) -> None:
+    es.recover_checkpoint(folder / "base")
+
+
+def void(_: object) -> None:
+    """Nothing."""
+
+
+SCENARIOS = {
+    scenario.name: scenario
+    for scenario in (
+        Scenario("merge into a new directory", _base(), _new(hardlink=False), "out"),
+        Scenario("merge into a new directory, hard links", _base(), _new(hardlink=True), "out"),
+        Scenario("merge in place", _base(), _merge("a")),
+        Scenario("two adapters in place", _base(), _merge("a", "b")),
+        Scenario("a second merge in place", _prepared(_merge("a")), _merge("b")),
+        Scenario("growth in place", _base(), _grow),
+        Scenario("growth in place, onto a merge", _prepared(_merge("a")), _grow),
+        Scenario("growth into a new directory", _base(), _grow_anew, "out"),
+        Scenario("tokens on spare rows in place", _base(spare=4), _grow),
+        Scenario("unmerge in place", _prepared(_merge("a")), _unmerge),
+        Scenario("unmerge of growth in place", _prepared(_grow), _unmerge),
+        Scenario("unmerge of spare rows in place", _prepared(_grow, spare=4), _unmerge),
+        Scenario("unmerge of a stack in place", _prepared(_merge("a"), _grow, _merge("b")), _unmerge_all),
+        Scenario("recovery of rows", _prepared(_killed(_merge("a", "b"), "0002.part")), _recover),
+        Scenario("recovery of growth", _prepared(_killed(_grow, "renam", 4)), _recover),
+        Scenario("recovery just before the commit", _prepared(_killed(_grow, ".embedsurgery/done")), _recover),
+        Scenario("unmerge into a new directory", _prepared(_merge("a")), _unmerge_anew, "out"),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What lies in a directory.
+
+    Attributes:
+        files: Path -> (bytes, mode) of every file of a checkpoint.
+        times: Path -> mtime_ns of the same.
+        ours: Paths of what lies in ``.embedsurgery`` directories, and of hidden directories that runs build in.
+    """
+
+    files: dict[str, tuple[bytes, int]]
+    times: dict[str, int]
+    ours: frozenset[str]
+
+    @classmethod
+    def of(cls, folder: Path) -> Snapshot:
+        """A directory as it is."""
+        files, times, ours = {}, {}, set()
+        for path in folder.rglob("*"):
+            name = path.relative_to(folder).as_posix()
+            if ".embedsurgery" in name:
+                ours.add(name)
+            elif not path.is_dir():
+                status = path.lstat()
+                files[name], times[name] = (path.read_bytes(), status.st_mode), status.st_mtime_ns
+        return cls(files, times, frozenset(ours))

@@ -1,0 +1,111 @@
+"""Killed at every system call that writes, syncs, renames or removes: as before, as after, or so after `recover`.
+
+`scenarios.py` says what is done, `sweep.py` what must hold. By default a part of the calls of every scenario; with
+``-m sweep`` every call, one run each.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.faults.scenarios import SCENARIOS
+from tests.faults.tracer import unavailable
+
+pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
+
+ALL = ("kill", "tear", "full", "full-for-good", "broken", "interrupt")
+
+
+def sweep(faults: tuple[str, ...], every: int, *scenarios: str) -> dict[tuple[str, str], dict[str, Any]]:
+    """(scenario, fault) -> what was found, in a process without torch."""
+    command = [sys.executable, "-m", "tests.faults.sweep", *faults, "--every", str(every)]
+    command += [part for name in scenarios for part in ("--scenario", name)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    run = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=ROOT, timeout=3000)
+    assert run.returncode == 0, run.stderr
+    lines = [json.loads(line) for line in run.stdout.splitlines()]
+    return {(line["scenario"], line["fault"]): line for line in lines}
+
+
+def check(found: dict[tuple[str, str], dict[str, Any]], least: int) -> None:
+    """Nothing was wrong, in as many runs at least."""
+    wrong = [text for line in found.values() for text in line["wrong"]]
+    assert not wrong, "\n".join(wrong)
+    assert sum(line["runs"] for line in found.values()) >= least
+
+
+def test_every_call_of_a_merge_in_place() -> None:
+    found = sweep(("kill",), 1, "merge in place")
+    check(found, 25)
+    assert all(line["runs"] == line["calls"] for line in found.values())
+
+
+def test_some_calls_of_everything() -> None:
+    found = sweep(("kill",), 9)
+    assert {scenario for scenario, _ in found} == set(SCENARIOS)
+    check(found, 90)
+
+
+def test_other_faults_at_some_calls() -> None:
+    """Torn writes; no space, once and for good; errors of the disk; Ctrl-C."""
+    names = ("merge into a new directory", "two adapters in place", "growth in place", "unmerge in place")
+    found = sweep(ALL[1:], 7, *names)
+    assert all(line["runs"] for line in found.values())
+    check(found, 60)
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_every_fault_at_every_call(scenario: str) -> None:
+    found = sweep(ALL, 1, scenario)
+    check(found, 13)
+    assert found[scenario, "kill"]["runs"] == found[scenario, "kill"]["calls"]
+
+
+_CLI = """
+import os, signal, sys
+from pathlib import Path
+from embedsurgery import durable
+from embedsurgery.cli.main import main
+real = Path.rename
+def stop(path, target):
+    os.kill(os.getpid(), int(sys.argv[1]))
+    return real(path, target)
+Path.rename = stop
+main(sys.argv[2:])
+"""
+
+
+def test_a_killed_command_and_the_next_one(tmp_path: Path) -> None:
+    """The whole way, with a real interpreter: killed before the rename, the next run says what it removed."""
+    from tests.conftest import cli, listing
+    from tests.faults.scenarios import adapter, make
+
+    base = make(tmp_path / "base")
+    adapter(base, [3], 1.0).save(tmp_path / "adapter")
+    verb = ["merge", str(base), str(tmp_path / "adapter"), "-o", str(tmp_path / "out")]
+    before = listing(tmp_path)
+    killed = subprocess.run([sys.executable, "-c", _CLI, "9", *verb], check=False, timeout=60)
+    assert killed.returncode == -9
+    assert any(name.startswith(".embedsurgery-") for name in listing(tmp_path))
+    done = cli("recover", tmp_path / "out")
+    assert (done.returncode, done.stdout) == (0, "removed: what killed runs left beside it, on the way to out\n")
+    assert listing(tmp_path) == before
+    subprocess.run([sys.executable, "-c", _CLI, "9", *verb], check=False, timeout=60)
+    done = cli(*verb)
+    assert done.returncode == 0
+    assert "removed what interrupted runs left" in done.stderr
+    assert not any(name.startswith(".embedsurgery-") for name in listing(tmp_path))
+    interrupted = subprocess.run([sys.executable, "-c", _CLI, "2", *verb[:-1], str(tmp_path / "other")], check=False,
+                                 timeout=60, capture_output=True, text=True)  # fmt: skip
+    assert "interrupted" in interrupted.stderr
+    assert interrupted.returncode == 130
+    assert not any(name.startswith(".embedsurgery-") for name in listing(tmp_path))
