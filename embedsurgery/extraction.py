@@ -92,7 +92,7 @@ def extract(
     if not isinstance(threshold, (int, float)) or not 0 <= threshold < float("inf"):
         raise ConfigError("the threshold is no distance", expected="zero or more", found=repr(threshold))
     source, target = Path(base), Path(tuned)
-    store = ShardStore.open(source)
+    store = ShardStore.open(source, architectures=registry().architectures)
     tensors = _tensors(target)
     pairs = _pairs(store, tensors, target)
     total = sum(t.entry.end - t.entry.begin for t in pairs.values())

@@ -7,30 +7,36 @@ when asked, every byte of every file.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from embedsurgery import hub
-from embedsurgery.checkpoint import INDEX, Checkpoint, open_checkpoint
+from embedsurgery.api import opened
+from embedsurgery.checkpoint import INDEX, Checkpoint
 from embedsurgery.errors import EmbedSurgeryError, PlanError
 from embedsurgery.graph import EmbeddingGraph
 from embedsurgery.hashes import checkpoint_files, known_hashes, sha256_of
 from embedsurgery.jsonfile import read_json
-from embedsurgery.names import is_language_model, tie_flag, vocabulary_sizes, walk_names
-from embedsurgery.plan import PatchFile, SetRows, count_rows
+from embedsurgery.names import is_language_model, tie_flag, vocabulary_sizes
+from embedsurgery.plan import PatchFile, SetBlocks, SetRows, count_rows
 from embedsurgery.raw import EDITABLE
 from embedsurgery.records import check_written, record_paths
+from embedsurgery.registry import registry
 from embedsurgery.stack import Entry, arranged, entry, tombstones
-from embedsurgery.stores.base import rows_of
+from embedsurgery.stores.base import Store, rows_of
 from embedsurgery.stores.checks import digest
 from embedsurgery.stores.shards import ShardStore
 from embedsurgery.tokenizer_files import highest_token_id
 
 MORE_ROWS = ("mllama", "mllama_text_model", "cpmant", "moshi", "molmo2")
 """Model types whose input table has rows beyond ``vocab_size`` by design, for images or prompts."""
+
+
+Config = Mapping[str, Any] | None
 
 
 @dataclass(frozen=True)
@@ -67,10 +73,9 @@ def verify_checkpoint(directory: str | os.PathLike[str], *, full: bool = False) 
         with hub.directory(directory) as folder:
             return verify_checkpoint(folder, full=full)
     folder = Path(directory)
-    checkpoint = open_checkpoint(folder)
-    store = ShardStore(checkpoint)
-    claimed = walk_names(checkpoint.stored(), config=checkpoint.config, source=str(folder))
-    checks = [*_index(checkpoint), *_rows(checkpoint, store.graph), *_ties(checkpoint, store.graph, claimed)]
+    store, claimed = registry().open_store(folder), opened(folder)[0]
+    checks = list(_index(store.checkpoint)) if isinstance(store, ShardStore) else []
+    checks += [*_rows(store.config, store.graph), *_ties(store.config, store.graph, claimed)]
     checks += [*_tokenizer(folder, store.graph), *_records(folder, store)]
     return (*checks, *_hashes(folder)) if full else tuple(checks)
 
@@ -90,12 +95,12 @@ def _index(checkpoint: Checkpoint) -> Iterator[Check]:
     yield Check("total_size", said == total, f"{said} in the index, {total} in the shards")
 
 
-def _rows(checkpoint: Checkpoint, graph: EmbeddingGraph) -> Iterator[Check]:
-    sizes = vocabulary_sizes(checkpoint.config)
+def _rows(config: Config, graph: EmbeddingGraph) -> Iterator[Check]:
+    sizes = vocabulary_sizes(config)
     vocabulary = [t for t in graph.tables if t.kind == "vocabulary"]
     yield Check("tables", bool(vocabulary), ", ".join(f"{t.name} {list(t.shape)}" for t in vocabulary) or "none found")
     for table in vocabulary:
-        kind = (checkpoint.config or {}).get("model_type")
+        kind = (config or {}).get("model_type")
         more = kind in MORE_ROWS and table.name == graph.input and table.shape[0] > min(sizes, default=0)
         known = not sizes or table.shape[0] in sizes or more
         said = ", ".join(map(str, dict.fromkeys(sizes))) or "nothing"
@@ -104,8 +109,8 @@ def _rows(checkpoint: Checkpoint, graph: EmbeddingGraph) -> Iterator[Check]:
         yield Check("dtype", good, f"{table.name} is {table.dtype}")
 
 
-def _ties(checkpoint: Checkpoint, graph: EmbeddingGraph, claimed: EmbeddingGraph) -> Iterator[Check]:
-    flag = tie_flag(checkpoint.config)
+def _ties(config: Config, graph: EmbeddingGraph, claimed: EmbeddingGraph) -> Iterator[Check]:
+    flag = tie_flag(config)
     for table in claimed.tables:
         if len(table.files) > 1:
             real = graph.table(table.name)
@@ -113,7 +118,7 @@ def _ties(checkpoint: Checkpoint, graph: EmbeddingGraph, claimed: EmbeddingGraph
             names = " and ".join(name for name, _ in table.files)
             yield Check("ties", same, f"{names} are {'equal' if same else 'different, so they load untied'}")
     heads = [t for t in graph.tables if "output" in t.roles and t.kind == "vocabulary"]
-    if is_language_model(checkpoint.config) and flag is False and graph.input and not heads:
+    if is_language_model(config) and flag is False and graph.input and not heads:
         detail = f"tie_word_embeddings is false and no head is stored: {graph.input} loads beside a random one"
         yield Check("head", False, detail)
 
@@ -126,7 +131,7 @@ def _tokenizer(folder: Path, graph: EmbeddingGraph) -> Iterator[Check]:
     yield Check("tokenizer", highest < rows, f"highest token id {highest}, {rows} rows")
 
 
-def _records(folder: Path, store: ShardStore) -> Iterator[Check]:
+def _records(folder: Path, store: Store) -> Iterator[Check]:
     paths = record_paths(folder)
     numbers = sorted({int(path.stem) for path in paths} | tombstones(folder).keys())
     if numbers != list(range(1, len(numbers) + 1)):
@@ -147,12 +152,13 @@ def _records(folder: Path, store: ShardStore) -> Iterator[Check]:
         except EmbedSurgeryError as error:
             yield Check(name, False, str(error))
             continue
-        rows = sum(len(e.indices) for e in one.undo.edits if isinstance(e, SetRows))
+        rows = sum(len(e.indices) if isinstance(e, SetRows) else e.blocks.shape[0]
+                   for e in one.undo.edits if isinstance(e, (SetRows, SetBlocks)))  # fmt: skip
         detail = f"{count_rows(rows)} as written" if not one.under else f"partly under {one.overlaps}"
         yield Check(name, not bad, f"NaN or infinity in {', '.join(bad)}" if bad else detail)
 
 
-def _small_files(one: Entry, store: ShardStore) -> None:
+def _small_files(one: Entry, store: Store) -> None:
     """Refuse small files that are not what the merge wrote."""
     for number, edit in enumerate(one.undo.edits):
         if isinstance(edit, PatchFile) and number not in one.under:
@@ -162,7 +168,7 @@ def _small_files(one: Entry, store: ShardStore) -> None:
                                 expected=f"sha256 {edit.before}"[:19])  # fmt: skip
 
 
-def _finite(store: ShardStore, edit: SetRows) -> bool:
+def _finite(store: Store, edit: SetRows) -> bool:
     rows = rows_of(store, store.graph.table(edit.table), edit.indices)
     return bool(np.isfinite(rows.float32()).all())
 

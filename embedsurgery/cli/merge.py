@@ -89,5 +89,7 @@ def print_report(report: MergeReport, verb: str, as_json: bool) -> None:
     click.echo(f"{would}{verb}: {what} in {', '.join(report.files)}")
     for line in () if report.done else report.edits:
         click.echo(f"  {line}")
+    if report.undo and not report.done:
+        click.echo(f"would be kept to take it out again: {size(report.undo)}")
     how = "in place" if report.in_place else size(report.copied)
     click.echo(f"{would}written: {report.output or 'no output was named'} ({how})")

@@ -41,6 +41,9 @@ def command(adapter: Path, model: Path | None, as_json: bool) -> None:
         ]
         tied = f", tied to {', '.join(table['aliases'])}" if table["aliases"] else ""
         where = f", here {table['located']}" if model and table["located"] != table["name"] else ""
+        if not rows:
+            click.echo(f"{table['name']}{tied}{where}: the whole table, by {', '.join(table['tensors'])}")
+            continue
         print_table(f"{table['name']}{tied}{where}", columns, rows)
 
 
@@ -62,22 +65,27 @@ def show(adapter: Path, model: Path | None) -> dict[str, Any]:
 
     from embedsurgery.api import load
     from embedsurgery.locate import locate
+    from embedsurgery.registry import registry
     from embedsurgery.stores.base import rows_of
-    from embedsurgery.stores.shards import ShardStore
 
     loaded = load(adapter)
     manifest = loaded.manifest
-    store = ShardStore.open(model) if model is not None else None
+    store = registry().open_store(model) if model is not None else None
     located = locate(loaded, store) if store is not None else {}
     tables = []
     for record in manifest.tables:
         values = wide(loaded.raw[record.name])
         norms = np.linalg.norm(values, axis=1)
-        rows = [
-            {"row": i, "token": manifest.tokens.get(i), "norm": float(n)}
-            for i, n in zip(record.indices, norms, strict=True)
-        ]
-        if store is not None:
+        by_row = len(record.indices) == len(values)  # else the indices are those that the base is recognised by
+        rows = (
+            [
+                {"row": i, "token": manifest.tokens.get(i), "norm": float(n)}
+                for i, n in zip(record.indices, norms, strict=True)
+            ]
+            if by_row
+            else []
+        )
+        if store is not None and by_row:
             table = located[record.name]
             base = wide(rows_of(store, table, record.indices))
             lengths = np.linalg.norm(base, axis=1)
@@ -93,6 +101,11 @@ def show(adapter: Path, model: Path | None) -> dict[str, Any]:
                 "checked_base": record.fingerprint is not None,
                 "located": located[record.name].name if store is not None else None,
                 "rows": rows,
+                "tensors": [
+                    f"{name.removeprefix(record.name) or 'a tensor'} {list(raw.shape)}"
+                    for name, raw in loaded.raw.items()
+                    if name.startswith(record.name)
+                ],
             }
         )
     return {

@@ -8,7 +8,6 @@ from typing import Any
 
 from embedsurgery.plan import AddTokens, Edit, Grow, PatchFile, Plan, SetBlocks, SetEntries, SetRows, Undo
 from embedsurgery.stores.base import Store, check
-from embedsurgery.stores.shards import ShardStore
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,7 @@ class Job:
     facts: Callable[[Undo, Store], dict[str, Any]] | None = None
     drops: tuple[str, ...] = ()
     writes: Mapping[str, bytes] = field(default_factory=dict)
-    before: Callable[[ShardStore], None] | None = None
+    before: Callable[[Store], None] | None = None
 
 
 def whole_plan(jobs: list[Job]) -> Plan:
@@ -35,7 +34,7 @@ def whole_plan(jobs: list[Job]) -> Plan:
     return Plan(tuple(edit for job in jobs for edit in job.plan.edits))
 
 
-def check_jobs(jobs: list[Job], store: ShardStore) -> None:
+def check_jobs(jobs: list[Job], store: Store) -> None:
     """All that can be seen before anything is copied: the first plan whole, of later ones what no earlier one changes.
 
     Rows that several jobs set are those that were meant to be: see ``combining.py``.
@@ -59,12 +58,12 @@ def _fits(edit: Edit, sizes: Mapping[str, int]) -> bool:
     return isinstance(edit, SetEntries) and max(edit.indices, default=0) < sizes.get(edit.vector, 0)
 
 
-def weights(plan: Plan, store: ShardStore) -> list[str]:
+def weights(plan: Plan, store: Store) -> list[str]:
     """The weight files that hold what a plan changes."""
     return list(dict.fromkeys(file for edit in plan.edits for file in touched(edit, store)))
 
 
-def rewritten(plan: Plan, store: ShardStore) -> list[str]:
+def rewritten(plan: Plan, store: Store) -> list[str]:
     """The weight files that growing makes anew before anything is written into them."""
     written: set[str] = set()
     anew: dict[str, None] = {}
@@ -76,7 +75,7 @@ def rewritten(plan: Plan, store: ShardStore) -> list[str]:
     return list(anew)
 
 
-def touched(edit: Edit, store: ShardStore) -> list[str]:
+def touched(edit: Edit, store: Store) -> list[str]:
     """The weight files that an edit touches."""
     if isinstance(edit, (SetRows, SetBlocks)):
         return [file for _, file in store.graph.table(edit.table).files]
@@ -84,5 +83,5 @@ def touched(edit: Edit, store: ShardStore) -> list[str]:
         return list(store.vector_files(edit.vector))
     if isinstance(edit, Grow):
         vocabulary = next(v for v in store.graph.vocabularies if v.name == edit.vocabulary)
-        return [file for file in store.growth_files(vocabulary) if file in store.checkpoint.headers]
+        return [file for file in store.growth_files(vocabulary) if file in store.weight_files()]
     return []

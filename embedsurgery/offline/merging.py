@@ -22,13 +22,12 @@ from embedsurgery.hashes import file_hashes
 from embedsurgery.new_tokens import Init, plan_tokens
 from embedsurgery.offline.jobs import Job
 from embedsurgery.offline.report import MergeReport, Progress
-from embedsurgery.offline.writing import Place, write
+from embedsurgery.offline.writing import Place, opened, write
 from embedsurgery.parts import Part, parts
 from embedsurgery.plan import Undo
 from embedsurgery.records import adapter_sha256, facts, facts_of, record_paths, tokens_facts
 from embedsurgery.registry import registry
 from embedsurgery.stores.base import Store
-from embedsurgery.stores.shards import ShardStore
 from embedsurgery.tokenizer_files import check_tokens, known_tokens
 from embedsurgery.vocabulary import NewTokens
 
@@ -87,7 +86,7 @@ def merge_checkpoint(
                                     hashes=hashes, hardlink=hardlink, dry_run=dry_run, progress=progress)  # fmt: skip
     place = Place.of(base, output, in_place=in_place, hardlink=hardlink, dry_run=dry_run, progress=progress)
     with place.held():
-        store = ShardStore.open(place.source)
+        store = opened(place.source)
         asked = parts(adapters, named_adapter)
         _refuse_merged(place.source, asked)
         texts = _texts(place.source, asked)
@@ -156,7 +155,7 @@ def add_tokens_checkpoint(
     """
     place = Place.of(model, output, in_place=in_place, hardlink=hardlink, dry_run=dry_run, progress=progress)
     with place.held():
-        store = ShardStore.open(place.source)
+        store = opened(place.source)
         known = known_tokens(place.source)
         asked = plan_tokens(
             store,

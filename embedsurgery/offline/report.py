@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from embedsurgery.offline.jobs import weights
-from embedsurgery.plan import AddTokens, PatchFile, Plan, SetBlocks, SetRows
-from embedsurgery.stores.shards import ShardStore
+from embedsurgery.plan import AddTokens, PatchFile, Plan, SetBlocks, SetRows, undo_bytes
+from embedsurgery.stores.base import Store
 
 Progress = Callable[[int, int], None]
 """Called with the bytes copied so far and the bytes to copy."""
@@ -27,6 +27,7 @@ class MergeReport:
         copied: Bytes of the whole checkpoint; 0 in place.
         done: False for a dry run.
         in_place: Whether the checkpoint itself was changed.
+        undo: Bytes of rows that are kept to take it out again; large for an adapter of whole tables.
     """
 
     output: str | None
@@ -37,9 +38,10 @@ class MergeReport:
     copied: int
     done: bool
     in_place: bool = False
+    undo: int = 0
 
 
-def report_of(plan: Plan, store: ShardStore, output: Path | None, copied: int) -> MergeReport:
+def report_of(plan: Plan, store: Store, output: Path | None, copied: int) -> MergeReport:
     """The report of a plan that is not done yet."""
     rows: dict[str, set[int]] = {}
     tokens: dict[str, int] = {}
@@ -54,4 +56,5 @@ def report_of(plan: Plan, store: ShardStore, output: Path | None, copied: int) -
     touched = (*weights(plan, store), *dict.fromkeys(patched))
     name = None if output is None else str(output)
     counts = {table: len(indices) for table, indices in rows.items()}
-    return MergeReport(name, tuple(plan.describe()), counts, tuple(dict.fromkeys(touched)), tokens, copied, done=False)
+    return MergeReport(name, tuple(plan.describe()), counts, tuple(dict.fromkeys(touched)), tokens, copied, done=False,
+                       undo=undo_bytes(plan, store.graph))  # fmt: skip

@@ -11,10 +11,9 @@ from embedsurgery import hub
 from embedsurgery.errors import ConfigError
 from embedsurgery.offline.jobs import Job
 from embedsurgery.offline.report import MergeReport, Progress
-from embedsurgery.offline.writing import Place, write
+from embedsurgery.offline.writing import Place, opened, write
 from embedsurgery.records import check_written
 from embedsurgery.stack import Entry, chosen, left_behind, stack
-from embedsurgery.stores.shards import ShardStore
 
 
 def unmerge_checkpoint(
@@ -56,7 +55,7 @@ def unmerge_checkpoint(
                                       progress=progress)  # fmt: skip
     place = Place.of(merged, output, in_place=in_place, hardlink=hardlink, dry_run=dry_run, progress=progress)
     with place.held():
-        store = ShardStore.open(place.source)
+        store = opened(place.source)
         entries = stack(place.source, store.graph)
         going = chosen(entries, place.source, everything=all, adapter=adapter)
         jobs: list[Job] = []
@@ -64,7 +63,7 @@ def unmerge_checkpoint(
             job, done = _taken_out(place.source, one, entries), {path for job in jobs for path in job.drops}
             jobs.append(replace(job, drops=tuple(path for path in job.drops if path not in done)))
             entries = [other for other in entries if other is not one]
-        return write(jobs, store, place)
+        return replace(write(jobs, store, place), undo=0)
 
 
 def _taken_out(directory: Path, one: Entry, entries: list[Entry]) -> Job:

@@ -12,7 +12,7 @@ from pathlib import Path
 from embedsurgery import hub
 from embedsurgery.copying import Tree, copy_tree, link_file, read_tree, writable
 from embedsurgery.durable import refuse_existing, refuse_inside, staged_directory, sync_path
-from embedsurgery.errors import ConfigError, EmbedSurgeryWarning, PlanError
+from embedsurgery.errors import ConfigError, EmbedSurgeryWarning, PlanError, UnsupportedError
 from embedsurgery.journal import Journal, clean
 from embedsurgery.locking import DONE, JOURNAL, locked, refuse_unfinished
 from embedsurgery.offline.in_place import changing, refuse_in_place, warn_of_readers
@@ -20,7 +20,8 @@ from embedsurgery.offline.jobs import Job, check_jobs, rewritten, weights, whole
 from embedsurgery.offline.report import MergeReport, Progress, report_of
 from embedsurgery.plan import Plan, SetRows
 from embedsurgery.records import next_record
-from embedsurgery.stores.base import apply
+from embedsurgery.registry import registry
+from embedsurgery.stores.base import Store, apply
 from embedsurgery.stores.footprint import footprint
 from embedsurgery.stores.shards import ShardStore
 
@@ -93,7 +94,7 @@ class Place:
             yield
 
 
-def write(jobs: list[Job], store: ShardStore, place: Place) -> MergeReport:
+def write(jobs: list[Job], store: Store, place: Place) -> MergeReport:
     """Do jobs to a checkpoint, one after another, each with its record: all of them or none.
 
     Args:
@@ -110,7 +111,10 @@ def write(jobs: list[Job], store: ShardStore, place: Place) -> MergeReport:
     return _write_anew(jobs, store, place)
 
 
-def _write_in_place(jobs: list[Job], store: ShardStore, place: Place) -> MergeReport:
+def _write_in_place(jobs: list[Job], store: Store, place: Place) -> MergeReport:
+    if not isinstance(store, ShardStore):
+        raise UnsupportedError("a checkpoint of this format cannot be changed in place", where=place.source,
+                               expected="safetensors", hint="write a new directory instead: -o / output")  # fmt: skip
     whole = whole_plan(jobs)
     first = footprint(jobs[0].plan, store)
     refuse_in_place(place.source, first)
@@ -124,7 +128,7 @@ def _write_in_place(jobs: list[Job], store: ShardStore, place: Place) -> MergeRe
     return replace(report, done=True)
 
 
-def _write_anew(jobs: list[Job], store: ShardStore, place: Place) -> MergeReport:
+def _write_anew(jobs: list[Job], store: Store, place: Place) -> MergeReport:
     whole, target = whole_plan(jobs), place.target
     tree = read_tree(place.source, {JOURNAL, DONE, *(path for job in jobs for path in job.drops)})
     report = report_of(whole, store, target, tree.size)
@@ -133,7 +137,7 @@ def _write_anew(jobs: list[Job], store: ShardStore, place: Place) -> MergeReport
     with staged_directory(target) as staging:
         anew = rewritten(whole, store)
         touched = weights(whole, store)
-        shared = [file for file in store.checkpoint.headers if file not in touched] if place.hardlink else []
+        shared = [file for file in store.weight_files() if file not in touched] if place.hardlink else []
         _copy(place, staging, tree, anew, shared)
         with writable(staging, [file for file in touched if file not in anew]):
             _do(jobs, staging, staging.parent, None)
@@ -146,18 +150,18 @@ def _do(jobs: list[Job], directory: Path, spill: Path, journal: Journal | None) 
     work = None if journal is None else journal.folder
     made: set[str] = set()
     for number, job in enumerate(jobs):
-        store = ShardStore.open(directory, work)
+        store = opened(directory, work)
         if number and job.before is not None:
             job.before(store)
         record = next_record(directory).relative_to(directory).as_posix() if job.facts is not None else None
-        if journal is not None:
+        if journal is not None and isinstance(store, ShardStore):
             touched = footprint(job.plan, store)
             touched.files.update(job.drops, job.writes, () if record is None else (record,))
             refuse_in_place(directory, touched, made)
             journal.protect(touched.ranges, touched.files)
             made |= touched.files
         undo = apply(job.plan, store, spill=spill)
-        after = ShardStore.open(directory, work)
+        after = opened(directory, work)
         if record is not None and job.facts is not None:
             _refuse_new_ties(store, after, undo)
             (directory / record).parent.mkdir(parents=True, exist_ok=True)
@@ -210,7 +214,16 @@ def _copy(place: Place, staging: Path, tree: Tree, anew: list[str], shared: list
                       f"{', '.join(copied)}", EmbedSurgeryWarning, stacklevel=6)  # fmt: skip
 
 
-def _refuse_new_ties(before: ShardStore, after: ShardStore, undo: Plan) -> None:
+def opened(directory: Path, work: Path | None = None) -> Store:
+    """A store over a directory, of its format; files that are being made go into ``work`` where it is given."""
+    known = registry()
+    form = known.format_of(directory)
+    return (
+        ShardStore.open(directory, work, architectures=known.architectures) if form.fallback else form.open(directory)
+    )
+
+
+def _refuse_new_ties(before: Store, after: Store, undo: Plan) -> None:
     """Two tables that differed in the edited rows alone would now load as one, and could not be parted again."""
     for name in (edit.table for edit in undo.edits if isinstance(edit, SetRows)):
         old, new = before.graph.table(name), after.graph.table(name)

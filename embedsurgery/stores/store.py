@@ -33,6 +33,9 @@ class Store(ABC):
     config: Any = None
     """The model's config, a mapping or an object; None where there is none."""
 
+    refuse_links: bool = True
+    """Whether a file with a second name is not written, of a store of files."""
+
     @abstractmethod
     def copies(self, table: Table) -> tuple[str, ...]:
         """The names under which separate copies of a table are stored, one for each memory; the first is read."""
@@ -103,6 +106,10 @@ class Store(ABC):
     def growth_files(self, vocabulary: Vocabulary) -> Collection[str]:
         """The files that growing makes anew, weights and others."""
         return ()
+
+    def weight_files(self) -> Collection[str]:
+        """The files that hold tensors, of a store of files."""
+        return [file for table in self.graph.tables for _, file in table.files]
 
     def expand(self, edit: AddTokens) -> tuple[Edit, ...]:
         """The edits that adding tokens comes to here; asked for before anything changes."""
