@@ -145,6 +145,8 @@ def test_extract_from_ids(hub: Hub, base: Path, merged: Path, adapter: es.Adapte
     assert es.extract(BASE, f"{BASE}@{head}").adapter is None
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 def test_extract_from_a_peft_adapter_of_an_id(hub: Hub, base: Path, model: Any, tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 

@@ -6,6 +6,7 @@ import os
 import pty
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ BAR = "%|"
 def on_a_terminal(env: dict[str, str], *arguments: object) -> tuple[int, str, str]:
     """Run the command line with a terminal for standard error; exit code, standard output, what the terminal got."""
     outside, inside = pty.openpty()
+    termios.tcsetwinsize(inside, (24, 120))
     command = [sys.executable, "-m", "embedsurgery", *map(str, arguments)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=inside, env={**env, "TERM": "xterm"}) as process:
         os.close(inside)
