@@ -60,7 +60,7 @@ def _open_shards(directory: Path) -> ShardStore:
     """With the architectures that plugins know, who are asked when a checkpoint is opened."""
     from embedsurgery.registry import registry
 
-    return ShardStore.open(directory, registry().architectures)
+    return ShardStore.open(directory, architectures=registry().architectures)
 
 
 def _is_safetensors(directory: Path) -> bool:

@@ -14,12 +14,11 @@ from typing import Any
 import numpy as np
 
 from embedsurgery import hub
-from embedsurgery.api import opened
 from embedsurgery.checkpoint import INDEX, Checkpoint
 from embedsurgery.errors import EmbedSurgeryError
 from embedsurgery.graph import EmbeddingGraph
 from embedsurgery.jsonfile import read_json
-from embedsurgery.names import is_language_model, tie_flag, vocabulary_sizes
+from embedsurgery.names import is_language_model, tie_flag, vocabulary_sizes, walk_names
 from embedsurgery.plan import Plan, SetBlocks, SetRows, Undo, count_rows
 from embedsurgery.raw import EDITABLE
 from embedsurgery.records import check_written, record_paths
@@ -51,22 +50,25 @@ class Check:
 
 
 def verify_checkpoint(directory: str | os.PathLike[str]) -> tuple[Check, ...]:
-    """Check a checkpoint directory.
+    """Check a checkpoint directory, or the model of a Hub id, of which headers, small files and single rows come.
 
     Returns:
         Every check, in order; all are ``ok`` in a sound checkpoint.
 
     Raises:
         CheckpointError: The files cannot be read at all.
+        HubError: The model cannot be had from the Hub.
     """
-    if hub.find_id(directory) is not None:
-        with hub.directory(directory) as folder:
-            return verify_checkpoint(folder)
-    folder = Path(directory)
-    store, claimed = registry().open_store(folder), opened(folder)[0]
-    checks = list(_index(store.checkpoint)) if isinstance(store, ShardStore) else []
-    checks += [*_rows(store.config, store.graph), *_ties(store.config, store.graph, claimed)]
-    return (*checks, *_tokenizer(folder, store.graph), *_records(folder, store))
+    with hub.store(directory) as store:
+        if not isinstance(store, ShardStore):
+            checks, folder, claimed = [], Path(directory), store.graph
+        else:
+            stored, folder = store.checkpoint.stored(), store.checkpoint.directory
+            checks = list(_index(store.checkpoint))
+            claimed = walk_names(stored, config=store.config, source=store.name,
+                                 architectures=registry().architectures)  # fmt: skip
+        checks += [*_rows(store.config, store.graph), *_ties(store.config, store.graph, claimed)]
+        return (*checks, *_tokenizer(folder, store.graph), *_records(folder, store))
 
 
 def _index(checkpoint: Checkpoint) -> Iterator[Check]:

@@ -38,7 +38,7 @@ class ShardStore(Store):
     and whose two ends are both stored, holds. Loaders tie equal tensors and part different ones, so their bytes decide.
     """
 
-    def __init__(self, checkpoint: Checkpoint, architectures: Mapping[str, Layout] = ARCHITECTURES) -> None:
+    def __init__(self, checkpoint: Checkpoint, *, architectures: Mapping[str, Layout] = ARCHITECTURES) -> None:
         self.checkpoint = checkpoint
         self.name = str(checkpoint.directory)
         self.config = checkpoint.config
@@ -47,7 +47,7 @@ class ShardStore(Store):
         self._transposed = frozenset(n for table in self.graph.tables for n in table.transposed)
 
     @classmethod
-    def open(cls, directory: Path, architectures: Mapping[str, Layout] = ARCHITECTURES) -> ShardStore:
+    def open(cls, directory: Path, *, architectures: Mapping[str, Layout] = ARCHITECTURES) -> ShardStore:
         """A store over a directory.
 
         Args:
@@ -57,7 +57,7 @@ class ShardStore(Store):
         Raises:
             CheckpointError: Its files are missing or broken.
         """
-        return cls(open_checkpoint(directory), architectures)
+        return cls(open_checkpoint(directory), architectures=architectures)
 
     def copies(self, table: Table) -> tuple[str, ...]:
         return tuple(name for name, _ in table.files)
