@@ -15,13 +15,12 @@ from typing import Any
 import numpy as np
 
 from embedsurgery import hub
-from embedsurgery.api import opened
 from embedsurgery.checkpoint import INDEX, Checkpoint
 from embedsurgery.errors import EmbedSurgeryError, PlanError
 from embedsurgery.graph import EmbeddingGraph
 from embedsurgery.hashes import checkpoint_files, known_hashes, sha256_of
 from embedsurgery.jsonfile import read_json
-from embedsurgery.names import is_language_model, tie_flag, vocabulary_sizes
+from embedsurgery.names import is_language_model, tie_flag, vocabulary_sizes, walk_names
 from embedsurgery.plan import PatchFile, SetBlocks, SetRows, count_rows
 from embedsurgery.raw import EDITABLE
 from embedsurgery.records import check_written, record_paths
@@ -55,7 +54,7 @@ class Check:
 
 
 def verify_checkpoint(directory: str | os.PathLike[str], *, full: bool = False) -> tuple[Check, ...]:
-    """Check a checkpoint directory.
+    """Check a checkpoint directory, or the model of a Hub id, of which headers, small files and single rows come.
 
     Args:
         directory: A directory or a Hub id.
@@ -68,16 +67,22 @@ def verify_checkpoint(directory: str | os.PathLike[str], *, full: bool = False) 
 
     Raises:
         CheckpointError: The files cannot be read at all.
+        HubError: The model cannot be had from the Hub.
     """
-    if hub.find_id(directory) is not None:
-        with hub.directory(directory) as folder:
-            return verify_checkpoint(folder, full=full)
-    folder = Path(directory)
-    store, claimed = registry().open_store(folder), opened(folder)[0]
-    checks = list(_index(store.checkpoint)) if isinstance(store, ShardStore) else []
-    checks += [*_rows(store.config, store.graph), *_ties(store.config, store.graph, claimed)]
-    checks += [*_tokenizer(folder, store.graph), *_records(folder, store)]
-    return (*checks, *_hashes(folder)) if full else tuple(checks)
+    if full and hub.find_id(directory) is not None:
+        with hub.directory(directory) as whole:
+            return verify_checkpoint(whole, full=True)
+    with hub.store(directory) as store:
+        if not isinstance(store, ShardStore):
+            checks, folder, claimed = [], Path(directory), store.graph
+        else:
+            stored, folder = store.checkpoint.stored(), store.checkpoint.directory
+            checks = list(_index(store.checkpoint))
+            claimed = walk_names(stored, config=store.config, source=store.name,
+                                 architectures=registry().architectures)  # fmt: skip
+        checks += [*_rows(store.config, store.graph), *_ties(store.config, store.graph, claimed)]
+        checks += [*_tokenizer(folder, store.graph), *_records(folder, store)]
+        return (*checks, *_hashes(folder)) if full else tuple(checks)
 
 
 def _index(checkpoint: Checkpoint) -> Iterator[Check]:

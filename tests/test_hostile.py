@@ -188,17 +188,14 @@ def test_a_broken_checkpoint_over_every_verb(
     assert listing(tmp_path) == before
 
 
+def scaled(folder: Path) -> None:
+    name = EMBED + "_scale"
+    respelled(lambda h: h.update({name: {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}))(folder)
+    in_json(INDEX, lambda b: b["weight_map"].update({name: SHARD}))(folder)
+
+
 TOUCHY: dict[str, tuple[Callable[[Path], None], str]] = {
-    "a scale beside the table": (
-        lambda folder: (
-            respelled(lambda h: h.update({EMBED + "_scale": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}))(
-                folder
-            ),
-            in_json(INDEX, lambda b: b["weight_map"].update({EMBED + "_scale": SHARD}))(folder),
-        )
-        and None,
-        "scale tensor",
-    ),
+    "a scale beside the table": (scaled, "scale tensor"),
     "a table of bytes": (respelled(lambda h: h[EMBED].update(dtype="I8", shape=[28, 4])), "expected"),
     "a table of eight-bit floats": (respelled(lambda h: h[EMBED].update(dtype="F8_E4M3", shape=[14, 8])), "expected"),
     "an empty table": (

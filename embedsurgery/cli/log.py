@@ -7,11 +7,13 @@ from pathlib import Path
 
 import click
 
+from embedsurgery.cli.options import token_option
 from embedsurgery.cli.render import json_option, print_json, print_table
 
 
 @click.command("log")
 @click.argument("merged", type=click.Path(path_type=Path))
+@token_option
 @json_option
 def command(merged: Path, as_json: bool) -> None:
     """The merges in the checkpoint MERGED, the last first: what `embedsurgery unmerge` can take out.

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from embedsurgery.cli.merge import print_report
+from embedsurgery.cli.options import hub_token_option
 from embedsurgery.cli.placing import place_options, placed
 from embedsurgery.cli.render import copying, json_option
 
@@ -28,6 +29,7 @@ def command() -> None:
 @click.option("--multiple", type=click.IntRange(min=1), metavar="N", help="Where tables grow, grow to a multiple of N.")
 @click.option("--seed", type=int, default=0, show_default=True, help="For initialisers that draw.")
 @place_options
+@hub_token_option
 @json_option
 def add(
     model: Path,
@@ -40,7 +42,7 @@ def add(
     as_json: bool,
     **where: Any,
 ) -> None:
-    """Write the checkpoint MODEL with tokens added to its tokenizer, and rows for them.
+    """Write the checkpoint MODEL, a directory or a Hub id, with tokens added to its tokenizer, and rows for them.
 
     Spare rows are used first; else every table of the vocabulary grows. `embedsurgery unmerge` takes them out again.
     """

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from embedsurgery.cli.merge import print_report
+from embedsurgery.cli.options import token_option
 from embedsurgery.cli.placing import place_options, placed
 from embedsurgery.cli.render import copying, json_option
 
@@ -22,9 +23,13 @@ from embedsurgery.cli.render import copying, json_option
     help="Take out the merge of this adapter (its name, number or hash in `embedsurgery log`), if no later one "
     "lies over its rows.",
 )
+@token_option
 @json_option
 def command(merged: Path, everything: bool, adapter: str | None, as_json: bool, **where: Any) -> None:
-    """Write the checkpoint MERGED without its last merge, or others: bit for bit what it was merged into."""
+    """Write the checkpoint MERGED, a directory or a Hub id, without its last merge, or others.
+
+    It is bit for bit what it was merged into.
+    """
     if everything and adapter is not None:
         raise click.UsageError("--all goes without --adapter")
     place = placed(**where)

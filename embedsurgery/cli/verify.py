@@ -7,12 +7,14 @@ from pathlib import Path
 
 import click
 
+from embedsurgery.cli.options import token_option
 from embedsurgery.cli.render import json_option, print_json, print_table
 
 
 @click.command("verify")
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--full", is_flag=True, help="Also read every byte and compare each file's hash with what was recorded.")
+@token_option
 @json_option
 def command(model: Path, full: bool, as_json: bool) -> None:
     """Check the checkpoint MODEL: index against shards, config against rows, ties, tokenizer, recorded merges.
@@ -20,7 +22,8 @@ def command(model: Path, full: bool, as_json: bool) -> None:
     With --full, each file's sha256 is compared with what `merge --hash` recorded or, for files that no merge has
     touched, with what the Hub said when they were downloaded; files of which neither is known are named.
 
-    Exits 1 where something disagrees.
+    Exits 1 where something disagrees. MODEL is a directory or a Hub id, of which headers, small files and the rows of
+    recorded merges come, by range requests; with --full, all of it.
     """
     from embedsurgery.verify import verify_checkpoint
 

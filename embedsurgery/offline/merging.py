@@ -133,7 +133,7 @@ def add_tokens_checkpoint(
     `unmerge_checkpoint` takes the tokens out again.
 
     Args:
-        model: A directory with safetensors weights and a tokenizer.
+        model: A directory with safetensors weights and a tokenizer; or a Hub id, ``org/name@revision``.
         tokens: Texts. Those that exist are found, not added twice.
         output: A directory that does not exist yet. None for a dry run alone, or with ``in_place``.
         init: How rows start: NAME or NAME:ARGUMENT, for all tokens or for each in a dict by its text.
@@ -153,6 +153,22 @@ def add_tokens_checkpoint(
         CheckpointError: The model's files are missing or broken, or have no tokenizer.
         OutputExistsError: ``output`` exists.
     """
+    if hub.find_id(model) is not None and not in_place:
+        with hub.directory(model) as folder:
+            return add_tokens_checkpoint(
+                folder,
+                tokens,
+                output,
+                init=init,
+                special=special,
+                reserved=reserved,
+                pad_to_multiple_of=pad_to_multiple_of,
+                seed=seed,
+                hashes=hashes,
+                hardlink=hardlink,
+                dry_run=dry_run,
+                progress=progress,
+            )
     place = Place.of(model, output, in_place=in_place, hardlink=hardlink, dry_run=dry_run, progress=progress)
     with place.held():
         store = opened(place.source)

@@ -30,7 +30,7 @@ def unmerge_checkpoint(
     """Write a new checkpoint directory without the last merge, or others: bit for bit what it was merged into.
 
     Args:
-        merged: A directory that `merge_checkpoint` wrote.
+        merged: A directory that `merge_checkpoint` wrote; or a Hub id, ``org/name@revision``.
         output: A directory that does not exist yet. None for a dry run alone, or with ``in_place``.
         all: Take every merge out, the last first: what is left is the original base.
         adapter: Take out the merge of this adapter, wherever it lies, if no later one lies over its rows: its name as
