@@ -434,6 +434,7 @@ BAD = {
     "init of another": Bad(["<a>"], {"init": {"<b>": "mean"}}, ConfigError, "init"),
     "copy of nothing": Bad(["<a>"], {"init": "copy:no such token"}, ConfigError, "no such token"),
     "description of nothing": Bad(["<a>"], {"init": "description:"}, ConfigError, "description:TEXT"),
+    "description of blanks": Bad(["<a>"], {"init": "description: \n "}, ConfigError, "no sub-tokens"),
     "current of a grown row": Bad(["<a>"], {"init": "current"}, ConfigError, "current"),
     "multiple": Bad(["<a>"], {"pad_to_multiple_of": 0}, ConfigError, "multiple"),
 }
