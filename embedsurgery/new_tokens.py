@@ -161,14 +161,16 @@ def plan_tokens(
     wanted = set(contents)
     ids = {text: index for index, text in known.texts.items() if text in wanted}
     _check_existing(ids, known, special)
-    new = _assign([c for c in contents if c not in ids], known, vocabulary.size, special, reserved)
+    roles = named_ids(as_mapping(store.config))
+    free = [i for i in known.replaceable() if i < vocabulary.size and i not in roles] if reserved else []
+    new = _assign([c for c in contents if c not in ids], known, free, special)
     ids.update({token.content: token.id for token in new})
     inits = _inits(init, contents, initializers)
     ordered = tuple(ids[c] for c in contents)
     if not new:
         return TokensPlan(Plan(()), ordered, None)
     _check_heads(store.graph, vocabulary, new)
-    _warn_of_roles(store.config, new)
+    _warn_of_roles(roles, new)
     grown = max(vocabulary.size, max(token.id for token in new) + 1)
     if grown > vocabulary.size and pad_to_multiple_of:
         grown = -(-grown // pad_to_multiple_of) * pad_to_multiple_of
@@ -223,9 +225,8 @@ def _check_existing(ids: Mapping[str, int], known: KnownTokens, special: bool) -
                           "of your own gets its row with reserved=True", EmbedSurgeryWarning, stacklevel=4)  # fmt: skip
 
 
-def _warn_of_roles(config: object, new: Sequence[Token]) -> None:
+def _warn_of_roles(roles: Mapping[int, str], new: Sequence[Token]) -> None:
     """Say where a new token's id has a part in the model already: padding, the end, the place of an image."""
-    roles = named_ids(as_mapping(config))
     for token in new:
         if token.id in roles:
             warnings.warn(f"the new token {token.content!r} gets id {token.id}, which the model's config calls "
@@ -243,9 +244,8 @@ def _check_heads(graph: EmbeddingGraph, vocabulary: Vocabulary, new: Sequence[To
                                hint="take reserved tokens' rows")  # fmt: skip
 
 
-def _assign(contents: list[str], known: KnownTokens, size: int, special: bool, reserved: bool) -> list[Token]:
-    """An id for each: those of reserved tokens where asked, then the next ones of the tokenizer."""
-    free = [i for i in known.replaceable() if i < size] if reserved else []
+def _assign(contents: list[str], known: KnownTokens, free: Sequence[int], special: bool) -> list[Token]:
+    """An id for each: those of reserved tokens that are free, then the next ones of the tokenizer."""
     tokens = []
     following = known.next_id
     for number, content in enumerate(contents):

@@ -169,8 +169,9 @@ def test_a_peft_adapter_that_holds_whole_embeddings(how: str, grown: int, tmp_pa
     assert torch.equal(merged["lm_head.weight"], tables["head"])
 
 
-@pytest.mark.parametrize(("saved", "tied"), [(["embed_tokens"], False), (["lm_head"], False),
-                                             (["embed_tokens", "lm_head"], True), (["embed_tokens"], True)])  # fmt: skip
+@pytest.mark.parametrize(("saved", "tied"), [
+    (["embed_tokens"], False), (["lm_head"], False), (["embed_tokens", "lm_head"], True), (["embed_tokens"], True),
+])  # fmt: skip
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 def test_a_copy_that_peft_trained_at_one_end_of_a_tie(saved: list[str], tied: bool, tmp_path: Path) -> None:
@@ -186,7 +187,7 @@ def test_a_copy_that_peft_trained_at_one_end_of_a_tie(saved: list[str], tied: bo
         expected = forward(wrapped, batch([20, 21])).logits
     wrapped.save_pretrained(tmp_path / "peft")
     if not tied:
-        with pytest.raises(BaseMismatchError, match="at one end.*ensure_weight_tying=True"):
+        with pytest.raises(BaseMismatchError, match=r"at one end.*ensure_weight_tying=True"):
             es.extract(begun.folder, tmp_path / "peft")
         return
     found = es.extract(begun.folder, tmp_path / "peft")

@@ -151,6 +151,16 @@ def test_an_id_that_the_config_gives_a_part_is_said(kind: str, tmp_path: Path) -
         es.add_tokens_checkpoint(begun.folder, "<tool>", tmp_path / "out")
 
 
+def test_a_reserved_token_that_the_config_gives_a_part_is_not_taken(tmp_path: Path) -> None:
+    begun = start("llama-tied", tmp_path)
+    first, second = (begun.tokenizer.convert_tokens_to_ids(f"<unused{n}>") for n in (0, 1))
+    begun.model.config.pad_token_id = first
+    begun.model.save_pretrained(begun.folder)
+    assert list(es.add_tokens(begun.model, begun.tokenizer, "<tool>", reserved=True)) == [second]
+    report = es.add_tokens_checkpoint(begun.folder, "<tool>", tmp_path / "out", reserved=True)
+    assert report.tokens == {"<tool>": second}
+
+
 def test_named_ids() -> None:
     config = {"eos_token_id": [3, 4], "image_token_index": 7, "pad_token_id": None, "bos_token_id": True,
               "num_token_idle": 9, "text_config": {"pad_token_id": 3, "bos_token_id": 5},
