@@ -113,7 +113,7 @@ def extract(
     new = _new_tokens(store, source, target, pairs)
     left = (*_left(store, tensors, pairs), *_strangers(target, tensors, store))
     texts = {**(token_texts(source) or {}), **(token_texts(target) or {})}
-    ids = sorted({i for rows in changed.values() for i in rows})
+    ids = sorted({i for rows in changed.values() for i in rows} | set(() if new is None else new.ids))
     adapter = _adapter(store, source, tensors, pairs, changed, new, texts, threshold) if ids else None
     return Extraction(
         adapter,

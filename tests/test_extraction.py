@@ -210,6 +210,22 @@ def test_a_way_to_match_that_an_adapter_does_not_carry_is_said(tmp_path: Path) -
     assert [t.content for t in found.adapter.manifest.new_tokens.tokens] == NEW  # type: ignore[union-attr]
 
 
+def test_tokens_that_took_spare_rows_and_left_them_as_they_were(tmp_path: Path) -> None:
+    """The tokenizer alone changed: that is something to carry too."""
+    begun = start("bert", tmp_path, 3)
+    begun.tokenizer.add_tokens(NEW)
+    begun.model.save_pretrained(tmp_path / "tuned")
+    begun.tokenizer.save_pretrained(tmp_path / "tuned")
+    found = es.extract(begun.folder, tmp_path / "tuned")
+    assert found.adapter is not None
+    assert set(found.rows.values()) == {0}
+    assert list(found.tokens.values()) == NEW
+    found.adapter.save(tmp_path / "adapter")
+    es.merge_checkpoint(begun.folder, tmp_path / "adapter", tmp_path / "merged")
+    assert same(weights(tmp_path / "merged"), weights(tmp_path / "tuned"))
+    check_encodes(tr.AutoTokenizer.from_pretrained(tmp_path / "merged"), [begun.used, begun.used + 1])
+
+
 def test_rows_below_the_threshold_stay_the_bases_in_pefts_file_too(tmp_path: Path) -> None:
     """PEFT has one list of rows for all tables: what is there of a row that a table did not change is the base's."""
     base = save(tiny("llama-untied"), tmp_path / "base")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -193,6 +194,34 @@ def test_an_attached_model_says_how_to_go_on(tmp_path: Path) -> None:
         es.merge(begun.model, attachment.adapter())
     attachment.detach()
     ids.undo()
+
+
+@pytest.mark.parametrize("spare", [0, 1])
+def test_show_compares_new_tokens_with_the_base_they_are_for(spare: int, tmp_path: Path) -> None:
+    """A row that the base has to spare has a norm there; one that it lacks has none, and is no reason to refuse."""
+    begun = start("llama-untied", tmp_path, spare)
+    adapter, _ = trained(begun, es.add_tokens(begun.model, begun.tokenizer, NEW, special=True))
+    adapter.save(tmp_path / "adapter")
+    done = cli("show", tmp_path / "adapter", "--model", begun.folder, "--json")
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    assert [(t["content"], t["id"], t["special"]) for t in facts["new_tokens"]["tokens"]] == [
+        (NEW[0], begun.used, True), (NEW[1], begun.used + 1, True)
+    ]  # fmt: skip
+    assert (facts["new_tokens"]["rows"], facts["new_tokens"]["grown"]) == (begun.used + spare, begun.used + 2)
+    for table in facts["tables"]:
+        name = table["name"]
+        base = begun.fresh().model.get_parameter(name).detach()
+        for row in table["rows"]:
+            if row["row"] < begun.used + spare:
+                assert row["base_norm"] == pytest.approx(base[row["row"]].norm().item(), rel=1e-5)
+            else:
+                assert row["base_norm"] is row["cosine"] is None
+    text = cli("show", tmp_path / "adapter", "--model", begun.folder).stdout
+    assert f"'<tool>' as {begun.used} (special)" in text
+    es.merge_checkpoint(begun.folder, tmp_path / "adapter", tmp_path / "merged")
+    merged = json.loads(cli("show", tmp_path / "adapter", "--model", tmp_path / "merged", "--json").stdout)
+    assert all(row["cosine"] == pytest.approx(1) for table in merged["tables"] for row in table["rows"])
 
 
 def test_inspect_says_where_no_tokenizer_tells_of_the_rows(tmp_path: Path) -> None:
