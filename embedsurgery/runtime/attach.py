@@ -212,16 +212,18 @@ class Attachment(Hidden):
             raise UnsupportedError("a batch cannot mix adapters here", where=", ".join(sorted(tables)),
                                    found="a table that is overridden by a full copy of it",
                                    hint="run the samples of each adapter by themselves")  # fmt: skip
-        before, self._members.active = self._members.active, used
+        batch = self._installation.batch
+        outside = (self._members.active, batch.mixed, [(rows, rows.samples) for _, _, rows in pairs])
+        self._members.active, batch.mixed = used, True
         self._refresh()
         try:
             for name, _, rows in pairs:
                 rows.samples = torch.tensor([other == name for other in names], device=rows.indices.device)
             yield
         finally:
-            for _, _, rows in pairs:
-                rows.samples = None
-            self._members.active = before
+            self._members.active, batch.mixed, held = outside
+            for rows, samples in held:
+                rows.samples = samples
             self._refresh()
 
     # -- merging -------------------------------------------------------------------------------------------------

@@ -27,6 +27,8 @@ def full_copy(base: torch.Tensor, rows: Sequence[Rows]) -> torch.Tensor:
     new = [plain_rows(part.values) for part in rows]
     if torch.compiler.is_compiling():  # which knows how to make the least of this
         for part, values in zip(rows, new, strict=True):
+            if part.samples is not None:  # a copy is right for some samples only: no numbers rather than wrong ones
+                values = torch.full_like(values, torch.nan)
             base = base.index_copy(0, part.indices, values.to(base.dtype))
         return base
     with torch.no_grad():
