@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import embedsurgery as es
-from embedsurgery.errors import AttachmentError, UnsupportedError
+from embedsurgery.errors import AttachmentError, EmbedSurgeryWarning, UnsupportedError
 from tests.conftest import INPUT, VOCABULARY, state_bits, tiny
 
 IDS = torch.tensor([[5, 7, 9, 3], [7, 7, 4, 30]])
@@ -201,7 +201,10 @@ def test_mixed_batches_that_do_not_fit() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_save_pretrained_writes_the_base_or_the_merged_rows(kind: str, tmp_path: Path) -> None:
     model, merged = attached(kind)
-    model.save_pretrained(tmp_path / "live")
+    with pytest.warns(EmbedSurgeryWarning, match="without the rows of default") as said:
+        model.save_pretrained(tmp_path / "live")
+    assert [one.filename for one in said] == [__file__]
+    model.state_dict()  # which may be for anything
     es.attached(model).merge()
     model.save_pretrained(tmp_path / "merged")
     assert state_bits(type(model).from_pretrained(tmp_path / "live")) == state_bits(tiny(kind))
@@ -280,7 +283,7 @@ def test_a_table_cut_below_a_live_row_is_refused() -> None:
 
 def test_replicas_of_data_parallel_are_refused_by_name() -> None:
     model, _ = attached("llama-tied")
-    with pytest.raises(UnsupportedError, match="torch.nn.DataParallel"):
+    with pytest.raises(UnsupportedError, match=r"torch\.nn\.DataParallel"):
         model._replicate_for_data_parallel()(input_ids=IDS)
 
 

@@ -25,6 +25,7 @@ from embedsurgery.runtime.loading import check_loaded, look_no_more, replacement
 from embedsurgery.runtime.members import Member, Members, say_what_overflows
 from embedsurgery.runtime.nesting import forget, refuse_more, refuse_part, remember
 from embedsurgery.runtime.rows import Hidden, Rows
+from embedsurgery.runtime.saving import say_that_no_rows_are_saved
 from embedsurgery.runtime.sharded import Guard, save_once, set_rows
 from embedsurgery.stores.base import apply
 from embedsurgery.stores.tensors import module_store
@@ -274,7 +275,7 @@ class Attachment(Hidden):
         self._members.clear()
         self._undo = []
         model = self.model
-        look_no_more(model, self._before_load)
+        look_no_more(model, self._before_load, self._before_save)
         model._modules.pop(CHILD, None)
         forget(self)
         while self.extended and not merged:  # when nothing of the attachment holds a table any more
@@ -302,6 +303,11 @@ class Attachment(Hidden):
             check_loaded(self.graph, member.adapter, member.overrides, state_dict, prefix, model)
         if len(self._members.unstepped) < len(self.names) and not self.saved_beside:
             say_that_rows_stay()
+
+    def _before_save(self, *_: Any) -> None:
+        """Before a state dict is made: it will hold no rows."""
+        if self.active and not self._undo and not self.saved_beside:
+            say_that_no_rows_are_saved(self.active)
 
     def _add(
         self,
@@ -397,5 +403,6 @@ def attach_adapter(
     if first:
         model.add_module(CHILD, attachment)
         model.register_load_state_dict_pre_hook(attachment._before_load)  # type: ignore[no-untyped-call]
+        model.register_state_dict_pre_hook(attachment._before_save)  # type: ignore[no-untyped-call]
         remember(attachment)
     return attachment

@@ -55,7 +55,7 @@ class Guard:
         if getattr(module, "_is_replica", False):
             raise UnsupportedError("rows are not live in the replicas that torch.nn.DataParallel makes",
                                    where=type(module).__name__, expected="DistributedDataParallel",
-                                   hint="start with torchrun, or show it one device (CUDA_VISIBLE_DEVICES=0)")  # fmt: skip
+                                   hint="start with torchrun, or set CUDA_VISIBLE_DEVICES=0")  # fmt: skip
         if torch.compiler.is_compiling() or not torch.is_grad_enabled() or world_size() == 1:
             return
         rows = [(name, p) for name, p in self.rows() if p.requires_grad]
