@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from embedsurgery.cli.options import token_option
 from embedsurgery.cli.render import json_option, print_json, print_table
+
+if TYPE_CHECKING:
+    from embedsurgery.adapter import Adapter
+    from embedsurgery.stores.shards import ShardStore
 
 
 @click.command("show")
 @click.argument("adapter", type=click.Path(path_type=Path))
 @click.option("--model", type=click.Path(path_type=Path), help="Compare with this checkpoint, and check that it fits.")
+@token_option
 @json_option
 def command(adapter: Path, model: Path | None, as_json: bool) -> None:
-    """What the adapter directory ADAPTER holds.
+    """What ADAPTER holds, a directory or a Hub id.
 
-    With --model, exits 1 where that checkpoint is not the adapter's base.
+    With --model, a directory or an id, exits 1 where that checkpoint is not the adapter's base. Of an id, headers and
+    the rows that are compared come, by range requests.
     """
     facts = show(adapter, model)
     if as_json:
@@ -44,16 +52,33 @@ def show(adapter: Path, model: Path | None) -> dict[str, Any]:
     Raises:
         BaseMismatchError: The model is not the adapter's base.
     """
-    import numpy as np
-
+    from embedsurgery import hub
     from embedsurgery.api import load
-    from embedsurgery.locate import locate
-    from embedsurgery.stores.base import rows_of
-    from embedsurgery.stores.shards import ShardStore
 
     loaded = load(adapter)
+    with hub.store(model) if model is not None else nullcontext() as store:
+        tables = _tables(loaded, store)
     manifest = loaded.manifest
-    store = ShardStore.open(model) if model is not None else None
+    return {
+        "adapter": str(adapter),
+        "surgery": manifest.surgery,
+        "base_model": manifest.base_model,
+        "revision": manifest.revision,
+        "library_version": manifest.library_version,
+        "source": loaded.source,
+        "bytes": sum(p.stat().st_size for p in adapter.iterdir() if p.is_file()) if adapter.is_dir() else None,
+        "tables": tables,
+    }
+
+
+def _tables(loaded: Adapter, store: ShardStore | None) -> list[dict[str, Any]]:
+    """What an adapter has for each table, compared with a model's rows where there is one."""
+    import numpy as np
+
+    from embedsurgery.locate import locate
+    from embedsurgery.stores.base import rows_of
+
+    manifest = loaded.manifest
     located = locate(loaded, store) if store is not None else {}
     tables = []
     for record in manifest.tables:
@@ -81,13 +106,4 @@ def show(adapter: Path, model: Path | None) -> dict[str, Any]:
                 "rows": rows,
             }
         )
-    return {
-        "adapter": str(adapter),
-        "surgery": manifest.surgery,
-        "base_model": manifest.base_model,
-        "revision": manifest.revision,
-        "library_version": manifest.library_version,
-        "source": loaded.source,
-        "bytes": sum(p.stat().st_size for p in adapter.iterdir() if p.is_file()) if adapter.is_dir() else None,
-        "tables": tables,
-    }
+    return tables
