@@ -107,7 +107,7 @@ def extract(
 
 
 def _extracted(source: Path, target: Path, threshold: float, progress: Callable[[int, int], None] | None) -> Extraction:
-    store = ShardStore.open(source)
+    store = ShardStore.open(source, architectures=registry().architectures)
     tensors = _tensors(target)
     pairs = _pairs(store, tensors, target)
     total = sum(t.entry.end - t.entry.begin for t in pairs.values())

@@ -67,21 +67,23 @@ def attach(
     if known is not None and known.merged:
         raise AttachmentError("cannot attach another adapter while the rows are merged into the weights",
                               hint="unmerge() first")  # fmt: skip
-    store = module_store(base, known.graph if known is not None else None)
+    classify = registry().classify
+    store = module_store(base, known.graph if known is not None else None, classify=classify)
     fresh = not isinstance(config, Adapter)
     extended = None
     if isinstance(config, Adapter):
         adapter, record = config, registry().named(config.manifest.surgery)
         extended = _extend(base, adapter, tokenizer, known)
         if extended is not None:
-            store = module_store(base)
+            store = module_store(base, classify=classify)
     else:
         record = registry().for_config(config)
         known_base = _base(base, tokenizer)
         adapter = _with_disk_names(plainly_named(record.surgery.start(config, store, known_base)), known_base)
     try:
         attachment = attach_adapter(base, adapter, record, graph=store.graph, name=name,
-                                    freeze=model if freeze else None, materialize=materialize, fresh=fresh)  # fmt: skip
+                                    freeze=model if freeze else None, materialize=materialize, fresh=fresh,
+                                    given=model, classify=classify)  # fmt: skip
     except BaseException:
         if extended is not None:
             apply(extended, store_of(base, tokenizer))
@@ -187,12 +189,10 @@ def attached(model: nn.Module) -> Attachment | None:
 
 def _with_disk_names(adapter: Adapter, base: Base) -> Adapter:
     """The adapter with its tables' names on disk, where the model was loaded from a directory that still holds them."""
-    from embedsurgery.stores.shards import ShardStore
-
     if base.name is None or not Path(base.name).is_dir():
         return adapter
     try:
-        located = locate(adapter, ShardStore.open(Path(base.name)))
+        located = locate(adapter, registry().open_store(Path(base.name)))
     except EmbedSurgeryError:  # a name is a hint: without it the rows decide
         return adapter
     tables = tuple(

@@ -13,7 +13,7 @@ from embedsurgery.cli.render import json_option, print_json, print_table
 
 if TYPE_CHECKING:
     from embedsurgery.adapter import Adapter
-    from embedsurgery.stores.shards import ShardStore
+    from embedsurgery.stores.store import Store
 
 
 @click.command("show")
@@ -43,6 +43,9 @@ def command(adapter: Path, model: Path | None, as_json: bool) -> None:
         ]
         tied = f", tied to {', '.join(table['aliases'])}" if table["aliases"] else ""
         where = f", here {table['located']}" if model and table["located"] != table["name"] else ""
+        if not rows:
+            click.echo(f"{table['name']}{tied}{where}: the whole table, by {', '.join(table['tensors'])}")
+            continue
         print_table(f"{table['name']}{tied}{where}", columns, rows)
 
 
@@ -71,7 +74,7 @@ def show(adapter: Path, model: Path | None) -> dict[str, Any]:
     }
 
 
-def _tables(loaded: Adapter, store: ShardStore | None) -> list[dict[str, Any]]:
+def _tables(loaded: Adapter, store: Store | None) -> list[dict[str, Any]]:
     """What an adapter has for each table, compared with a model's rows where there is one."""
     import numpy as np
 
@@ -84,11 +87,16 @@ def _tables(loaded: Adapter, store: ShardStore | None) -> list[dict[str, Any]]:
     for record in manifest.tables:
         values = loaded.raw[record.name].float32().astype(np.float64)
         norms = np.linalg.norm(values, axis=1)
-        rows = [
-            {"row": i, "token": manifest.tokens.get(i), "norm": float(n)}
-            for i, n in zip(record.indices, norms, strict=True)
-        ]
-        if store is not None:
+        by_row = len(record.indices) == len(values)  # else the indices are those that the base is recognised by
+        rows = (
+            [
+                {"row": i, "token": manifest.tokens.get(i), "norm": float(n)}
+                for i, n in zip(record.indices, norms, strict=True)
+            ]
+            if by_row
+            else []
+        )
+        if store is not None and by_row:
             table = located[record.name]
             base = rows_of(store, table, record.indices).float32().astype(np.float64)
             lengths = np.linalg.norm(base, axis=1)
@@ -104,6 +112,11 @@ def _tables(loaded: Adapter, store: ShardStore | None) -> list[dict[str, Any]]:
                 "checked_base": record.fingerprint is not None,
                 "located": located[record.name].name if store is not None else None,
                 "rows": rows,
+                "tensors": [
+                    f"{name.removeprefix(record.name) or 'a tensor'} {list(raw.shape)}"
+                    for name, raw in loaded.raw.items()
+                    if name.startswith(record.name)
+                ],
             }
         )
     return tables

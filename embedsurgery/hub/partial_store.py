@@ -48,7 +48,7 @@ class PartialStore(ShardStore):
         self.present = present
         self._holes = holes
         self.checkpoint = checkpoint  # which the walk that follows reads from
-        super().__init__(checkpoint)
+        super().__init__(checkpoint, architectures=registry().architectures)
 
     @classmethod
     def begin(cls, directory: Path, fetch: Fetch) -> PartialStore:

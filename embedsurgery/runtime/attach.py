@@ -24,12 +24,14 @@ from embedsurgery.runtime.installation import Installation
 from embedsurgery.runtime.loading import check_loaded, look_no_more, replacements, say_that_rows_stay
 from embedsurgery.runtime.members import Member, Members, say_what_overflows
 from embedsurgery.runtime.nesting import forget, refuse_more, refuse_part, remember
-from embedsurgery.runtime.rows import Hidden, Rows
+from embedsurgery.runtime.rows import Hidden
 from embedsurgery.runtime.saving import say_that_no_rows_are_saved
 from embedsurgery.runtime.sharded import Guard, save_once, set_rows
+from embedsurgery.runtime.whole_tables import rows_for
 from embedsurgery.stores.base import apply
 from embedsurgery.stores.tensors import module_store
 from embedsurgery.surgeries.base import Surgery, SurgeryRecord
+from embedsurgery.unknown_modules import Classify
 
 CHILD = "embedsurgery"
 """Name under which an attachment is registered on its model."""
@@ -140,7 +142,7 @@ class Attachment(Hidden):
             raise AttachmentError("the adapter is of another surgery", where=name, expected=member.record.name,
                                   found=adapter.manifest.surgery)  # fmt: skip
         theirs = member.record.surgery.live(adapter, locate(adapter, self._installation.store()))
-        values = replacements(name, member.overrides, theirs, adapter)
+        values = replacements(name, member.overrides, theirs, member.adapter, adapter)
         with torch.no_grad():
             for (_, rows), new in zip(member.pairs(), values, strict=True):
                 set_rows(self.model, rows, new)
@@ -247,7 +249,7 @@ class Attachment(Hidden):
         undo = apply(Plan(tuple(edit for member in members for edit in member.plan().edits)), store)
         self._undo.append(undo)
         self._refresh()
-        say_what_overflows(members, {name: tensor.dtype for name, tensor in store.tensors.items()})
+        say_what_overflows(members, store, undo)
         return undo
 
     def unmerge(self) -> None:
@@ -328,8 +330,8 @@ class Attachment(Hidden):
         overrides = surgery.live(adapter, located)
         modes = self._installation.modes(overrides, materialize)
         devices = [store.tensors[o.table].device for o in overrides]
-        rows = [Rows(adapter.raw[o.tensor], o.indices, d) for o, d in zip(overrides, devices, strict=True)]
-        member = Member(adapter, record, located, overrides, nn.ModuleList(rows))
+        rows = nn.ModuleList(rows_for(overrides, adapter.raw, devices))
+        member = Member(adapter, record, located, overrides, rows)
         self._members.check_disjoint([*self.active, name], member)
         self._members.add(name, member, fresh)
         self.rows_of[_key(name)] = member.rows
@@ -375,6 +377,7 @@ def attach_adapter(
     materialize: bool = False,
     fresh: bool = False,
     given: nn.Module | None = None,
+    classify: Classify | None = None,
 ) -> Attachment:
     """Make an adapter live on a model; see `embedsurgery.attach`.
 
@@ -388,6 +391,7 @@ def attach_adapter(
         materialize: See `embedsurgery.attach`.
         fresh: The adapter began from a config just now.
         given: What the user gave: the model, or a wrapper of it.
+        classify: Says what modules of unknown classes are.
 
     Raises:
         AttachmentError: A part of the model has an attachment, or what the model is a part of; and as `attach`.
@@ -398,7 +402,7 @@ def attach_adapter(
         refuse_part(model)
         attachment = Attachment(model, graph)
     else:
-        refuse_more(given or freeze or model, attachment.model)
+        refuse_more(given or freeze or model, attachment.model, classify)
     attachment._add(name, adapter, record, freeze=freeze, materialize=materialize, fresh=fresh)
     if first:
         model.add_module(CHILD, attachment)

@@ -26,6 +26,7 @@ from embedsurgery.runtime.overlays import Materialised, StandIns, Uncovered
 from embedsurgery.runtime.rows import Rows
 from embedsurgery.runtime.sites import Lookup, Projection, can_override, holders
 from embedsurgery.runtime.unchanged import Unchanged
+from embedsurgery.runtime.whole_tables import Companion
 from embedsurgery.stores.tensors import TensorStore, module_store
 from embedsurgery.surgeries.base import RowOverride
 from embedsurgery.tensors import dtype_string
@@ -67,7 +68,8 @@ class Installation:
         """
         found = {}
         for override in overrides:
-            found[override.table] = self._modes(override, materialize)
+            if override.indices:  # of a whole table's tensors the last stands for all
+                found[override.table] = self._modes(override, materialize)
         return found
 
     def _modes(self, override: RowOverride, materialize: bool) -> list[bool]:
@@ -85,7 +87,7 @@ class Installation:
                                        hint="normalise the table once and set max_norm to None")  # fmt: skip
             weight = module._parameters[site.parameter]
             assert weight is not None
-            rows = torch.tensor(override.indices, device=weight.device)
+            rows = torch.tensor(override.indices, dtype=torch.int64, device=weight.device)
             modes.append(not materialize and can_override(module, site, rows))
             if not modes[-1] and not materialize:
                 why.append(f"of what {site.module or 'the model'} ({type(module).__name__}) computes")
@@ -135,7 +137,8 @@ class Installation:
         for rows in self.live.values():
             rows.clear()
         for table, part in live:
-            self.live[table].append(part)
+            if not isinstance(part, Companion):
+                self.live[table].append(part)
         self.settle()
         for overlay in self._overlays:
             overlay.refresh()

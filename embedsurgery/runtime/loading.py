@@ -12,13 +12,15 @@ from torch import nn
 from embedsurgery.adapter import Adapter
 from embedsurgery.errors import AttachmentError, BaseMismatchError, EmbedSurgeryWarning
 from embedsurgery.graph import EmbeddingGraph
+from embedsurgery.runtime.whole_tables import whole_replacements
 from embedsurgery.stores.base import shorten
 from embedsurgery.surgeries.base import RowOverride
+from embedsurgery.surgeries.whole_tables import TableOverride
 from embedsurgery.tensors import from_raw, to_raw
 
 
 def replacements(
-    name: str, ours: Sequence[RowOverride], theirs: Sequence[RowOverride], adapter: Adapter
+    name: str, ours: Sequence[RowOverride], theirs: Sequence[RowOverride], live: Adapter, adapter: Adapter
 ) -> list[torch.Tensor]:
     """For each override of an adapter that is live, the rows that another adapter has for it, in the live order.
 
@@ -26,11 +28,14 @@ def replacements(
         name: The live adapter's, for messages.
         ours: What it overrides.
         theirs: What the other would override on the same model.
+        live: It.
         adapter: The other.
 
     Raises:
         AttachmentError: They are not for the same rows of the same tables.
     """
+    if any(isinstance(override, TableOverride) for override in (*ours, *theirs)):
+        return whole_replacements(name, ours, theirs, live, adapter)
     found = {override.table: override for override in theirs}
     if found.keys() != {override.table for override in ours}:
         raise AttachmentError("the adapter is for other tables", where=name, found=", ".join(sorted(found)),

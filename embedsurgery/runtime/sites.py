@@ -25,6 +25,7 @@ from embedsurgery.runtime.columns import columns
 from embedsurgery.runtime.mixing import Batch
 from embedsurgery.runtime.rows import Rows
 from embedsurgery.runtime.sharded import on_plain, plain_rows
+from embedsurgery.runtime.whole_tables import TableRows, chosen
 from embedsurgery.tensors import is_sharded, rows_at
 from embedsurgery.wrappers import submodule
 
@@ -50,10 +51,9 @@ class Lookup:
                 raise UnsupportedError("a lookup that is given something other than ids", where=self.where or "root",
                                        expected="integers", found=getattr(ids, "dtype", type(ids).__name__),
                                        hint="attach(..., materialize=True) gives it the whole table")  # fmt: skip
-            place, ours = rows.find(ids)
+            place, ours, small = chosen(rows, ids, held(module, self.parameter))
             if rows.samples is not None:
                 ours = ours & self.batch.mask(rows.samples, ids)
-            small = plain_rows(rows.values).to(held(module, self.parameter).dtype)
             new = _call(self.twin, self.parameter, small, args_of(place), kwargs_of(place))
             output = torch.where(ours.unsqueeze(-1), new, output)
         return output
@@ -74,6 +74,12 @@ class Projection:
             hidden = args[0] if args else next(iter(kwargs.values()))
             table = held(module, self.site.parameter)
             weight = table.t() if self.site.transposed else table
+            if isinstance(rows, TableRows):
+                new = rows.project(hidden, output, weight)
+                output = (
+                    new if rows.samples is None else torch.where(self.batch.mask(rows.samples, output), new, output)
+                )
+                continue
             bias = getattr(module, "bias", None)  # a buffer or a parametrised one too
             small_bias = None if bias is None else rows_at(bias, rows.indices)
             small = plain_rows(rows.values).to(weight.dtype)

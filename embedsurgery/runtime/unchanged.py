@@ -52,7 +52,8 @@ class Unchanged:
         for table, module, leaf, axis, live in self.sizes:
             weight = module._parameters.get(leaf)
             size = weight.shape[axis] if weight is not None and weight.dim() == 2 else table.shape[0]
-            if size < table.shape[0] and (lost := sorted(n for rows in live for n in rows.numbers if n >= size)):
+            lost = [n for n in range(size, table.shape[0]) if any(n in rows.numbers for rows in live)]
+            if lost:
                 raise AttachmentError("a table was cut after attaching, and has lost live rows", where=table.name,
                                       expected=f"{table.shape[0]} rows", found=f"{size}, without {shorten(lost)}",
                                       hint=_WAY_OUT)  # fmt: skip

@@ -17,6 +17,7 @@ from embedsurgery.plan import Grow
 from embedsurgery.stores.grown_tensors import memories
 from embedsurgery.stores.tensor_store import TensorStore
 from embedsurgery.tensors import fsdp_version
+from embedsurgery.unknown_modules import Classify
 from embedsurgery.walker import config_of, walk_module
 from embedsurgery.wrappers import plain_name
 
@@ -105,13 +106,16 @@ class ModuleStore(TensorStore):
         return [(count, count.value + edit.count) for count in now if count.read(self.model) == count.value]
 
 
-def module_store(model: nn.Module, graph: EmbeddingGraph | None = None, tokenizer: Any = None) -> ModuleStore:
+def module_store(
+    model: nn.Module, graph: EmbeddingGraph | None = None, tokenizer: Any = None, classify: Classify | None = None
+) -> ModuleStore:
     """A store over a model's parameters.
 
     Args:
         model: The model.
         graph: Of the model, where it is known.
         tokenizer: Gets the tokens that plans add.
+        classify: Says what a module of an unknown class is.
 
     Raises:
         UnsupportedError: DeepSpeed's ZeRO-3 has taken them apart.
@@ -128,6 +132,7 @@ def module_store(model: nn.Module, graph: EmbeddingGraph | None = None, tokenize
     buffers = (name for name, _ in model.named_buffers())
     wrapped = [f"{path}." if path else "" for path, module in model.named_modules() if fsdp_version(module)]
     sharded = [name for name in parameters if any(name.startswith(path) for path in wrapped)]
-    store = ModuleStore(parameters, graph or walk_module(model), type(model).__name__, buffers, sharded, tokenizer)
+    graph = graph or walk_module(model, classify)
+    store = ModuleStore(parameters, graph, type(model).__name__, buffers, sharded, tokenizer)
     store.model, store.config = model, config_of(model)
     return store

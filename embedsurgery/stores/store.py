@@ -104,6 +104,10 @@ class Store(ABC):
         """The files that growing makes anew, weights and others."""
         return ()
 
+    def weight_files(self) -> Collection[str]:
+        """The files that hold tensors, of a store of files."""
+        return [file for table in self.graph.tables for _, file in table.files]
+
     def expand(self, edit: AddTokens) -> tuple[Edit, ...]:
         """The edits that adding tokens comes to here; asked for before anything changes."""
         raise UnsupportedEditError("this store cannot do this edit", where=self.name, found=edit.describe())
