@@ -187,9 +187,10 @@ def refuse_attached(target: Target, verb: str) -> None:
 
     from embedsurgery.runtime.attach import find
 
+    own = f", or use its own {verb}()" if verb.isalpha() else ""
     if isinstance(target, nn.Module) and find(target) is not None:
         raise AttachmentError(f"cannot {verb} a model that has an attachment from outside", where=type(target).__name__,
-                              hint=f"use the attachment's own {verb}(), or detach() it first")  # fmt: skip
+                              hint=f"detach() it first{own}")  # fmt: skip
 
 
 def refuse_other(model: object) -> None:

@@ -20,13 +20,16 @@ from embedsurgery.planning import extend
 from embedsurgery.registry import registry
 from embedsurgery.stores.base import apply
 from embedsurgery.surgeries.base import Base, Tokenizer
-from embedsurgery.vocabulary import State
+from embedsurgery.vocabulary import NewTokens, State
 from embedsurgery.wrappers import base_of
 
 if TYPE_CHECKING:
     from torch import nn
 
     from embedsurgery.runtime.attach import Attachment
+
+_ADDED = "_embedsurgery_added"
+"""Attribute of a model: `NewTokens` of each call, so that an adapter carries them in whatever list their ids come."""
 
 
 def attach(
@@ -131,7 +134,7 @@ def add_tokens(
 
     Rows that the table has to spare are used first; else every table and per-token vector of the vocabulary grows, tied
     ones stay tied, and the config follows. `TrainableTokensConfig(token_indices=ids)` then trains the rows of all
-    these tables, and its adapter carries the tokens.
+    these tables, and its adapter carries the tokens; so it does where the ids come in another list, with others.
 
     Args:
         model: Any ``nn.Module`` whose vocabulary is known, without an attachment.
@@ -149,8 +152,9 @@ def add_tokens(
         The ids, a sequence of int, with ``.undo()``.
 
     Raises:
-        ConfigError: A token that is empty, named twice, or that the tokenizer would not give back as one id.
-        BaseMismatchError: The tokenizer has more tokens than the model has rows.
+        ConfigError: A token that is empty, named twice, or that the tokenizer would not give back as one id; one that
+            exists and is not special where that is asked; one that would break a token that is there.
+        BaseMismatchError: The tokenizer has more tokens than the model has rows, or far fewer.
         UnsupportedError: A table that cannot grow: quantised, or sharded over devices.
         AttachmentError: The model has an attachment.
     """
@@ -172,12 +176,27 @@ def add_tokens(
         seed=seed,
     )
     undo = apply(asked.plan, store)
+    if asked.new is not None:
+        _remember(base, (*_added(base), asked.new))
 
     def take_out() -> None:
         refuse_attached(model, "take tokens out of")
         apply(undo, store_of(base, tokenizer))
+        _remember(base, tuple(new for new in _added(base) if new is not asked.new))
 
     return AddedTokens(asked.ids, asked.new, take_out)
+
+
+def _added(model: nn.Module) -> tuple[NewTokens, ...]:
+    """What `add_tokens` gave a model, call by call, also after deepcopy and pickling."""
+    found: tuple[NewTokens, ...] = vars(model).get(_ADDED, ())
+    return found
+
+
+def _remember(model: nn.Module, added: tuple[NewTokens, ...]) -> None:
+    vars(model).pop(_ADDED, None)
+    if added:
+        vars(model)[_ADDED] = added
 
 
 def attached(model: nn.Module) -> Attachment | None:
@@ -205,4 +224,5 @@ def _with_disk_names(adapter: Adapter, base: Base) -> Adapter:
 def _base(model: nn.Module, tokenizer: Tokenizer | None) -> Base:
     name = getattr(model, "name_or_path", None) or None
     revision = getattr(getattr(model, "config", None), "_commit_hash", None)
-    return Base(name if isinstance(name, str) else None, revision if isinstance(revision, str) else None, tokenizer)
+    return Base(name if isinstance(name, str) else None, revision if isinstance(revision, str) else None, tokenizer,
+                _added(model))  # fmt: skip

@@ -44,6 +44,8 @@ def command(model: Path, as_json: bool) -> None:
         free = [f"{len(used[k]):,} {k}" + (f" ({ranges(used[k])})" if used[k] else "") for k in ("reserved", "spare")]
         agree = "; ".join(used["disagreements"]) or "tokenizer, config and table agree"
         click.echo(f"rows: {used['used']:,} used by the tokenizer, {', '.join(free)}; {agree}")
+    elif facts["input"] is not None:
+        click.echo("rows: which are used is not known: there is no tokenizer.json here to say")
 
 
 def inspect(model: Path) -> dict[str, Any]:

@@ -38,11 +38,16 @@ def command(adapter: Path, model: Path | None, as_json: bool) -> None:
     made = facts["library_version"]
     click.echo(f"{adapter}: {facts['surgery']}, base {facts['base_model'] or 'not named'}, "
                f"made by {'embedsurgery ' + made if made else 'PEFT'}")  # fmt: skip
+    new = facts["new_tokens"]
+    if new is not None:
+        texts = [f"{t['content']!r} as {t['id']}{' (special)' if t['special'] else ''}" for t in new["tokens"]]
+        named = ", ".join(texts[:8]) + (f" and {len(texts) - 8:,} more" if len(texts) > 8 else "") or "none"
+        click.echo(f"new tokens: {named}; {new['rows']:,} rows in the base, {new['grown']:,} with them")
     for table in facts["tables"]:
         columns = ["row", "token", "norm"] + (["base norm", "cosine to base"] if model else [])
         rows = [
             [r["row"], r["token"] or "-", f"{r['norm']:.4f}"]
-            + ([f"{r['base_norm']:.4f}", f"{r['cosine']:.4f}"] if model else [])
+            + ([_number(r["base_norm"]), _number(r["cosine"])] if model else [])
             for r in table["rows"]
         ]
         tied = f", tied to {', '.join(table['aliases'])}" if table["aliases"] else ""
@@ -59,6 +64,11 @@ def wide(rows: RawArray) -> npt.NDArray[np.float64]:
 
     with np.errstate(invalid="ignore"):  # a signalling NaN becomes a quiet one
         return rows.float32().astype(np.float64)
+
+
+def _number(value: float | None) -> str:
+    """A number of the base's row; a new row has none there."""
+    return "-" if value is None else f"{value:.4f}"
 
 
 def show(adapter: Path, model: Path | None) -> dict[str, Any]:
@@ -81,6 +91,7 @@ def show(adapter: Path, model: Path | None) -> dict[str, Any]:
         "revision": manifest.revision,
         "library_version": manifest.library_version,
         "source": loaded.source,
+        "new_tokens": None if manifest.new_tokens is None else manifest.new_tokens.to_json(),
         "bytes": sum(p.stat().st_size for p in adapter.iterdir() if p.is_file()) if adapter.is_dir() else None,
         "tables": tables,
     }
@@ -100,7 +111,7 @@ def _tables(loaded: Adapter, store: Store | None) -> list[dict[str, Any]]:
         values = wide(loaded.raw[record.name])
         norms = np.linalg.norm(values, axis=1)
         by_row = len(record.indices) == len(values)  # else the indices are those that the base is recognised by
-        rows = (
+        rows: list[dict[str, Any]] = (
             [
                 {"row": i, "token": manifest.tokens.get(i), "norm": float(n)}
                 for i, n in zip(record.indices, norms, strict=True)
@@ -110,11 +121,15 @@ def _tables(loaded: Adapter, store: Store | None) -> list[dict[str, Any]]:
         )
         if store is not None and by_row:
             table = located[record.name]
-            base = wide(rows_of(store, table, record.indices))
+            there = [n for n, index in enumerate(record.indices) if index < table.shape[0]]
+            indices = tuple(record.indices[n] for n in there)
+            base = wide(rows_of(store, table, indices))
             lengths = np.linalg.norm(base, axis=1)
-            cosines = (values * base).sum(axis=1) / np.maximum(norms * lengths, 1e-30)
-            for row, length, cosine in zip(rows, lengths, cosines, strict=True):
-                row.update(base_norm=float(length), cosine=float(cosine))
+            cosines = (values[there] * base).sum(axis=1) / np.maximum(norms[there] * lengths, 1e-30)
+            for row in rows:  # what the base does not have yet stays so
+                row.update(base_norm=None, cosine=None)
+            for n, length, cosine in zip(there, lengths, cosines, strict=True):
+                rows[n].update(base_norm=float(length), cosine=float(cosine))
         tables.append(
             {
                 "name": record.name,

@@ -6,8 +6,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from embedsurgery import hub
 from embedsurgery.durable import sweep
-from embedsurgery.errors import CheckpointError
+from embedsurgery.errors import CheckpointError, ConfigError
 from embedsurgery.journal import clean, roll_back
 from embedsurgery.locking import locked, refuse_linked_state, segments
 
@@ -42,8 +43,12 @@ def recover_checkpoint(directory: str | os.PathLike[str]) -> RecoveryReport:
     Raises:
         CheckpointError: There is no such directory, nor anything that was to become it.
         BusyError: Another process is changing it.
+        ConfigError: It is a Hub id.
         UnfinishedError: The journal is damaged or does not fit the files; nothing is guessed.
     """
+    if hub.find_id(directory) is not None:
+        raise ConfigError("a model on the Hub has nothing to recover", found=directory,
+                          expected="a directory")  # fmt: skip
     folder = Path(directory)
     parent = folder.absolute().parent
     removed = sweep(parent) if os.path.isdir(parent) else []

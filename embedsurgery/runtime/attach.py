@@ -25,6 +25,7 @@ from embedsurgery.runtime.loading import check_loaded, look_no_more, replacement
 from embedsurgery.runtime.members import Member, Members, say_what_overflows
 from embedsurgery.runtime.nesting import forget, refuse_more, refuse_part, remember
 from embedsurgery.runtime.rows import Hidden
+from embedsurgery.runtime.saving import say_that_no_rows_are_saved
 from embedsurgery.runtime.sharded import Guard, save_once, set_rows
 from embedsurgery.runtime.whole_tables import rows_for
 from embedsurgery.stores.base import apply
@@ -214,16 +215,18 @@ class Attachment(Hidden):
             raise UnsupportedError("a batch cannot mix adapters here", where=", ".join(sorted(tables)),
                                    found="a table that is overridden by a full copy of it",
                                    hint="run the samples of each adapter by themselves")  # fmt: skip
-        before, self._members.active = self._members.active, used
+        batch = self._installation.batch
+        outside = (self._members.active, batch.mixed, [(rows, rows.samples) for _, _, rows in pairs])
+        self._members.active, batch.mixed = used, True
         self._refresh()
         try:
             for name, _, rows in pairs:
                 rows.samples = torch.tensor([other == name for other in names], device=rows.indices.device)
             yield
         finally:
-            for _, _, rows in pairs:
-                rows.samples = None
-            self._members.active = before
+            self._members.active, batch.mixed, held = outside
+            for rows, samples in held:
+                rows.samples = samples
             self._refresh()
 
     # -- merging -------------------------------------------------------------------------------------------------
@@ -274,7 +277,7 @@ class Attachment(Hidden):
         self._members.clear()
         self._undo = []
         model = self.model
-        look_no_more(model, self._before_load)
+        look_no_more(model, self._before_load, self._before_save)
         model._modules.pop(CHILD, None)
         forget(self)
         while self.extended and not merged:  # when nothing of the attachment holds a table any more
@@ -302,6 +305,11 @@ class Attachment(Hidden):
             check_loaded(self.graph, member.adapter, member.overrides, state_dict, prefix, model)
         if len(self._members.unstepped) < len(self.names) and not self.saved_beside:
             say_that_rows_stay()
+
+    def _before_save(self, *_: Any) -> None:
+        """Before a state dict is made: it will hold no rows."""
+        if self.active and not self._undo and not self.saved_beside:
+            say_that_no_rows_are_saved(self.active)
 
     def _add(
         self,
@@ -399,5 +407,6 @@ def attach_adapter(
     if first:
         model.add_module(CHILD, attachment)
         model.register_load_state_dict_pre_hook(attachment._before_load)  # type: ignore[no-untyped-call]
+        model.register_state_dict_pre_hook(attachment._before_save)  # type: ignore[no-untyped-call]
         remember(attachment)
     return attachment

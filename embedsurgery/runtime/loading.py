@@ -103,8 +103,11 @@ def say_that_rows_stay() -> None:
     )
 
 
-def look_no_more(model: nn.Module, hook: Callable[..., Any]) -> None:
-    """Take a hook off that looks at state dicts before they are loaded; a copied model has a copy of it."""
+def look_no_more(model: nn.Module, hook: Callable[..., Any], saving: Callable[..., Any]) -> None:
+    """Take off the hooks that look at state dicts before they are loaded, or made, and copies of these hooks."""
     loading: dict[int, Any] = model._load_state_dict_pre_hooks
     for key in [key for key, wrapped in loading.items() if wrapped.hook == hook]:
         del loading[key]
+    making: dict[int, Any] = model._state_dict_pre_hooks
+    for key in [key for key, made in making.items() if made == saving]:
+        del making[key]

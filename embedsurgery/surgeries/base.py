@@ -15,6 +15,7 @@ from embedsurgery.adapter import Adapter, PeftFiles
 from embedsurgery.graph import Table
 from embedsurgery.plan import Plan
 from embedsurgery.stores.base import Store
+from embedsurgery.vocabulary import NewTokens
 
 
 class Tokenizer(Protocol):
@@ -32,11 +33,13 @@ class Base:
         name: Name or path.
         revision: Its revision.
         tokenizer: To record the tokens' texts.
+        new_tokens: What `add_tokens` gave it, call by call.
     """
 
     name: str | None = None
     revision: str | None = None
     tokenizer: Tokenizer | None = field(default=None, repr=False)
+    new_tokens: tuple[NewTokens, ...] = ()
 
 
 @dataclass(frozen=True)
