@@ -292,5 +292,5 @@ def uninterrupted() -> Iterator[None]:
     finally:
         for blocked, handler in before.items():
             signal.signal(blocked, handler)
-        for number in dict.fromkeys(waiting):
-            signal.raise_signal(number)
+        for arrived in dict.fromkeys(waiting):
+            signal.raise_signal(arrived)
