@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import NamedTuple, TypeGuard
@@ -102,7 +103,8 @@ def parse_header(blob: bytes, total: int, path: Path) -> Header:
     refuse_bomb(blob, HEADER, path)
     try:
         # the format pads with spaces; the library accepts any white space, as json does
-        table = json.loads(blob.decode("utf-8"), object_pairs_hook=_object, parse_constant=_no_constant)
+        hook = partial(_object, {})
+        table = json.loads(blob.decode("utf-8"), object_pairs_hook=hook, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise _broken(path, "the header is no valid JSON", "an object", str(error)) from error
     if not isinstance(table, dict):
@@ -159,12 +161,17 @@ class _Described(NamedTuple):
     data_offsets: object
 
 
-def _object(pairs: list[tuple[str, object]]) -> dict[str, object] | _Described:
+def _object(shapes: dict[tuple[int, ...], tuple[int, ...]], pairs: list[tuple[str, object]]) -> object:
+    """An object of a header; equal shapes become one."""
     table = _unique(pairs)
     if table.keys() != {"dtype", "shape", "data_offsets"}:
         return table
-    dtype, shape, offsets = (tuple(v) if isinstance(v, list) else v for v in map(table.__getitem__, _Described._fields))
-    return _Described(sys.intern(dtype) if isinstance(dtype, str) else dtype, shape, offsets)
+    dtype, shape, offsets = table["dtype"], table["shape"], table["data_offsets"]
+    if isinstance(dtype, str):
+        dtype = sys.intern(dtype)
+    if _is_naturals(shape, _DIMENSIONS):
+        shape = shapes.setdefault(tuple(shape), tuple(shape))
+    return _Described(dtype, shape, tuple(offsets) if isinstance(offsets, list) else offsets)
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:

@@ -5,7 +5,8 @@ The library is imported only when something is encoded.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from embedsurgery.errors import CheckpointError, ConfigError, UnsupportedError
@@ -31,21 +32,30 @@ def backend(text: str, where: object) -> Any:
     except ImportError as error:
         raise UnsupportedError("encoding a text needs the tokenizers library", where=where,
                                hint="pip install tokenizers") from error  # fmt: skip
-    try:
+    with _refusals("load the tokenizer", where):
         tokenizer = Tokenizer.from_str(text)
-    except Exception as error:  # the library raises nothing narrower
-        raise CheckpointError("the tokenizers library cannot load the tokenizer", where=where,
-                              found=str(error)[:200]) from error  # fmt: skip
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
     return tokenizer
+
+
+@contextmanager
+def _refusals(what: str, where: object) -> Iterator[None]:
+    """The library raises nothing narrower than Exception, and where its Rust panics not even that."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise CheckpointError(f"the tokenizers library cannot {what}", where=where, found=str(error)[:200]) from error
 
 
 def encoder(tokenizer: Any) -> Encode:
     """Encoding by a tokenizer of the library."""
 
     def encode(text: str) -> list[int]:
-        return list(tokenizer.encode(text, add_special_tokens=False).ids)
+        with _refusals("encode with this tokenizer", repr(text)[:80]):
+            return list(tokenizer.encode(text, add_special_tokens=False).ids)
 
     return encode
 
