@@ -429,7 +429,7 @@ LARGE: dict[str, Callable[[Path], None]] = {
     "a header of 99 MB": huge(SHARD, as_header(b"{" + b" " * 99_000_000 + b"}")),
     "a header of brackets": huge(SHARD, as_header(b'{"a":[' + b"[]," * 5_000_000 + b"[]]}")),
     "a header of numbers": huge(SHARD, as_header(b'{"a":[' + b"1000," * 3_000_000 + b"1]}")),
-    "a header of ninety thousand wrong tensors": huge(SHARD, as_header(entries(90_000))),
+    "a header of eighty thousand wrong tensors": huge(SHARD, as_header(entries(80_000))),
     "an index of 300 MB": huge(INDEX, b"{" + b" " * 300_000_000 + b"}"),
     "an index of entries": huge(
         INDEX, b'{"weight_map":{' + b",".join(b'"%d":""' % n for n in range(1_000_000)) + b"}}"
