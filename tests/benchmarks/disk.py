@@ -5,8 +5,8 @@
 A synthetic bf16 Llama in shards of 0.9 GB, its embedding and head V=128,000 by D=2,048, and an adapter of 100 rows.
 Every way runs in a process of its own, in turn, and what it writes is fsynced (``cp -r`` by ``sync`` of its files; PEFT
 and mergekit as they are, which is without). Reported: seconds of the whole process, interpreter start included, and the
-median of the paired ratios to ``cp -r``; its processor time and peak resident size; the bytes that it asked the kernel to
-write.
+median of the paired ratios to ``cp -r``; its processor time; its peak resident size; the bytes that it asked the kernel
+to write.
 
 Then `inspect` and a merge in place on a checkpoint of ``--large`` gigabytes in some 60 sparse files, beside the same on
 the first one. mergekit is run where ``--mergekit`` names a directory that it was installed into
