@@ -64,7 +64,7 @@ class Installation:
         Errors and warnings come here, before anything changes.
 
         Raises:
-            UnsupportedError: A lookup that changes its own table.
+            UnsupportedError: A lookup that changes its own table, or one that another library has set aside.
         """
         found = {}
         for override in overrides:
@@ -85,6 +85,10 @@ class Installation:
                 raise UnsupportedError("a lookup with max_norm changes its own table in the forward", where=site.module,
                                        expected="max_norm=None", found=module.max_norm,
                                        hint="normalise the table once and set max_norm to None")  # fmt: skip
+            if "original_module" in site.module.split("."):
+                raise UnsupportedError("PEFT has set this table aside for a trained copy of its own, so its rows would "
+                                       "change nothing", where=site.module, found="modules_to_save",
+                                       hint="leave the table out of modules_to_save")  # fmt: skip
             weight = module._parameters[site.parameter]
             assert weight is not None
             rows = torch.tensor(override.indices, dtype=torch.int64, device=weight.device)

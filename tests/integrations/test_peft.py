@@ -13,7 +13,7 @@ import torch
 
 import embedsurgery as es
 from embedsurgery.adapter import plainly_named
-from embedsurgery.errors import BaseMismatchError
+from embedsurgery.errors import BaseMismatchError, TableError, UnsupportedError
 from embedsurgery.wrappers import plain_name
 from tests.conftest import bits, logits, save, state_bits, tiny
 from tests.integrations.helpers import INDICES, batch, rows, trainer
@@ -166,6 +166,23 @@ def test_merging_unmerging_and_unloading_in_any_order(order: str, targets: tuple
     torch.testing.assert_close(logits(unloaded), live, rtol=0, atol=1e-5)
     assert type(unloaded) is type(tiny("llama-untied"))
     assert unloaded.state_dict().keys() == tiny("llama-untied").state_dict().keys()
+
+
+@pytest.mark.parametrize("kind", ["llama-tied", "llama-untied"])
+@pytest.mark.parametrize("saved", [["embed_tokens"], ["embed_tokens", "lm_head"]], ids=["input", "both"])
+def test_a_table_that_peft_trains_a_copy_of_is_refused(kind: str, saved: list[str]) -> None:
+    model = tiny(kind)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=saved)
+    wrapped_model: Any = peft.get_peft_model(model, config)
+    before = state_bits(wrapped_model)
+    named = es.TrainableTokensConfig(INDICES, target_modules=["embed_tokens.original_module"])
+    with pytest.raises(UnsupportedError, match="modules_to_save"):
+        es.attach(wrapped_model, CONFIG if kind == "llama-tied" else named, freeze=False)
+    if kind == "llama-untied":
+        with pytest.raises(TableError, match="modules_to_save"):  # none of the candidates is the input's alone
+            es.attach(wrapped_model, CONFIG, freeze=False)
+    assert es.attached(wrapped_model) is None
+    assert state_bits(wrapped_model) == before
 
 
 def test_a_second_adapter_through_the_wrapper_joins_the_first() -> None:
