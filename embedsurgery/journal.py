@@ -163,7 +163,7 @@ def _put_back(directory: Path, edit: Edit) -> str:
     file = _inside(directory, edit.path)
     if isinstance(edit, PutFile):
         kept = directory / JOURNAL / edit.kept
-        if edit.kept != kept.name or not edit.kept.endswith(".kept"):
+        if edit.kept != kept.name or not edit.kept.endswith(".kept") or not _encodes(edit.kept):
             raise _strange(file, "the name of a kept file", repr(edit.kept))
         if os.path.lexists(kept):
             if not FileState.of(kept, edit.path).same_file(edit.state):
@@ -202,7 +202,8 @@ def _inside(directory: Path, path: str) -> Path:
     """A file that a journal names, which must lie in the checkpoint and be reached through no link."""
     parts = path.split("/")
     file = directory.joinpath(*parts)
-    if not all(part and part not in (".", "..") and "\0" not in part and "\\" not in part for part in parts):
+    plain = all(part and part not in (".", "..") and "\0" not in part and "\\" not in part for part in parts)
+    if not plain or not _encodes(path):
         raise _strange(directory, "a path inside the checkpoint", repr(path)[:200])
     for parent in file.parents:
         if parent == directory:
@@ -210,6 +211,15 @@ def _inside(directory: Path, path: str) -> Path:
         if parent.is_symlink():
             raise _strange(file, "a path through no link", parent)
     return file
+
+
+def _encodes(path: str) -> bool:
+    """Whether a file can have this name: JSON can hold half a surrogate pair, and file systems cannot."""
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _strange(where: Path, expected: object, found: object) -> UnfinishedError:

@@ -47,13 +47,19 @@ class NewTokens:
     def from_json(cls, body: Mapping[str, Any]) -> NewTokens:
         """The inverse of `to_json`; what is not as expected raises KeyError, TypeError or ValueError."""
         tokens = tuple(
-            Token(str(t["content"]), _natural(t["id"]), bool(t["special"]), t["replaces"] and str(t["replaces"]))
+            Token(str(t["content"]), _natural(t["id"]), bool(t["special"]), _text(t["replaces"]))
             for t in body["tokens"]
         )
         rows, grown = _natural(body["rows"]), _natural(body["grown"])
         if len({t.id for t in tokens}) != len(tokens) or grown < rows or any(t.id >= grown for t in tokens):
             raise ValueError("tokens whose ids repeat, or that the grown table does not have")
         return cls(tokens, rows, grown, tuple(map(str, body["vectors"])))
+
+
+def _text(value: Any) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"{value!r} is no text")
+    return value
 
 
 def _natural(value: Any) -> int:

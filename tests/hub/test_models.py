@@ -235,3 +235,31 @@ def test_new_tokens_travel_with_the_tokenizer(hub: Hub, tmp_path: Path) -> None:
     assert local.items() <= hub.repos[MERGED].files().items()
     assert report.copied
     assert "tokenizer.json" in report.uploaded
+
+
+def test_the_log_of_an_id_reads_the_headers_of_records_alone(
+    hub: Hub, base: Path, adapter: es.Adapter, tmp_path: Path
+) -> None:
+    es.merge_checkpoint(base, (adapter, 0.5), tmp_path / "merged")
+    hub.add("team/merged", contents(tmp_path / "merged"))
+    assert es.log_checkpoint("team/merged") == es.log_checkpoint(tmp_path / "merged")
+    assert [record.weight for record in es.log_checkpoint("team/merged")] == [0.5]
+    assert not hub.seen(r"/model.*\.safetensors")
+    assert es.log_checkpoint(BASE) == ()
+    es.unmerge_checkpoint("team/merged", tmp_path / "back", all=True)
+    assert contents(tmp_path / "back") == contents(base)
+
+
+def test_weights_go_along_when_a_merge_is_pushed(
+    hub: Hub, base: Path, adapter: es.Adapter, pushed: str, tmp_path: Path
+) -> None:
+    es.merge_checkpoint(base, (adapter, 0.5), tmp_path / "local")
+    push_merged(BASE, [(adapter, 0.5)], MERGED)
+    (record,) = es.log_checkpoint(MERGED)
+    assert record.weight == 0.5
+    es.unmerge_checkpoint(MERGED, tmp_path / "back")
+    found = save_from(hub, MERGED, tmp_path / "down")
+    local = contents(tmp_path / "local")
+    assert {
+        k: v for k, v in contents(found).items() if k in local and k.endswith("safetensors") and "merges" not in k
+    } == {k: v for k, v in local.items() if k.endswith("safetensors") and "merges" not in k}
