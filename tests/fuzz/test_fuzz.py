@@ -7,7 +7,7 @@ import pytest
 from tests.fuzz.campaign import fuzz
 from tests.fuzz.targets import TARGETS, Bed
 
-INPUTS = 120
+INPUTS = 80
 """For each kind of file: the whole takes some ten seconds of one core."""
 
 
