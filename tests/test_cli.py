@@ -96,7 +96,7 @@ def test_a_dry_run_needs_no_output(base: Path, adapter: Path, tmp_path: Path) ->
         said = good(*verb, "--dry-run")
         assert "would be written: no output was named (" in said
         assert os.devnull not in said
-        refused(*verb, says="'-o' / '--output', which only --dry-run does without", code=2)
+        refused(*verb, says="'-o' / '--output' or '--in-place', which only --dry-run does without", code=2)
     refused("merge", base, adapter, adapter, "--dry-run", says="twice")
     assert tree(tmp_path) == before
 
@@ -362,7 +362,7 @@ def test_a_signal_ends_it_with_one_line(more: list[str], tmp_path: Path) -> None
     code = "import os, signal\nos.kill(os.getpid(), signal.SIGTERM)"
     run = cli("plugins", *more, env=plugin(tmp_path, code))
     assert (run.returncode, run.stdout) == (128 + signal.SIGTERM, "")
-    assert run.stderr.strip() == "embedsurgery: interrupted; nothing was left behind"
+    assert run.stderr.strip() == "embedsurgery: interrupted; nothing is half done"
 
 
 def test_a_name_that_a_terminal_would_obey(tmp_path: Path) -> None:
