@@ -97,7 +97,7 @@ def test_a_dry_run_needs_no_output(base: Path, adapter: Path, tmp_path: Path) ->
         assert "would be written: no output was named (" in said
         assert os.devnull not in said
         refused(*verb, says="'-o' / '--output' or '--in-place', which only --dry-run does without", code=2)
-    refused("merge", base, adapter, adapter, "--dry-run", says="twice")
+    refused("merge", base, adapter, adapter, "--dry-run", says="several adapters set the same rows")
     assert tree(tmp_path) == before
 
 
