@@ -188,7 +188,7 @@ def test_refusals_are_one_line_and_leave_nothing(base: Path, adapter: Path, tmp_
     (tmp_path / "broken/adapter_config.json").write_text("{}")
     before, out = listing(tmp_path), tmp_path / "out"
     refused("merge", base, tmp_path / "other", "-o", out, says="rows")
-    refused("merge", base, adapter, adapter, "-o", out, says="twice")
+    refused("merge", base, adapter, adapter, "-o", out, says="several adapters set the same rows")
     refused("merge", base, adapter, "-o", tmp_path / "adapter", says="exists")
     refused("merge", base, tmp_path / "broken", "-o", out, says="broken")
     refused("merge", base, tmp_path / "nowhere", "-o", out, says="nowhere")
