@@ -326,13 +326,17 @@ def _taken(part: _Tuned, indices: tuple[int, ...]) -> RawArray:
 
 
 def _entries(store: ShardStore, tensors: Mapping[str, _Tuned], new: NewTokens) -> dict[str, RawArray]:
-    """A vector's entries for the new tokens, and the last one as filler; zeros where the tuned model does not say."""
+    """A vector's entries for the new tokens, and the last one as filler.
+
+    Where the tuned model does not say, the base's own, and zeros for rows that it lacks.
+    """
     raw = {}
     for name in new.vectors:
         part = _like(name, tensors)
         if part is None or part.entry.shape[-1] != new.grown:
-            entry = store.checkpoint.entry(name)
-            raw[entries_name(name)] = RawArray.of(np.zeros(len(new.tokens) + 1, np.float32)).to(entry.dtype)
+            own = store.read_vector(name)
+            padded = RawArray(own.dtype, (new.grown,), own.data + bytes(ITEMSIZE[own.dtype] * (new.grown - new.rows)))
+            raw[entries_name(name)] = padded.take([*new.ids, new.grown - 1])
             continue
         with open_regular(part.path) as descriptor:
             data = pread_exactly(descriptor, part.entry.end - part.entry.begin, part.entry.begin)

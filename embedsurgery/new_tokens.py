@@ -16,7 +16,7 @@ from embedsurgery.errors import AttachmentError, BaseMismatchError, ConfigError,
 from embedsurgery.graph import EmbeddingGraph, Vocabulary
 from embedsurgery.initializers.base import InitializerRecord, NewToken, TableView
 from embedsurgery.initializers.initial import initial_rows, parse_init, with_parts
-from embedsurgery.plan import AddTokens, Edit, Grow, Plan, SetRows, Token
+from embedsurgery.plan import AddTokens, Edit, Grow, Plan, SetEntries, SetRows, Token
 from embedsurgery.raw import RawArray
 from embedsurgery.stores.base import Store
 from embedsurgery.vocabulary import NewTokens
@@ -252,21 +252,23 @@ class _Starts:
 
 
 def _edits(new: Sequence[Token], vocabulary: Vocabulary, grown: int, starts: _Starts) -> Iterator[Edit]:
-    """Growth for what the tables lack, and rows for what they have to spare."""
+    """Growth for what the tables lack; rows, and entries of vectors, for what they have to spare."""
     store, size = starts.store, vocabulary.size
     named = {token.id: token for token in new}
     beyond = [named.get(i, Token("", i)) for i in range(size, grown)]
     spare = [token for token in new if token.id < size]
     seen = min(starts.known.next_id, size)
     views = {name: TableView.of_table(store, store.graph.table(name), seen) for name in vocabulary.tables}
+    vectors = {name: TableView.of_vector(store, name, seen) for name in vocabulary.vectors}
     if beyond:
-        vectors = {name: TableView.of_vector(store, name, seen) for name in vocabulary.vectors}
         rows = {name: _joined(starts.rows(view, beyond)) for name, view in views.items()}
         entries = {name: _flat(_joined(starts.rows(view, beyond))) for name, view in vectors.items()}
         yield Grow(vocabulary.name, len(beyond), rows, entries)
     if spare:
         for name, view in views.items():
             yield SetRows(name, tuple(token.id for token in spare), _joined(starts.rows(view, spare)))
+        for name, view in vectors.items():
+            yield SetEntries(name, tuple(token.id for token in spare), _flat(_joined(starts.rows(view, spare))))
 
 
 def _joined(rows: Sequence[RawArray]) -> RawArray:

@@ -32,7 +32,7 @@ from embedsurgery.durable import (
 )
 from embedsurgery.errors import BaseMismatchError, CheckpointError, ConfigError, EmbedSurgeryWarning, PlanError
 from embedsurgery.new_tokens import Init, plan_tokens
-from embedsurgery.plan import AddTokens, Edit, Grow, PatchFile, Plan, SetBlocks, SetRows, Undo
+from embedsurgery.plan import AddTokens, Edit, Grow, PatchFile, Plan, SetBlocks, SetEntries, SetRows, Undo
 from embedsurgery.planning import plan_adapters
 from embedsurgery.records import MERGES, adapter_sha256, check_written, facts, next_record, record_paths, tokens_facts
 from embedsurgery.registry import registry
@@ -214,7 +214,15 @@ def _check(jobs: list[_Job], store: ShardStore) -> None:
         check(first.plan, store)
     sizes = {table.name: table.shape[0] for table in store.graph.tables}
     rows = [edit for job in jobs for edit in job.plan.edits if not isinstance(edit, (Grow, AddTokens))]
-    check(Plan(tuple(e for e in rows if not isinstance(e, SetRows) or max(e.indices) < sizes.get(e.table, 0))), store)
+    sizes |= {name: v.size for v in store.graph.vocabularies for name in v.vectors}
+    check(Plan(tuple(edit for edit in rows if _fits(edit, sizes))), store)
+
+
+def _fits(edit: Edit, sizes: dict[str, int]) -> bool:
+    """Whether the base has what an edit sets, so that no growth must come first."""
+    if isinstance(edit, SetRows):
+        return max(edit.indices) < sizes.get(edit.table, 0)
+    return not isinstance(edit, SetEntries) or max(edit.indices) < sizes.get(edit.vector, 0)
 
 
 def unmerge_checkpoint(
@@ -346,6 +354,8 @@ def _files(edit: Edit, store: ShardStore) -> list[str]:
     """The weight files that an edit touches."""
     if isinstance(edit, (SetRows, SetBlocks)):
         return [file for _, file in store.graph.table(edit.table).files]
+    if isinstance(edit, SetEntries):
+        return list(store.vector_files(edit.vector))
     if isinstance(edit, Grow):
         vocabulary = next(v for v in store.graph.vocabularies if v.name == edit.vocabulary)
         return [file for file in store.growth_files(vocabulary) if file in store.checkpoint.headers]

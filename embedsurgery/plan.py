@@ -59,6 +59,26 @@ class SetRows:
 
 
 @dataclass(frozen=True)
+class SetEntries:
+    """Some entries of a per-token vector, such as a head's bias, become others.
+
+    Attributes:
+        vector: The vector's name in its vocabulary in the store's graph.
+        indices: Token ids, (K,), each once.
+        entries: The new entries, (K,), in any editable dtype; rounded once to the vector's.
+    """
+
+    vector: str
+    indices: tuple[int, ...]
+    entries: RawArray
+
+    def describe(self) -> str:
+        """One line for a person."""
+        count = len(self.indices)
+        return f"set {count:,} {'entry' if count == 1 else 'entries'} of {self.vector}"
+
+
+@dataclass(frozen=True)
 class Blocks:
     """All rows of a table, made block by block.
 
@@ -287,7 +307,7 @@ class PatchFile:
         return f"{'remove' if self.after is None else 'write'} {self.path}"
 
 
-Edit = SetRows | SetBlocks | Grow | AddTokens | Suppress | Untie | PatchFile
+Edit = SetRows | SetEntries | SetBlocks | Grow | AddTokens | Suppress | Untie | PatchFile
 
 
 @dataclass(frozen=True)
@@ -349,10 +369,13 @@ Undo = Plan
 def _encode(edit: Edit, prefix: str, tensors: dict[str, TensorSource]) -> dict[str, Any]:
     """The JSON part of an edit; its numbers go into ``tensors`` under names that start with ``prefix``."""
     if isinstance(edit, SetRows):
-        indices = RawArray.of(np.asarray(edit.indices, dtype=np.int64))
-        tensors[prefix + "indices"] = TensorSource.of(indices)
+        tensors[prefix + "indices"] = _indices(edit.indices)
         tensors[prefix + "rows"] = TensorSource.of(edit.rows)
         return {"edit": "SetRows", "table": edit.table}
+    if isinstance(edit, SetEntries):
+        tensors[prefix + "indices"] = _indices(edit.indices)
+        tensors[prefix + "entries"] = TensorSource.of(edit.entries)
+        return {"edit": "SetEntries", "vector": edit.vector}
     if isinstance(edit, SetBlocks):
         blocks = edit.blocks
         if not blocks.stored:
@@ -377,13 +400,17 @@ def _encode(edit: Edit, prefix: str, tensors: dict[str, TensorSource]) -> dict[s
         restore = None if edit.restore is None else list(edit.restore)
         return {"edit": "Suppress", "ids": list(edit.ids), "restore": restore, "undo": edit.undo}
     if isinstance(edit, Untie):
-        tensors[prefix + "indices"] = TensorSource.of(RawArray.of(np.asarray(edit.indices, dtype=np.int64)))
+        tensors[prefix + "indices"] = _indices(edit.indices)
         tensors[prefix + "rows"] = TensorSource.of(edit.rows)
         tensors.update({f"{prefix}saved.{path}": _bytes(data) for path, data in edit.saved.items()})
         return {"edit": "Untie", "table": edit.table, "head": edit.head, "undo": edit.undo, "saved": list(edit.saved)}
     if edit.after is not None:
         tensors[prefix + "after"] = _bytes(edit.after)
     return {"edit": "PatchFile", "path": edit.path, "removed": edit.after is None, "before": edit.before}
+
+
+def _indices(indices: tuple[int, ...]) -> TensorSource:
+    return TensorSource.of(RawArray.of(np.asarray(indices, dtype=np.int64)))
 
 
 def _bytes(data: bytes) -> TensorSource:
@@ -400,22 +427,24 @@ class _Reader:
         with open_regular(self.path) as descriptor:
             return RawArray(entry.dtype, entry.shape, pread_exactly(descriptor, entry.end - entry.begin, entry.begin))
 
+    def indices(self, prefix: str) -> tuple[int, ...]:
+        indices = self.tensor(prefix + "indices")
+        if indices.dtype != "I64" or len(indices.shape) != 1:
+            raise ValueError(f"indices are {indices!r}")
+        return tuple(map(int, indices.bits))
+
     def bytes(self, name: str) -> bytes:
         raw = self.tensor(name)
         if raw.dtype != "U8" or len(raw.shape) != 1:
             raise ValueError(f"bytes are {raw!r}")
         return raw.data
 
-    def indices(self, prefix: str) -> tuple[int, ...]:
-        raw = self.tensor(prefix + "indices")
-        if raw.dtype != "I64" or len(raw.shape) != 1:
-            raise ValueError(f"indices are {raw!r}")
-        return tuple(map(int, raw.bits))
-
     def decode(self, body: Mapping[str, Any], prefix: str) -> Edit:
         kind = body["edit"]
         if kind == "SetRows":
             return SetRows(str(body["table"]), self.indices(prefix), self.tensor(prefix + "rows"))
+        if kind == "SetEntries":
+            return SetEntries(str(body["vector"]), self.indices(prefix), self.tensor(prefix + "entries"))
         if kind == "SetBlocks":
             return SetBlocks(str(body["table"]), Blocks.in_file(self.path, self.entries[prefix + "blocks"]))
         if kind == "Grow":

@@ -54,4 +54,4 @@ def extend(adapter: Adapter, located: Mapping[str, Table], store: Store, state: 
     if new is None:
         return []
     highest = max(i for record in adapter.manifest.tables for i in record.indices)
-    return extension(new, highest, adapter.raw, located, store.graph, state)
+    return extension(new, highest, adapter.raw, located, store.graph, state, store.read_vector)

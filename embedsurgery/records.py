@@ -17,9 +17,9 @@ from embedsurgery._version import __version__
 from embedsurgery.adapter import Adapter
 from embedsurgery.checkpoint import STATE_DIRECTORY
 from embedsurgery.errors import PlanError
-from embedsurgery.plan import Grow, Plan, SetBlocks, SetRows, Undo, spans
+from embedsurgery.plan import Grow, Plan, SetBlocks, SetEntries, SetRows, Undo, spans
 from embedsurgery.raw import ITEMSIZE
-from embedsurgery.stores.base import Store, rows_of
+from embedsurgery.stores.base import Store, entries_of, rows_of
 from embedsurgery.vocabulary import NewTokens
 
 MERGES = f"{STATE_DIRECTORY}/merges"
@@ -87,6 +87,8 @@ def written(undo: Plan, store: Store) -> list[str]:
 def _digest(edit: object, store: Store) -> str:
     if isinstance(edit, SetRows):
         return rows_of(store, store.graph.table(edit.table), edit.indices).sha256()
+    if isinstance(edit, SetEntries):
+        return entries_of(store, edit.vector, edit.indices).sha256()
     digest = hashlib.sha256()
     if isinstance(edit, SetBlocks):
         table = store.graph.table(edit.table)
@@ -113,7 +115,7 @@ def check_written(record: Path | str, undo: Plan, store: Store) -> None:
         raise PlanError("the record does not say what was written", where=record)
     for edit, before, now in zip(undo.edits, expected, written(undo, store), strict=True):
         if before != now:
-            where = edit.table if isinstance(edit, (SetRows, SetBlocks)) else "?"
+            where = getattr(edit, "table", None) or getattr(edit, "vector", None) or "?"
             raise PlanError("the rows are not those that the merge wrote", where=f"{store.name}: {where}",
                             expected=f"sha256 {str(before)[:12]}", found=now[:12],
                             hint="something changed them since: take that out first")  # fmt: skip

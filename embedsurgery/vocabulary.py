@@ -7,13 +7,13 @@ how their rows start, is ``new_tokens.py``'s.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from embedsurgery.errors import BaseMismatchError
 from embedsurgery.graph import EmbeddingGraph, Table, Vocabulary
-from embedsurgery.plan import AddTokens, Edit, Grow, Token
+from embedsurgery.plan import AddTokens, Edit, Grow, SetEntries, Token
 from embedsurgery.raw import RawArray
 from embedsurgery.wrappers import plain_name
 
@@ -97,6 +97,7 @@ def extension(
     located: Mapping[str, Table],
     graph: EmbeddingGraph,
     state: State,
+    entries: Callable[[str], RawArray],
 ) -> list[Edit]:
     """The edits that give a base the tokens of an adapter, at the same ids; none where it has them.
 
@@ -107,6 +108,7 @@ def extension(
         located: Table record's name -> table of the base.
         graph: Of the base.
         state: Of the base; brought up to date with the edits.
+        entries: Gives a per-token vector of the base as it is now, (V,).
 
     Raises:
         BaseMismatchError: An id that another token has, a token that has another id, a vocabulary of other tables.
@@ -118,6 +120,7 @@ def extension(
         state.texts.update({token.id: token.content for token in missing})
     vocabulary = _vocabulary(located.values(), graph)
     size = state.sizes[vocabulary.name]
+    edits.extend(_entries(new, raw, located, vocabulary, size, entries))
     needed = max((highest, *new.ids)) + 1
     if size < needed:
         target = new.grown if size == new.rows else needed
@@ -170,12 +173,8 @@ def _growth(
     """New rows that are all filler (the adapter's own are set over it), and the vectors' entries."""
     count = target - size
     records = {table.name: name for name, table in located.items()}
-    strange = [name for name in vocabulary.tables if name not in records]
-    if strange or len(vocabulary.vectors) != len(new.vectors):
-        raise BaseMismatchError(
-            "the base's vocabulary has other tables than that of the adapter", where=vocabulary.name,
-            expected=", ".join((*located, *new.vectors)), found=", ".join((*vocabulary.tables, *vocabulary.vectors)),
-        )  # fmt: skip
+    if any(name not in records for name in vocabulary.tables):
+        raise _other_tables(new, located, vocabulary)
     rows = {name: raw[filler_name(records[name])].take([0] * count) for name in vocabulary.tables}
     place = {token.id: number for number, token in enumerate(new.tokens)}
     order = [place.get(index, len(new.tokens)) for index in range(size, target)]
@@ -183,6 +182,34 @@ def _growth(
         name: raw[entries_name(_same(name, new.vectors, vocabulary.vectors))].take(order) for name in vocabulary.vectors
     }
     return Grow(vocabulary.name, count, rows, vectors)
+
+
+def _entries(
+    new: NewTokens,
+    raw: Mapping[str, RawArray],
+    located: Mapping[str, Table],
+    vocabulary: Vocabulary,
+    size: int,
+    now: Callable[[str], RawArray],
+) -> Iterator[SetEntries]:
+    """The vectors' entries of tokens whose rows the base has to spare, where it has others."""
+    if len(vocabulary.vectors) != len(new.vectors):
+        raise _other_tables(new, located, vocabulary)
+    places = [number for number, token in enumerate(new.tokens) if token.id < size]
+    ids = tuple(new.tokens[number].id for number in places)
+    for name in vocabulary.vectors if ids else ():
+        entries = raw[entries_name(_same(name, new.vectors, vocabulary.vectors))].take(places)
+        there = now(name)
+        known = [number for number, index in enumerate(ids) if index < there.shape[0]]
+        if len(known) < len(ids) or entries.to(there.dtype).data != there.take(ids).data:
+            yield SetEntries(name, ids, entries)
+
+
+def _other_tables(new: NewTokens, located: Mapping[str, Table], vocabulary: Vocabulary) -> BaseMismatchError:
+    return BaseMismatchError(
+        "the base's vocabulary has other tables than that of the adapter", where=vocabulary.name,
+        expected=", ".join((*located, *new.vectors)), found=", ".join((*vocabulary.tables, *vocabulary.vectors)),
+    )  # fmt: skip
 
 
 def _same(name: str, theirs: tuple[str, ...], ours: tuple[str, ...]) -> str:

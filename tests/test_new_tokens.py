@@ -290,6 +290,43 @@ def test_disk_and_memory_start_alike(kind: str, init: Any, tmp_path: Path) -> No
     assert contents(tmp_path / "back") == before
 
 
+@pytest.mark.parametrize("reserved", [False, True], ids=["spare", "reserved"])
+@pytest.mark.parametrize("kind", ["bert", "mobilebert"])
+def test_a_heads_bias_starts_anew_at_a_spare_row(kind: str, reserved: bool, tmp_path: Path) -> None:
+    """What the base has there may never let the token be written."""
+    begun = start(kind, tmp_path, spare=2)
+    bias = begun.model.get_output_embeddings().bias
+    with torch.no_grad():
+        bias[-2:] = -1e4
+        if reserved:
+            bias[begun.tokenizer.convert_tokens_to_ids(tokenizers.KINDS[MODELS[kind]].reserved)] = -1e4
+    begun.model.save_pretrained(begun.folder)
+    before, kept = contents(begun.folder), bias.detach().clone()
+    ids = es.add_tokens(begun.model, begun.tokenizer, "<tool>", reserved=reserved)
+    expected = kept.clone()
+    expected[ids[0]] = kept[: begun.used].double().mean().float()
+    assert torch.allclose(begun.model.get_output_embeddings().bias, expected, atol=1e-6)
+    adapter, found = trained(begun, ids)
+    ids.undo()
+    assert torch.equal(begun.model.get_output_embeddings().bias, kept)
+    adapter.save(tmp_path / "adapter")
+
+    fresh = begun.fresh()
+    es.attach(fresh.model, es.load(tmp_path / "adapter"), tokenizer=fresh.tokenizer)
+    assert torch.allclose(logits(fresh.model, batch(ids)), found, rtol=1e-5, atol=1e-5)
+    es.attached(fresh.model).detach()  # type: ignore[union-attr]
+    assert torch.equal(fresh.model.get_output_embeddings().bias, kept)
+    undo = es.merge(fresh.model, es.load(tmp_path / "adapter"), fresh.tokenizer)
+    assert torch.allclose(logits(fresh.model, batch(ids)), found, rtol=1e-5, atol=1e-5)
+    es.unmerge(fresh.model, undo)
+    assert torch.equal(fresh.model.get_output_embeddings().bias, kept)
+    es.merge_checkpoint(begun.folder, tmp_path / "adapter", tmp_path / "merged")
+    reloaded = type(begun.model).from_pretrained(tmp_path / "merged").eval()
+    assert torch.allclose(logits(reloaded, batch(ids)), found, rtol=1e-5, atol=1e-5)
+    es.unmerge_checkpoint(tmp_path / "merged", tmp_path / "unmerged")
+    assert contents(tmp_path / "unmerged") == before
+
+
 @pytest.mark.parametrize("kind", ["llama-tied", "llama-untied", "bert", "gpt2", "qwen2-vl"])
 def test_reserved_tokens_give_their_rows(kind: str, tmp_path: Path) -> None:
     begun = start(kind, tmp_path)

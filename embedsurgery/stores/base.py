@@ -13,13 +13,25 @@ from pathlib import Path
 
 from embedsurgery.errors import PlanError
 from embedsurgery.graph import Table
-from embedsurgery.plan import AddTokens, Blocks, Edit, Grow, PatchFile, Plan, SetBlocks, SetRows, Undo, spans
+from embedsurgery.plan import (
+    AddTokens,
+    Blocks,
+    Edit,
+    Grow,
+    PatchFile,
+    Plan,
+    SetBlocks,
+    SetEntries,
+    SetRows,
+    Undo,
+    spans,
+)
 from embedsurgery.raw import EDITABLE, ITEMSIZE
 from embedsurgery.safetensors_file import TensorSource, read_header, write_file
 from embedsurgery.stores.checks import check, check_edits, digest, expanded
-from embedsurgery.stores.store import Store, check_indices, rows_of, shorten
+from embedsurgery.stores.store import Store, check_indices, entries_of, rows_of, shorten
 
-__all__ = ["Store", "apply", "check", "check_indices", "rows_of", "shorten"]
+__all__ = ["Store", "apply", "check", "check_indices", "entries_of", "rows_of", "shorten"]
 
 _WHOLE = (Grow, AddTokens)
 """Edits that a store does all or nothing: where one fails, there is nothing of it to take back."""
@@ -67,6 +79,8 @@ def _save(edit: Edit, store: Store, spill: Path | None) -> tuple[Edit, ...]:
     if isinstance(edit, SetRows):
         table = store.graph.table(edit.table)
         return (SetRows(edit.table, edit.indices, rows_of(store, table, edit.indices)),)
+    if isinstance(edit, SetEntries):
+        return (SetEntries(edit.vector, edit.indices, entries_of(store, edit.vector, edit.indices)),)
     if isinstance(edit, SetBlocks):
         return (SetBlocks(edit.table, _spill(store, store.graph.table(edit.table), spill)),)
     if isinstance(edit, Grow):
@@ -108,6 +122,8 @@ def _do(edit: Edit, store: Store) -> None:
         rows = edit.rows.to(table.dtype)
         for name in store.copies(table):
             store.write_rows(name, edit.indices, rows)
+    elif isinstance(edit, SetEntries):
+        store.write_entries(edit.vector, edit.indices, edit.entries)
     elif isinstance(edit, SetBlocks):
         table = store.graph.table(edit.table)
         first, *others = store.copies(table)

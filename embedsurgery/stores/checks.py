@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from embedsurgery.errors import PlanError, TableError
 from embedsurgery.graph import Table
-from embedsurgery.plan import AddTokens, Edit, Grow, PatchFile, Plan, SetBlocks, SetRows
+from embedsurgery.plan import AddTokens, Edit, Grow, PatchFile, Plan, SetBlocks, SetEntries, SetRows
 from embedsurgery.raw import EDITABLE, RawArray
 from embedsurgery.stores.store import Store, check_indices, shorten
 
@@ -47,7 +47,9 @@ def check_edits(edits: tuple[Edit, ...], store: Store) -> None:
                 raise PlanError("rows of the wrong shape or dtype", where=f"{store.name}: {table.name}",
                                 expected=f"({len(edit.indices)}, {table.shape[1]}) of {', '.join(EDITABLE)}",
                                 found=f"{edit.rows.shape} of {edit.rows.dtype}")  # fmt: skip
-            state.claim(table, list(edit.indices))
+            state.claim(table.name, list(edit.indices))
+        elif isinstance(edit, SetEntries):
+            state.entries(edit)
         elif isinstance(edit, SetBlocks):
             table = state.table(edit.table)
             if 0 in table.shape:
@@ -55,7 +57,7 @@ def check_edits(edits: tuple[Edit, ...], store: Store) -> None:
             if edit.blocks.shape != table.shape:
                 raise PlanError("a whole table of another shape", where=f"{store.name}: {table.name}",
                                 expected=list(table.shape), found=list(edit.blocks.shape))  # fmt: skip
-            state.claim(table, list(range(table.shape[0])))
+            state.claim(table.name, list(range(table.shape[0])))
         elif isinstance(edit, PatchFile):
             state.patch(edit.path)
             found = store.read_file(edit.path)
@@ -88,13 +90,35 @@ class _State:
             self.store.check_writable(table)
         return replace(table, shape=(table.shape[0] + self.grown.get(table.name, 0), table.shape[1]))
 
-    def claim(self, table: Table, indices: list[int]) -> None:
-        """Note rows that are set; each can be once."""
-        taken = self.set.setdefault(table.name, set())
+    def entries(self, edit: SetEntries) -> None:
+        """Check entries of a vector, and note that they are set."""
+        where = f"{self.store.name}: {edit.vector}"
+        vocabulary = next((v for v in self.store.graph.vocabularies if edit.vector in v.vectors), None)
+        if vocabulary is None:
+            found = ", ".join(name for v in self.store.graph.vocabularies for name in v.vectors) or "none at all"
+            raise PlanError("the plan names a per-token vector that is not in the store", where=self.store.name,
+                            expected=edit.vector, found=found)  # fmt: skip
+        files = set(self.store.vector_files(edit.vector))
+        if not files or not files <= self.rewritten:
+            self.store.check_vector(edit.vector)
+        size = vocabulary.size + self.grown.get(vocabulary.name, 0)
+        beyond = [i for i in edit.indices if not 0 <= i < size]
+        if beyond:
+            raise PlanError("entries that the vector does not have", where=where, expected=f"0 to {size - 1}",
+                            found=shorten(beyond))  # fmt: skip
+        if edit.entries.shape != (len(edit.indices),) or edit.entries.dtype not in EDITABLE:
+            raise PlanError("entries of the wrong shape or dtype", where=where,
+                            expected=f"({len(edit.indices)},) of {', '.join(EDITABLE)}",
+                            found=f"{edit.entries.shape} of {edit.entries.dtype}")  # fmt: skip
+        self.claim(edit.vector, list(edit.indices))
+
+    def claim(self, name: str, indices: list[int]) -> None:
+        """Note rows or entries that are set; each can be once."""
+        taken = self.set.setdefault(name, set())
         twice = sorted(taken.intersection(indices))
         if twice or len(set(indices)) != len(indices):
             twice = twice or sorted(i for i, count in Counter(indices).items() if count > 1)
-            raise PlanError("rows would be set twice", where=table.name, expected="each row once", found=shorten(twice))
+            raise PlanError("rows would be set twice", where=name, expected="each row once", found=shorten(twice))
         taken.update(indices)
 
     def patch(self, path: str) -> None:

@@ -105,6 +105,27 @@ class ShardStore(Store):
             raw = read_tensor(file, self.checkpoint.entry(name))
         return RawArray(raw.dtype, (raw.shape[-1],), raw.data)
 
+    def _vector_copies(self, name: str) -> list[str]:
+        """The names under which a per-token vector is stored."""
+        vocabulary = next(v for v in self.graph.vocabularies if name in v.vectors)
+        return [copy for copy, of, _ in self._growth(vocabulary, 1).tensors() if of == name]
+
+    def vector_files(self, name: str) -> Collection[str]:
+        return tuple(dict.fromkeys(self.checkpoint.location[copy] for copy in self._vector_copies(name)))
+
+    def check_vector(self, name: str) -> None:
+        for file in self.vector_files(name):
+            path = self.checkpoint.directory / file
+            _refuse_links(path, path.stat().st_nlink)
+
+    def write_entries(self, name: str, indices: tuple[int, ...], entries: RawArray) -> None:
+        for copy in self._vector_copies(name):
+            entry = self.checkpoint.entry(copy)
+            values, size = entries.to(entry.dtype).data, ITEMSIZE[entry.dtype]
+            with self._file(copy, os.O_RDWR) as file:
+                for number, index in enumerate(indices):
+                    pwrite_exactly(file, values[number * size : (number + 1) * size], entry.begin + index * size)
+
     def write_rows(self, name: str, indices: tuple[int, ...], rows: RawArray) -> None:
         entry = self.checkpoint.entry(name)
         size = ITEMSIZE[entry.dtype]
@@ -211,7 +232,10 @@ class ShardStore(Store):
         return file
 
     def sync(self) -> None:
-        for file in dict.fromkeys(f for table in self.graph.tables for _, f in table.files):
+        vectors = [name for vocabulary in self.graph.vocabularies for name in vocabulary.vectors]
+        files = [file for table in self.graph.tables for _, file in table.files]
+        files += [file for name in vectors for file in self.vector_files(name)]
+        for file in dict.fromkeys(files):
             with open_regular(self.checkpoint.directory / file) as descriptor:
                 os.fsync(descriptor)
 

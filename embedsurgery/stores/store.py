@@ -57,6 +57,21 @@ class Store(ABC):
         """A per-token vector of one of the graph's vocabularies, (V,)."""
         raise UnsupportedEditError("per-token vectors cannot be read here", where=self.name, found=name)
 
+    def write_entries(self, name: str, indices: tuple[int, ...], entries: RawArray) -> None:
+        """Set entries, (K,), of every copy of a per-token vector; rounded to the dtype of each."""
+        raise UnsupportedEditError("per-token vectors cannot be written here", where=self.name, found=name)
+
+    def vector_files(self, name: str) -> Collection[str]:
+        """The files that hold a per-token vector, where there are files."""
+        return ()
+
+    def check_vector(self, name: str) -> None:  # noqa: B027 - most stores can write what they can read
+        """Refuse a per-token vector that cannot be written here.
+
+        Raises:
+            UnsupportedError: It says why.
+        """
+
     def vocabulary(self, edit: Grow) -> Vocabulary:
         """The vocabulary that a checked `Grow` names."""
         return next(v for v in self.graph.vocabularies if v.name == edit.vocabulary)
@@ -177,6 +192,11 @@ def rows_of(store: Store, table: Table, indices: tuple[int, ...]) -> RawArray:
     """
     check_indices(table, indices)
     return store.read_rows(store.copies(table)[0], indices)
+
+
+def entries_of(store: Store, name: str, indices: tuple[int, ...]) -> RawArray:
+    """Entries of a per-token vector as they are now, (K,)."""
+    return store.read_vector(name).take(indices)
 
 
 def check_indices(table: Table, indices: tuple[int, ...]) -> None:

@@ -101,10 +101,14 @@ class TensorStore(Store):
     def check_writable(self, table: Table) -> None:
         """Refuse a sharded table, also one that is gathered just now."""
         for name in table.names:
-            tensor = self.tensors.get(name)
-            if tensor is not None and (is_sharded(tensor) or name in self.sharded or hasattr(tensor, "ds_id")):
-                raise UnsupportedError("the table is sharded over devices", where=name, found=type(tensor).__name__,
-                                       hint="merge into the checkpoint on disk instead")  # fmt: skip
+            if name in self.tensors:
+                self.refuse_sharded(name, self.tensors[name])
+
+    def refuse_sharded(self, name: str, tensor: torch.Tensor) -> None:
+        """Refuse a tensor of which this process has only a part."""
+        if is_sharded(tensor) or name in self.sharded or hasattr(tensor, "ds_id"):
+            raise UnsupportedError("the tensor is sharded over devices", where=name, found=type(tensor).__name__,
+                                   hint="merge into the checkpoint on disk instead")  # fmt: skip
 
     def tensor_names(self) -> Collection[str]:
         return self.names
@@ -144,6 +148,18 @@ class TensorStore(Store):
 
     def read_vector(self, name: str) -> RawArray:
         return to_raw(self.all_tensors()[name].detach().reshape(-1))
+
+    def check_vector(self, name: str) -> None:
+        for vocabulary in self.graph.vocabularies:
+            for copy in self.vector_copies(vocabulary, name) if name in vocabulary.vectors else ():
+                self.refuse_sharded(copy, self.all_tensors()[copy])
+
+    def write_entries(self, name: str, indices: tuple[int, ...], entries: RawArray) -> None:
+        vocabulary = next(v for v in self.graph.vocabularies if name in v.vectors)
+        for copy in self.vector_copies(vocabulary, name):
+            tensor = self.all_tensors()[copy].detach()
+            at = torch.tensor(indices, dtype=torch.int64, device=tensor.device)
+            tensor[..., at] = from_raw(entries.to(dtype_string(tensor))).to(tensor.device)
 
     def vector_copies(self, vocabulary: Vocabulary, name: str) -> Sequence[str]:
         """The names of separate copies of a per-token vector: a state dict may have it under both its names."""

@@ -7,11 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from embedsurgery.errors import PlanError
-from embedsurgery.plan import Blocks, Edit, Grow, Plan, SetBlocks, SetRows
+from embedsurgery.plan import Blocks, Edit, Grow, Plan, SetBlocks, SetEntries, SetRows
 from embedsurgery.raw import RawArray
 from embedsurgery.stores.base import apply, check, rows_of
 from embedsurgery.tensors import from_raw, to_raw
@@ -190,6 +191,52 @@ def test_vectors_are_read_flat(case: Case) -> None:
     found = store.read_vector(name)
     assert found.shape == (V,)
     assert bits(from_raw(found)) == bits(case.read()[name])
+
+
+@each_layout
+@pytest.mark.parametrize("given", FLOATS)
+def test_entries_of_vectors(case: Case, given: str, tmp_path: Path) -> None:
+    """Set in every copy, before and after growing, rounded once to each copy's dtype, and put back."""
+    before, held, edit = case.read(), everything(case), growth(case)
+    (name,) = case.store().graph.vocabulary_of(case.store().graph.table(case.table)).vectors
+    early = RawArray.of(np.asarray([0.1, -3.7], np.float32)).to(given)
+    late = RawArray.of(np.asarray([5.3], np.float32)).to(given)
+    plan = Plan((SetEntries(name, (4, 1), early), edit, SetEntries(name, (V + 1,), late)))
+    expected = grown(case, before, edit)
+    copies = [n for n in expected if expected[n].shape[-1] == V + N and n.endswith("bias")]
+    assert name in copies
+    for copy in copies:
+        expected[copy][..., [4, 1]] = from_raw(early).to(expected[copy].dtype)
+        expected[copy][..., [V + 1]] = from_raw(late).to(expected[copy].dtype)
+    undo = apply(plan, case.store())
+    same(case.read(), expected)
+    undo.save(tmp_path / "undo.safetensors")
+    assert Plan.load(tmp_path / "undo.safetensors") == undo
+    apply(Plan.load(tmp_path / "undo.safetensors"), case.store())
+    same(case.read(), before)
+    assert everything(case) == held
+
+
+@each_layout
+def test_bad_entries_change_nothing(case: Case) -> None:
+    before = everything(case)
+    (name,) = case.store().graph.vocabulary_of(case.store().graph.table(case.table)).vectors
+    one = RawArray.of(np.ones(1, np.float32))
+    bad = {
+        "past the end": SetEntries(name, (V,), one),
+        "negative": SetEntries(name, (-1,), one),
+        "twice": SetEntries(name, (1,), one),
+        "too many": SetEntries(name, (2, 3), one),
+        "a column": SetEntries(name, (2,), RawArray.of(np.ones((1, 1), np.float32))),
+        "integers": SetEntries(name, (2,), RawArray.of(np.ones(1, np.int64))),
+        "no vector": SetEntries("nowhere.bias", (2,), one),
+        "a table": SetEntries(case.table, (2,), one),
+    }
+    for kind, edit in bad.items():
+        with pytest.raises(PlanError, match=r".") as caught:
+            apply(Plan((SetEntries(name, (1,), one), edit)), case.store())
+        assert caught.value.where, kind
+        assert everything(case) == before, kind
 
 
 def _without(parts: Any, name: str) -> dict[str, RawArray]:
