@@ -25,6 +25,7 @@ _PUBLIC = {
     "verify_checkpoint": "verify",
     "Adapter": "adapter",
     "Manifest": "adapter",
+    "SoftPromptConfig": "surgeries.soft_prompt_config",
     "TrainableTokensConfig": "surgeries.trainable_tokens_config",
     "EmbeddingGraph": "graph",
     "Table": "graph",
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from embedsurgery.hub import pull, push
     from embedsurgery.live import add_tokens, attach, attached
     from embedsurgery.offline import add_tokens_checkpoint, merge_checkpoint, unmerge_checkpoint
+    from embedsurgery.surgeries.soft_prompt_config import SoftPromptConfig
     from embedsurgery.surgeries.trainable_tokens_config import TrainableTokensConfig
     from embedsurgery.verify import verify_checkpoint
 
@@ -55,6 +57,7 @@ __all__ = [
     "EmbeddingGraph",
     "Manifest",
     "Site",
+    "SoftPromptConfig",
     "Table",
     "TrainableTokensConfig",
     "Vocabulary",

@@ -32,11 +32,17 @@ class Base:
         name: Name or path.
         revision: Its revision.
         tokenizer: To record the tokens' texts.
+        architecture: The model's class.
+        config: The model's config, an object or a mapping; None where it has none.
+        submodules: What of the model reads token ids: "model", or "encoder" and "decoder" as far as they do.
     """
 
     name: str | None = None
     revision: str | None = None
     tokenizer: Tokenizer | None = field(default=None, repr=False)
+    architecture: str = ""
+    config: Any = field(default=None, repr=False)
+    submodules: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -113,6 +119,7 @@ class SurgeryRecord:
         peft_type: ``peft_type`` in adapter_config.json.
         shares_model_with: Names of the surgeries that it can be live beside on one model, its own included where
             several adapters of it can.
+        also_reads: Further values of ``peft_type`` whose files it reads, or refuses with a word on why.
     """
 
     name: str
@@ -120,3 +127,4 @@ class SurgeryRecord:
     surgery: Surgery
     peft_type: str
     shares_model_with: frozenset[str] = frozenset()
+    also_reads: frozenset[str] = frozenset()
