@@ -22,13 +22,16 @@ from embedsurgery.locate import locate
 from embedsurgery.plan import Plan, Undo
 from embedsurgery.runtime.installation import Installation
 from embedsurgery.runtime.loading import check_loaded, look_no_more, replacements, say_that_rows_stay
-from embedsurgery.runtime.members import Member, Members, say_what_overflows
+from embedsurgery.runtime.members import Member, Members, is_prompt, say_what_overflows
 from embedsurgery.runtime.nesting import forget, refuse_more, refuse_part, remember
-from embedsurgery.runtime.rows import Hidden, Rows
+from embedsurgery.runtime.prompts import PromptEmbedding, Prompts
+from embedsurgery.runtime.rows import Hidden
 from embedsurgery.runtime.sharded import Guard, save_once, set_rows
+from embedsurgery.runtime.whole_tables import rows_for
 from embedsurgery.stores.base import apply
 from embedsurgery.stores.tensors import module_store
 from embedsurgery.surgeries.base import Surgery, SurgeryRecord
+from embedsurgery.surgeries.soft_prompt import PromptOverride
 
 CHILD = "embedsurgery"
 """Name under which an attachment is registered on its model."""
@@ -59,6 +62,7 @@ class Attachment(Hidden):
         self.extended: list[tuple[Undo, Any]] = []
         guard = Guard(model, self._members.trained, self._members.begun)
         self._installation = Installation(model, graph, guard)
+        self._prompts = Prompts(model, graph, guard)
 
     # -- what is on the model ------------------------------------------------------------------------------------
 
@@ -86,7 +90,8 @@ class Attachment(Hidden):
         """Make exactly these adapters live; none makes the model the base's.
 
         Raises:
-            AttachmentError: A name that is not attached, rows of a table in two of the adapters, or a merged model.
+            AttachmentError: A name that is not attached, rows of a table in two of the adapters, two soft prompts, or
+                a merged model.
         """
         self._not_merged("activate adapters")
         if len(set(names)) != len(names):
@@ -205,7 +210,7 @@ class Attachment(Hidden):
         self._not_merged("mix adapters")
         used = list(dict.fromkeys(name for name in names if name is not None))
         pairs = [(name, *pair) for name in used for pair in self._members[name].pairs()]
-        tables = {override.table for _, override, _ in pairs}
+        tables = {override.table for _, override, _ in pairs if not isinstance(override, PromptOverride)}
         if not names:
             raise AttachmentError("no sample is named", expected="one adapter name, or None, for each sample")
         if tables & self._installation.copied:
@@ -217,6 +222,8 @@ class Attachment(Hidden):
         try:
             for name, _, rows in pairs:
                 rows.samples = torch.tensor([other == name for other in names], device=rows.indices.device)
+                if isinstance(rows, PromptEmbedding):
+                    rows.names = tuple(names)
             yield
         finally:
             for _, _, rows in pairs:
@@ -265,6 +272,7 @@ class Attachment(Hidden):
         A merged model keeps the rows in its weights, and the tokens.
         """
         self._installation.remove()
+        self._prompts.remove()
         for parameter in self._frozen:
             parameter.requires_grad_(True)
         self._frozen = []
@@ -317,16 +325,21 @@ class Attachment(Hidden):
         store = self._installation.store()
         located = locate(adapter, store)
         surgery: Surgery = record.surgery
-        overrides = surgery.live(adapter, located)
-        modes = self._installation.modes(overrides, materialize)
+        overrides = self._prompts.checked(surgery.live(adapter, located), adapter)
+        modes = self._installation.modes((o for o in overrides if not isinstance(o, PromptOverride)), materialize)
         devices = [store.tensors[o.table].device for o in overrides]
-        rows = [Rows(adapter.raw[o.tensor], o.indices, d) for o, d in zip(overrides, devices, strict=True)]
-        member = Member(adapter, record, located, overrides, nn.ModuleList(rows))
-        self._members.check_disjoint([*self.active, name], member)
+        rows = nn.ModuleList(rows_for(overrides, adapter.raw, devices))
+        member = Member(adapter, record, located, overrides, rows)
+        steps_back = self._members.prompts(self.active) if is_prompt(member) else []
+        active = [other for other in self.active if other not in steps_back]
+        self._members.check_disjoint([*active, name], member)
+        self._members.active = active
         self._members.add(name, member, fresh)
         self.rows_of[_key(name)] = member.rows
-        for override in overrides:
-            self._installation.install(self.graph.table(override.table), modes[override.table])
+        if is_prompt(member):
+            self._prompts.install()
+        for table, mode in modes.items():
+            self._installation.install(self.graph.table(table), mode)
         if freeze is not None:
             ours = {id(p) for p in self.parameters()}
             for parameter in freeze.parameters():
@@ -341,7 +354,10 @@ class Attachment(Hidden):
 
     def _refresh(self) -> None:
         self._members.muted = bool(self._disabled or self._undo)
-        self._installation.refresh((override.table, rows) for _, override, rows in self._members.live())
+        live = list(self._members.live())
+        self._prompts.refresh((name, rows) for name, _, rows in live if isinstance(rows, PromptEmbedding))
+        rows = ((override.table, rows) for _, override, rows in live if not isinstance(rows, PromptEmbedding))
+        self._installation.refresh(rows)
 
 
 def _key(name: str) -> str:

@@ -14,6 +14,7 @@ import torch
 from embedsurgery.adapter import Adapter
 from embedsurgery.errors import AttachmentError, UnsupportedError
 from embedsurgery.raw import RawArray
+from embedsurgery.runtime.prompts import prompts_for
 from embedsurgery.runtime.rows import Rows
 from embedsurgery.runtime.sharded import plain_rows
 from embedsurgery.surgeries.base import RowOverride
@@ -71,7 +72,10 @@ def rows_for(
     waiting: list[Companion] = []
     for override, device in zip(overrides, devices, strict=True):
         values = raw[override.tensor]
-        if not isinstance(override, TableOverride):
+        prompt = prompts_for(override, values, device)
+        if prompt is not None:
+            made.append(prompt)
+        elif not isinstance(override, TableOverride):
             made.append(Rows(values, override.indices, device))
         elif override.change is None:
             waiting.append(Companion(values, (), device))
