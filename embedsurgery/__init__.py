@@ -24,6 +24,7 @@ _PUBLIC = {
     "unmerge_checkpoint": "offline",
     "verify_checkpoint": "verify",
     "Adapter": "adapter",
+    "BakeConfig": "surgeries.soft_prompt_bake_config",
     "Manifest": "adapter",
     "SoftPromptConfig": "surgeries.soft_prompt_config",
     "TrainableTokensConfig": "surgeries.trainable_tokens_config",
@@ -48,12 +49,14 @@ if TYPE_CHECKING:
     from embedsurgery.hub import pull, push
     from embedsurgery.live import add_tokens, attach, attached
     from embedsurgery.offline import add_tokens_checkpoint, merge_checkpoint, unmerge_checkpoint
+    from embedsurgery.surgeries.soft_prompt_bake_config import BakeConfig
     from embedsurgery.surgeries.soft_prompt_config import SoftPromptConfig
     from embedsurgery.surgeries.trainable_tokens_config import TrainableTokensConfig
     from embedsurgery.verify import verify_checkpoint
 
 __all__ = [
     "Adapter",
+    "BakeConfig",
     "EmbeddingGraph",
     "Manifest",
     "Site",

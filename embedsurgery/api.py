@@ -9,6 +9,7 @@ import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,12 +24,15 @@ from embedsurgery.planning import plan_adapter
 from embedsurgery.records import check_written, written
 from embedsurgery.registry import registry
 from embedsurgery.stores.base import Store, apply, check
-from embedsurgery.surgeries.base import Tokenizer
+from embedsurgery.surgeries.base import Ground, Tokenizer
 from embedsurgery.vocabulary import State
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+    from embedsurgery.new_tokens import KnownTokens
+    from embedsurgery.surgeries.soft_prompt_bake_config import BakeConfig
 
     Target = nn.Module | Mapping[str, torch.Tensor]
 
@@ -78,13 +82,16 @@ def _read(directory: str | os.PathLike[str]) -> Adapter:
     return surgery.from_files(files, Adapter(manifest, {}, surgery))
 
 
-def merge(target: Target, adapter: Adapter, tokenizer: Tokenizer | None = None) -> Undo:
+def merge(
+    target: Target, adapter: Adapter, tokenizer: Tokenizer | None = None, *, bake: BakeConfig | None = None
+) -> Undo:
     """Bake an adapter into a model or state dict, in place; each row is rounded once to the table's dtype.
 
     Args:
         target: An ``nn.Module`` without an attachment, or a state dict.
         adapter: What to bake in.
-        tokenizer: Gets the tokens that the adapter brings, if any.
+        tokenizer: Gets the tokens that the adapter brings, if any, or that a soft prompt becomes.
+        bake: How a soft prompt becomes tokens.
 
     Returns:
         The undo, for `unmerge`.
@@ -101,9 +108,18 @@ def merge(target: Target, adapter: Adapter, tokenizer: Tokenizer | None = None) 
                           hint="embedsurgery.load(directory) or attachment.adapter() gives one")  # fmt: skip
     store = store_of(target, tokenizer)
     surgery = registry().named(adapter.manifest.surgery).surgery
-    plan = plan_adapter(adapter, surgery, store, State.of(store.graph, texts_of(adapter, tokenizer)))
+    state = State.of(store.graph, texts_of(adapter, tokenizer))
+    label = Path(adapter.source.partition("@")[0]).name if adapter.source else "prompt"
+    tokens = None if tokenizer is None else partial(_known, tokenizer)
+    plan = plan_adapter(adapter, surgery, Ground(store, {}, state, tokens, label, options=bake))
     undo = apply(plan, store)
-    return MergeUndo(undo.edits, {"written": written(undo, store)}, tokenizer)
+    return MergeUndo(undo.edits, {**plan.facts, "written": written(undo, store)}, tokenizer)
+
+
+def _known(tokenizer: Any) -> KnownTokens:
+    from embedsurgery.live_tokenizer import known_tokens
+
+    return known_tokens(tokenizer)
 
 
 def unmerge(target: Target, undo: Undo, tokenizer: Tokenizer | None = None) -> None:

@@ -146,7 +146,8 @@ def plan_tokens(
                                 expected=f"{vocabulary.size} tokens at most", found=known.next_id,
                                 hint="is it this model's tokenizer?")  # fmt: skip
     ids = {text: index for index, text in known.texts.items() if text in contents}
-    new = _assign([c for c in contents if c not in ids], known, vocabulary.size, special, reserved)
+    free = [i for i in known.replaceable() if i < vocabulary.size] if reserved else []
+    new = assign_ids([c for c in contents if c not in ids], free, known.next_id, known.texts, special=special)
     ids.update({token.content: token.id for token in new})
     inits = _inits(init, contents, initializers)
     ordered = tuple(ids[c] for c in contents)
@@ -191,18 +192,21 @@ def _check_heads(graph: EmbeddingGraph, vocabulary: Vocabulary, new: Sequence[To
                                hint="take reserved tokens' rows")  # fmt: skip
 
 
-def _assign(contents: list[str], known: KnownTokens, size: int, special: bool, reserved: bool) -> list[Token]:
-    """An id for each: those of reserved tokens where asked, then the next ones of the tokenizer."""
-    free = [i for i in known.replaceable() if i < size] if reserved else []
-    tokens = []
-    following = known.next_id
-    for number, content in enumerate(contents):
-        if number < len(free):
-            tokens.append(Token(content, free[number], special, replaces=known.texts[free[number]]))
-        else:
-            tokens.append(Token(content, following, special))
-            following += 1
-    return tokens
+def assign_ids(
+    contents: Sequence[str], free: Sequence[int], following: int, texts: Mapping[int, str], *, special: bool
+) -> list[Token]:
+    """An id for each text.
+
+    Args:
+        contents: The texts of new tokens.
+        free: Ids of reserved tokens that they replace first.
+        following: The id that the tokenizer gives to the next token that is added.
+        texts: Id -> text of the tokenizer's tokens.
+        special: Whether they are special tokens.
+    """
+    replacing = [Token(c, i, special, replaces=texts[i]) for c, i in zip(contents, free, strict=False)]
+    rest = enumerate(contents[len(replacing) :], following)
+    return [*replacing, *(Token(content, index, special) for index, content in rest)]
 
 
 def _inits(

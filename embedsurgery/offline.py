@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +32,14 @@ from embedsurgery.durable import (
 )
 from embedsurgery.errors import BaseMismatchError, CheckpointError, ConfigError, EmbedSurgeryWarning, PlanError
 from embedsurgery.new_tokens import Init, plan_tokens
-from embedsurgery.plan import AddTokens, Edit, Grow, PatchFile, Plan, SetBlocks, SetEntries, SetRows, Undo
+from embedsurgery.plan import AddTokens, Edit, Grow, PatchFile, Plan, SetBlocks, SetEntries, SetRows, Undo, Untie
 from embedsurgery.planning import plan_adapters
 from embedsurgery.records import MERGES, adapter_sha256, check_written, facts, next_record, record_paths, tokens_facts
 from embedsurgery.registry import registry
 from embedsurgery.stores.base import Store, apply, check
 from embedsurgery.stores.shards import ShardStore
-from embedsurgery.tokenizer_files import check_tokens, known_tokens
+from embedsurgery.surgeries.soft_prompt_bake_config import BakeConfig
+from embedsurgery.tokenizer_files import check_front, check_tokens, known_tokens
 from embedsurgery.vocabulary import NewTokens
 
 Progress = Callable[[int, int], None]
@@ -75,6 +76,7 @@ def merge_checkpoint(
     adapters: AdapterLike | Sequence[AdapterLike],
     output: str | os.PathLike[str] | None,
     *,
+    bake: BakeConfig | Sequence[BakeConfig | None] | None = None,
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> MergeReport:
@@ -86,6 +88,7 @@ def merge_checkpoint(
         base: A directory with safetensors weights, in one file or in shards; or a Hub id, ``org/name@revision``.
         adapters: One or several, loaded, as directories or as Hub ids. Their rows must be disjoint.
         output: A directory that does not exist yet; it appears when it is whole. None for a dry run alone.
+        bake: How soft prompts become tokens: for all, or for each adapter.
         dry_run: Check everything and say what would be done.
         progress: Called as files are copied.
 
@@ -97,13 +100,14 @@ def merge_checkpoint(
     """
     if hub.find_id(base) is not None:
         with hub.directory(base) as folder:
-            return merge_checkpoint(folder, adapters, output, dry_run=dry_run, progress=progress)
+            return merge_checkpoint(folder, adapters, output, bake=bake, dry_run=dry_run, progress=progress)
     source, target = Path(base), _target(output, Path(base), dry_run)
     store = ShardStore.open(source)
     loaded = [_loaded(adapter) for adapter in _several(adapters)]
     _refuse_merged(source, loaded)
-    texts = _texts(source, [adapter for adapter, _ in loaded])
-    plans = plan_adapters([a for a, _ in loaded], lambda name: registry().named(name).surgery, store, texts)
+    tokens = cache(partial(known_tokens, source))
+    labels = [(adapter, Path(name.partition("@")[0]).name) for adapter, name in loaded]
+    plans = plan_adapters(labels, lambda name: registry().named(name).surgery, store, tokens, bake)
     jobs = [_Job(plan, partial(facts, adapter, name)) for plan, (adapter, name) in zip(plans, loaded, strict=True)]
     return _write(source, target, store, jobs, dry_run=dry_run, progress=progress)
 
@@ -174,6 +178,13 @@ def _try_encoding(source: Path, new: NewTokens) -> None:
     check_tokens(source, new.tokens)
 
 
+def _try_front(staging: Path, plan: Plan) -> None:
+    """See that text gets what is put before it, where the library that encodes is there."""
+    fronts = [edit.front for edit in plan.edits if isinstance(edit, AddTokens) and edit.front is not None]
+    for front in fronts if importlib.util.find_spec("tokenizers") is not None else ():
+        check_front(staging, front)
+
+
 @dataclass(frozen=True)
 class _Job:
     """A plan, and what its record says: called with the undo and the store when it is done."""
@@ -203,7 +214,8 @@ def _write(
                 staged = ShardStore.open(staging)
                 _refuse_new_ties(store, staged, undo)
                 record.parent.mkdir(parents=True, exist_ok=True)
-                replace(undo, facts=job.facts(undo, staged)).save(record)
+                replace(undo, facts={**job.plan.facts, **job.facts(undo, staged)}).save(record)
+                _try_front(staging, job.plan)
     return replace(report, done=True)
 
 
@@ -213,7 +225,7 @@ def _check(jobs: list[_Job], store: ShardStore) -> None:
     if first is not None:
         check(first.plan, store)
     sizes = {table.name: table.shape[0] for table in store.graph.tables}
-    rows = [edit for job in jobs for edit in job.plan.edits if not isinstance(edit, (Grow, AddTokens))]
+    rows = [edit for job in jobs for edit in job.plan.edits if isinstance(edit, (SetRows, SetEntries, SetBlocks))]
     sizes |= {name: v.size for v in store.graph.vocabularies for name in v.vectors}
     check(Plan(tuple(edit for edit in rows if _fits(edit, sizes))), store)
 
@@ -308,9 +320,10 @@ def _loaded(adapter: AdapterLike) -> tuple[Adapter, str]:
 
 def _refuse_new_ties(before: ShardStore, after: ShardStore, undo: Plan) -> None:
     """Two tables that differed in the edited rows alone would now load as one, and could not be parted again."""
-    for name in (edit.table for edit in undo.edits if isinstance(edit, SetRows)):
-        old, new = before.graph.table(name), after.graph.table(name)
-        if old.files != new.files:
+    parted = {name for edit in undo.edits if isinstance(edit, Untie) for name in (edit.table, edit.head)}
+    for name in (edit.table for edit in undo.edits if isinstance(edit, SetRows) and edit.table not in parted):
+        old, new = before.graph.find(name), after.graph.find(name)
+        if old is not None and new is not None and old.files != new.files:
             raise PlanError("the merge would make two stored tables equal, which then load as one", where=after.name,
                             expected=", ".join(n for n, _ in old.files), found=", ".join(n for n, _ in new.files),
                             hint="set tie_word_embeddings to false in the config first")  # fmt: skip
@@ -326,13 +339,6 @@ def _refuse_merged(base: Path, loaded: list[tuple[Adapter, str]]) -> None:
                             hint="unmerge it first, or merge into the original base")  # fmt: skip
 
 
-def _texts(source: Path, adapters: list[Adapter]) -> dict[int, str] | None:
-    """Id -> text of the base's tokens, where an adapter brings new ones."""
-    if all(adapter.manifest.new_tokens is None for adapter in adapters):
-        return None
-    return dict(known_tokens(source).texts)
-
-
 def _weights(plan: Plan, store: ShardStore) -> list[str]:
     """The weight files that hold what a plan changes."""
     return list(dict.fromkeys(file for edit in plan.edits for file in _files(edit, store)))
@@ -343,7 +349,7 @@ def _rewritten(plan: Plan, store: ShardStore) -> list[str]:
     written: set[str] = set()
     anew: dict[str, None] = {}
     for edit in plan.edits:
-        if isinstance(edit, Grow):
+        if isinstance(edit, Grow) or (isinstance(edit, Untie) and store.untie_files(edit)[1]):
             anew.update(dict.fromkeys(file for file in _files(edit, store) if file not in written))
         else:
             written.update(_files(edit, store))
@@ -353,9 +359,12 @@ def _rewritten(plan: Plan, store: ShardStore) -> list[str]:
 def _files(edit: Edit, store: ShardStore) -> list[str]:
     """The weight files that an edit touches."""
     if isinstance(edit, (SetRows, SetBlocks)):
-        return [file for _, file in store.graph.table(edit.table).files]
+        table = store.graph.find(edit.table)  # None for a head that an earlier edit parts
+        return [] if table is None else [file for _, file in table.files]
     if isinstance(edit, SetEntries):
         return list(store.vector_files(edit.vector))
+    if isinstance(edit, Untie):
+        return list(store.untie_files(edit)[0])
     if isinstance(edit, Grow):
         vocabulary = next(v for v in store.graph.vocabularies if v.name == edit.vocabulary)
         return [file for file in store.growth_files(vocabulary) if file in store.checkpoint.headers]

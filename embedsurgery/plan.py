@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,12 @@ BLOCK_BYTES = 8 << 20
 def count_rows(count: int) -> str:
     """A number of rows for a person."""
     return f"{count:,} row" if count == 1 else f"{count:,} rows"
+
+
+def listed_tokens(tokens: Sequence[tuple[str, int]], most: int = 8) -> str:
+    """Texts and ids of tokens for a person: the first few, and how many more."""
+    shown = ", ".join(f"{text!r} as {index}" for text, index in tokens[:most])
+    return shown if len(tokens) <= most else f"{shown} and {len(tokens) - most} more"
 
 
 @dataclass(frozen=True)
@@ -235,7 +241,7 @@ class AddTokens:
         """One line for a person."""
         verb = "remove" if self.remove else "add"
         last = f", and put {self.front.label} before every text" if self.front is not None else ""
-        return f"{verb} tokens " + ", ".join(f"{t.content!r} as {t.id}" for t in self.tokens) + last
+        return f"{verb} tokens " + listed_tokens([(t.content, t.id) for t in self.tokens]) + last
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from embedsurgery._version import __version__
 from embedsurgery.adapter import Adapter
 from embedsurgery.checkpoint import STATE_DIRECTORY
 from embedsurgery.errors import PlanError
-from embedsurgery.plan import Grow, Plan, SetBlocks, SetEntries, SetRows, Undo, spans
+from embedsurgery.plan import Grow, Plan, SetBlocks, SetEntries, SetRows, Undo, Untie, spans
 from embedsurgery.raw import ITEMSIZE
 from embedsurgery.stores.base import Store, entries_of, rows_of
 from embedsurgery.vocabulary import NewTokens
@@ -87,6 +87,8 @@ def written(undo: Plan, store: Store) -> list[str]:
 def _digest(edit: object, store: Store) -> str:
     if isinstance(edit, SetRows):
         return rows_of(store, store.graph.table(edit.table), edit.indices).sha256()
+    if isinstance(edit, Untie) and edit.undo:
+        return rows_of(store, store.graph.table(edit.head), edit.indices).sha256()
     if isinstance(edit, SetEntries):
         return entries_of(store, edit.vector, edit.indices).sha256()
     digest = hashlib.sha256()

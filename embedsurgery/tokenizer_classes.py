@@ -88,7 +88,7 @@ _CLASSES: Mapping[str, _Class] = {
 }
 """By the class's name without "Tokenizer"."""
 
-_AS_THEY_RUN = ("Lasr", "LayoutLMv2", "LayoutLMv3", "LayoutXLM", "Luke", "MLuke", "MBart", "MBart50", "MarkupLM",
+AS_THEY_RUN = ("Lasr", "LayoutLMv2", "LayoutLMv3", "LayoutXLM", "Luke", "MLuke", "MBart", "MBart50", "MarkupLM",
                 "Nllb", "Nougat", "SeamlessM4T", "Splinter", "Udop", "Whisper")  # fmt: skip
 """Classes that set their post-processor as they run, or that no plain class can stand for."""
 
@@ -106,7 +106,14 @@ def short_name(name: str) -> str:
 
 def rebuilds(name: str) -> bool:
     """Whether a class of transformers, by its name, does not take the file's post-processor."""
-    return short_name(name) in _CLASSES or short_name(name) in _AS_THEY_RUN
+    return short_name(name) in _CLASSES or short_name(name) in AS_THEY_RUN
+
+
+def as_it_runs(name: str, where: object) -> UnsupportedError:
+    """What is to be said of a class that sets its post-processor as it runs."""
+    return UnsupportedError("this tokenizer sets its post-processor as it runs, so nothing put into it would stay",
+                            where=where, found=name, hint="bake without a front, and write the markers into the text, "
+                            "or put them into the chat template alone")  # fmt: skip
 
 
 def plain_config(
@@ -130,10 +137,8 @@ def plain_config(
     if name in _PLAIN:
         return after
     short = short_name(name)
-    if short in _AS_THEY_RUN:
-        raise UnsupportedError("this tokenizer sets its post-processor as it runs, so nothing put into it would stay",
-                               where=where, found=name, hint="bake without a front, and write the markers into the "
-                               "text, or put them into the chat template alone")  # fmt: skip
+    if short in AS_THEY_RUN:
+        raise as_it_runs(name, where)
     if short not in _CLASSES and isinstance(named, str):
         return after
     known = _CLASSES.get(short, _Class())

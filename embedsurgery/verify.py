@@ -18,11 +18,12 @@ from embedsurgery.errors import EmbedSurgeryError
 from embedsurgery.graph import EmbeddingGraph
 from embedsurgery.jsonfile import read_json
 from embedsurgery.names import is_language_model, tie_flag, vocabulary_sizes, walk_names
-from embedsurgery.plan import Plan, SetRows, count_rows
+from embedsurgery.plan import Plan, SetRows, Untie, count_rows
 from embedsurgery.raw import EDITABLE
 from embedsurgery.records import check_written, record_paths
 from embedsurgery.stores.base import rows_of
 from embedsurgery.stores.shards import ShardStore
+from embedsurgery.tie_flags import places
 from embedsurgery.tokenizer_files import highest_token_id
 
 MORE_ROWS = ("mllama", "mllama_text_model", "cpmant", "moshi", "molmo2")
@@ -95,16 +96,26 @@ def _rows(checkpoint: Checkpoint, graph: EmbeddingGraph) -> Iterator[Check]:
 
 def _ties(checkpoint: Checkpoint, graph: EmbeddingGraph, claimed: EmbeddingGraph) -> Iterator[Check]:
     flag = tie_flag(checkpoint.config)
+    apart = set() if places(checkpoint.config or {}) else _parted(checkpoint.directory)
     for table in claimed.tables:
         if len(table.files) > 1:
             real = graph.table(table.name)
-            same = len(real.files) == len(table.files)
             names = " and ".join(name for name, _ in table.files)
+            if apart & {name for name, _ in table.files}:
+                yield Check("ties", True, f"{names} are apart since a merge, whatever the config's flag says")
+                continue
+            same = len(real.files) == len(table.files)
             yield Check("ties", same, f"{names} are {'equal' if same else 'different, so they load untied'}")
     heads = [t for t in graph.tables if "output" in t.roles and t.kind == "vocabulary"]
     if is_language_model(checkpoint.config) and flag is False and graph.input and not heads:
         detail = f"tie_word_embeddings is false and no head is stored: {graph.input} loads beside a random one"
         yield Check("head", False, detail)
+
+
+def _parted(folder: Path) -> set[str]:
+    """Names of heads that merges have given tables of their own."""
+    edits = (edit for record in record_paths(folder) for edit in Plan.load(record).edits)
+    return {edit.head for edit in edits if isinstance(edit, Untie) and edit.undo}
 
 
 def _tokenizer(folder: Path, graph: EmbeddingGraph) -> Iterator[Check]:

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from embedsurgery.cli.render import json_option, print_json, print_table
+from embedsurgery.surgeries.soft_prompt_reading import read_beside
+
+if TYPE_CHECKING:
+    from embedsurgery.adapter import Adapter
+    from embedsurgery.graph import Table
+    from embedsurgery.stores.shards import ShardStore
 
 
 @click.command("show")
@@ -17,7 +25,8 @@ from embedsurgery.cli.render import json_option, print_json, print_table
 def command(adapter: Path, model: Path | None, as_json: bool) -> None:
     """What the adapter directory ADAPTER holds.
 
-    With --model, exits 1 where that checkpoint is not the adapter's base.
+    With --model, exits 1 where that checkpoint is not the adapter's base; of a soft prompt it then names the tokens of
+    the vocabulary that are nearest to each virtual token, by cosine.
     """
     facts = show(adapter, model)
     if as_json:
@@ -26,7 +35,9 @@ def command(adapter: Path, model: Path | None, as_json: bool) -> None:
     made = facts["library_version"]
     click.echo(f"{adapter}: {facts['surgery']}, base {facts['base_model'] or 'not named'}, "
                f"made by {'embedsurgery ' + made if made else 'PEFT'}")  # fmt: skip
-    for table in facts["tables"]:
+    for prompt in facts["prompts"]:
+        _print_prompt(prompt, adapter)
+    for table in facts["tables"] if not facts["prompts"] else ():
         columns = ["row", "token", "norm"] + (["base norm", "cosine to base"] if model else [])
         rows = [
             [r["row"], r["token"] or "-", f"{r['norm']:.4f}"]
@@ -36,6 +47,20 @@ def command(adapter: Path, model: Path | None, as_json: bool) -> None:
         tied = f", tied to {', '.join(table['aliases'])}" if table["aliases"] else ""
         where = f", here {table['located']}" if model and table["located"] != table["name"] else ""
         print_table(f"{table['name']}{tied}{where}", columns, rows)
+
+
+def _print_prompt(prompt: dict[str, Any], adapter: Path) -> None:
+    """A soft prompt: its virtual tokens, and the words they are near to."""
+    compared = "vocabulary" in prompt
+    columns = ["virtual token", "norm"] + (["nearest tokens (cosine)"] if compared else [])
+    rows = []
+    for number, token in enumerate(prompt["tokens"]):
+        near = ", ".join(f"{n['text'] or n['id']} ({n['cosine']:.2f})" for n in token.get("nearest", ()))
+        rows.append([number, f"{token['norm']:.4f}"] + ([near] if compared else []))
+    norms = prompt.get("vocabulary")
+    beside = "" if norms is None else (f"; the vocabulary's norms: mean {norms['mean']:.4f}, "
+                                       f"{norms['least']:.4f} to {norms['greatest']:.4f}")  # fmt: skip
+    print_table(f"prompt of {prompt['submodule']}, {len(rows)} virtual tokens{beside}", columns, rows)
 
 
 def show(adapter: Path, model: Path | None) -> dict[str, Any]:
@@ -56,7 +81,7 @@ def show(adapter: Path, model: Path | None) -> dict[str, Any]:
     store = ShardStore.open(model) if model is not None else None
     located = locate(loaded, store) if store is not None else {}
     tables = []
-    for record in manifest.tables:
+    for record in (record for record in manifest.tables if record.name in loaded.raw):
         values = loaded.raw[record.name].float32().astype(np.float64)
         norms = np.linalg.norm(values, axis=1)
         rows = [
@@ -89,5 +114,28 @@ def show(adapter: Path, model: Path | None) -> dict[str, Any]:
         "library_version": manifest.library_version,
         "source": loaded.source,
         "bytes": sum(p.stat().st_size for p in adapter.iterdir() if p.is_file()) if adapter.is_dir() else None,
+        "prompts": _prompts(loaded, store, located, model),
         "tables": tables,
     }
+
+
+def _prompts(loaded: Adapter, store: ShardStore | None, located: Mapping[str, Table], model: Path | None) -> list[Any]:
+    """The soft prompts of an adapter, as JSON values."""
+    import numpy as np
+
+    from embedsurgery.surgeries.soft_prompt_config import NAME, prompts_of
+
+    if loaded.manifest.surgery != NAME:
+        return []
+    found = []
+    for submodule, vectors in prompts_of(loaded).items():
+        values = vectors.float32()
+        body: dict[str, Any] = {"submodule": submodule}
+        if store is None or model is None:
+            body["tokens"] = [{"norm": float(n)} for n in np.linalg.norm(values, axis=1)]
+        else:
+            reading = read_beside(values, store, located[loaded.manifest.tables[0].name], model)
+            norms = {"mean": reading.mean_norm, "least": reading.least_norm, "greatest": reading.greatest_norm}
+            body |= {"vocabulary": norms, "tokens": [asdict(token) for token in reading.tokens]}
+        found.append(body)
+    return found

@@ -32,6 +32,7 @@ from embedsurgery.hub.headers import read_remote, remote_checkpoint
 from embedsurgery.hub.ids import HubId, find_id
 from embedsurgery.hub.partial_store import PartialStore, merged
 from embedsurgery.hub.pulling import pull
+from embedsurgery.surgeries.soft_prompt_bake_config import BakeConfig
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".msgpack", ".h5", ".gguf", ".onnx", ".onnx_data",
             ".ot", ".tflite", ".nemo", ".mlmodel")  # fmt: skip
@@ -110,6 +111,7 @@ def push_merged(
     adapters: Sequence[Adapter | str | os.PathLike[str]],
     repo: str,
     *,
+    bake: BakeConfig | Sequence[BakeConfig | None] | None = None,
     private: bool = True,
     revision: str | None = None,
     tag: str | None = None,
@@ -126,6 +128,7 @@ def push_merged(
         base: ``org/name`` or ``org/name@revision``.
         adapters: Loaded, as directories, or as ids.
         repo: The new repository, ``org/name``; one that holds a model already is refused.
+        bake: How soft prompts become tokens: for all, or for each adapter.
         private: Make a new repository private.
         revision: The branch to push to, made where it is not there.
         tag: Set this tag on the commit.
@@ -151,7 +154,7 @@ def push_merged(
     with _scratch(at) as folder:
         _fill(client, at, files, checkpoint, names, folder)
         store = PartialStore.begin(folder, partial(_into, client, at))
-        done = merged(store, [_pulled(adapter, token) for adapter in adapters])
+        done = merged(store, [_pulled(adapter, token) for adapter in adapters], bake)
         content, copies = _changes(client, at, files, names, folder, store.present)
         kept = front_matter(client.fetch(at, README).read_text("utf-8", "replace")) if README in files else {}
         body = merged_body(f"{at.repo}@{at.sha}", done.adapters, done.edits, into.repo)

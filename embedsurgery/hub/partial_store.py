@@ -10,14 +10,16 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 from embedsurgery.adapter import Adapter
 from embedsurgery.api import load
 from embedsurgery.checkpoint import Checkpoint, open_checkpoint
 from embedsurgery.errors import CheckpointError, PlanError
 from embedsurgery.graph import Table
-from embedsurgery.plan import Grow, SetRows
+from embedsurgery.plan import Grow, SetRows, Untie
 from embedsurgery.planning import plan_adapters
 from embedsurgery.records import facts, next_record
 from embedsurgery.registry import registry
@@ -59,7 +61,7 @@ class PartialStore(ShardStore):
     def again(self) -> PartialStore:
         """The store as the files are now."""
         self._refuse_changed_holes()
-        return PartialStore(open_checkpoint(self.checkpoint.directory), self._fetch, self.present, self._holes)
+        return self.reopened()
 
     def need(self, files: Sequence[str]) -> None:
         """Fetch files that are not there yet."""
@@ -88,6 +90,13 @@ class PartialStore(ShardStore):
         self.need([file for file in self.growth_files(self.vocabulary(edit)) if file in self.checkpoint.headers])
         super().grow(edit)
 
+    def untie(self, edit: Untie) -> None:
+        self.need(self.untie_files(edit)[0])
+        super().untie(edit)
+
+    def reopened(self) -> PartialStore:
+        return PartialStore(open_checkpoint(self.checkpoint.directory), self._fetch, self.present, self._holes)
+
     def sync(self) -> None:
         """Nothing: the directory goes away."""
 
@@ -110,7 +119,7 @@ class Merged:
     edits: tuple[str, ...]
 
 
-def merged(store: PartialStore, adapters: Sequence[Adapter | str | os.PathLike[str]]) -> Merged:
+def merged(store: PartialStore, adapters: Sequence[Adapter | str | os.PathLike[str]], bake: Any = None) -> Merged:
     """Bake adapters in, in place, with the record of each.
 
     Raises:
@@ -119,20 +128,21 @@ def merged(store: PartialStore, adapters: Sequence[Adapter | str | os.PathLike[s
     """
     directory = store.checkpoint.directory
     loaded = [(a, a.source or "adapter") if isinstance(a, Adapter) else _loaded(a) for a in adapters]
-    plain = [adapter for adapter, _ in loaded]
-    texts = dict(known_tokens(directory).texts) if any(a.manifest.new_tokens for a in plain) else None
-    plans = plan_adapters(plain, lambda name: registry().named(name).surgery, store, texts)
+    labels = [(adapter, Path(name.partition("@")[0]).name) for adapter, name in loaded]
+    tokens = cache(partial(known_tokens, directory))
+    plans = plan_adapters(labels, lambda name: registry().named(name).surgery, store, tokens, bake)
     _refuse_overlap([edit for plan in plans for edit in plan.edits if isinstance(edit, SetRows)])
     for plan, (adapter, name) in zip(plans, loaded, strict=True):
         undo = apply(plan, store, spill=directory.parent)
         before, store = store, store.again()
-        for table in (edit.table for edit in undo.edits if isinstance(edit, SetRows)):
+        parted = {name for edit in undo.edits if isinstance(edit, Untie) for name in (edit.table, edit.head)}
+        for table in (e.table for e in undo.edits if isinstance(e, SetRows) and e.table not in parted):
             if before.graph.table(table).files != store.graph.table(table).files:
                 raise PlanError("the merge would make two stored tables equal, which then load as one", where=table,
                                 hint="set tie_word_embeddings to false in the config first")  # fmt: skip
         record = next_record(directory)
         record.parent.mkdir(parents=True, exist_ok=True)
-        replace(undo, facts=facts(adapter, name, undo, store)).save(record)
+        replace(undo, facts={**plan.facts, **facts(adapter, name, undo, store)}).save(record)
     return Merged(tuple(name for _, name in loaded), tuple(line for plan in plans for line in plan.describe()))
 
 

@@ -7,14 +7,18 @@ edits that bake it in. It touches no file, no tensor of a model and no site: it 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from embedsurgery.adapter import Adapter, PeftFiles
 from embedsurgery.graph import Table
 from embedsurgery.plan import Plan
 from embedsurgery.stores.base import Store
+from embedsurgery.vocabulary import State
+
+if TYPE_CHECKING:
+    from embedsurgery.new_tokens import KnownTokens
 
 
 class Tokenizer(Protocol):
@@ -46,6 +50,29 @@ class Base:
 
 
 @dataclass(frozen=True)
+class Ground:
+    """What an adapter is baked into.
+
+    Attributes:
+        store: The base.
+        located: Table record's name -> table of the store.
+        state: What the base has, and after this adapter will have: planning brings it up to date.
+        tokens: Gives what the base's tokenizer knows; None where no tokenizer is at hand.
+        label: What the adapter is called.
+        alone: Whether no other adapter of its surgery is baked in together with it.
+        options: What a user asks of the baking, for surgeries that can be asked; None for nothing.
+    """
+
+    store: Store
+    located: Mapping[str, Table]
+    state: State
+    tokens: Callable[[], KnownTokens] | None = None
+    label: str = "adapter"
+    alone: bool = True
+    options: Any = None
+
+
+@dataclass(frozen=True)
 class RowOverride:
     """While the adapter is live, rows of a table are those of a trainable tensor, at every site of the table.
 
@@ -65,6 +92,8 @@ class Surgery(ABC):
 
     name: str
     version: int = 1
+    makes_tokens: bool = False
+    """Whether an adapter of it becomes tokens when it is baked in."""
 
     @abstractmethod
     def start(self, config: Any, store: Store, base: Base) -> Adapter:
@@ -86,6 +115,10 @@ class Surgery(ABC):
     @abstractmethod
     def plan(self, adapter: Adapter, located: Mapping[str, Table]) -> Plan:
         """The edits that bake the adapter in. ``located``: table record's name -> table of the store."""
+
+    def bake(self, adapter: Adapter, ground: Ground) -> Plan:
+        """As `plan`, for a surgery that has to know more of the base than where its tables are."""
+        return self.plan(adapter, ground.located)
 
     @abstractmethod
     def to_peft(self, adapter: Adapter) -> PeftFiles:

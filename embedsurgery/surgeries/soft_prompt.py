@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from embedsurgery._version import __version__
@@ -17,11 +18,13 @@ from embedsurgery.errors import UnsupportedError
 from embedsurgery.graph import Table
 from embedsurgery.plan import Plan
 from embedsurgery.stores.base import Store, rows_of
-from embedsurgery.surgeries.base import Base, RowOverride, Surgery
+from embedsurgery.surgeries.base import Base, Ground, RowOverride, Surgery
+from embedsurgery.surgeries.soft_prompt_baking import plan_prompt
 from embedsurgery.surgeries.soft_prompt_config import NAME, SUBMODULES, TENSOR, SoftPromptConfig, submodules_of
 from embedsurgery.surgeries.soft_prompt_files import NO_ROWS, P_TUNING, from_files, from_peft, to_peft
 from embedsurgery.surgeries.soft_prompt_files import PEFT_TYPE as PROMPT_TUNING
 from embedsurgery.surgeries.soft_prompt_init import first_rows
+from embedsurgery.surgeries.soft_prompt_reading import card_lines
 from embedsurgery.surgeries.whole_tables import sampled_rows
 
 __all__ = ["NO_ROWS", "PROMPT_TUNING", "P_TUNING", "PromptOverride", "SoftPrompt", "SoftPromptConfig"]
@@ -55,6 +58,7 @@ class SoftPrompt(Surgery):
     """One tensor of virtual tokens; the table it is recorded with only tells which base it was made for."""
 
     name = NAME
+    makes_tokens = True
 
     def start(self, config: SoftPromptConfig, store: Store, base: Base) -> Adapter:
         """Virtual tokens as they begin.
@@ -96,6 +100,18 @@ class SoftPrompt(Surgery):
         """A prompt needs rows and tokens of its own, which the base has to be asked for."""
         raise UnsupportedError("a soft prompt is no change to rows that are there", where=repr(adapter),
                                hint="embedsurgery.merge or merge_checkpoint makes tokens of it")  # fmt: skip
+
+    def bake(self, adapter: Adapter, ground: Ground) -> Plan:
+        """Tokens for the virtual tokens, with rows in every table of the vocabulary."""
+        return plan_prompt(adapter, ground)
+
+    def card_lines(self, adapter: Adapter) -> list[str]:
+        """What a model card says of the virtual tokens."""
+        return card_lines(adapter, None)
+
+    def card_lines_beside(self, adapter: Adapter, base: Path) -> list[str]:
+        """As `card_lines`, with the nearest words of a base that is at hand."""
+        return card_lines(adapter, base)
 
     def to_peft(self, adapter: Adapter) -> PeftFiles:
         return to_peft(adapter)
