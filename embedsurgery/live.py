@@ -204,10 +204,11 @@ def _with_disk_names(adapter: Adapter, base: Base) -> Adapter:
 
 
 def _base(model: nn.Module, graph: EmbeddingGraph, tokenizer: Tokenizer | None) -> Base:
+    from embedsurgery.runtime.prompt_heads import heads_of
     from embedsurgery.runtime.prompt_stacks import stacks_of
 
     name = getattr(model, "name_or_path", None) or None
     config = getattr(model, "config", None)
     revision = getattr(config, "_commit_hash", None)
     return Base(name if isinstance(name, str) else None, revision if isinstance(revision, str) else None, tokenizer,
-                type(model).__name__, config, tuple(stack.name for stack in stacks_of(model, graph)))  # fmt: skip
+                type(model).__name__, config, tuple(stack.name for stack in stacks_of(model, graph)), heads_of(model))  # fmt: skip

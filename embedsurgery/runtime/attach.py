@@ -24,6 +24,7 @@ from embedsurgery.runtime.installation import Installation
 from embedsurgery.runtime.loading import check_loaded, look_no_more, replacements, say_that_rows_stay
 from embedsurgery.runtime.members import Member, Members, is_prompt, say_what_overflows
 from embedsurgery.runtime.nesting import forget, refuse_more, refuse_part, remember
+from embedsurgery.runtime.prompt_heads import with_heads
 from embedsurgery.runtime.prompts import PromptEmbedding, Prompts
 from embedsurgery.runtime.rows import Hidden
 from embedsurgery.runtime.sharded import Guard, save_once, set_rows
@@ -111,7 +112,7 @@ class Attachment(Hidden):
         Raises:
             AttachmentError: There is none of this name.
         """
-        return self._members[self._members.default(name)].snapshot()
+        return with_heads(self._members[self._members.default(name)].snapshot(), self.model)
 
     def save(self, directory: str | os.PathLike[str], name: str | None = None) -> Path:
         """Write a snapshot of an adapter. With several processes all of them call it, and rank 0 writes.

@@ -21,6 +21,7 @@ from embedsurgery.errors import BaseMismatchError, ConfigError, UnsupportedError
 from embedsurgery.graph import EmbeddingGraph
 from embedsurgery.raw import RawArray
 from embedsurgery.runtime.hooks import Installed, after, before, remove
+from embedsurgery.runtime.prompt_heads import refuse_other_head
 from embedsurgery.runtime.prompt_hooks import Decoding, Heads, Parent, PromptLookup, Reading, later_masks
 from embedsurgery.runtime.prompt_layout import FIRST, Layout
 from embedsurgery.runtime.prompt_stacks import Stack, need, stacks_of
@@ -29,8 +30,6 @@ from embedsurgery.runtime.sharded import plain_rows
 from embedsurgery.runtime.unchanged import Unchanged
 from embedsurgery.surgeries.base import RowOverride
 from embedsurgery.surgeries.soft_prompt import PromptOverride
-from embedsurgery.surgeries.soft_prompt_files import HEADS, is_head
-from embedsurgery.tensors import to_raw
 from embedsurgery.wrappers import submodule
 
 
@@ -256,26 +255,6 @@ class Prompts:
 def prompts_for(override: Any, values: RawArray, device: torch.device) -> PromptEmbedding | None:
     """The module of an override that is a soft prompt's; None of any other."""
     return PromptEmbedding(values, override, device) if isinstance(override, PromptOverride) else None
-
-
-def refuse_other_head(model: nn.Module, adapter: Adapter) -> None:
-    """Refuse a soft prompt that was trained with a head of its own, which its file holds, where the model has another.
-
-    Raises:
-        BaseMismatchError: It names the tensors, and how they get into the model.
-    """
-    parameters = dict(model.named_parameters())
-    names = [name for name in adapter.raw if is_head(name)]
-    other = []
-    for name in names:
-        held = parameters.get(name.removeprefix(HEADS))
-        if held is None or to_raw(held.detach()).to("F32") != adapter.raw[name].to("F32"):
-            other.append(name.removeprefix(HEADS))
-    if other:
-        raise BaseMismatchError("the soft prompt was trained with another head, which its file holds", found="another",
-                                where=", ".join(other[:4]), expected="the file's values in the model",
-                                hint=f"model.load_state_dict of adapter.tensors (names without {HEADS!r}), "
-                                "strict=False, puts them there")  # fmt: skip
 
 
 def position_limit(module: nn.Module) -> int | None:

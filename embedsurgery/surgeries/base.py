@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from embedsurgery.adapter import Adapter, PeftFiles
 from embedsurgery.graph import Table
 from embedsurgery.plan import Plan
+from embedsurgery.raw import RawArray
 from embedsurgery.stores.base import Store
 from embedsurgery.vocabulary import State
 
@@ -39,6 +40,7 @@ class Base:
         architecture: The model's class.
         config: The model's config, an object or a mapping; None where it has none.
         submodules: What of the model reads token ids: "model", or "encoder" and "decoder" as far as they do.
+        heads: Parameter's name -> its values, of the heads for classes and answers, which begin anew for each task.
     """
 
     name: str | None = None
@@ -47,6 +49,7 @@ class Base:
     architecture: str = ""
     config: Any = field(default=None, repr=False)
     submodules: tuple[str, ...] = ()
+    heads: Mapping[str, RawArray] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from embedsurgery.stores.base import Store, rows_of
 from embedsurgery.surgeries.base import Base, Ground, RowOverride, Surgery
 from embedsurgery.surgeries.soft_prompt_baking import plan_prompt
 from embedsurgery.surgeries.soft_prompt_config import NAME, SUBMODULES, TENSOR, SoftPromptConfig, submodules_of
-from embedsurgery.surgeries.soft_prompt_files import NO_ROWS, P_TUNING, from_files, from_peft, to_peft
+from embedsurgery.surgeries.soft_prompt_files import NO_ROWS, P_TUNING, from_files, from_peft, heads_for, to_peft
 from embedsurgery.surgeries.soft_prompt_files import PEFT_TYPE as PROMPT_TUNING
 from embedsurgery.surgeries.soft_prompt_init import first_rows
 from embedsurgery.surgeries.soft_prompt_reading import card_lines
@@ -79,7 +79,7 @@ class SoftPrompt(Surgery):
         facts = {"submodules": list(names), "task_type": task, "token_dim": table.shape[1], **_sizes(base.config)}
         manifest = Manifest(self.name, self.version, config.to_json() | facts, (record,), base.name, base.revision,
                             library_version=__version__)  # fmt: skip
-        return Adapter(manifest, {TENSOR: rows}, self)
+        return Adapter(manifest, {TENSOR: rows} | heads_for(task, base.heads), self)
 
     def live(self, adapter: Adapter, located: Mapping[str, Table]) -> tuple[RowOverride, ...]:
         """The one override."""

@@ -12,7 +12,7 @@ from embedsurgery.raw import RawArray
 
 NAME = "soft_prompt"
 TENSOR = "prompt_embeddings"
-"""The virtual tokens' vectors among an adapter's tensors: (n x submodules, D) F32, those of the first submodule first."""
+"""The virtual tokens' vectors among an adapter's tensors: F32 (n x submodules, D), the first submodule's first."""
 
 UNUSED = f"{TENSOR}.unused"
 """Rows of a file of PEFT's that no forward of PEFT's reads, kept so that the file is written as it was."""

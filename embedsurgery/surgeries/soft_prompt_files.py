@@ -6,6 +6,7 @@ https://huggingface.co/docs/peft/package_reference/p_tuning
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -28,6 +29,9 @@ NO_ROWS = {
 
 HEADS = "base_model."
 """How names of tensors begin that PEFT saves beside a prompt: heads, which it trains along for classification."""
+
+CLASSIFIERS, ANSWERS = ("classifier", "score"), ("qa_outputs",)
+"""How the names of such heads' modules end."""
 
 _SEQ2SEQ = "SEQ_2_SEQ_LM"
 _INITS = {"random": "RANDOM", "sample_vocab": "SAMPLE_VOCAB", "text": "TEXT"}
@@ -65,6 +69,16 @@ def to_peft(adapter: Adapter) -> PeftFiles:
         "tokenizer_name_or_path": tokenizer,
     }
     return PeftFiles(config, {TENSOR: rows} | {name: raw for name, raw in adapter.raw.items() if is_head(name)})
+
+
+def heads_for(task: str, heads: Mapping[str, RawArray]) -> dict[str, RawArray]:
+    """A model's heads that PEFT saves beside a prompt for a task, and cannot load it without, under its names."""
+    ends = {"SEQ_CLS": CLASSIFIERS, "TOKEN_CLS": CLASSIFIERS, "QUESTION_ANS": ANSWERS}.get(task, ())
+    return {
+        HEADS + name: values
+        for name, values in heads.items()
+        if any(part.endswith(ends) for part in name.split(".")[:-1])
+    }
 
 
 def is_head(name: str) -> bool:

@@ -61,8 +61,8 @@ def _tokens_of(config: SoftPromptConfig, table: Table, base: Base) -> list[int]:
     ids = list(tokenizer(text)["input_ids"]) if config.special_tokens else encode_plain(tokenizer, text)
     beyond = [index for index in ids if not 0 <= index < table.shape[0]]
     if not ids or beyond:
-        raise ConfigError("the text's tokens are none of this model's", where=repr(text)[:80], found=beyond or "no token",
-                          expected=f"ids below {table.shape[0]}",
+        raise ConfigError("the text's tokens are none of this model's", where=repr(text)[:80],
+                          expected=f"ids below {table.shape[0]}", found=beyond or "no token",
                           hint="is it the model's tokenizer?")  # fmt: skip
     return ids
 
