@@ -18,7 +18,7 @@ from embedsurgery.errors import EmbedSurgeryError
 from embedsurgery.graph import EmbeddingGraph
 from embedsurgery.jsonfile import read_json
 from embedsurgery.names import is_language_model, tie_flag, vocabulary_sizes, walk_names
-from embedsurgery.plan import Plan, SetRows, Untie, count_rows
+from embedsurgery.plan import Grow, Plan, SetRows, Untie, count_rows
 from embedsurgery.raw import EDITABLE
 from embedsurgery.records import check_written, record_paths
 from embedsurgery.stores.base import rows_of
@@ -128,6 +128,7 @@ def _tokenizer(folder: Path, graph: EmbeddingGraph) -> Iterator[Check]:
 
 def _records(folder: Path, store: ShardStore) -> Iterator[Check]:
     covered: dict[str, set[int]] = {}
+    grown: set[str] = set()
     numbers = [int(path.stem) for path in record_paths(folder)]
     if numbers != list(range(1, len(numbers) + 1)):
         yield Check("merges", False, f"records {', '.join(map(str, numbers))} are there, so one is missing")
@@ -137,6 +138,7 @@ def _records(folder: Path, store: ShardStore) -> Iterator[Check]:
             undo = Plan.load(path)
             overlaid = any(covered.get(e.table, set()).intersection(e.indices)
                            for e in undo.edits if isinstance(e, SetRows))  # fmt: skip
+            overlaid |= any(e.vocabulary in grown for e in undo.edits if isinstance(e, Grow))
             if not overlaid:
                 check_written(path, undo, store)
         except EmbedSurgeryError as error:
@@ -149,6 +151,8 @@ def _records(folder: Path, store: ShardStore) -> Iterator[Check]:
         for edit in undo.edits:
             if isinstance(edit, SetRows):
                 covered.setdefault(edit.table, set()).update(edit.indices)
+            elif isinstance(edit, Grow):
+                grown.add(edit.vocabulary)  # what an earlier merge added is no longer at the end
 
 
 def _finite(store: ShardStore, edit: SetRows) -> bool:
