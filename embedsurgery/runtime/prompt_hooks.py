@@ -350,7 +350,9 @@ class Heads:
         front = labels.new_full((batch, 1), IGNORED)
         _, lengths = live.of_batch(batch)
         if lengths is not None:  # what has no prompt has nothing that says its first token
-            bare = (lengths == 0)[:, None] & (torch.arange(length, device=labels.device) == 0)
+            first = _first(given.get("attention_mask"))
+            begin = torch.zeros_like(lengths) if first is None else first
+            bare = (lengths == 0)[:, None] & (torch.arange(length, device=labels.device) == begin[:, None])
             labels = labels.masked_fill(bare, IGNORED)
         given["labels"] = torch.cat([front, labels], dim=1)
         if isinstance(given.get("logits_to_keep"), torch.Tensor):
