@@ -19,10 +19,11 @@ PLAIN = "PreTrainedTokenizerFast"
 
 _PLAIN = (PLAIN, "PreTrainedTokenizer", "TokenizersBackend")
 FLAGS = ("add_bos_token", "add_eos_token")
-"""Keys of ``tokenizer_config.json`` for which transformers makes the post-processor anew."""
+"""Keys of ``tokenizer_config.json`` for which transformers 4 makes the post-processor anew; 5 passes over them."""
 
 _TWO = ("input_ids", "attention_mask")
 _THREE = ("input_ids", "token_type_ids", "attention_mask")
+_LAST = ("input_ids", "attention_mask", "token_type_ids")
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,8 @@ _END = "<|endoftext|>"
 
 _CLASSES: Mapping[str, _Class] = {
     "Bert": _Class(_BERT, _THREE),
+    **dict.fromkeys(("Electra", "Lxmert", "MobileBert"), _Class(_BERT, _THREE)),
     "DistilBert": _Class(_BERT),
-    "Electra": _Class(_BERT, _THREE),
     "RoFormer": _Class(_BERT),
     "BigBird": _Class(_roles(unk="<unk>", bos="<s>", eos="</s>", pad="<pad>", sep="[SEP]", mask="[MASK]", cls="[CLS]")),
     "Camembert": _Class(_ROBERTA),
@@ -65,8 +66,8 @@ _CLASSES: Mapping[str, _Class] = {
         ),
         side="left",
     ),
-    "Deberta": _Class({**_BERT, **_roles(bos="[CLS]", eos="[SEP]")}, _THREE),
-    "DebertaV2": _Class({**_BERT, **_roles(bos="[CLS]", eos="[SEP]")}, _THREE),
+    "Deberta": _Class({**_BERT, **_roles(bos="[CLS]", eos="[SEP]")}, _LAST),
+    "DebertaV2": _Class({**_BERT, **_roles(bos="[CLS]", eos="[SEP]")}, _LAST),
     "Esmc": _Class(_roles(unk="<unk>", cls="<cls>", pad="<pad>", mask="<mask>", eos="<eos>")),
     "Funnel": _Class(_roles(unk="<unk>", sep="<sep>", pad="<pad>", cls="<cls>", mask="<mask>", bos="<s>", eos="</s>")),
     "Gemma": _Class(_roles(unk="<unk>", bos="<bos>", eos="<eos>", pad="<pad>", mask="<mask>"), side="left"),
@@ -78,7 +79,7 @@ _CLASSES: Mapping[str, _Class] = {
     "RemBert": _Class(
         _roles(bos="[CLS]", eos="[SEP]", unk="<unk>", sep="[SEP]", pad="<pad>", cls="[CLS]", mask="[MASK]")
     ),
-    "Roberta": _Class(_ROBERTA),
+    **dict.fromkeys(("Bart", "LED", "Longformer", "Mvp", "Roberta"), _Class(_ROBERTA)),
     "T5": _Class(_T5),
     "XGLM": _Class(_roles(bos="<s>", eos="</s>", sep="</s>", cls="<s>", unk="<unk>", pad="<pad>")),
     "XLMRoberta": _Class(_ROBERTA),
@@ -150,10 +151,3 @@ def plain_config(
         **{key: value for key, value in beside.items() if after.get(key) is None},
         "tokenizer_class": PLAIN,
     }
-
-
-def flagged(body: Mapping[str, Any]) -> dict[str, bool] | None:
-    """Whether a BOS and an EOS are added, by "bos" and "eos", where a tokenizer's config says so; None where not."""
-    if not any(key in body for key in FLAGS):
-        return None
-    return {"bos": body.get("add_bos_token") is True, "eos": body.get("add_eos_token") is True}

@@ -21,10 +21,10 @@ from embedsurgery.jsonfile import parse_json, read_json, read_small
 from embedsurgery.jsonsplice import respell
 from embedsurgery.plan import Front, PatchFile, Token
 from embedsurgery.tokenizer_beside import Beside, free_reserved, in_templates, refuse_roles, roles_in, templates_in
-from embedsurgery.tokenizer_classes import flagged, plain_config
+from embedsurgery.tokenizer_classes import plain_config
 from embedsurgery.tokenizer_edit import change, unsettled
 from embedsurgery.tokenizer_encoding import Encode, backend, check_encodings, encoder
-from embedsurgery.tokenizer_front import from_flags, put_first, put_first_in_chat, refuse_held
+from embedsurgery.tokenizer_front import put_first, put_first_in_chat, refuse_held
 from embedsurgery.tokenizer_json import TokenizerJson
 from embedsurgery.tokenizer_json import is_reserved as is_reserved
 
@@ -247,11 +247,7 @@ def _put_first(
         model_type = (
             read_json(directory / "config.json").get("model_type") if (directory / "config.json").exists() else None
         )
-        processor, flags = content.body.get("post_processor"), flagged(config.before)
-        if flags is not None:
-            named = {key: roles.get(f"{key}_token") for key in flags}
-            processor = from_flags({key: (text, content.ids[text]) if flags[key] and text in content.ids else None
-                                    for key, text in named.items()})  # fmt: skip
+        processor = content.body.get("post_processor")
         files[TOKENIZER].after["post_processor"] = put_first(processor, front, directory / TOKENIZER)
         config.after = plain_config(config.after, special, content.given, model_type, directory)
     bos, texts = roles.get("bos_token"), {}

@@ -93,23 +93,6 @@ def refuse_held(processor: object, templates: Iterable[str], contents: Iterable[
                                 found=repr(content), hint="take it out there, or bake under another name")  # fmt: skip
 
 
-def from_flags(tokens: Mapping[str, tuple[str, int] | None]) -> dict[str, Any]:
-    """The post-processor that transformers 5 makes of ``add_bos_token`` and ``add_eos_token``.
-
-    Args:
-        tokens: "bos" and "eos": text and id where it is to be added, else None.
-    """
-    bos, eos = tokens["bos"], tokens["eos"]
-
-    def around(sequence: str, kind: int) -> list[Piece]:
-        first = [] if bos is None else [_special(bos[0], kind)]
-        return [*first, _sequence(sequence, kind), *([] if eos is None else [_special(eos[0], kind)])]
-
-    named = {token[0]: _named(token[0], [token[1]], [token[0]]) for token in (bos, eos) if token is not None}
-    pair = [*around("A", 0), *around("B", 1)]
-    return {"type": "TemplateProcessing", "single": around("A", 0), "pair": pair, "special_tokens": named}
-
-
 def _parts(processor: Mapping[str, Any] | None) -> list[dict[str, Any]]:
     """The processors one after another."""
     if processor is None:
