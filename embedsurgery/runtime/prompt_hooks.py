@@ -355,7 +355,7 @@ class Heads:
             bare = (lengths == 0)[:, None] & (torch.arange(length, device=labels.device) == begin[:, None])
             labels = labels.masked_fill(bare, IGNORED)
         given["labels"] = torch.cat([front, labels], dim=1)
-        if isinstance(given.get("logits_to_keep"), torch.Tensor):
+        if isinstance(given.get("logits_to_keep"), torch.Tensor) or given.get("logits_to_keep"):
             given["logits_to_keep"] = given["logits_to_keep"] + 1
         return (), given
 
