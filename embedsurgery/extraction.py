@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from embedsurgery import hub
 from embedsurgery._version import __version__
 from embedsurgery.adapter import WEIGHTS_NAME, Adapter, Fingerprint, Manifest, TableRecord
 from embedsurgery.errors import BaseMismatchError, CheckpointError, ConfigError, EmbedSurgeryWarning
@@ -79,8 +80,8 @@ def extract(
     Merged back into BASE, it gives TUNED's tables bit for bit where the threshold is zero and the dtypes are the same.
 
     Args:
-        base: Checkpoint directory that tuning began from.
-        tuned: Checkpoint directory, or directory of a PEFT adapter that holds whole embeddings.
+        base: Checkpoint directory, or Hub id, that tuning began from.
+        tuned: Checkpoint directory, or directory of a PEFT adapter that holds whole embeddings; or the id of one.
         threshold: A row counts as changed where one of its elements differs by more than this. Zero: by any bit.
         progress: Called with bytes read so far, and bytes to read.
 
@@ -88,10 +89,24 @@ def extract(
         ConfigError: A negative threshold.
         CheckpointError: Files that are missing or broken, or no table in TUNED.
         BaseMismatchError: Tables of another width, fewer rows, or a tie that tuning parted.
+        HubError: What an id names cannot be had.
     """
     if not isinstance(threshold, (int, float)) or not 0 <= threshold < float("inf"):
         raise ConfigError("the threshold is no distance", expected="zero or more", found=repr(threshold))
-    source, target = Path(base), Path(tuned)
+    remote = hub.find_id(base)
+    pinned = None if remote is None else hub.pinned(remote)
+    with (
+        hub.directory(base if pinned is None else str(pinned)) as source,
+        hub.directory(tuned, adapters=True) as target,
+    ):
+        found = _extracted(source, target, threshold, progress)
+    if pinned is None or found.adapter is None:
+        return found
+    manifest = replace(found.adapter.manifest, base_model=pinned.repo, revision=pinned.revision)
+    return replace(found, adapter=replace(found.adapter, manifest=manifest))
+
+
+def _extracted(source: Path, target: Path, threshold: float, progress: Callable[[int, int], None] | None) -> Extraction:
     store = ShardStore.open(source)
     tensors = _tensors(target)
     pairs = _pairs(store, tensors, target)

@@ -210,5 +210,12 @@ def _base(model: nn.Module, graph: EmbeddingGraph, tokenizer: Tokenizer | None) 
     name = getattr(model, "name_or_path", None) or None
     config = getattr(model, "config", None)
     revision = getattr(config, "_commit_hash", None)
-    return Base(name if isinstance(name, str) else None, revision if isinstance(revision, str) else None, tokenizer,
-                type(model).__name__, config, tuple(stack.name for stack in stacks_of(model, graph)), heads_of(model))  # fmt: skip
+    return Base(
+        name=name if isinstance(name, str) else None,
+        revision=revision if isinstance(revision, str) else None,
+        tokenizer=tokenizer,
+        architecture=type(model).__name__,
+        config=config,
+        submodules=tuple(stack.name for stack in stacks_of(model, graph)),
+        heads=heads_of(model),
+    )

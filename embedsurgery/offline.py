@@ -131,7 +131,7 @@ def add_tokens_checkpoint(
     `unmerge_checkpoint` takes the tokens out again.
 
     Args:
-        model: A directory with safetensors weights and a tokenizer.
+        model: A directory with safetensors weights and a tokenizer; or a Hub id, ``org/name@revision``.
         tokens: Texts. Those that exist are found, not added twice.
         output: A directory that does not exist yet. None for a dry run alone.
         init: How rows start: NAME or NAME:ARGUMENT, for all tokens or for each in a dict by its text.
@@ -147,6 +147,20 @@ def add_tokens_checkpoint(
         CheckpointError: The model's files are missing or broken, or have no tokenizer.
         OutputExistsError: ``output`` exists.
     """
+    if hub.find_id(model) is not None:
+        with hub.directory(model) as folder:
+            return add_tokens_checkpoint(
+                folder,
+                tokens,
+                output,
+                init=init,
+                special=special,
+                reserved=reserved,
+                pad_to_multiple_of=pad_to_multiple_of,
+                seed=seed,
+                dry_run=dry_run,
+                progress=progress,
+            )
     source, target = Path(model), _target(output, Path(model), dry_run)
     store = ShardStore.open(source)
     known = known_tokens(source)
@@ -247,7 +261,7 @@ def unmerge_checkpoint(
     """Write a new checkpoint directory without the last merge: bit for bit what it was merged into.
 
     Args:
-        merged: A directory that `merge_checkpoint` wrote.
+        merged: A directory that `merge_checkpoint` wrote; or a Hub id, ``org/name@revision``.
         output: A directory that does not exist yet. None for a dry run alone.
         dry_run: Check everything and say what would be done.
         progress: Called as files are copied.

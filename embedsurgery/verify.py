@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from embedsurgery import hub
-from embedsurgery.checkpoint import INDEX, Checkpoint, open_checkpoint
+from embedsurgery.checkpoint import INDEX, Checkpoint
 from embedsurgery.errors import EmbedSurgeryError
 from embedsurgery.graph import EmbeddingGraph
 from embedsurgery.jsonfile import read_json
@@ -46,23 +46,20 @@ class Check:
 
 
 def verify_checkpoint(directory: str | os.PathLike[str]) -> tuple[Check, ...]:
-    """Check a checkpoint directory.
+    """Check a checkpoint directory, or the model of a Hub id, of which headers, small files and single rows come.
 
     Returns:
         Every check, in order; all are ``ok`` in a sound checkpoint.
 
     Raises:
         CheckpointError: The files cannot be read at all.
+        HubError: The model cannot be had from the Hub.
     """
-    if hub.find_id(directory) is not None:
-        with hub.directory(directory) as folder:
-            return verify_checkpoint(folder)
-    folder = Path(directory)
-    checkpoint = open_checkpoint(folder)
-    store = ShardStore(checkpoint)
-    claimed = walk_names(checkpoint.stored(), config=checkpoint.config, source=str(folder))
-    checks = [*_index(checkpoint), *_rows(checkpoint, store.graph), *_ties(checkpoint, store.graph, claimed)]
-    return (*checks, *_tokenizer(folder, store.graph), *_records(folder, store))
+    with hub.store(directory) as store:
+        checkpoint, folder = store.checkpoint, store.checkpoint.directory
+        claimed = walk_names(checkpoint.stored(), config=checkpoint.config, source=store.name)
+        checks = [*_index(checkpoint), *_rows(checkpoint, store.graph), *_ties(checkpoint, store.graph, claimed)]
+        return (*checks, *_tokenizer(folder, store.graph), *_records(folder, store))
 
 
 def _index(checkpoint: Checkpoint) -> Iterator[Check]:

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from embedsurgery.cli.merge import place
+from embedsurgery.cli.options import token_option
 from embedsurgery.cli.render import copying, json_option, print_json, size
 from embedsurgery.errors import OutputExistsError
 
@@ -19,12 +20,13 @@ from embedsurgery.errors import OutputExistsError
 @click.option("--threshold", type=click.FloatRange(min=0), default=0.0, show_default=True, metavar="X",
               help="A row is changed where an element differs by more than X; 0: by any bit.")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Say what was found, write nothing.")
+@token_option
 @json_option
 def command(base: Path, tuned: Path, output: Path | None, threshold: float, dry_run: bool, as_json: bool) -> None:
     """Make an adapter of the embedding rows in which TUNED differs from BASE.
 
     TUNED is a whole checkpoint, or a PEFT adapter that saved whole embeddings (modules_to_save). Merging the adapter
-    into BASE gives TUNED's tables again.
+    into BASE gives TUNED's tables again. Both are directories or Hub ids, org/name or org/name@revision.
     """
     from embedsurgery.extraction import extract
 

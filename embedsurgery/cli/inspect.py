@@ -7,11 +7,13 @@ from typing import Any
 
 import click
 
+from embedsurgery.cli.options import token_option
 from embedsurgery.cli.render import json_option, print_json, print_table, size
 
 
 @click.command("inspect")
 @click.argument("model", type=click.Path(path_type=Path))
+@token_option
 @json_option
 def command(model: Path, as_json: bool) -> None:
     """The embedding tables of the checkpoint MODEL, a directory or a Hub id.

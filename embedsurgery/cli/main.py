@@ -77,6 +77,9 @@ def main(args: list[str] | None = None) -> None:
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is signal.SIG_DFL:
             signal.signal(number, _interrupt)  # as on Ctrl-C, so that what is half done is taken away
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # what it says of a second try shows signed addresses
+    if sys.stderr is None or not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # its bars for uploads do not look where they go
     warnings.showwarning = _show_warning
     warnings.simplefilter("always", EmbedSurgeryWarning)
     try:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from embedsurgery.cli.push import print_push, push_options
+from embedsurgery.cli.options import push_options
+from embedsurgery.cli.push import print_push
 from embedsurgery.cli.render import copying, json_option, print_json, size
 
 if TYPE_CHECKING:

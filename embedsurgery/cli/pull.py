@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from embedsurgery.cli.push import token_option
+from embedsurgery.cli.options import token_option
 from embedsurgery.cli.render import json_option, print_json, size
 
 
@@ -16,7 +16,7 @@ from embedsurgery.cli.render import json_option, print_json, size
 @click.option("--revision", metavar="REVISION", help="A branch, a tag, a commit or refs/pr/N; or write REPO@REVISION.")
 @token_option
 @json_option
-def command(repo: str, output: Path, revision: str | None, token: str | None, as_json: bool) -> None:
+def command(repo: str, output: Path, revision: str | None, as_json: bool) -> None:
     """Get the adapter REPO, org/name or org/name@revision, from the Hugging Face Hub.
 
     The revision is resolved once, and only adapter_config.json and adapter_model.safetensors are taken, from that
@@ -24,7 +24,7 @@ def command(repo: str, output: Path, revision: str | None, token: str | None, as
     """
     from embedsurgery import hub
 
-    adapter = hub.pull(repo, revision=revision, output=output, token=token)
+    adapter = hub.pull(repo, revision=revision, output=output)
     written = sum(path.stat().st_size for path in output.iterdir() if path.is_file())
     if as_json:
         print_json({"source": adapter.source, "output": str(output), "surgery": adapter.manifest.surgery,

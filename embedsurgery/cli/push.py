@@ -1,37 +1,18 @@
-"""``embedsurgery push``: an adapter on the Hugging Face Hub; and the options that every verb that pushes has."""
+"""``embedsurgery push``: an adapter on the Hugging Face Hub."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from embedsurgery.cli.options import push_options
 from embedsurgery.cli.render import json_option, print_json, size
 
 if TYPE_CHECKING:
     from embedsurgery.hub import PushReport
-
-_Verb = TypeVar("_Verb", bound=Callable[..., Any])
-
-token_option = click.option("--token", help="A token; HF_TOKEN and the stored login are safer: a command line is seen.")
-
-
-def push_options(verb: _Verb) -> _Verb:
-    """What can be said of a push."""
-    for option in (
-        token_option,
-        click.option("--message", metavar="TEXT", help="The commit's first line."),
-        click.option("--create-pr", is_flag=True, help="Open a pull request instead of pushing to the branch."),
-        click.option("--tag", metavar="TAG", help="Set this tag on the commit."),
-        click.option("--revision", metavar="BRANCH", help="Push to this branch, made where it is not there."),
-        click.option("--private/--public", default=True, show_default="private",
-                     help="Who sees a repository that is made; one that is there stays as it is."),
-    ):  # fmt: skip
-        verb = option(verb)
-    return verb
 
 
 @click.command("push")

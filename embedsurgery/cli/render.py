@@ -147,7 +147,10 @@ def size(count: int) -> str:
 
 @contextmanager
 def copying(label: str) -> Iterator[Progress | None]:
-    """Progress for long copies: a bar on a terminal, nothing in a pipe."""
+    """Progress for long copies: a bar on a terminal, nothing in a pipe.
+
+    It is drawn from the first copy on: before, the bars of a download may be there.
+    """
     if not sys.stderr.isatty():
         yield None
         return
@@ -156,6 +159,16 @@ def copying(label: str) -> Iterator[Progress | None]:
     from rich.progress import Progress as Bar
 
     parts = (TextColumn(label), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Bar(*parts, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(label, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    bar = Bar(*parts, console=Console(stderr=True), transient=True)
+
+    def update(done: int, total: int) -> None:
+        if not bar.tasks:
+            bar.add_task(label, total=None)
+            bar.start()
+        bar.update(bar.tasks[0].id, completed=done, total=total)
+
+    try:
+        yield update
+    finally:
+        if bar.tasks:
+            bar.stop()

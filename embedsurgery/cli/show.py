@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from embedsurgery.cli.options import token_option
 from embedsurgery.cli.render import json_option, print_json, print_table
 from embedsurgery.surgeries.soft_prompt_reading import read_beside
 
@@ -21,12 +23,14 @@ if TYPE_CHECKING:
 @click.command("show")
 @click.argument("adapter", type=click.Path(path_type=Path))
 @click.option("--model", type=click.Path(path_type=Path), help="Compare with this checkpoint, and check that it fits.")
+@token_option
 @json_option
 def command(adapter: Path, model: Path | None, as_json: bool) -> None:
-    """What the adapter directory ADAPTER holds.
+    """What ADAPTER holds, a directory or a Hub id.
 
-    With --model, exits 1 where that checkpoint is not the adapter's base; of a soft prompt it then names the tokens of
-    the vocabulary that are nearest to each virtual token, by cosine.
+    With --model, a directory or an id, exits 1 where that checkpoint is not the adapter's base; of a soft prompt it
+    then names the tokens of the vocabulary that are nearest to each virtual token, by cosine. Of an id, headers and the
+    rows that are compared come, by range requests.
     """
     facts = show(adapter, model)
     if as_json:
@@ -69,17 +73,36 @@ def show(adapter: Path, model: Path | None) -> dict[str, Any]:
     Raises:
         BaseMismatchError: The model is not the adapter's base.
     """
-    import numpy as np
-
+    from embedsurgery import hub
     from embedsurgery.api import load
     from embedsurgery.locate import locate
-    from embedsurgery.stores.base import rows_of
-    from embedsurgery.stores.shards import ShardStore
 
     loaded = load(adapter)
+    with hub.store(model) if model is not None else nullcontext() as store:
+        located = locate(loaded, store) if store is not None else {}
+        tables = _tables(loaded, store, located)
+        prompts = _prompts(loaded, store, located, model)
     manifest = loaded.manifest
-    store = ShardStore.open(model) if model is not None else None
-    located = locate(loaded, store) if store is not None else {}
+    return {
+        "adapter": str(adapter),
+        "surgery": manifest.surgery,
+        "base_model": manifest.base_model,
+        "revision": manifest.revision,
+        "library_version": manifest.library_version,
+        "source": loaded.source,
+        "bytes": sum(p.stat().st_size for p in adapter.iterdir() if p.is_file()) if adapter.is_dir() else None,
+        "prompts": prompts,
+        "tables": tables,
+    }
+
+
+def _tables(loaded: Adapter, store: ShardStore | None, located: Mapping[str, Table]) -> list[dict[str, Any]]:
+    """What an adapter has for each table, compared with a model's rows where there is one."""
+    import numpy as np
+
+    from embedsurgery.stores.base import rows_of
+
+    manifest = loaded.manifest
     tables = []
     for record in (record for record in manifest.tables if record.name in loaded.raw):
         values = loaded.raw[record.name].float32().astype(np.float64)
@@ -106,17 +129,7 @@ def show(adapter: Path, model: Path | None) -> dict[str, Any]:
                 "rows": rows,
             }
         )
-    return {
-        "adapter": str(adapter),
-        "surgery": manifest.surgery,
-        "base_model": manifest.base_model,
-        "revision": manifest.revision,
-        "library_version": manifest.library_version,
-        "source": loaded.source,
-        "bytes": sum(p.stat().st_size for p in adapter.iterdir() if p.is_file()) if adapter.is_dir() else None,
-        "prompts": _prompts(loaded, store, located, model),
-        "tables": tables,
-    }
+    return tables
 
 
 def _prompts(loaded: Adapter, store: ShardStore | None, located: Mapping[str, Table], model: Path | None) -> list[Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from embedsurgery.cli.merge import output_option, place, print_report
+from embedsurgery.cli.options import hub_token_option
 from embedsurgery.cli.render import copying, json_option
 
 _INIT = "How rows start: mean, normal, random, zeros, subtokens, description:TEXT, copy:TOKEN, or a plugin's."
@@ -27,6 +28,7 @@ def command() -> None:
 @click.option("--seed", type=int, default=0, show_default=True, help="For initialisers that draw.")
 @output_option
 @click.option("--dry-run", is_flag=True, help="Check everything, say what would be done, write nothing.")
+@hub_token_option
 @json_option
 def add(
     model: Path,
@@ -40,7 +42,7 @@ def add(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Write the checkpoint MODEL with tokens added to its tokenizer, and rows for them.
+    """Write the checkpoint MODEL, a directory or a Hub id, with tokens added to its tokenizer, and rows for them.
 
     Spare rows are used first; else every table of the vocabulary grows. `embedsurgery unmerge` takes them out again.
     """

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from embedsurgery.cli.merge import output_option, place, print_report
+from embedsurgery.cli.options import token_option
 from embedsurgery.cli.render import copying, json_option
 
 
@@ -14,9 +15,13 @@ from embedsurgery.cli.render import copying, json_option
 @click.argument("merged", type=click.Path(path_type=Path))
 @output_option
 @click.option("--dry-run", is_flag=True, help="Check everything, say what would be done, write nothing.")
+@token_option
 @json_option
 def command(merged: Path, output: Path | None, dry_run: bool, as_json: bool) -> None:
-    """Write the checkpoint MERGED without its last merge: bit for bit what it was merged into."""
+    """Write the checkpoint MERGED, a directory or a Hub id, without its last merge.
+
+    It is bit for bit what it was merged into.
+    """
     from embedsurgery.offline import unmerge_checkpoint
 
     with copying("copying") as progress:

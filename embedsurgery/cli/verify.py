@@ -7,16 +7,19 @@ from pathlib import Path
 
 import click
 
+from embedsurgery.cli.options import token_option
 from embedsurgery.cli.render import json_option, print_json, print_table
 
 
 @click.command("verify")
 @click.argument("model", type=click.Path(path_type=Path))
+@token_option
 @json_option
 def command(model: Path, as_json: bool) -> None:
     """Check the checkpoint MODEL: index against shards, config against rows, ties, tokenizer, recorded merges.
 
-    Exits 1 where something disagrees.
+    Exits 1 where something disagrees. MODEL is a directory or a Hub id, of which headers, small files and the rows of
+    recorded merges come, by range requests.
     """
     from embedsurgery.verify import verify_checkpoint
 

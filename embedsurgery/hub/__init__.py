@@ -1,9 +1,10 @@
 """Adapters and models on the Hugging Face Hub.
 
-``ids.py`` says what is an id; ``client.py`` talks to the Hub and ``faults.py`` explains what goes wrong there;
-``headers.py`` reads a model's headers by range requests; ``pulling.py``, ``commits.py``, ``pushing.py`` and
-``merging.py`` do what their names say. With ``card.py`` the only code that needs huggingface_hub, which is loaded when
-one of the functions is first used.
+``ids.py`` says what is an id and ``tokens.py`` who asks; ``client.py`` talks to the Hub and ``faults.py`` explains what
+goes wrong there; ``headers.py`` reads a model's headers by range requests and ``range_store.py`` its rows;
+``scratch.py`` makes a model a directory for a while; ``pulling.py``, ``commits.py``, ``pushing.py`` and ``merging.py``
+do what their names say. With ``card.py`` the only code that needs huggingface_hub, which is loaded when one of the
+functions is first used.
 """
 
 from __future__ import annotations
@@ -16,48 +17,77 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from embedsurgery.hub.ids import HubId, find_id, read_source
+from embedsurgery.hub.tokens import Token, using_token
 
 _LAZY = {
     "push": "pushing",
     "PushReport": "commits",
     "pull": "pulling",
-    "open_remote": "headers",
-    "downloaded": "merging",
+    "open_remote": "scratch",
+    "downloaded": "scratch",
+    "pinned": "scratch",
+    "row_store": "scratch",
     "push_merged": "merging",
 }
 
 if TYPE_CHECKING:
     from embedsurgery.hub.commits import PushReport
-    from embedsurgery.hub.headers import open_remote
-    from embedsurgery.hub.merging import downloaded, push_merged
+    from embedsurgery.hub.merging import push_merged
     from embedsurgery.hub.pulling import pull
     from embedsurgery.hub.pushing import push
+    from embedsurgery.hub.scratch import downloaded, open_remote, pinned, row_store
+    from embedsurgery.stores.shards import ShardStore
 
 __all__ = [
     "HubId",
     "PushReport",
+    "Token",
     "directory",
     "downloaded",
     "find_id",
     "open_remote",
+    "pinned",
     "pull",
     "push",
     "push_merged",
     "read_source",
+    "row_store",
+    "store",
+    "using_token",
 ]
 
 
 @contextmanager
-def directory(model: str | os.PathLike[str]) -> Iterator[Path]:
-    """Inside, a model as a directory: the one that is there, else what a merge needs of the model of that id."""
+def directory(model: str | os.PathLike[str], *, adapters: bool = False) -> Iterator[Path]:
+    """Inside, a model as a directory: the one that is there, else what a merge needs of the model of that id.
+
+    Args:
+        model: A directory, or an id.
+        adapters: Let the id be that of a PEFT adapter, too.
+    """
     remote = find_id(model)
     if remote is None:
         yield Path(model)
         return
     from embedsurgery.hub import downloaded
 
-    with downloaded(remote) as folder:
+    with downloaded(remote, adapters=adapters) as (folder, _):
         yield folder
+
+
+@contextmanager
+def store(model: str | os.PathLike[str]) -> Iterator[ShardStore]:
+    """Inside, a model to read rows of: a directory's, or that of an id, of which only what is read comes."""
+    remote = find_id(model)
+    if remote is None:
+        from embedsurgery.stores.shards import ShardStore
+
+        yield ShardStore.open(Path(model))
+        return
+    from embedsurgery.hub import row_store
+
+    with row_store(remote) as found:
+        yield found
 
 
 def __getattr__(name: str) -> Any:

@@ -26,9 +26,7 @@ from embedsurgery._version import __version__
 from embedsurgery.errors import HubError
 from embedsurgery.hub.faults import faults
 from embedsurgery.hub.ids import HubId
-
-Token = str | bool | None
-"""As huggingface_hub takes it: a token, False for none, None for HF_TOKEN or the stored login."""
+from embedsurgery.hub.tokens import Token, chosen
 
 _NAME = "embedsurgery"
 _TRIES = 3
@@ -83,11 +81,11 @@ class Client:
     """The Hub, to one user.
 
     Args:
-        token: See `Token`.
+        token: See `Token`; None for that of `using_token`.
     """
 
     def __init__(self, token: Token = None) -> None:
-        self.api = HfApi(token=token, library_name=_NAME, library_version=__version__)
+        self.api = HfApi(token=chosen(token), library_name=_NAME, library_version=__version__)
 
     def resolve(self, of: HubId) -> Snapshot:
         """The commit that an id means now; without a connection, the one that it meant last.
@@ -135,11 +133,11 @@ class Client:
         where = f"{at}/{name}"
         with faults(where, "download"):
             path = Path(self.api.hf_hub_download(at.repo, name, revision=at.sha))
-            blob = path.resolve()
+            blob = path.parent / path.readlink() if path.is_symlink() else path
             if _is_intact(blob):
                 return path
-            blob.unlink()
-            path.unlink(missing_ok=True)
+            for part in (blob.resolve(), blob, path):  # the entry may be a link to what several repositories share
+                part.unlink(missing_ok=True)
         raise HubError("a download has the wrong hash", where=where, expected=blob.name[:12],
                        hint="it was removed from the Hub cache: try again")  # fmt: skip
 
@@ -206,7 +204,7 @@ def _git_oid(data: bytes) -> str:
 
 
 def _is_intact(blob: Path) -> bool:
-    """Whether a file of the cache is what its name says: sha256 for large files, git's hash for small ones."""
+    """Whether an entry of the cache is what its name says: sha256 for large files, git's hash for small ones."""
     if re.fullmatch("[0-9a-f]{64}", blob.name):
         with open(blob, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest() == blob.name

@@ -29,6 +29,7 @@ from huggingface_hub.errors import (
 )
 
 from embedsurgery.errors import EmbedSurgeryError, HubError
+from embedsurgery.hub.tokens import chosen
 
 _LOGIN = "log in with `hf auth login`, set HF_TOKEN or give a token"
 _AGAIN = "nothing was left behind: try again"
@@ -133,9 +134,9 @@ def _answered(error: HfHubHTTPError, where: str, what: str) -> HubError:
 
 def scrubbed(text: str) -> str:
     """A server's or client's words on one short line, without tokens and addresses."""
-    token = get_token() or ""
-    if len(token) > 3:
-        text = text.replace(token, "***")
+    for token in (get_token(), chosen(None)):
+        if isinstance(token, str) and len(token) > 3:
+            text = text.replace(token, "***")
     text = re.sub(r"\b(hf|api_org)_\w+|Bearer\s+\S+", "***", text)
     text = re.sub(r"\w+://[^\s'\")]+|\w+=\S+", "(address)", text)
     return " ".join(text.split())[:200]

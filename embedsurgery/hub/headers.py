@@ -11,8 +11,7 @@ from pathlib import Path
 
 from embedsurgery.checkpoint import CONFIG, INDEX, SINGLE, Checkpoint, is_plain_name
 from embedsurgery.errors import CheckpointError, HubError
-from embedsurgery.hub.client import Client, RemoteFile, Snapshot, Token
-from embedsurgery.hub.ids import HubId
+from embedsurgery.hub.client import Client, RemoteFile, Snapshot
 from embedsurgery.jsonfile import read_json
 from embedsurgery.safetensors_file import MAX_HEADER, Header, parse_header
 
@@ -24,20 +23,18 @@ MAX_SMALL = 64_000_000
 """Bytes; no config or index comes near it, and one that does is not downloaded."""
 
 
-def open_remote(of: HubId, *, token: Token = None) -> Checkpoint:
-    """A model's headers, index and config, without a weight.
+def remote_checkpoint(client: Client, at: Snapshot, files: Mapping[str, RemoteFile]) -> Checkpoint:
+    """The headers, index and config of a commit, without a weight; the checkpoint's directory is only a name.
+
+    Args:
+        client: Who asks.
+        at: The commit.
+        files: Its files.
 
     Raises:
-        HubError: The repository cannot be read.
+        HubError: A file cannot be read.
         CheckpointError: It has no safetensors weights, or broken ones.
     """
-    client = Client(token)
-    at = client.resolve(of)
-    return remote_checkpoint(client, at, client.files(at))
-
-
-def remote_checkpoint(client: Client, at: Snapshot, files: Mapping[str, RemoteFile]) -> Checkpoint:
-    """As `open_remote`, of a commit and its files; the checkpoint's directory is only a name."""
     where = Path(str(at))
     config = read_json(small(client, at, files, CONFIG)) if CONFIG in files else None
     if SINGLE in files and INDEX in files:

@@ -1,4 +1,4 @@
-"""Merging with a base on the Hub: into a directory, or into another repository, where most of it never travels.
+"""Merging a base on the Hub into another repository there: most of it never travels.
 
 What travels for `push_merged`: headers by range requests; every small file that git itself holds, down and up, since
 the Hub copies only large files; each shard with a touched table, down and up. All other large files are copied by the
@@ -9,11 +9,8 @@ travel, and the report says which.
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,88 +19,18 @@ from huggingface_hub import CommitOperationCopy
 
 from embedsurgery.adapter import Adapter
 from embedsurgery.card import README, front_matter, merged_body, merged_front, renewed
-from embedsurgery.checkpoint import STATE_DIRECTORY, Checkpoint
-from embedsurgery.durable import copy_file
 from embedsurgery.errors import ConfigError, EmbedSurgeryWarning, HubError
-from embedsurgery.hub.client import Client, RemoteFile, Snapshot, Token
+from embedsurgery.hub.client import Client, RemoteFile, Snapshot
 from embedsurgery.hub.commits import Content, CopyRefused, PushReport, commit, prepare
-from embedsurgery.hub.faults import faults
-from embedsurgery.hub.headers import read_remote, remote_checkpoint
+from embedsurgery.hub.headers import remote_checkpoint
 from embedsurgery.hub.ids import HubId, find_id
 from embedsurgery.hub.partial_store import PartialStore, merged
 from embedsurgery.hub.pulling import pull
+from embedsurgery.hub.scratch import fill, put, scratch, wanted
+from embedsurgery.hub.tokens import Token
 from embedsurgery.surgeries.soft_prompt_bake_config import BakeConfig
 
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".msgpack", ".h5", ".gguf", ".onnx", ".onnx_data",
-            ".ot", ".tflite", ".nemo", ".mlmodel")  # fmt: skip
-"""Ends of the names of weights in other formats: a merge would leave them stale, and some can run code."""
-
 _NOT_THEIRS = (".gitattributes", README)
-_TOKENIZER = (".json", ".model", ".txt", ".jinja")
-
-
-@contextmanager
-def downloaded(of: HubId, *, token: Token = None) -> Iterator[Path]:
-    """Inside, a model of the Hub as a directory, for `merge_checkpoint`: weights as links into the Hub cache.
-
-    Only what a merge needs comes: safetensors weights and small files, no weights in other formats.
-
-    Raises:
-        HubError: It cannot be had.
-        CheckpointError: It has no safetensors weights.
-    """
-    client = Client(token)
-    at = client.resolve(of)
-    if client.cached(at, "config.json") is None or not _offline():
-        files = client.files(at, everything=True)
-        names = wanted(files, remote_checkpoint(client, at, files).headers)
-    else:
-        names = _cached_names(client, at)
-        warnings.warn(f"offline: {at} is merged as far as the Hub cache has it, {len(names)} files",
-                      EmbedSurgeryWarning, stacklevel=3)  # fmt: skip
-    with _scratch(at) as folder:
-        for name in names:
-            path = client.fetch(at, name)
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            if name.endswith(".safetensors"):
-                (folder / name).symlink_to(path.resolve())
-            else:
-                shutil.copyfile(path, folder / name)
-        yield folder
-
-
-def _offline() -> bool:
-    from huggingface_hub import constants
-
-    return constants.is_offline_mode()
-
-
-def _cached_names(client: Client, at: Snapshot) -> list[str]:
-    """What the Hub cache holds of a commit, where the Hub cannot be asked what there is."""
-    config = client.cached(at, "config.json")
-    assert config is not None
-    top = config.parent
-    return sorted(path.relative_to(top).as_posix() for path in top.rglob("*") if path.is_file())
-
-
-def wanted(files: Collection[str], weights: Collection[str]) -> list[str]:
-    """The files that make a merged model: its safetensors weights, and all that are no weights."""
-    return [
-        name
-        for name in files
-        if name in weights
-        or not (name.endswith(_PICKLES) or name.endswith((".safetensors", ".safetensors.index.json")))
-        or name == "model.safetensors.index.json"
-        or name.startswith(f"{STATE_DIRECTORY}/")
-    ]
-
-
-@contextmanager
-def _scratch(at: Snapshot) -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="embedsurgery-") as parent:
-        folder = Path(parent, f"{at.repo.replace('/', '--')}@{at.sha[:12]}")
-        folder.mkdir()
-        yield folder
 
 
 def push_merged(
@@ -151,9 +78,9 @@ def push_merged(
     files = client.files(at, everything=True)
     checkpoint = remote_checkpoint(client, at, files)
     names = [name for name in wanted(files, checkpoint.headers) if name not in _NOT_THEIRS]
-    with _scratch(at) as folder:
-        _fill(client, at, files, checkpoint, names, folder)
-        store = PartialStore.begin(folder, partial(_into, client, at))
+    with scratch(at) as folder:
+        fill(client, at, files, checkpoint, names, folder)
+        store = PartialStore.begin(folder, partial(put, client, at))
         done = merged(store, [_pulled(adapter, token) for adapter in adapters], bake)
         content, copies = _changes(client, at, files, names, folder, store.present)
         kept = front_matter(client.fetch(at, README).read_text("utf-8", "replace")) if README in files else {}
@@ -170,7 +97,7 @@ def push_merged(
             warnings.warn(f"{error}", EmbedSurgeryWarning, stacklevel=2)
             for copy in copies:
                 (folder / copy.path_in_repo).parent.mkdir(parents=True, exist_ok=True)
-                _into(client, at, copy.path_in_repo, folder / copy.path_in_repo)
+                put(client, at, copy.path_in_repo, folder / copy.path_in_repo)
                 content[copy.path_in_repo] = folder / copy.path_in_repo
             report = send(content)
     return replace(report, left_out=tuple(sorted(set(files) - set(names) - set(_NOT_THEIRS))))
@@ -180,38 +107,6 @@ def _pulled(adapter: Adapter | str | os.PathLike[str], token: Token) -> Adapter 
     if isinstance(adapter, Adapter) or find_id(adapter) is None:
         return adapter
     return pull(os.fspath(adapter), token=token)
-
-
-def _fill(
-    client: Client,
-    at: Snapshot,
-    files: Mapping[str, RemoteFile],
-    checkpoint: Checkpoint,
-    names: Sequence[str],
-    folder: Path,
-) -> None:
-    """The small files, and in place of each weight file one of its size that is a header and a hole."""
-    for name in names:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        if name in checkpoint.headers:
-            _, head, total = read_remote(client, at, name)
-            with open(folder / name, "xb") as file:
-                file.write(head)
-                file.truncate(total)
-        elif (
-            files[name].sha256 is None
-            or name.startswith(f"{STATE_DIRECTORY}/")
-            or ("/" not in name and name.endswith(_TOKENIZER))
-        ):
-            _into(client, at, name, folder / name)
-
-
-def _into(client: Client, at: Snapshot, name: str, path: Path) -> None:
-    """A file of the Hub as one of our own, whole, or not there."""
-    cached = client.fetch(at, name).resolve()
-    path.unlink(missing_ok=True)
-    with faults(f"{at}/{name}", "copy out of the Hub cache"):
-        copy_file(cached, path)
 
 
 def _changes(
@@ -235,7 +130,7 @@ def _changes(
         else:  # the Hub copies only what lies in its content store
             if not here:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                _into(client, at, name, path)
+                put(client, at, name, path)
             content[name] = path
     new = (p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
     content.update({name: folder / name for name in new if name not in files})

@@ -17,9 +17,10 @@ from embedsurgery.adapter import CONFIG_NAME, METADATA_KEY, WEIGHTS_NAME, Adapte
 from embedsurgery.api import load
 from embedsurgery.durable import refuse_existing, staged_directory, sync_path
 from embedsurgery.errors import AdapterError, UnknownSurgeryError
-from embedsurgery.hub.client import Client, RemoteFile, Snapshot, Token
+from embedsurgery.hub.client import Client, RemoteFile, Snapshot
 from embedsurgery.hub.headers import read_remote, small
 from embedsurgery.hub.ids import SOURCE, HubId
+from embedsurgery.hub.tokens import Token
 from embedsurgery.jsonfile import read_json
 from embedsurgery.raw import EDITABLE
 from embedsurgery.registry import registry

@@ -13,10 +13,11 @@ from embedsurgery.adapter import CONFIG_NAME, WEIGHTS_NAME, Adapter
 from embedsurgery.api import load
 from embedsurgery.card import README, adapter_body, adapter_front, base_id, renewed
 from embedsurgery.errors import ConfigError, EmbedSurgeryWarning, HubError
-from embedsurgery.hub.client import Client, Snapshot, Token
+from embedsurgery.hub.client import Client, Snapshot
 from embedsurgery.hub.commits import Content, PushReport, commit, prepare
 from embedsurgery.hub.headers import small
-from embedsurgery.hub.ids import HubId
+from embedsurgery.hub.ids import HubId, find_id
+from embedsurgery.hub.tokens import Token
 
 
 def push(
@@ -57,6 +58,9 @@ def push(
     if of.revision is not None:
         raise ConfigError("a push goes to a branch", found=repo, expected="org/name", hint="give it as revision")
     revision = HubId.parse(repo, revision).revision
+    if not isinstance(adapter, Adapter) and find_id(adapter) is not None:
+        raise ConfigError("what is pushed is an adapter or its directory", found=str(adapter),
+                          hint="there is no such directory; pull() gets an adapter from the Hub")  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="embedsurgery-push-") as scratch:
         folder = adapter.save(scratch) if isinstance(adapter, Adapter) else Path(adapter)
         loaded = adapter if isinstance(adapter, Adapter) else load(folder)

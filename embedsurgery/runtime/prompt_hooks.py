@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import nn
@@ -339,12 +339,11 @@ class Heads:
             return None
         batch, length = _size(given)
         labels = given.get("labels")
-        by_token = _is_by_token(labels, batch, length)
         if live.keep:
             prompts.kept = live.count
-            prompts.one_more = by_token and self.shifts
+            prompts.one_more = self.shifts and _is_by_token(labels, batch, length)
             return (), _with_front(given, live.count, prompts.filler(), batch, length)
-        if not by_token or not self.shifts:
+        if not self.shifts or not _is_by_token(labels, batch, length):
             return None
         prompts.one_more = True
         front = labels.new_full((batch, 1), IGNORED)
@@ -384,9 +383,11 @@ class _LaterMasks:
         if any(self.prompts.of(stack.name) is not None for stack in self.prompts.stacks):
             return kwargs["attention_mask"]
         own = getattr(type(model), "create_masks_for_generate", None)
-        if own is None:
-            from transformers.masking_utils import create_masks_for_generate as own
-        return own(*args, **kwargs)
+        if own is not None:
+            return own(*args, **kwargs)
+        from transformers.masking_utils import create_masks_for_generate
+
+        return create_masks_for_generate(*args, **kwargs)
 
 
 def _has_input(given: dict[str, Any]) -> bool:
@@ -412,7 +413,7 @@ def _first(mask: Any) -> torch.Tensor | None:
     return first
 
 
-def _is_by_token(labels: Any, batch: int, length: int) -> bool:
+def _is_by_token(labels: Any, batch: int, length: int) -> TypeGuard[torch.Tensor]:
     return isinstance(labels, torch.Tensor) and labels.shape == (batch, length) and not labels.is_floating_point()
 
 
@@ -431,9 +432,8 @@ def _with_front(given: dict[str, Any], count: int, filler: int, batch: int, leng
     out = dict(given)
     for name, value in (("input_ids", filler + 1), ("attention_mask", 1), ("labels", IGNORED)):
         part = given.get(name)
-        if _is_by_token(part, batch, length) or (
-            name == "attention_mask" and getattr(part, "shape", ()) == (batch, length)
-        ):
+        fits = isinstance(part, torch.Tensor) and part.shape == (batch, length)
+        if fits and not (name == "labels" and part.is_floating_point()):
             out[name] = torch.cat([part.new_full((batch, count), value), part], dim=1)
     embeds = given.get("inputs_embeds")
     if embeds is not None:

@@ -60,14 +60,14 @@ def _stack(name: str, model: nn.Module, part: nn.Module, lookups: set[int]) -> S
     if outer is None or not mine or (name != "model" and part is model):
         return None
     parts = mine[0].split(".")
-    levels = []
+    levels: list[tuple[str, tuple[str, ...]]] = []
     for count in range(len(parts)):
         path = ".".join((*([outer] if outer else ()), *parts[:count]))
         names = tuple(inspect.signature(submodule(model, path).forward).parameters)
         if "input_ids" in names and ("inputs_embeds" in names or not levels):
             levels.append((path, names))
-    lookups = tuple(f"{outer}.{one}" if outer else one for one in mine)
-    return Stack(name, tuple(levels), lookups) if levels else None
+    inside = tuple(f"{outer}.{one}" if outer else one for one in mine)
+    return Stack(name, tuple(levels), inside) if levels else None
 
 
 def _base(model: nn.Module) -> nn.Module:

@@ -112,8 +112,8 @@ def run(case: Case, variants: list[str], pool: Pool, available: int, **settings:
         settings: ``device`` and ``threads``, for the workers.
 
     Returns:
-        The case, and for each variant its seconds, peaks, and their ratios to the base's; and, where embedsurgery and
-        PEFT ran side by side, how many times longer PEFT took.
+        The case, and for each variant its seconds, peaks, arithmetic and traffic, and their ratios to the base's; and,
+        where embedsurgery and PEFT ran side by side, how many times longer PEFT took.
     """
     beside, left_out = groups(case, variants, available)
     found: dict[str, Any] = {}
@@ -146,6 +146,8 @@ def _alternate(case: Case, children: dict[str, Child], settings: dict[str, Any])
                 raw[variant]["seconds"].append(answer["seconds"])
                 raw[variant]["processor_seconds"].append(answer["processor_seconds"])
     for variant, child in children.items():
+        child.send(do="count")
+        raw[variant].update(child.receive())
         for _ in range(PEAKS):
             child.send(do="peak")
             raw[variant]["peaks"].append(child.receive()["peak_bytes"])
@@ -163,6 +165,8 @@ def summary(raw: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
         "median_processor_seconds": statistics.median(raw["processor_seconds"]),
         "time_ratio": _paired(raw, base, "seconds"),
         "processor_ratio": _paired(raw, base, "processor_seconds"),
+        "arithmetic_ratio": raw["arithmetic"] / max(base["arithmetic"], 1),
+        "traffic_ratio": raw["traffic_bytes"] / max(base["traffic_bytes"], 1),
         "peak_bytes": peak,
         "peak_ratio": max(peak, FLOOR) / max(base_peak, FLOOR),
         "peak_ratio_without_state": max(stateless, FLOOR) / max(base_peak, FLOOR),

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.benchmarks.cases import Case, choose, main_cases, sweep_cases
+from tests.benchmarks.counting import count
 from tests.benchmarks.measure import groups, spread
 from tests.benchmarks.training import table
 
@@ -49,6 +51,8 @@ def test_the_ratios_are_finite_and_in_order(report: dict[str, Any]) -> None:
             for field in ("time_ratio", "processor_ratio"):
                 low, median, high = (found[field][name] for name in ("low", "median", "high"))
                 assert 0 < low <= median <= high < math.inf
+            assert 0 < found["traffic_ratio"] < math.inf
+            assert (found["arithmetic"] > 0) is (result["case"]["work"] != "lookup")
             assert 0 < found["peak_ratio_without_state"] <= found["peak_ratio"] < math.inf
             assert len(found["seconds"]) == len(found["processor_seconds"]) == len(found["peaks"]) == 2
         assert 0 < result["variants"]["embedsurgery"]["faster_than_peft_seconds"]["median"] < math.inf
@@ -69,6 +73,20 @@ def test_the_variants_do_the_same_work(report: dict[str, Any]) -> None:
         assert found["base"]["trained_parameters"] == found["base"]["state_bytes"] == 0
         assert found["embedsurgery"]["trained_parameters"] == found["peft"]["trained_parameters"] == count
         assert found["embedsurgery"]["state_bytes"] == (count * 8 if work in ("train", "prompt") else 0)
+
+
+def test_counts_are_exact() -> None:
+    a, b, table, ids = torch.ones(3, 5), torch.ones(5, 7), torch.ones(1000, 8), torch.tensor([4, 2])
+
+    def step() -> None:
+        (a @ b).t()
+        torch.nn.functional.embedding(ids, table)
+        table.index_copy_(0, ids, torch.ones(2, 8))
+
+    found = count(step)
+    assert found["arithmetic"] == 2 * 3 * 5 * 7
+    products, picked, made, put = 4 * (15 + 35 + 21), 2 * 4 * 16, 4 * 16, 3 * (16 + 4 * 16)
+    assert found["traffic_bytes"] == products + picked + made + put
 
 
 def test_the_machine_is_described(report: dict[str, Any]) -> None:

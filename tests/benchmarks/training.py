@@ -14,7 +14,8 @@ A training step is the forward, the library's loss over the logits, the backward
 are cases with logits and loss at the last 16 positions of a sample only, as in training on answers: there the logits
 hide less. A quarter of the batch's tokens are among the K. Memory is the peak during a step over the loaded model, the
 optimizer's state included: resident size on a CPU, the allocator's own count on a GPU. Cases that the free memory does
-not hold are left out and named; PEFT and the full embedding then run with the base alone.
+not hold are left out and named; PEFT and the full embedding then run with the base alone. Arithmetic and memory traffic
+are counted (``counting.py``), and so are the same wherever this runs.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ def _measure(case: Case, options: argparse.Namespace, pool: Pool, device: str, r
 
 
 def table(results: list[dict[str, Any]], clock: str) -> str:
-    """Markdown: two lines for each case, ratios to the frozen base with their quartiles."""
+    """Markdown: three lines for each case, ratios to the frozen base with their quartiles."""
     lines = ["| case | frozen base | embedsurgery | PEFT | full embedding |", "| --- | --- | --- | --- | --- |"]
     median, ratio = CLOCKS[clock]
     for result in results:
@@ -106,7 +107,16 @@ def table(results: list[dict[str, Any]], clock: str) -> str:
         peaks += [_peak(case, found[v]) if v in found else "-" for v in VARIANTS[1:]]
         lines.append(f"| {describe(case)}: {clock} time | " + " | ".join(times) + " |")
         lines.append(f"| {describe(case)}: peak memory | " + " | ".join(peaks) + " |")
+        counts = [f"{base['arithmetic'] / 1e9:,.4g} GFLOP, {_megabytes(base['traffic_bytes'])}"]
+        counts += [_counted(case, found[v]) if v in found else "-" for v in VARIANTS[1:]]
+        lines.append(f"| {describe(case)}: arithmetic, memory traffic | " + " | ".join(counts) + " |")
     return "\n".join(lines)
+
+
+def _counted(case: dict[str, Any], found: dict[str, Any]) -> str:
+    if case["work"] == "lookup":  # which has no products
+        return f"-, {found['traffic_ratio']:.3g}"
+    return f"{found['arithmetic_ratio']:.3f}, {found['traffic_ratio']:.3f}"
 
 
 def _peak(case: dict[str, Any], found: dict[str, Any]) -> str:

@@ -22,13 +22,16 @@ from typing import Any
 import torch
 
 from tests.benchmarks.cases import Case
+from tests.benchmarks.counting import count
 from tests.benchmarks.models import build, state_bytes, work
 
 _M_MMAP_THRESHOLD = -3  # malloc.h
 
 
 class Worker:
-    """Answers "build", "step" (timed) and "peak" (a step's memory, with the allocator kept from hoarding)."""
+    """Answers "build", "step" (timed), "count" (a step's arithmetic and traffic) and "peak" (a step's memory, with the
+    allocator kept from hoarding).
+    """
 
     def __init__(self) -> None:
         self.device = torch.device("cpu")
@@ -43,6 +46,8 @@ class Worker:
                 torch.set_num_threads(request["threads"])
             case = Case(**{**request["case"], "batch": tuple(request["case"]["batch"])})
             return self._build(case, request["variant"], request["device"])
+        if request["do"] == "count":
+            return dict(count(self.step))
         return self._timed() if request["do"] == "step" else self._peak()
 
     def _build(self, case: Case, variant: str, device: str) -> dict[str, Any]:

@@ -117,10 +117,15 @@ def spoils(go: Callable[[], Answer]) -> Answer:
 
 
 class Listener:
-    """One origin: a threaded server on a free port of 127.0.0.1."""
+    """One origin: a threaded server on a free port of 127.0.0.1.
 
-    def __init__(self, serve: Callable[[Request], Answer]) -> None:
-        handler = type("Handler", (_Handler,), {"serve": staticmethod(serve)})
+    Args:
+        serve: Answers a request.
+        patience: How many bytes of an upload are read before the connection is closed; None for all.
+    """
+
+    def __init__(self, serve: Callable[[Request], Answer], patience: Callable[[], int | None] = lambda: None) -> None:
+        handler = type("Handler", (_Handler,), {"serve": staticmethod(serve), "patience": staticmethod(patience)})
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self._server.daemon_threads = True
 
@@ -145,9 +150,15 @@ class _Handler(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True
     wbufsize = -1
     serve: Callable[[Request], Answer]
+    patience: Callable[[], int | None]
 
     def _answer(self) -> None:
         size = int(self.headers.get("Content-Length") or 0)
+        patience = type(self).patience() if self.command == "PUT" else None
+        if patience is not None and patience < size:
+            self.rfile.read(patience)
+            self._close()
+            return
         body = self.rfile.read(size) if size else self._chunks()
         headers = {key.lower(): value for key, value in self.headers.items()}
         request = Request(self.command, self.path, headers, body)

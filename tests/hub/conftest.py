@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from huggingface_hub.utils import _http, close_session
 
 import embedsurgery as es
 from embedsurgery.hub import commits
-from tests.conftest import contents, save, tiny, trained
+from tests.conftest import ROOT, contents, save, tiny, trained
 from tests.hub.loopback import WRITER, Hub
 
 CLIENTS_OWN = "ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarning"
@@ -28,8 +29,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture
-def hub() -> Iterator[Hub]:
-    with Hub().running() as running:
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
+    with Hub(tmp_path_factory.mktemp("hub")).running() as running:
         yield running
 
 
@@ -56,6 +57,14 @@ def point(monkeypatch: pytest.MonkeyPatch, url: str, home: Path, *, offline: boo
     monkeypatch.setattr(constants, "HF_STORED_TOKENS_PATH", str(home / "stored_tokens"))
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
+
+
+@pytest.fixture
+def env(hub: Hub, tmp_path: Path) -> dict[str, str]:
+    """A process's environment: this Hub, a home of its own, online, xet off, this package wherever it runs."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
+    return {**kept, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": WRITER,
+            "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONPATH": str(ROOT)}  # fmt: skip
 
 
 @pytest.fixture(scope="session")

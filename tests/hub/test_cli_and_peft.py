@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,25 +13,11 @@ import torch
 import embedsurgery as es
 from embedsurgery.adapter import CONFIG_NAME, WEIGHTS_NAME
 from embedsurgery.errors import EmbedSurgeryWarning
-from tests.conftest import ROOT, cli, contents, listing, logits, python, tiny
+from tests.conftest import ROOT, contents, listing, logits, python, tiny
 from tests.hub.answers import says, when
 from tests.hub.conftest import BASE, REPO
 from tests.hub.loopback import READER, WRITER, Hub
-
-
-@pytest.fixture
-def env(hub: Hub, tmp_path: Path) -> dict[str, str]:
-    """A process's environment: this Hub, a home of its own, online, xet off."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
-    return {**kept, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": WRITER,
-            "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}  # fmt: skip
-
-
-def run(env: dict[str, str], *arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
-    done = cli(*arguments, env=env)
-    assert done.returncode == code, done.stderr
-    assert not any(secret in done.stdout + done.stderr for secret in (WRITER, READER, "signature"))
-    return done
+from tests.hub.processes import run
 
 
 def test_push_and_pull(hub: Hub, adapter: es.Adapter, tmp_path: Path, env: dict[str, str]) -> None:

@@ -14,6 +14,7 @@ from huggingface_hub.utils import close_session
 import embedsurgery as es
 from embedsurgery.adapter import CONFIG_NAME, METADATA_KEY, WEIGHTS_NAME
 from embedsurgery.errors import AdapterError, CheckpointError, EmbedSurgeryError, HubError, UnknownSurgeryError
+from embedsurgery.hub import push_merged
 from embedsurgery.safetensors_file import encode_header
 from tests.conftest import listing, trained
 from tests.hub.answers import Answer, Rule, cuts, drops, says, shortens, spoils, when
@@ -205,13 +206,24 @@ def test_a_server_without_ranges_is_refused_before_it_sends_everything(hub: Hub,
 @pytest.mark.parametrize("name", ["../evil.json", "a/../../evil.json", "/etc/evil", "a\\b", ".git/hooks/x", "C:evil",
                                   "a//b", "x\ny"])  # fmt: skip
 def test_a_repository_whose_file_names_are_paths(hub: Hub, base: Path, tmp_path: Path, name: str) -> None:
+    """As a Hub would list it: git itself takes few of these names."""
     from tests.hub.conftest import BASE
 
-    hub.add(BASE, {name: b"evil"})
-    with pytest.raises(HubError) as caught:
-        es.merge_checkpoint(BASE, trained_on(base), tmp_path / "out")
-    refused(caught.value, "no plain path", "do not use")
+    hub.add(BASE, {"placeholder": b"evil"})
+
+    def renamed(go: Any) -> Any:
+        answer = go()
+        answer.body = answer.body.replace(b'"placeholder"', json.dumps(name).encode())
+        return answer
+
+    hub.rules.append(when("GET .*/tree/", renamed))
+    for call in (lambda: es.merge_checkpoint(BASE, trained_on(base), tmp_path / "out"), lambda: es.walk(BASE),
+                 lambda: push_merged(BASE, [trained_on(base)], "team/merged")):  # fmt: skip
+        with pytest.raises(HubError) as caught:
+            call()
+        refused(caught.value, "no plain path", "do not use")
     assert not [path for path in tmp_path.rglob("*") if "evil" in path.name]
+    assert not hub.seen("placeholder|evil|hooks")
 
 
 def trained_on(base: Path) -> es.Adapter:

@@ -120,8 +120,8 @@ def test_only_touched_shards_travel(hub: Hub, base: Path, adapter: es.Adapter, p
     assert len(shards) > 3
     assert touched in report.uploaded
     assert record in report.uploaded
-    base_files = hub.repos[BASE].commits[hub.repos[BASE].branches["main"]][1]
-    assert downloaded_shards(hub) - {hub.repos[REPO].commits[pushed][1]["adapter_model.safetensors"].sha256} == {
+    base_files = hub.repos[BASE].tree(hub.repos[BASE].branches["main"])
+    assert downloaded_shards(hub) - {hub.repos[REPO].tree(pushed)["adapter_model.safetensors"].sha256} == {
         base_files[touched].sha256
     }
     assert len(hub.repos[MERGED].commits) == 2
@@ -136,12 +136,34 @@ def test_only_touched_shards_travel(hub: Hub, base: Path, adapter: es.Adapter, p
     assert all(back[name] == (base / name).read_bytes() for name in shards)
 
 
+def test_what_travels_is_counted(hub: Hub, base: Path, pushed: str) -> None:
+    """A table of kilobytes among megabytes, merged from repository to repository."""
+    big = {"model.layers.0.mlp.big_proj.weight": ("F32", (1000, 5000))}
+    index = json.loads((base / "model.safetensors.index.json").read_text())
+    index["weight_map"].update(dict.fromkeys(big, "big.safetensors"))
+    hub.add(BASE, {"big.safetensors": encode_header(big, {}) + bytes(20_000_000),
+                   "model.safetensors.index.json": json.dumps(index).encode()})  # fmt: skip
+    hub.log.clear()
+    report = push_merged(BASE, [REPO], MERGED)
+    touched = index["weight_map"]["model.embed_tokens.weight"]
+    size = (base / touched).stat().st_size
+    files = hub.repos[MERGED].files()
+    assert "big.safetensors" in report.copied
+    assert len(files["big.safetensors"]) > 20_000_000
+    down = [r for r in hub.seen("GET .*signature") if "range" not in r.headers]
+    rows = len(hub.repos[REPO].files()["adapter_model.safetensors"])
+    assert sum(r.sent for r in down) == size + rows
+    up = sum(len(r.body) for r in hub.seen("PUT "))
+    assert up == size + len(files[".embedsurgery/merges/0001.safetensors"])
+    assert hub.moved() < 150_000
+
+
 def test_what_the_hub_does_not_copy_travels(hub: Hub, base: Path, pushed: str) -> None:
-    hub.xet = False
+    hub.copies = False
     report = push_merged(BASE, [REPO], MERGED)
     assert report.copied == ()
     assert len(hub.repos[MERGED].files()) > 5
-    hub.xet = True
+    hub.copies = True
 
     def failed(go: Any) -> Any:
         answer = go()

@@ -79,6 +79,17 @@ def test_a_push_that_fails_commits_nothing(hub: Hub, adapter: es.Adapter, rule: 
     assert es.push(adapter, REPO).changed
 
 
+@pytest.mark.parametrize("patience", [0, 100])
+def test_a_connection_that_drops_in_the_middle_of_an_upload(hub: Hub, adapter: es.Adapter, patience: int) -> None:
+    hub.patience = patience
+    with pytest.raises(HubError) as caught:
+        es.push(adapter, REPO)
+    refused(caught.value, REPO, "connection broke", "try again")
+    assert set(hub.repos[REPO].files()) == {".gitattributes"}
+    hub.patience = None
+    assert es.push(adapter, REPO).changed
+
+
 def test_two_who_push_at_once(hub: Hub, adapter: es.Adapter, model: Any) -> None:
     es.push(adapter, REPO)
 

@@ -33,7 +33,7 @@ def test_a_push_is_one_commit_on_the_commit_that_was_looked_at(hub: Hub, adapter
     assert report.url == f"{hub.url}/{REPO}/commit/{report.sha}"
     assert set(repo.files()) == OURS | {".gitattributes"}
     (sent,) = hub.seen(f"POST /api/models/{REPO}/commit/")
-    assert json.loads(sent.body.splitlines()[0])["value"]["parentCommit"] == repo.commits[report.sha][0]
+    assert json.loads(sent.body.splitlines()[0])["value"]["parentCommit"] == repo.parent(report.sha)
 
 
 def test_what_was_pushed_is_pulled(hub: Hub, adapter: es.Adapter) -> None:
@@ -66,7 +66,7 @@ def test_branch_tag_message_and_pull_request(hub: Hub, adapter: es.Adapter, mode
     one = es.push(adapter, REPO, revision="next", tag="v1", message="rows of two tokens")
     repo = hub.repos[REPO]
     assert repo.branches["next"] == repo.tags["v1"] == one.sha != repo.branches["main"]
-    assert repo.commits[one.sha][2] == "rows of two tokens"
+    assert repo.message(one.sha) == "rows of two tokens"
     assert es.pull(REPO, revision="v1").source == f"{REPO}@{one.sha}"
     again = es.push(adapter, REPO, revision="next", tag="v1")
     assert (again.changed, again.tag) == (False, "v1")

@@ -1,0 +1,55 @@
+"""What a step does, counted instead of timed: the same on every machine, whatever else that is doing.
+
+Arithmetic is torch's own count of the floating-point operations of matrix products. Traffic is what the kernels read
+and write, by the sizes of their arguments and results; one that picks rows counts those alone, and views nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+_PICK = frozenset({"embedding", "index_select", "index", "gather", "slice", "select"})
+"""Read as much as they write, however large the argument is."""
+
+_PUT = frozenset({"index_put_", "index_add_", "index_copy_", "scatter_", "scatter_add_", "_index_put_impl_"})
+"""Write as much as the values that they are given, however large the result is, which they also read."""
+
+
+class Traffic(TorchDispatchMode):
+    """Adds up ``bytes`` over the kernels that run inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.is_view:
+            return result
+        name = func._schema.name.partition("::")[2]
+        given, made = tree_leaves((args, kwargs)), tree_leaves(result)
+        if name in _PICK:
+            self.bytes += 2 * _size(made)
+        elif name in _PUT:
+            self.bytes += 3 * _size(given[1:])
+        elif not name.startswith(("empty", "detach", "_has_compatible")):
+            self.bytes += _size(given) + _size(made)
+        return result
+
+
+def _size(values: list[Any]) -> int:
+    return sum(value.numel() * value.element_size() for value in values if isinstance(value, torch.Tensor))
+
+
+def count(step: Callable[[], object]) -> dict[str, int]:
+    """Do a step and count its arithmetic and its traffic in bytes."""
+    traffic, arithmetic = Traffic(), FlopCounterMode(display=False)
+    with arithmetic, traffic:
+        step()
+    return {"arithmetic": arithmetic.get_total_flops(), "traffic_bytes": traffic.bytes}

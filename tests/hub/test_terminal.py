@@ -1,0 +1,140 @@
+"""Progress on a terminal and none in a pipe, and what every verb takes of the environment."""
+
+from __future__ import annotations
+
+import os
+import pty
+import subprocess
+import sys
+import termios
+from pathlib import Path
+
+import pytest
+
+import embedsurgery as es
+from embedsurgery.adapter import WEIGHTS_NAME
+from tests.conftest import contents
+from tests.hub.conftest import BASE, REPO
+from tests.hub.loopback import READER, WRITER, Hub
+from tests.hub.processes import run
+
+MERGED = "team/merged"
+BAR = "%|"
+"""What the bars of huggingface_hub have and nothing that we print."""
+
+
+def on_a_terminal(env: dict[str, str], *arguments: object) -> tuple[int, str, str]:
+    """Run the command line with a terminal for standard error; exit code, standard output, what the terminal got."""
+    outside, inside = pty.openpty()
+    termios.tcsetwinsize(inside, (24, 120))
+    command = [sys.executable, "-m", "embedsurgery", *map(str, arguments)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=inside, env={**env, "TERM": "xterm"}) as process:
+        os.close(inside)
+        shown = b""
+        try:
+            while data := os.read(outside, 65536):
+                shown += data
+        except OSError:  # how Linux says that the other end was closed
+            pass
+        os.close(outside)
+        assert process.stdout is not None
+        return process.wait(timeout=120), process.stdout.read().decode(), shown.decode()
+
+
+def test_bars_for_what_comes_and_what_goes(
+    hub: Hub, base: Path, pushed: str, tmp_path: Path, env: dict[str, str]
+) -> None:
+    code, out, shown = on_a_terminal(env, "merge", BASE, REPO, "-o", tmp_path / "out")
+    assert code == 0, shown
+    assert BAR in shown
+    assert "copying" in shown
+    assert shown.rindex(BAR) < shown.index("copying")  # one kind at a time
+    assert out.startswith("merged: ")
+    hub.copies = False
+    code, _, shown = on_a_terminal(env, "merge", BASE, REPO, "--push", MERGED)
+    assert code == 0, shown
+    assert "model-00001-of" in shown
+    assert BAR in shown
+    code, _, shown = on_a_terminal(
+        {**env, "HF_HUB_DISABLE_PROGRESS_BARS": "1"}, "merge", BASE, REPO, "--push", "team/b"
+    )
+    assert code == 0, shown
+    assert BAR not in shown
+
+
+def test_nothing_but_words_in_a_pipe(hub: Hub, base: Path, pushed: str, tmp_path: Path, env: dict[str, str]) -> None:
+    hub.copies = False
+    assert run(env, "merge", BASE, REPO, "-o", tmp_path / "out").stderr == ""
+    assert run(env, "merge", BASE, REPO, "--push", MERGED).stderr == ""
+    assert run(env, "pull", REPO, "-o", tmp_path / "rows").stderr == ""
+    assert run(env, "push", tmp_path / "rows", "team/again").stderr == ""
+    told = run({**env, "HF_HUB_DISABLE_PROGRESS_BARS": "0"}, "merge", BASE, REPO, "--push", "team/told")
+    assert BAR in told.stderr  # who asks for bars by name gets them
+
+
+@pytest.fixture
+def everything(hub: Hub, base: Path, adapter: es.Adapter, pushed: str, tmp_path: Path) -> None:
+    """A base, a merge of it and an adapter on the Hub, to be seen only with a token."""
+    es.merge_checkpoint(base, adapter, tmp_path / "merged")
+    hub.add(MERGED, contents(tmp_path / "merged"))
+    adapter.save(tmp_path / "rows")
+    for repo in hub.repos.values():
+        repo.private = True
+    hub.log.clear()
+
+
+VERBS: list[tuple[str, list[str]]] = [
+    ("inspect", [BASE]),
+    ("show", [REPO, "--model", BASE]),
+    ("verify", [MERGED]),
+    ("merge", [BASE, REPO, "-o", "out"]),
+    ("unmerge", [MERGED, "-o", "out"]),
+    ("extract", [BASE, MERGED, "-o", "out"]),
+    ("tokens", ["add", BASE, "--token", "<x>", "-o", "out"]),
+    ("pull", [REPO, "-o", "out"]),
+    ("push", ["rows", "team/new"]),
+    ("merge --push", [BASE, REPO, "--push", "team/new"]),
+]
+
+
+@pytest.mark.parametrize(("verb", "arguments"), VERBS, ids=[verb for verb, _ in VERBS])
+def test_every_verb_takes_ids_and_a_token(
+    hub: Hub, everything: None, tmp_path: Path, env: dict[str, str], verb: str, arguments: list[str]
+) -> None:
+    nobody = {key: value for key, value in env.items() if key != "HF_TOKEN"}
+    words = [verb.split()[0], *arguments]
+    if verb == "inspect":  # all repositories are private, and nobody is logged in
+        refused = run(nobody, *words, code=1, cwd=tmp_path)
+        assert refused.stderr.count("\n") == 1
+        assert "HF_TOKEN" in refused.stderr
+    option = "--hub-token" if verb == "tokens" else "--token"
+    run(nobody, *words, option, WRITER if "team/new" in words else READER, cwd=tmp_path)
+    agents = {r.headers["user-agent"].partition(";")[0] for r in hub.log if "signature" not in r.path}
+    assert agents == {f"embedsurgery/{es.__version__}"}
+    cache = tmp_path / "home" / "hub"
+    assert verb == "push" or any(cache.rglob("*.json")) or any(cache.rglob(WEIGHTS_NAME))
+
+
+def test_the_stored_login(hub: Hub, everything: None, tmp_path: Path, env: dict[str, str]) -> None:
+    nobody = {key: value for key, value in env.items() if key != "HF_TOKEN"}
+    (tmp_path / "home").mkdir(exist_ok=True)
+    (tmp_path / "home" / "token").write_text(WRITER)
+    run(nobody, "merge", BASE, REPO, "--push", "team/new", cwd=tmp_path)
+    assert {r.token for r in hub.log if "signature" not in r.path} == {WRITER}
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "token").write_text(READER)
+    run({**nobody, "HF_HOME": str(tmp_path / "elsewhere")}, "push", "rows", "team/other", code=1, cwd=tmp_path)
+
+
+def test_verbs_for_which_an_id_makes_no_sense(hub: Hub, pushed: str, tmp_path: Path, env: dict[str, str]) -> None:
+    for words, code, said in (
+        (["push", REPO, "team/copy"], 2, "does not exist"),
+        (["pull", "./rows", "-o", "out"], 1, "not a Hub id"),
+        (["pull", REPO], 2, "-o"),
+        (["merge", "here", REPO, "--push", "team/new"], 1, "not a Hub id"),
+        (["demo", "--model", BASE, "-o", "out"], 1, "no such checkpoint directory"),
+    ):
+        done = run(env, *words, code=code, cwd=tmp_path)
+        assert said in done.stderr, done.stderr
+    assert not hub.seen("POST|PUT")
+    assert not (tmp_path / "out").exists()
