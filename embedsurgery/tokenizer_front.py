@@ -15,6 +15,9 @@ from typing import Any
 from embedsurgery.errors import PlanError, UnsupportedError
 from embedsurgery.plan import Front
 
+MARK = "<|soft:"
+"""How the texts of baked virtual tokens begin."""
+
 _MAKERS = ("TemplateProcessing", "BertProcessing", "RobertaProcessing")
 """Post-processors that add tokens."""
 
@@ -91,6 +94,10 @@ def refuse_held(processor: object, templates: Iterable[str], contents: Iterable[
             if content in text:
                 raise PlanError("the tokenizer's template holds this marker already", where=f"{where}: {place}",
                                 found=repr(content), hint="take it out there, or bake under another name")  # fmt: skip
+    for place, text in written.items():
+        if MARK in text:
+            raise PlanError("another soft prompt stands before every text already", where=f"{where}: {place}",
+                            hint="unmerge it first, or bake with front='none' and choose by the text")  # fmt: skip
 
 
 def _parts(processor: Mapping[str, Any] | None) -> list[dict[str, Any]]:

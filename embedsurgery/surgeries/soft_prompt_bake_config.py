@@ -9,8 +9,6 @@ from typing import Literal
 from embedsurgery.errors import ConfigError
 
 FRONTS = ("all", "text", "chat", "none")
-MARK = "<|soft:"
-"""How the texts of baked virtual tokens begin."""
 
 
 @dataclass(frozen=True)

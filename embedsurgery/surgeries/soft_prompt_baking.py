@@ -32,8 +32,9 @@ from embedsurgery.new_tokens import KnownTokens, assign_ids
 from embedsurgery.plan import AddTokens, Edit, Front, Grow, Plan, SetEntries, SetRows, Suppress, Token, Untie
 from embedsurgery.raw import RawArray
 from embedsurgery.surgeries.base import Ground
-from embedsurgery.surgeries.soft_prompt_bake_config import MARK, BakeConfig, plain
+from embedsurgery.surgeries.soft_prompt_bake_config import BakeConfig, plain
 from embedsurgery.surgeries.soft_prompt_config import prompts_of
+from embedsurgery.tokenizer_front import MARK
 
 INERT = -10_000.0
 """Bias of what is never to be offered: finite in fp16 too, and the exponential of such a logit is zero."""

@@ -243,3 +243,34 @@ def test_reserved_tokens_give_their_rows(tmp_path: Path) -> None:
     assert found[list(report.tokens.values())].max() < -9000
     es.unmerge_checkpoint(tmp_path / "out", tmp_path / "back")
     assert contents(tmp_path / "back") == before
+
+
+@pytest.mark.parametrize("kind", ["llama-tied", "gemma3"])
+def test_trained_saved_baked_and_served(kind: str, tmp_path: Path) -> None:
+    """The whole path, of a prompt that was trained until its loss fell."""
+    begun = start(kind, tmp_path)
+    model, tokenizer = begun.model(), begun.tokenizer()
+    ids = tokenizer("hello world", return_tensors="pt").input_ids
+    answer = tokenizer("the quick brown fox", return_tensors="pt", add_special_tokens=False).input_ids
+    batch = torch.cat([ids, answer], dim=1)
+    labels = torch.cat([torch.full_like(ids, -100), answer], dim=1)
+    torch.manual_seed(0)
+    attachment = es.attach(model, es.SoftPromptConfig(8))
+    optimizer = torch.optim.Adam(attachment.parameters(), lr=0.1)
+    losses = []
+    for _ in range(150):
+        loss = model(input_ids=batch, labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 1
+    attachment.adapter().save(tmp_path / "fox")
+    report = es.merge_checkpoint(begun.folder, tmp_path / "fox", tmp_path / "out")
+    assert next(iter(report.tokens)) == "<|soft:fox:0|>"
+    plain = begun.model(tmp_path / "out")
+    found = _ids(begun, tmp_path / "out", "hello world")
+    expected, logits = last_logits(model, kind, ids), last_logits(plain, kind, found)[: begun.rows]
+    assert (logits - expected).abs().max() < 1e-5 * max(1, expected.abs().max())
+    assert greedy(plain, found, 30) == greedy(model, ids, 30)
+    print(kind, losses[0], losses[-1], tokenizer.decode(greedy(plain, found, 4)))
