@@ -12,7 +12,6 @@ import click
 
 from embedsurgery.cli.options import token_option
 from embedsurgery.cli.render import json_option, print_json, print_table
-from embedsurgery.surgeries.soft_prompt_reading import read_beside
 
 if TYPE_CHECKING:
     from embedsurgery.adapter import Adapter
@@ -137,6 +136,7 @@ def _prompts(loaded: Adapter, store: ShardStore | None, located: Mapping[str, Ta
     import numpy as np
 
     from embedsurgery.surgeries.soft_prompt_config import NAME, prompts_of
+    from embedsurgery.surgeries.soft_prompt_reading import read_beside
 
     if loaded.manifest.surgery != NAME:
         return []
