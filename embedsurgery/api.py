@@ -51,10 +51,25 @@ def walk(target: Target | str | os.PathLike[str]) -> EmbeddingGraph:
         ConfigError: ``target`` is none of the three.
     """
     if isinstance(target, (str, os.PathLike)):
-        remote = hub.find_id(target)
-        checkpoint = open_checkpoint(Path(target)) if remote is None else hub.open_remote(remote)
-        return walk_names(checkpoint.stored(), config=checkpoint.config, source=str(target))
+        return opened(target)[0]
     return store_of(target).graph
+
+
+def opened(model: str | os.PathLike[str]) -> tuple[EmbeddingGraph, Mapping[str, Any] | None]:
+    """The graph of a checkpoint directory or a Hub id, by headers alone, and its config.
+
+    Raises:
+        CheckpointError: The directory's files are missing or broken.
+    """
+    remote = hub.find_id(model)
+    known = registry()
+    if remote is None and not (form := known.format_of(Path(model))).fallback:
+        store = form.open(Path(model))
+        return store.graph, store.config
+    checkpoint = open_checkpoint(Path(model)) if remote is None else hub.open_remote(remote)
+    graph = walk_names(checkpoint.stored(), config=checkpoint.config, source=str(model),
+                       architectures=known.architectures)  # fmt: skip
+    return graph, checkpoint.config
 
 
 def load(directory: str | os.PathLike[str]) -> Adapter:
@@ -170,9 +185,10 @@ def refuse_attached(target: Target, verb: str) -> None:
 
     from embedsurgery.runtime.attach import find
 
+    own = f", or use its own {verb}()" if verb.isalpha() else ""
     if isinstance(target, nn.Module) and find(target) is not None:
         raise AttachmentError(f"cannot {verb} a model that has an attachment from outside", where=type(target).__name__,
-                              hint=f"use the attachment's own {verb}(), or detach() it first")  # fmt: skip
+                              hint=f"detach() it first{own}")  # fmt: skip
 
 
 def refuse_other(model: object) -> None:
@@ -191,7 +207,7 @@ def store_of(target: Target, tokenizer: Any = None) -> Store:
     from embedsurgery.stores.tensors import module_store, state_dict_store
 
     if isinstance(target, nn.Module):
-        return module_store(target, tokenizer=tokenizer)
+        return module_store(target, tokenizer=tokenizer, classify=registry().classify)
     if isinstance(target, Mapping):
         return state_dict_store(target, tokenizer=tokenizer)
     raise ConfigError("not a model or a state dict", expected="nn.Module or mapping of tensors",

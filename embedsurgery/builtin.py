@@ -51,7 +51,7 @@ def embedsurgery_layouts() -> Sequence[LayoutRecord]:
 @hookimpl
 def embedsurgery_stores() -> Sequence[StoreRecord]:
     """Safetensors in one file or in shards: also what is asked where a directory is nothing that anybody knows."""
-    return [StoreRecord("safetensors", _is_safetensors, ShardStore.open, fallback=True)]
+    return [StoreRecord("safetensors", _is_safetensors, _open_shards, fallback=True)]
 
 
 @hookimpl
@@ -59,6 +59,13 @@ def embedsurgery_commands() -> Sequence[CommandRecord]:
     """The verbs of the command line, one a file, so that no plugin takes the name of one; none is imported for it."""
     verbs = (module.name for module in iter_modules(cli.__path__) if module.name not in _NO_VERBS)
     return [CommandRecord(verb, f"built in; embedsurgery {verb} --help", _loader(verb)) for verb in verbs]
+
+
+def _open_shards(directory: Path) -> ShardStore:
+    """With the architectures that plugins know, who are asked when a checkpoint is opened."""
+    from embedsurgery.registry import registry
+
+    return ShardStore.open(directory, architectures=registry().architectures)
 
 
 def _is_safetensors(directory: Path) -> bool:

@@ -15,6 +15,7 @@ import yaml
 from embedsurgery.adapter import Adapter, Manifest
 from embedsurgery.errors import EmbedSurgeryError, HubError, printable
 from embedsurgery.hub.ids import HubId, find_id
+from embedsurgery.registry import registry
 
 README = "README.md"
 BEGIN, END = "<!-- embedsurgery:begin, renewed with each push -->", "<!-- embedsurgery:end -->"
@@ -202,7 +203,19 @@ def adapter_body(adapter: Adapter, repo: str, size: int, at_hand: Path | None = 
         "```sh",
         f"embedsurgery merge {base or name} {repo} -o merged",
         "```",
+        *_sections(manifest),
     ])  # fmt: skip
+
+
+def _sections(manifest: Manifest) -> list[str]:
+    """What plugins add."""
+    found = registry().sections(manifest)
+    return [line for part in found for line in ("", f"## {printable(part.title)}", "", _unmarked(part.body))]
+
+
+def _unmarked(body: str) -> str:
+    """Markdown of others without our marks, which would end our part of the card where they stand."""
+    return body.replace(BEGIN, "").replace(END, "").strip()
 
 
 def _tables(adapter: Adapter) -> list[str]:

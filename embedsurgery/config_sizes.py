@@ -13,6 +13,9 @@ from typing import Any
 SIZES = re.compile(r"((src|tgt|text|entity|encoder|decoder)_)?vocab_size(_per_layer_input)?|n_words")
 """Keys of a config, and attributes of modules, that give the number of rows of a vocabulary."""
 
+ROLES = re.compile(r"\w+_token_(id|ids|index)")
+"""Keys of a config that name a token, or several."""
+
 TEXT_SECTIONS = ("text_config", "decoder", "thinker_config", "llm_config", "language_config")
 """Keys of a config that nest the config of its language model."""
 
@@ -58,6 +61,17 @@ def vocabulary_sizes(config: Mapping[str, Any] | None) -> list[int]:
                 queue.append(value)
             elif type(value) is int and value > 0 and SIZES.fullmatch(key):
                 found.append(value)
+    return found
+
+
+def named_ids(config: Mapping[str, Any]) -> dict[int, str]:
+    """Id -> key, of the tokens that a config gives a part in its language model: ``pad_token_id`` and its like."""
+    found: dict[int, str] = {}
+    for path, section in _all_sections(config):
+        for key, value in section.items() if all(part in SECTIONS for part in path) else ():
+            for index in value if isinstance(value, (list, tuple)) else (value,):
+                if type(index) is int and ROLES.fullmatch(key):
+                    found.setdefault(index, ".".join((*path, key)))
     return found
 
 

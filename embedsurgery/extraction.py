@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,9 +16,10 @@ import numpy as np
 
 from embedsurgery import hub
 from embedsurgery._version import __version__
-from embedsurgery.adapter import WEIGHTS_NAME, Adapter, Fingerprint, Manifest, TableRecord
+from embedsurgery.adapter import CONFIG_NAME, WEIGHTS_NAME, Adapter, Fingerprint, Manifest, TableRecord
 from embedsurgery.errors import BaseMismatchError, CheckpointError, ConfigError, EmbedSurgeryWarning
 from embedsurgery.graph import Table
+from embedsurgery.jsonfile import read_json
 from embedsurgery.plan import Token, spans
 from embedsurgery.raw import EDITABLE, ITEMSIZE, RawArray
 from embedsurgery.registry import registry
@@ -26,7 +27,8 @@ from embedsurgery.safetensors_file import Entry, open_regular, pread_exactly, re
 from embedsurgery.stores.base import rows_of
 from embedsurgery.stores.shards import ShardStore
 from embedsurgery.surgeries.trainable_tokens_files import OTHERS
-from embedsurgery.tokenizer_files import added_tokens, token_texts
+from embedsurgery.tokenizer_files import added_tokens, token_texts, vocabulary
+from embedsurgery.tokenizer_json import flags
 from embedsurgery.vocabulary import NewTokens, entries_name, evidence, filler_name
 from embedsurgery.wrappers import plain_name
 
@@ -107,7 +109,7 @@ def extract(
 
 
 def _extracted(source: Path, target: Path, threshold: float, progress: Callable[[int, int], None] | None) -> Extraction:
-    store = ShardStore.open(source)
+    store = ShardStore.open(source, architectures=registry().architectures)
     tensors = _tensors(target)
     pairs = _pairs(store, tensors, target)
     total = sum(t.entry.end - t.entry.begin for t in pairs.values())
@@ -121,10 +123,12 @@ def _extracted(source: Path, target: Path, threshold: float, progress: Callable[
             if progress is not None:
                 progress(done, total)
         changed[name] = tuple(found)
+        if found:
+            _refuse_one_end(store.graph.table(name), tensors, target)
     new = _new_tokens(store, source, target, pairs)
     left = (*_left(store, tensors, pairs), *_strangers(target, tensors, store))
     texts = {**(token_texts(source) or {}), **(token_texts(target) or {})}
-    ids = sorted({i for rows in changed.values() for i in rows})
+    ids = sorted({i for rows in changed.values() for i in rows} | set(() if new is None else new.ids))
     adapter = _adapter(store, source, tensors, pairs, changed, new, texts, threshold) if ids else None
     return Extraction(
         adapter,
@@ -181,6 +185,22 @@ def _pairs(store: ShardStore, tensors: Mapping[str, _Tuned], tuned: Path) -> dic
     return pairs
 
 
+def _refuse_one_end(table: Table, tensors: Mapping[str, _Tuned], tuned: Path) -> None:
+    """Refuse a tied table of which PEFT trained a copy at one end: the other end kept the base's rows."""
+    config = read_json(tuned / CONFIG_NAME) if (tuned / CONFIG_NAME).exists() else {}
+    saved = config.get("modules_to_save")
+    saved = [name for name in saved if isinstance(name, str)] if isinstance(saved, list) else []
+    modules = list(dict.fromkeys(name.rpartition(".")[0] for name in table.names))
+    stored = [name for name in modules if _like(f"{name}.weight", tensors) is not None]
+    copied = [name for name in stored if any(name == one or name.endswith("." + one) for one in saved)]
+    if copied and len(stored) < len(modules):
+        raise BaseMismatchError(
+            "tuning parted a table that is tied in the base: PEFT trained a copy at one end, the other kept its rows",
+            where=tuned, expected=f"modules_to_save with {', '.join(modules)}", found=", ".join(saved),
+            hint="train with ensure_weight_tying=True, or on a base that is not tied",
+        )  # fmt: skip
+
+
 def _like(name: str, tensors: Mapping[str, _Tuned]) -> _Tuned | None:
     """The tensor of this name, or the one whose name begins or ends alike: see `locate`."""
     if name in tensors:
@@ -222,25 +242,36 @@ def _bytes(rows: RawArray) -> np.ndarray[tuple[int, int], np.dtype[np.uint8]]:
 def _new_tokens(store: ShardStore, base: Path, tuned: Path, pairs: Mapping[str, _Tuned]) -> NewTokens | None:
     """The tokens that the tuned model's tokenizer has and the base's has not."""
     main = store.graph.main_input()
-    vocabulary = store.graph.vocabulary_of(main)
-    parts = [pairs[name] for name in vocabulary.tables if name in pairs]
-    grown = max((p.entry.shape[0] for p in parts), default=vocabulary.size)
+    whole = store.graph.vocabulary_of(main)
+    parts = [pairs[name] for name in whole.tables if name in pairs]
+    grown = max((p.entry.shape[0] for p in parts), default=whole.size)
     tokens: tuple[Token, ...] = ()
     before = token_texts(base)
     if before is not None and token_texts(tuned) is not None:
         found = (t for t in added_tokens(tuned) if before.get(t.id) != t.content and t.id < grown)
         tokens = tuple(replace(t, replaces=before.get(t.id)) for t in found)
-    if grown > vocabulary.size:
-        if len(parts) != len(vocabulary.tables) or any(p.entry.shape[0] != grown for p in parts):
+        _warn_of_flags(tuned, tokens)
+    if grown > whole.size:
+        if len(parts) != len(whole.tables) or any(p.entry.shape[0] != grown for p in parts):
             raise BaseMismatchError("not all tables of the vocabulary grew", where=tuned,
-                                    expected=f"{grown} rows in {', '.join(vocabulary.tables)}",
+                                    expected=f"{grown} rows in {', '.join(whole.tables)}",
                                     found=", ".join(f"{p.entry.name} {p.entry.shape[0]}" for p in parts))  # fmt: skip
         if not tokens:
             warnings.warn(f"{tuned} has rows that the base lacks, and no tokenizer that names them: the adapter brings "
                           "rows and no tokens", EmbedSurgeryWarning, stacklevel=3)  # fmt: skip
-    if not tokens and grown == vocabulary.size:
+    if not tokens and grown == whole.size:
         return None
-    return NewTokens(tuple(sorted(tokens, key=lambda t: t.id)), vocabulary.size, grown, vocabulary.vectors)
+    return NewTokens(tuple(sorted(tokens, key=lambda t: t.id)), whole.size, grown, whole.vectors)
+
+
+def _warn_of_flags(tuned: Path, tokens: tuple[Token, ...]) -> None:
+    """Say which tokens the tuned tokenizer matches in a way of their own, which an adapter does not carry."""
+    known = vocabulary(tuned)
+    odd = [t.content for t in tokens if {**(known.entry(t.content) or {}), "id": t.id} != {"id": t.id, **flags(t)}]
+    if odd:
+        warnings.warn(f"{tuned} matches {', '.join(map(repr, odd[:8]))} in a way of their own (lstrip, rstrip, "
+                      "single_word, normalized): the adapter brings them as add_tokens would",
+                      EmbedSurgeryWarning, stacklevel=4)  # fmt: skip
 
 
 def _left(store: ShardStore, tensors: Mapping[str, _Tuned], pairs: Mapping[str, _Tuned]) -> Iterator[str]:
@@ -299,7 +330,7 @@ def _adapter(
         raw[name] = _taken(part, indices).to(wide)
         others = [i for i in union if i not in set(indices)]
         if others:
-            raw[name + OTHERS] = _taken(part, tuple(others)).to(wide)
+            raw[name + OTHERS] = _untrained(store, table, part, others, ids).to(wide)
         if new is not None:
             raw[filler_name(name)] = _taken(part, (part.entry.shape[0] - 1,))
         sampled = evidence(indices, new, table.shape[0]) if new is not None else ()
@@ -333,11 +364,25 @@ def _adapter(
     return Adapter(manifest, raw, registry().named("trainable_tokens").surgery)
 
 
-def _taken(part: _Tuned, indices: tuple[int, ...]) -> RawArray:
+def _taken(part: _Tuned, indices: Sequence[int]) -> RawArray:
     """Rows of a tuned table, (K, D)."""
     width = part.entry.shape[1]
-    data = b"".join(part.block(index, index + 1).data for index in indices)
+    pitch = ITEMSIZE[part.entry.dtype] * width
+    with open_regular(part.path) as descriptor:
+        data = b"".join(pread_exactly(descriptor, pitch, part.entry.begin + index * pitch) for index in indices)
     return RawArray(part.entry.dtype, (len(indices), width), data)
+
+
+def _untrained(store: ShardStore, table: Table, part: _Tuned, indices: Sequence[int], new: Collection[int]) -> RawArray:
+    """Rows that another table's indices name: new ones as tuned, others as the base has them, below the threshold."""
+    rows = _taken(part, indices)
+    kept = [n for n, index in enumerate(indices) if index < table.shape[0] and index not in new]
+    values = rows_of(store, table, tuple(indices[n] for n in kept)).to(rows.dtype)
+    pitch = len(rows.data) // len(indices)
+    data = bytearray(rows.data)
+    for place, n in enumerate(kept):
+        data[n * pitch : (n + 1) * pitch] = values.data[place * pitch : (place + 1) * pitch]
+    return RawArray(rows.dtype, rows.shape, bytes(data))
 
 
 def _entries(store: ShardStore, tensors: Mapping[str, _Tuned], new: NewTokens) -> dict[str, RawArray]:

@@ -21,13 +21,16 @@ from embedsurgery.planning import extend
 from embedsurgery.registry import registry
 from embedsurgery.stores.base import apply
 from embedsurgery.surgeries.base import Base, Tokenizer
-from embedsurgery.vocabulary import State
+from embedsurgery.vocabulary import NewTokens, State
 from embedsurgery.wrappers import base_of
 
 if TYPE_CHECKING:
     from torch import nn
 
     from embedsurgery.runtime.attach import Attachment
+
+_ADDED = "_embedsurgery_added"
+"""Attribute of a model: `NewTokens` of each call, so that an adapter carries them in whatever list their ids come."""
 
 
 def attach(
@@ -68,21 +71,23 @@ def attach(
     if known is not None and known.merged:
         raise AttachmentError("cannot attach another adapter while the rows are merged into the weights",
                               hint="unmerge() first")  # fmt: skip
-    store = module_store(base, known.graph if known is not None else None)
+    classify = registry().classify
+    store = module_store(base, known.graph if known is not None else None, classify=classify)
     fresh = not isinstance(config, Adapter)
     extended = None
     if isinstance(config, Adapter):
         adapter, record = config, registry().named(config.manifest.surgery)
         extended = _extend(base, adapter, tokenizer, known)
         if extended is not None:
-            store = module_store(base)
+            store = module_store(base, classify=classify)
     else:
         record = registry().for_config(config)
         known_base = _base(base, store.graph, tokenizer)
         adapter = _with_disk_names(plainly_named(record.surgery.start(config, store, known_base)), known_base)
     try:
         attachment = attach_adapter(base, adapter, record, graph=store.graph, name=name,
-                                    freeze=model if freeze else None, materialize=materialize, fresh=fresh)  # fmt: skip
+                                    freeze=model if freeze else None, materialize=materialize, fresh=fresh,
+                                    given=model, classify=classify)  # fmt: skip
     except BaseException:
         if extended is not None:
             apply(extended, store_of(base, tokenizer))
@@ -130,7 +135,7 @@ def add_tokens(
 
     Rows that the table has to spare are used first; else every table and per-token vector of the vocabulary grows, tied
     ones stay tied, and the config follows. `TrainableTokensConfig(token_indices=ids)` then trains the rows of all
-    these tables, and its adapter carries the tokens.
+    these tables, and its adapter carries the tokens; so it does where the ids come in another list, with others.
 
     Args:
         model: Any ``nn.Module`` whose vocabulary is known, without an attachment.
@@ -148,8 +153,9 @@ def add_tokens(
         The ids, a sequence of int, with ``.undo()``.
 
     Raises:
-        ConfigError: A token that is empty, named twice, or that the tokenizer would not give back as one id.
-        BaseMismatchError: The tokenizer has more tokens than the model has rows.
+        ConfigError: A token that is empty, named twice, or that the tokenizer would not give back as one id; one that
+            exists and is not special where that is asked; one that would break a token that is there.
+        BaseMismatchError: The tokenizer has more tokens than the model has rows, or far fewer.
         UnsupportedError: A table that cannot grow: quantised, or sharded over devices.
         AttachmentError: The model has an attachment.
     """
@@ -171,12 +177,27 @@ def add_tokens(
         seed=seed,
     )
     undo = apply(asked.plan, store)
+    if asked.new is not None:
+        _remember(base, (*_added(base), asked.new))
 
     def take_out() -> None:
         refuse_attached(model, "take tokens out of")
         apply(undo, store_of(base, tokenizer))
+        _remember(base, tuple(new for new in _added(base) if new is not asked.new))
 
     return AddedTokens(asked.ids, asked.new, take_out)
+
+
+def _added(model: nn.Module) -> tuple[NewTokens, ...]:
+    """What `add_tokens` gave a model, call by call, also after deepcopy and pickling."""
+    found: tuple[NewTokens, ...] = vars(model).get(_ADDED, ())
+    return found
+
+
+def _remember(model: nn.Module, added: tuple[NewTokens, ...]) -> None:
+    vars(model).pop(_ADDED, None)
+    if added:
+        vars(model)[_ADDED] = added
 
 
 def attached(model: nn.Module) -> Attachment | None:
@@ -188,12 +209,10 @@ def attached(model: nn.Module) -> Attachment | None:
 
 def _with_disk_names(adapter: Adapter, base: Base) -> Adapter:
     """The adapter with its tables' names on disk, where the model was loaded from a directory that still holds them."""
-    from embedsurgery.stores.shards import ShardStore
-
     if base.name is None or not Path(base.name).is_dir():
         return adapter
     try:
-        located = locate(adapter, ShardStore.open(Path(base.name)))
+        located = locate(adapter, registry().open_store(Path(base.name)))
     except EmbedSurgeryError:  # a name is a hint: without it the rows decide
         return adapter
     tables = tuple(
@@ -218,4 +237,5 @@ def _base(model: nn.Module, graph: EmbeddingGraph, tokenizer: Tokenizer | None) 
         config=config,
         submodules=tuple(stack.name for stack in stacks_of(model, graph)),
         heads=heads_of(model),
+        new_tokens=_added(model),
     )

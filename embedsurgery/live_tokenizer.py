@@ -66,7 +66,12 @@ def known_tokens(tokenizer: Any) -> KnownTokens:
     known = texts(tokenizer)
     unknown = _plain(tokenizer).unk_token_id
     return KnownTokens(known, next_id(tokenizer), lambda text: encode_plain(tokenizer, text), unknown, _name(tokenizer),
-                       lambda: replaceable(tokenizer))  # fmt: skip
+                       lambda: replaceable(tokenizer), lambda: _specials(tokenizer))  # fmt: skip
+
+
+def _specials(tokenizer: Any) -> set[int]:
+    """Ids of the added tokens that are special."""
+    return {index for index, token in _plain(tokenizer).added_tokens_decoder.items() if token.special}
 
 
 def replaceable(tokenizer: Any) -> tuple[int, ...]:

@@ -6,23 +6,36 @@ adapter keeps of new tokens is ``vocabulary.py``'s.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import warnings
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import overload
 
 import numpy as np
 
-from embedsurgery.errors import AttachmentError, BaseMismatchError, ConfigError, UnsupportedError
+from embedsurgery.config_sizes import as_mapping, named_ids
+from embedsurgery.errors import (
+    AttachmentError,
+    BaseMismatchError,
+    ConfigError,
+    EmbedSurgeryWarning,
+    UnsupportedError,
+)
 from embedsurgery.graph import EmbeddingGraph, Vocabulary
 from embedsurgery.initializers.base import InitializerRecord, NewToken, TableView
 from embedsurgery.initializers.initial import initial_rows, parse_init, with_parts
 from embedsurgery.plan import AddTokens, Edit, Grow, Plan, SetEntries, SetRows, Token
 from embedsurgery.raw import RawArray
 from embedsurgery.stores.base import Store
+from embedsurgery.tokenizer_json import is_reserved
 from embedsurgery.vocabulary import NewTokens
 
 FILLER = "mean"
 """How rows start that only pad a table to a multiple."""
+
+FEW_SPARE = 4096
+"""So many rows beyond the tokenizer's may pad any table; or an eighth of it."""
 
 Init = str | Mapping[str, str]
 
@@ -38,6 +51,7 @@ class KnownTokens:
         unknown: Id of the unknown token, None where there is none.
         source: What it is, for messages.
         replaceable: Gives the ids of reserved tokens ("[unused7]") that a new one may replace, ascending.
+        specials: Gives the ids of the added tokens that are special.
     """
 
     texts: Mapping[int, str]
@@ -46,6 +60,7 @@ class KnownTokens:
     unknown: int | None = None
     source: str = "tokenizer"
     replaceable: Callable[[], Sequence[int]] = field(default=tuple, repr=False)
+    specials: Callable[[], Collection[int]] = field(default=tuple, repr=False)
 
 
 @dataclass(frozen=True)
@@ -133,20 +148,21 @@ def plan_tokens(
         seed: For initialisers that draw.
 
     Raises:
-        ConfigError: No token, an empty one, one twice, an initialiser or multiple that is none.
+        ConfigError: No token, an empty one, one twice, one that exists and is not special, an initialiser or multiple
+            that is none.
         TableError: The model's vocabulary is not known.
-        BaseMismatchError: The tokenizer has more tokens than the model has rows.
+        BaseMismatchError: The tokenizer has more tokens than the model has rows, or far fewer.
         UnsupportedError: Tables of different lengths, of which one lacks the new rows.
     """
     contents = _checked(tokens)
     _check_multiple(pad_to_multiple_of)
     vocabulary = store.graph.vocabulary_of(store.graph.main_input())
-    if known.next_id > vocabulary.size:
-        raise BaseMismatchError("the tokenizer has ids beyond the model's rows", where=known.source,
-                                expected=f"{vocabulary.size} tokens at most", found=known.next_id,
-                                hint="is it this model's tokenizer?")  # fmt: skip
-    ids = {text: index for index, text in known.texts.items() if text in contents}
-    free = [i for i in known.replaceable() if i < vocabulary.size] if reserved else []
+    check_belongs(known, vocabulary.size)
+    wanted = set(contents)
+    ids = {text: index for index, text in known.texts.items() if text in wanted}
+    _check_existing(ids, known, special)
+    roles = named_ids(as_mapping(store.config))
+    free = [i for i in known.replaceable() if i < vocabulary.size and i not in roles] if reserved else []
     new = assign_ids([c for c in contents if c not in ids], free, known.next_id, known.texts, special=special)
     ids.update({token.content: token.id for token in new})
     inits = _inits(init, contents, initializers)
@@ -154,6 +170,7 @@ def plan_tokens(
     if not new:
         return TokensPlan(Plan(()), ordered, None)
     _check_heads(store.graph, vocabulary, new)
+    _warn_of_roles(roles, new)
     grown = max(vocabulary.size, max(token.id for token in new) + 1)
     if grown > vocabulary.size and pad_to_multiple_of:
         grown = -(-grown // pad_to_multiple_of) * pad_to_multiple_of
@@ -170,7 +187,7 @@ def _checked(tokens: str | Sequence[str]) -> list[str]:
         raise ConfigError("no texts of tokens", expected="one or several strings", found=repr(wrong or contents)[:80])
     if not all(contents):
         raise ConfigError("a token is empty", expected="a text", found=repr(contents)[:80])
-    twice = sorted({c for c in contents if contents.count(c) > 1})
+    twice = sorted(content for content, count in Counter(contents).items() if count > 1)
     if twice:
         raise ConfigError("a token is named twice", expected="each once", found=", ".join(map(repr, twice[:8])))
     return contents
@@ -179,6 +196,41 @@ def _checked(tokens: str | Sequence[str]) -> list[str]:
 def _check_multiple(multiple: int | None) -> None:
     if multiple is not None and (type(multiple) is not int or multiple < 1):
         raise ConfigError("pad_to_multiple_of is no multiple", expected="a positive integer", found=repr(multiple))
+
+
+def check_belongs(known: KnownTokens, size: int) -> None:
+    """Refuse a tokenizer of another model, as far as numbers tell: its next id would be a row that a token has."""
+    if known.next_id > size:
+        raise BaseMismatchError("the tokenizer has ids beyond the model's rows", where=known.source,
+                                expected=f"{size} tokens at most", found=known.next_id,
+                                hint="is it this model's tokenizer?")  # fmt: skip
+    if size - known.next_id > max(FEW_SPARE, size // 8):
+        raise BaseMismatchError("the tokenizer has far fewer tokens than the model has rows", where=known.source,
+                                expected=f"about {size} tokens", found=known.next_id,
+                                hint="is it this model's tokenizer? if it is, cut the tables to it first: "
+                                "model.resize_token_embeddings(len(tokenizer))")  # fmt: skip
+
+
+def _check_existing(ids: Mapping[str, int], known: KnownTokens, special: bool) -> None:
+    """Refuse to find a token that is less special than asked for; say where no text reaches one that is reserved."""
+    marked = set(known.specials()) if special and ids else set()
+    plain = [text for text, index in ids.items() if special and index not in marked]
+    if plain:
+        raise ConfigError("a token exists already, and is not special", where=known.source,
+                          found=", ".join(f"{text!r} ({ids[text]})" for text in plain[:8]),
+                          hint="ask for it without special, or choose another text")  # fmt: skip
+    for text, index in ids.items():
+        if is_reserved(text) and list(known.encode(text)) != [index]:
+            warnings.warn(f"{text!r} exists as {index}, and the tokenizer does not make that token of the text; a text "
+                          "of your own gets its row with reserved=True", EmbedSurgeryWarning, stacklevel=4)  # fmt: skip
+
+
+def _warn_of_roles(roles: Mapping[int, str], new: Sequence[Token]) -> None:
+    """Say where a new token's id has a part in the model already: padding, the end, the place of an image."""
+    for token in new:
+        if token.id in roles:
+            warnings.warn(f"the new token {token.content!r} gets id {token.id}, which the model's config calls "
+                          f"{roles[token.id]}", EmbedSurgeryWarning, stacklevel=4)  # fmt: skip
 
 
 def _check_heads(graph: EmbeddingGraph, vocabulary: Vocabulary, new: Sequence[Token]) -> None:

@@ -32,12 +32,23 @@ from embedsurgery.durable import (
 )
 from embedsurgery.errors import BaseMismatchError, CheckpointError, ConfigError, EmbedSurgeryWarning, PlanError
 from embedsurgery.new_tokens import Init, plan_tokens
-from embedsurgery.plan import AddTokens, Edit, Grow, PatchFile, Plan, SetBlocks, SetEntries, SetRows, Undo, Untie
+from embedsurgery.plan import (
+    AddTokens,
+    Edit,
+    Grow,
+    PatchFile,
+    Plan,
+    SetBlocks,
+    SetEntries,
+    SetRows,
+    Undo,
+    Untie,
+    undo_bytes,
+)
 from embedsurgery.planning import plan_adapters
 from embedsurgery.records import MERGES, adapter_sha256, check_written, facts, next_record, record_paths, tokens_facts
 from embedsurgery.registry import registry
 from embedsurgery.stores.base import Store, apply, check
-from embedsurgery.stores.shards import ShardStore
 from embedsurgery.surgeries.soft_prompt_bake_config import BakeConfig
 from embedsurgery.tokenizer_files import check_front, check_tokens, known_tokens
 from embedsurgery.vocabulary import NewTokens
@@ -60,6 +71,7 @@ class MergeReport:
         tokens: Text -> id of tokens that are added.
         copied: Bytes of the whole checkpoint.
         done: False for a dry run.
+        undo: Bytes of rows that are kept to take it out again; large for an adapter of whole tables.
     """
 
     output: str | None
@@ -69,6 +81,7 @@ class MergeReport:
     tokens: dict[str, int]
     copied: int
     done: bool
+    undo: int = 0
 
 
 def merge_checkpoint(
@@ -102,7 +115,7 @@ def merge_checkpoint(
         with hub.directory(base) as folder:
             return merge_checkpoint(folder, adapters, output, bake=bake, dry_run=dry_run, progress=progress)
     source, target = Path(base), _target(output, Path(base), dry_run)
-    store = ShardStore.open(source)
+    store = registry().open_store(source)
     loaded = [_loaded(adapter) for adapter in _several(adapters)]
     _refuse_merged(source, loaded)
     tokens = cache(partial(known_tokens, source))
@@ -162,7 +175,7 @@ def add_tokens_checkpoint(
                 progress=progress,
             )
     source, target = Path(model), _target(output, Path(model), dry_run)
-    store = ShardStore.open(source)
+    store = registry().open_store(source)
     known = known_tokens(source)
     asked = plan_tokens(
         store,
@@ -208,7 +221,7 @@ class _Job:
 
 
 def _write(
-    source: Path, target: Path | None, store: ShardStore, jobs: list[_Job], *, dry_run: bool, progress: Progress | None
+    source: Path, target: Path | None, store: Store, jobs: list[_Job], *, dry_run: bool, progress: Progress | None
 ) -> MergeReport:
     """A copy of a checkpoint with plans applied to it, each with its record."""
     _check(jobs, store)
@@ -220,12 +233,12 @@ def _write(
     with staged_directory(target) as staging, _spill(target) as spill:
         rewritten = _rewritten(whole, store)
         _copy(source, staging, files, progress, rewritten)
-        staged = ShardStore.open(staging)
+        staged = registry().open_store(staging)
         with writable(staging, [file for file in _weights(whole, store) if file not in rewritten]):
             for job in jobs:
                 undo = apply(job.plan, staged, spill=spill)
                 record = next_record(staging)
-                staged = ShardStore.open(staging)
+                staged = registry().open_store(staging)
                 _refuse_new_ties(store, staged, undo)
                 record.parent.mkdir(parents=True, exist_ok=True)
                 replace(undo, facts={**job.plan.facts, **job.facts(undo, staged)}).save(record)
@@ -233,7 +246,7 @@ def _write(
     return replace(report, done=True)
 
 
-def _check(jobs: list[_Job], store: ShardStore) -> None:
+def _check(jobs: list[_Job], store: Store) -> None:
     """All that can be seen before anything is copied: each plan by itself, and rows that two of them set."""
     first = next((job for job in jobs if any(isinstance(e, (Grow, AddTokens)) for e in job.plan.edits)), None)
     if first is not None:
@@ -275,7 +288,7 @@ def unmerge_checkpoint(
         with hub.directory(merged) as folder:
             return unmerge_checkpoint(folder, output, dry_run=dry_run, progress=progress)
     source, target = Path(merged), _target(output, Path(merged), dry_run)
-    store = ShardStore.open(source)
+    store = registry().open_store(source)
     records = record_paths(source)
     if not records:
         raise CheckpointError("no merge is recorded here, so there is nothing to take out", where=source,
@@ -294,8 +307,8 @@ def unmerge_checkpoint(
         rewritten = _rewritten(undo, store)
         _copy(source, staging, files, progress, rewritten)
         with writable(staging, [file for file in _weights(undo, store) if file not in rewritten]):
-            apply(undo, ShardStore.open(staging), spill=spill)
-    return replace(report, done=True)
+            apply(undo, registry().open_store(staging), spill=spill)
+    return replace(report, done=True, undo=0)
 
 
 def _target(output: str | os.PathLike[str] | None, source: Path, dry_run: bool) -> Path | None:
@@ -332,7 +345,7 @@ def _loaded(adapter: AdapterLike) -> tuple[Adapter, str]:
     return found, found.source or Path(adapter).absolute().name
 
 
-def _refuse_new_ties(before: ShardStore, after: ShardStore, undo: Plan) -> None:
+def _refuse_new_ties(before: Store, after: Store, undo: Plan) -> None:
     """Two tables that differed in the edited rows alone would now load as one, and could not be parted again."""
     parted = {name for edit in undo.edits if isinstance(edit, Untie) for name in (edit.table, edit.head)}
     for name in (edit.table for edit in undo.edits if isinstance(edit, SetRows) and edit.table not in parted):
@@ -353,12 +366,12 @@ def _refuse_merged(base: Path, loaded: list[tuple[Adapter, str]]) -> None:
                             hint="unmerge it first, or merge into the original base")  # fmt: skip
 
 
-def _weights(plan: Plan, store: ShardStore) -> list[str]:
+def _weights(plan: Plan, store: Store) -> list[str]:
     """The weight files that hold what a plan changes."""
     return list(dict.fromkeys(file for edit in plan.edits for file in _files(edit, store)))
 
 
-def _rewritten(plan: Plan, store: ShardStore) -> list[str]:
+def _rewritten(plan: Plan, store: Store) -> list[str]:
     """The weight files that growing makes anew before anything is written into them."""
     written: set[str] = set()
     anew: dict[str, None] = {}
@@ -370,7 +383,7 @@ def _rewritten(plan: Plan, store: ShardStore) -> list[str]:
     return list(anew)
 
 
-def _files(edit: Edit, store: ShardStore) -> list[str]:
+def _files(edit: Edit, store: Store) -> list[str]:
     """The weight files that an edit touches."""
     if isinstance(edit, (SetRows, SetBlocks)):
         table = store.graph.find(edit.table)  # None for a head that an earlier edit parts
@@ -381,11 +394,11 @@ def _files(edit: Edit, store: ShardStore) -> list[str]:
         return list(store.untie_files(edit)[0])
     if isinstance(edit, Grow):
         vocabulary = next(v for v in store.graph.vocabularies if v.name == edit.vocabulary)
-        return [file for file in store.growth_files(vocabulary) if file in store.checkpoint.headers]
+        return [file for file in store.growth_files(vocabulary) if file in store.weight_files()]
     return []
 
 
-def _report(target: Path | None, plan: Plan, store: ShardStore, files: list[tuple[str, int]]) -> MergeReport:
+def _report(target: Path | None, plan: Plan, store: Store, files: list[tuple[str, int]]) -> MergeReport:
     rows: dict[str, int] = {}
     tokens: dict[str, int] = {}
     for edit in plan.edits:
@@ -399,7 +412,8 @@ def _report(target: Path | None, plan: Plan, store: ShardStore, files: list[tupl
     touched = (*_weights(plan, store), *dict.fromkeys(patched))
     total = sum(size for _, size in files)
     output = None if target is None else str(target)
-    return MergeReport(output, tuple(plan.describe()), rows, touched, tokens, total, done=False)
+    undo = undo_bytes(plan, store.graph)
+    return MergeReport(output, tuple(plan.describe()), rows, touched, tokens, total, done=False, undo=undo)
 
 
 def _copy(

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from embedsurgery.errors import PlanError
+from embedsurgery.graph import EmbeddingGraph
 from embedsurgery.raw import ITEMSIZE, RawArray
 from embedsurgery.safetensors_file import (
     Entry,
@@ -104,30 +105,47 @@ class Blocks:
     @classmethod
     def of(cls, rows: RawArray) -> Blocks:
         """All rows, held in memory."""
-        table = rows.bits
-
-        def block(start: int, stop: int, current: RawArray) -> RawArray:
-            part = np.ascontiguousarray(table[start:stop])
-            return RawArray(rows.dtype, (stop - start, rows.shape[1]), part.tobytes())
-
-        return cls((rows.shape[0], rows.shape[1]), rows.dtype, block, stored=True)
+        return cls((rows.shape[0], rows.shape[1]), rows.dtype, _Held(rows), stored=True)
 
     @classmethod
     def in_file(cls, path: Path, entry: Entry) -> Blocks:
         """All rows, in a tensor of a safetensors file that is read block by block."""
         rows, columns = entry.shape
-        pitch = columns * ITEMSIZE[entry.dtype]
-
-        def block(start: int, stop: int, current: RawArray) -> RawArray:
-            with open_regular(path) as descriptor:
-                data = pread_exactly(descriptor, (stop - start) * pitch, entry.begin + start * pitch)
-            return RawArray(entry.dtype, (stop - start, columns), data)
-
-        return cls((rows, columns), entry.dtype, block, stored=True)
+        return cls((rows, columns), entry.dtype, _InFile(path, entry), stored=True)
 
     def spans(self) -> Iterator[tuple[int, int]]:
         """(start, stop) of consecutive blocks of bounded size that cover all rows."""
         yield from spans(self.shape[0], self.shape[1] * ITEMSIZE[self.dtype])
+
+
+@dataclass(frozen=True)
+class _Held:
+    rows: RawArray
+
+    def __call__(self, start: int, stop: int, current: RawArray) -> RawArray:
+        part = np.ascontiguousarray(self.rows.bits[start:stop])
+        return RawArray(self.rows.dtype, (stop - start, self.rows.shape[1]), part.tobytes())
+
+
+@dataclass(frozen=True, eq=False)
+class _InFile:
+    """A copy is the same object, which the file may live as long as; pickled it is its values."""
+
+    path: Path
+    entry: Entry
+
+    def __call__(self, start: int, stop: int, current: RawArray | None = None) -> RawArray:
+        columns = self.entry.shape[1]
+        pitch = columns * ITEMSIZE[self.entry.dtype]
+        with open_regular(self.path) as descriptor:
+            data = pread_exactly(descriptor, (stop - start) * pitch, self.entry.begin + start * pitch)
+        return RawArray(self.entry.dtype, (stop - start, columns), data)
+
+    def __deepcopy__(self, memo: object) -> _InFile:
+        return self
+
+    def __reduce__(self) -> tuple[type[_Held], tuple[RawArray]]:
+        return _Held, (self(0, self.entry.shape[0]),)
 
 
 def spans(rows: int, pitch: int) -> Iterator[tuple[int, int]]:
@@ -145,9 +163,8 @@ class SetBlocks:
     blocks: Blocks
 
     def describe(self) -> str:
-        """One line for a person; a dry run thereby announces the size."""
-        size = self.blocks.shape[0] * self.blocks.shape[1] * ITEMSIZE[self.blocks.dtype]
-        return f"set all {self.blocks.shape[0]} rows of {self.table}, {size:,} bytes"
+        """One line for a person; what it costs to take back is `undo_bytes`."""
+        return f"set all {count_rows(self.blocks.shape[0])} of {self.table}, block by block"
 
 
 @dataclass(frozen=True)
@@ -370,6 +387,16 @@ class Plan:
 
 Undo = Plan
 """A plan whose edits put back what was there."""
+
+
+def undo_bytes(plan: Plan, graph: EmbeddingGraph) -> int:
+    """Bytes of the rows that a plan's undo keeps: a few for rows, a table for a whole table."""
+    size = 0
+    for edit in plan.edits:
+        if isinstance(edit, (SetRows, SetBlocks)) and (table := graph.find(edit.table)) is not None:
+            rows = len(edit.indices) if isinstance(edit, SetRows) else table.shape[0]
+            size += rows * table.shape[1] * ITEMSIZE[table.dtype]
+    return size
 
 
 def _encode(edit: Edit, prefix: str, tensors: dict[str, TensorSource]) -> dict[str, Any]:

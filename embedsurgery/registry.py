@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -145,7 +146,7 @@ class Registry:
     def classify(self, unknown: UnknownModule) -> EmbeddingModule | None:
         """What the first classifier says that knows a module; one that fails is passed over, and that is said."""
         for record in self.classifiers.values():
-            answer: EmbeddingModule | None = _answer(record, record.classify, unknown, EmbeddingModule)
+            answer: EmbeddingModule | None = _answer(record, partial(_classified, record), unknown, EmbeddingModule)
             if answer is not None:
                 return answer
         return None
@@ -188,6 +189,16 @@ def _answer(record: Any, function: Any, given: object, kind: type[Any]) -> Any:
         warnings.warn(f"{record.name}: this plugin's answer is passed over: {type(error).__name__}: {error}",
                       EmbedSurgeryWarning, stacklevel=4)  # fmt: skip
         return None
+    return answer
+
+
+def _classified(record: ClassifierRecord, unknown: UnknownModule) -> EmbeddingModule | None:
+    """What a classifier says of a module, where it can be."""
+    answer = record.classify(unknown)
+    if isinstance(answer, EmbeddingModule):
+        shape = dict(unknown.shapes).get(answer.parameter, ())
+        if len(shape) != 2 or answer.role not in ("input", "output") or answer.kind not in ("vocabulary", "unknown"):
+            raise ValueError(f"{answer} of {unknown.path or 'the root'}, whose parameters are {dict(unknown.shapes)}")
     return answer
 
 

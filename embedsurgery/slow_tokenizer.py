@@ -65,7 +65,8 @@ def _add(tokenizer: Any, content: TokenizerJson, edit: AddTokens) -> None:
         return list(tokenizer.encode(text, add_special_tokens=False, verbose=False))
 
     tokens = sorted(edit.tokens, key=lambda token: token.id)
-    was = {token.content: encode(token.content) for token in tokens}
+    asked = [token.content for token in tokens] + [entry["content"] for entry in content.added]
+    was = {text: encode(text) for text in asked}
     saved, known = {name: copy(vars(tokenizer)[name]) for name in _STATE}, set(tokenizer.tokens_trie._tokens)
     try:
         for token in tokens:

@@ -110,7 +110,7 @@ def _added(content: TokenizerJson, tokens: Sequence[Token], expected: dict[str, 
             if token.id != following or content.has_holes:
                 _refuse_id(content, token, following)
             following += 1
-            _insert(entries, token)
+            entries.append({"id": token.id, **flags(token)})  # ids follow each other: there is no higher one
         else:
             _check_there(content, token.replaces, token)
             refuse_used(uses.get(token.replaces, ()), content.where, token.replaces)

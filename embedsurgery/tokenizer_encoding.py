@@ -5,12 +5,15 @@ The library is imported only when something is encoded.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 from embedsurgery.errors import CheckpointError, ConfigError, UnsupportedError
 from embedsurgery.plan import Token
 from embedsurgery.tokenizer_json import TokenizerJson, is_reserved
+
+_BLANK = " \t\r\n\u2581\u0120\u010a"
+"""White space, also as SentencePiece and byte-level vocabularies spell it."""
 
 Encode = Callable[[str], list[int]]
 """Text -> ids, without special tokens around it."""
@@ -47,27 +50,43 @@ def encoder(tokenizer: Any) -> Encode:
     return encode
 
 
-def check_encodings(tokens: Iterable[Token], content: TokenizerJson, before: Encode, after: Encode) -> None:
+def check_encodings(tokens: Collection[Token], content: TokenizerJson, before: Encode, after: Encode) -> None:
     """Refuse tokens that text does not reach, by really encoding.
 
     Args:
         tokens: What was added.
         content: The tokenizer's content from before.
-        before: How it encoded then.
+        before: How it encoded then; asked for the texts of these tokens, and of those that are there.
         after: How it encodes now.
 
     Raises:
-        ConfigError: A text that was one token already, under another id, or that is not its one id now.
+        ConfigError: A text that was one token already, under another id, or that is not its one id now; an added
+            token that is there, and that its text would not become any more.
     """
     for token in tokens:
         if is_reserved(token.content):
             continue  # a name that is given back: what it encodes to is not ours to judge
         was = before(token.content)
-        if len(was) == 1 and was[0] not in (content.unknown, token.id):
+        if len(was) == 1 and was[0] not in (content.unknown, token.id) and not _says_less(was[0], token, content):
             raise ConfigError("the tokenizer makes one token of this text already", where=repr(token.content),
                               found=f"{was[0]} {content.texts.get(was[0])!r}",
                               hint=f"train that one, token_indices=[{was[0]}], or add another text")  # fmt: skip
         check_found(token, after)
+    for entry in content.added:
+        index, text = content.ids.get(entry["content"]), entry["content"]
+        if text and (found := after(text)) != [index] and before(text) == [index] and not _replaced(index, tokens):
+            raise ConfigError("a new token would break one that is there", where=repr(text),
+                              expected=f"its text to stay the one id {index}", found=found,
+                              hint="choose a text that is no part of it, or make both special, or neither")  # fmt: skip
+
+
+def _says_less(index: int, token: Token, content: TokenizerJson) -> bool:
+    """Whether a tokenizer drops what it does not know: all that is left of this text is white space."""
+    return bool(token.content.strip(_BLANK)) and not content.texts.get(index, "?").strip(_BLANK)
+
+
+def _replaced(index: int | None, tokens: Iterable[Token]) -> bool:
+    return any(token.id == index and token.replaces is not None for token in tokens)
 
 
 def check_found(token: Token, encode: Encode) -> None:

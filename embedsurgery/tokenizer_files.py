@@ -111,7 +111,8 @@ def known_tokens(directory: Path) -> KnownTokens:
         return encoder(backend(data.decode(), content.where))
 
     return KnownTokens(content.texts, content.next_id, lambda text: load()(text), content.unknown, str(content.where),
-                       lambda: replaceable(directory))  # fmt: skip
+                       lambda: replaceable(directory),
+                       lambda: {token.id for token in added_tokens(directory) if token.special})  # fmt: skip
 
 
 def encode(directory: Path, text: str) -> list[int]:

@@ -7,7 +7,7 @@ how their rows start, is ``new_tokens.py``'s.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -60,6 +60,16 @@ def _natural(value: Any) -> int:
     if type(value) is not int or value < 0:
         raise ValueError(f"{value!r} is no count")
     return value
+
+
+def together(known: Sequence[NewTokens], indices: Collection[int]) -> NewTokens | None:
+    """As one what was added in several calls, in their order: those calls of which an index is; None where none is."""
+    found = [new for new in known if not set(new.ids).isdisjoint(indices)]
+    if not found:
+        return None
+    tokens = {token.id: token for new in found for token in new.tokens}
+    ordered = tuple(tokens[index] for index in sorted(tokens))
+    return NewTokens(ordered, found[0].rows, found[-1].grown, found[-1].vectors)
 
 
 def filler_name(table: str) -> str:
@@ -120,7 +130,8 @@ def extension(
         BaseMismatchError: An id that another token has, a token that has another id, a vocabulary of other tables.
     """
     edits: list[Edit] = []
-    missing = [token for token in new.tokens if not _has(token, state, graph.source)]
+    ids = {text: index for index, text in (state.texts or {}).items()}
+    missing = [token for token in new.tokens if not _has(token, state, ids, graph.source)]
     if missing and state.texts is not None:
         edits.append(AddTokens(tuple(missing)))
         state.texts.update({token.id: token.content for token in missing})
@@ -135,8 +146,8 @@ def extension(
     return edits
 
 
-def _has(token: Token, state: State, source: str) -> bool:
-    """Whether the tokenizer has a token already, at the same id.
+def _has(token: Token, state: State, ids: Mapping[str, int], source: str) -> bool:
+    """Whether the tokenizer has a token already, at the same id; ``ids``: text -> id of all that it has.
 
     Raises:
         BaseMismatchError: The id or the text is taken.
@@ -150,7 +161,7 @@ def _has(token: Token, state: State, source: str) -> bool:
         raise BaseMismatchError("an id of the adapter's new tokens is taken", where=f"{source}: token id {token.id}",
                                 expected=f"{token.replaces or token.content!r}", found=repr(there),
                                 hint="use the base that the adapter was made on, or train the token again")  # fmt: skip
-    elsewhere = next((i for i, text in state.texts.items() if text == token.content), None)
+    elsewhere = ids.get(token.content)
     if elsewhere is not None:
         raise BaseMismatchError("a new token of the adapter has another id here", where=f"{source}: {token.content!r}",
                                 expected=token.id, found=elsewhere,

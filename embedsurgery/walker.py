@@ -7,7 +7,7 @@ is the runtime's.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import nn
 from embedsurgery.graph import EmbeddingGraph, Kind, Role, Site, Table
 from embedsurgery.grouping import COLUMNS, Vector, ends, group, may_be_vector
 from embedsurgery.tensors import Memory, dtype_string, memory_of, refuse_overlaps
+from embedsurgery.unknown_modules import Classify, UnknownModule
 from embedsurgery.wrappers import base_layer, base_of, beside_base_layer
 
 
@@ -32,12 +33,16 @@ class _Found:
     index: int = 0
 
 
-def walk_module(model: nn.Module) -> EmbeddingGraph:
+def walk_module(model: nn.Module, classify: Classify | None = None) -> EmbeddingGraph:
     """Every table of a module tree.
 
     Lookups are ``nn.Embedding`` and its subclasses wherever they stand, and whatever ``get_input_embeddings()``
     returns that holds a 2-D weight. Projections are what ``get_output_embeddings()`` returns, modules that share a
     lookup's memory, and, where the model does not say, linear layers with as many output rows as a lookup has.
+
+    Args:
+        model: What to walk.
+        classify: Asked of each module of a class that is none of torch's, with a 2-D parameter that has no use yet.
 
     Raises:
         OverlapError: A parameter shares memory with a part of a table.
@@ -54,10 +59,11 @@ def walk_module(model: nn.Module) -> EmbeddingGraph:
         _add_site(table, name, module, "input", transposed=False)
         if id(module) in inputs or id(module) in outputs or _is_sibling(name, module, modules, inputs):
             table.kind = "vocabulary"
+    classified = _add_classified(modules, found, inputs, classify) if classify is not None else set()
     headless = not any(id(m) in outputs and not _is_lookup(m) for _, m in modules)
     for name, module in modules:
         transposed = _orientation(module, found)
-        if transposed is None or _is_lookup(module) or id(module) in inputs:
+        if transposed is None or _is_lookup(module) or id(module) in inputs or id(module) in classified:
             continue
         memory = _view(module.weight, transposed)
         shared = memory in found
@@ -73,6 +79,37 @@ def walk_module(model: nn.Module) -> EmbeddingGraph:
             _add_site(_table_at(found, module.weight, transposed=True), name, module, "output", transposed=True)
     _add_names(model, found)
     return _graph(model, modules, found, inputs)
+
+
+def _add_classified(
+    modules: list[tuple[str, nn.Module]], found: dict[Memory, _Found], inputs: dict[int, int], classify: Classify
+) -> set[int]:
+    """Add the tables of modules that only a classifier knows; returns their ids.
+
+    One that the model itself calls its input embedding is among ``inputs`` then.
+    """
+    declared = {id(getter) for _, m in modules if (getter := _ask(m, "get_input_embeddings")) is not None}
+    classified = set()
+    for name, module in modules:
+        parameters = {key: value for key, value in module._parameters.items() if value is not None}
+        if type(module).__module__.partition(".")[0] == "torch" or id(module) in inputs or _is_lookup(module):
+            continue
+        if not any(value.dim() == 2 for value in parameters.values()):
+            continue
+        shapes = tuple((key, tuple(value.shape)) for key, value in parameters.items())
+        kind = f"{type(module).__module__}.{type(module).__qualname__}"
+        answer = classify(UnknownModule(name, kind, shapes, module))
+        if answer is None:
+            continue
+        classified.add(id(module))
+        table = _table_at(found, parameters[answer.parameter], transposed=answer.transposed)
+        _add_site(table, name, module, answer.role, transposed=answer.transposed)
+        table.sites[-1] = replace(table.sites[-1], parameter=answer.parameter, scale=answer.scale)
+        if answer.kind == "vocabulary":
+            table.kind = "vocabulary"
+        if answer.role == "input" and id(module) in declared:
+            inputs.setdefault(id(module), len(inputs))
+    return classified
 
 
 def is_private(module: nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""Where a plugin is not installed, its tests find it beside them."""
+"""Where a plugin is not installed, its tests find it beside them; and the kit pushes to embedsurgery's loopback Hub."""
 
 from __future__ import annotations
 
@@ -10,6 +10,17 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import pytest
+import torch
+
+from tests.plugins.hub import embedsurgery_hub as embedsurgery_hub
+from tests.plugins.hub import hub as hub
+
 for _folder in sorted(Path(__file__).resolve().parent.glob("embedsurgery-*")):
     if find_spec(_folder.name.replace("-", "_")) is None:
         sys.path.insert(0, str(_folder))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    torch.set_num_threads(1)

@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers as tr
 from safetensors.torch import load_file
+from tokenizers import AddedToken
 
 import embedsurgery as es
 from embedsurgery.errors import BaseMismatchError, CheckpointError, ConfigError, EmbedSurgeryWarning
@@ -166,6 +167,80 @@ def test_a_peft_adapter_that_holds_whole_embeddings(how: str, grown: int, tmp_pa
     merged = weights(tmp_path / "merged")
     assert torch.equal(merged["model.embed_tokens.weight"], tables["embed"])
     assert torch.equal(merged["lm_head.weight"], tables["head"])
+
+
+@pytest.mark.parametrize(("saved", "tied"), [
+    (["embed_tokens"], False), (["lm_head"], False), (["embed_tokens", "lm_head"], True), (["embed_tokens"], True),
+])  # fmt: skip
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+def test_a_copy_that_peft_trained_at_one_end_of_a_tie(saved: list[str], tied: bool, tmp_path: Path) -> None:
+    """The other end kept the base's rows, which one table cannot hold; trained at both ends it is what PEFT has."""
+    begun = start("llama-tied", tmp_path)
+    config = peft.LoraConfig(target_modules=["q_proj"], r=2, modules_to_save=saved, ensure_weight_tying=tied)
+    wrapped = peft.get_peft_model(begun.model, config)
+    with torch.no_grad():
+        for name, parameter in dict(wrapped.named_parameters()).items():
+            if "modules_to_save" in name:
+                parameter[13] += 1
+    with torch.no_grad():
+        expected = forward(wrapped, batch([20, 21])).logits
+    wrapped.save_pretrained(tmp_path / "peft")
+    if not tied:
+        with pytest.raises(BaseMismatchError, match=r"at one end.*ensure_weight_tying=True"):
+            es.extract(begun.folder, tmp_path / "peft")
+        return
+    found = es.extract(begun.folder, tmp_path / "peft")
+    assert found.adapter is not None
+    es.merge_checkpoint(begun.folder, found.adapter, tmp_path / "merged")
+    with torch.no_grad():
+        ours = forward(type(begun.model).from_pretrained(tmp_path / "merged").eval(), batch([20, 21])).logits
+    assert torch.allclose(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_way_to_match_that_an_adapter_does_not_carry_is_said(tmp_path: Path) -> None:
+    begun = start("llama-tied", tmp_path)
+    begun.tokenizer.add_tokens([AddedToken("<tool>", lstrip=True), AddedToken("<answer>", special=True)])
+    begun.model.resize_token_embeddings(begun.used + 2, mean_resizing=False)
+    begun.model.save_pretrained(tmp_path / "tuned")
+    begun.tokenizer.save_pretrained(tmp_path / "tuned")
+    with pytest.warns(EmbedSurgeryWarning, match=r"'<tool>' in a way of their own"):
+        found = es.extract(begun.folder, tmp_path / "tuned")
+    assert found.adapter is not None
+    assert [t.content for t in found.adapter.manifest.new_tokens.tokens] == NEW  # type: ignore[union-attr]
+
+
+def test_tokens_that_took_spare_rows_and_left_them_as_they_were(tmp_path: Path) -> None:
+    """The tokenizer alone changed: that is something to carry too."""
+    begun = start("bert", tmp_path, 3)
+    begun.tokenizer.add_tokens(NEW)
+    begun.model.save_pretrained(tmp_path / "tuned")
+    begun.tokenizer.save_pretrained(tmp_path / "tuned")
+    found = es.extract(begun.folder, tmp_path / "tuned")
+    assert found.adapter is not None
+    assert set(found.rows.values()) == {0}
+    assert list(found.tokens.values()) == NEW
+    found.adapter.save(tmp_path / "adapter")
+    es.merge_checkpoint(begun.folder, tmp_path / "adapter", tmp_path / "merged")
+    assert same(weights(tmp_path / "merged"), weights(tmp_path / "tuned"))
+    check_encodes(tr.AutoTokenizer.from_pretrained(tmp_path / "merged"), [begun.used, begun.used + 1])
+
+
+def test_rows_below_the_threshold_stay_the_bases_in_pefts_file_too(tmp_path: Path) -> None:
+    """PEFT has one list of rows for all tables: what is there of a row that a table did not change is the base's."""
+    base = save(tiny("llama-untied"), tmp_path / "base")
+    model = tiny("llama-untied")
+    with torch.no_grad():
+        model.get_parameter("lm_head.weight")[7] += 1
+        model.get_parameter(INPUT["llama-untied"])[7] += 1e-5
+        model.get_parameter(INPUT["llama-untied"])[9] += 1
+    found = es.extract(base, save(model, tmp_path / "tuned"), threshold=1e-3)
+    assert found.adapter is not None
+    found.adapter.save(tmp_path / "adapter")
+    file = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    rows = file["base_model.model.model.embed_tokens.trainable_tokens_delta"]
+    assert torch.equal(rows[0], tiny("llama-untied").get_parameter(INPUT["llama-untied"])[7])
+    assert torch.equal(rows[1], model.get_parameter(INPUT["llama-untied"])[9])
 
 
 def test_a_tie_that_tuning_parted_is_refused(tmp_path: Path) -> None:

@@ -430,6 +430,38 @@ def test_compiled_after_an_eager_forward_has_shown_it(name: str) -> None:
         torch.testing.assert_close(compiled(IDS), base(IDS))
 
 
+def hidden_read(m: Any, ids: torch.Tensor) -> torch.Tensor:
+    return F.linear(m.embed(ids), m.head.weight)
+
+
+class Direct(Reader):
+    """Its own forward names the weight."""
+
+    def forward(self, ids: torch.Tensor, past_key_values: Any = None) -> torch.Tensor:
+        return F.linear(self.embed(ids), self.head.weight)
+
+
+@pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*should not be instantiated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+@pytest.mark.filterwarnings("ignore:.*full copy of the table:embedsurgery.errors.EmbedSurgeryWarning")
+@pytest.mark.parametrize("direct", [True, False])
+def test_compiled_before_an_eager_forward_has_shown_it(direct: bool) -> None:
+    torch.manual_seed(0)
+    made = (Direct if direct else Reader)(hidden_read)
+    made.head.weight = made.embed.weight
+    model, edited, (rows,) = attached(made)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager")
+    first = compiled(IDS)
+    if direct:  # its code says so
+        torch.testing.assert_close(first, edited(IDS), rtol=1e-13, atol=1e-13)
+    model(IDS)  # shows it, and what was compiled before is compiled again
+    torch.testing.assert_close(compiled(IDS), edited(IDS), rtol=1e-13, atol=1e-13)
+    compiled(IDS).square().sum().backward()
+    edited(IDS).square().sum().backward()
+    torch.testing.assert_close(rows.grad, gradients(edited)[0], rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*should not be instantiated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
 def test_parts_that_are_compiled_inside_an_eager_forward() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import embedsurgery as es
-from embedsurgery.errors import AttachmentError, UnsupportedError
+from embedsurgery.errors import AttachmentError, EmbedSurgeryWarning, UnsupportedError
 from tests.conftest import INPUT, VOCABULARY, state_bits, tiny
 
 IDS = torch.tensor([[5, 7, 9, 3], [7, 7, 4, 30]])
@@ -78,13 +78,13 @@ def test_inference_mode(kind: str) -> None:
 @pytest.mark.parametrize("warmed", [True, False])
 def test_compiled_whole_and_once(kind: str, warmed: bool) -> None:
     """fullgraph=True fails on a graph break; the counter sees every compilation."""
-    from torch._dynamo.testing import CompileCounter
+    from torch._dynamo.testing import CompileCounterWithBackend
 
     model, merged = attached(kind)
     if warmed:
         model(input_ids=IDS)
     torch._dynamo.reset()
-    counter = CompileCounter()
+    counter = CompileCounterWithBackend("aot_eager")  # through autograd's own tracing, as inductor is
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     for seed in range(3):
         ids = torch.randint(0, VOCABULARY, (2, 4), generator=torch.Generator().manual_seed(seed))
@@ -99,6 +99,40 @@ def test_compiled_whole_and_once(kind: str, warmed: bool) -> None:
     model(input_ids=IDS).logits.logsumexp(-1).sum().backward()
     for parameter, gradient in zip(rows, found, strict=True):
         torch.testing.assert_close(parameter.grad, gradient)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+@pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*should not be instantiated:DeprecationWarning")
+def test_compiled_before_attaching_and_through_every_switch() -> None:
+    model = tiny("gpt2").requires_grad_(False)  # nothing about its parameters changes when rows are attached
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+
+    def same() -> torch.Tensor:
+        logits = compiled(input_ids=IDS, use_cache=False).logits.detach()
+        torch.testing.assert_close(logits, model(input_ids=IDS, use_cache=False).logits.detach())
+        return logits
+
+    base = same()
+    attachment = es.attach(model, es.TrainableTokensConfig([7, 5]), name="a")
+    es.attach(model, es.TrainableTokensConfig([9]), name="b")
+    with torch.no_grad():
+        for parameter in attachment.parameters():
+            parameter.add_(1.0)
+    seen = [same()]
+    for names in (("a",), ("b",)):
+        attachment.activate(*names)
+        seen.append(same())
+    with attachment.rows(["a", "b"]):
+        seen.append(same())
+    with attachment.disabled():
+        assert torch.equal(same(), base)
+    attachment.merge()
+    same()
+    attachment.unmerge()
+    attachment.detach()
+    assert torch.equal(same(), base)
+    assert all(not torch.equal(one, base) for one in seen)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -154,6 +188,11 @@ def test_mixed_batches_that_do_not_fit() -> None:
     with pytest.raises(UnsupportedError, match="3 samples"), attachment.rows(["a", None, "a"]):
         model(input_ids=IDS)
     assert attachment.active == ("a",)
+    with attachment.rows(["a", None]):
+        outer = model(input_ids=IDS).logits
+        with attachment.rows([None, "a"]):
+            assert not torch.equal(model(input_ids=IDS).logits, outer)
+        assert torch.equal(model(input_ids=IDS).logits, outer)
     whole, _ = attached("llama-tied", name="a", materialize=True)
     with pytest.raises(UnsupportedError, match="full copy"), es.attached(whole).rows(["a", None]):
         pass
@@ -162,7 +201,10 @@ def test_mixed_batches_that_do_not_fit() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_save_pretrained_writes_the_base_or_the_merged_rows(kind: str, tmp_path: Path) -> None:
     model, merged = attached(kind)
-    model.save_pretrained(tmp_path / "live")
+    with pytest.warns(EmbedSurgeryWarning, match="without the rows of default") as said:
+        model.save_pretrained(tmp_path / "live")
+    assert [one.filename for one in said] == [__file__]
+    model.state_dict()  # which may be for anything
     es.attached(model).merge()
     model.save_pretrained(tmp_path / "merged")
     assert state_bits(type(model).from_pretrained(tmp_path / "live")) == state_bits(tiny(kind))
@@ -191,6 +233,58 @@ def test_resizing_an_attached_model_is_right_or_refused(kind: str, size: int) ->
         return
     logits = model(input_ids=IDS, **more).logits
     torch.testing.assert_close(logits[..., : size - 8], merged(input_ids=IDS, **more).logits[..., : size - 8])
+
+
+@pytest.mark.parametrize("length", [2, 3, 4])
+def test_a_mixed_batch_of_a_model_that_puts_the_tokens_first_is_refused(length: int) -> None:
+    import transformers as tr
+
+    model = tr.XLNetLMHeadModel(tr.XLNetConfig(vocab_size=40, d_model=8, n_layer=1, n_head=2, d_inner=8)).eval()
+    attachment = es.attach(model, es.TrainableTokensConfig([7]), name="a")
+    with attachment.rows(["a", None]), pytest.raises(UnsupportedError, match="where the model puts other things first"):
+        model(input_ids=IDS[:, 4 - length :])
+
+
+def test_a_mixed_batch_of_chosen_tokens_is_refused() -> None:
+    """As many masked tokens as twice the samples say nothing of which sample each is of."""
+
+    class Sparse(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.head = torch.nn.Embedding(40, 4), torch.nn.Linear(4, 40)
+            self.head.weight = self.embed.weight
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            found = self.embed(ids)
+            return self.head(found[ids == 7] if self.training else found.flatten(0, 1))
+
+    model = Sparse()
+    attachment = es.attach(model, es.TrainableTokensConfig([7], target_modules=["embed"]), name="a")
+    with torch.no_grad():
+        next(attachment.parameters()).fill_(1.0)
+    ids = torch.tensor([[7, 7, 7], [7, 2, 3]])
+    with attachment.rows(["a", None]):
+        with pytest.raises(UnsupportedError, match=r"2 samples.*\[4, 40\]"):
+            model(ids)
+        flat = model.eval()(ids)
+    attachment.activate()
+    assert torch.equal(flat[3:], model(ids)[3:])
+    attachment.activate("a")
+    torch.testing.assert_close(flat[:3], model(ids)[:3])
+
+
+def test_a_table_cut_below_a_live_row_is_refused() -> None:
+    model, _ = attached("llama-tied")  # rows 7, 5 and 30
+    model.resize_token_embeddings(20, mean_resizing=False)
+    for use in (lambda: model(input_ids=IDS[:, :2]), es.attached(model).merge):
+        with pytest.raises(AttachmentError, match=r"lost live rows .*embed_tokens.*40 rows, found 20, without 30"):
+            use()
+
+
+def test_replicas_of_data_parallel_are_refused_by_name() -> None:
+    model, _ = attached("llama-tied")
+    with pytest.raises(UnsupportedError, match=r"torch\.nn\.DataParallel"):
+        model._replicate_for_data_parallel()(input_ids=IDS)
 
 
 def test_a_table_untied_after_attaching_is_refused() -> None:

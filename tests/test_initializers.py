@@ -387,7 +387,7 @@ def test_the_tokenizer_is_asked_for_what_the_initialiser_needs() -> None:
     assert parts("copy:\u0120big") == parts("copy:\u0120big", None) == [(4,), (4,)]
     assert parts("copy:  big ") == [(2,), (2,)]  # no token is called so, and it is one token
     assert parts("copy:[UNK]") == [(0,), (0,)]
-    for init, said in [("copy:nothing", "'nothing'"), ("copy:big cat", "'big cat'"), ("description: ", "' '"),
+    for init, said in [("copy:nothing", "'nothing'"), ("copy:big cat", "'big cat'"), ("description: ", "found ''"),
                        ("description:what", "'what'")]:  # fmt: skip
         with pytest.raises(ConfigError, match=said):
             parts(init)

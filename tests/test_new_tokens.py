@@ -65,7 +65,8 @@ def build(kind: str, rows: int) -> Any:
     if kind.startswith("llama"):
         model: Any = tr.LlamaForCausalLM(tr.LlamaConfig(tie_word_embeddings=kind == "llama-tied", **text))
     elif kind == "gpt2":
-        config: Any = tr.GPT2Config(vocab_size=rows, n_embd=WIDTH, n_layer=1, n_head=2, n_positions=64, **special)
+        config: Any = tr.GPT2Config(vocab_size=rows, n_embd=WIDTH, n_layer=1, n_head=2, n_positions=64,
+                                    pad_token_id=0, bos_token_id=0, eos_token_id=0)  # fmt: skip
         model = tr.GPT2LMHeadModel(config)
     elif kind == "bert":
         model = tr.BertForMaskedLM(tr.BertConfig(**encoder))
@@ -434,6 +435,7 @@ BAD = {
     "init of another": Bad(["<a>"], {"init": {"<b>": "mean"}}, ConfigError, "init"),
     "copy of nothing": Bad(["<a>"], {"init": "copy:no such token"}, ConfigError, "no such token"),
     "description of nothing": Bad(["<a>"], {"init": "description:"}, ConfigError, "description:TEXT"),
+    "description of blanks": Bad(["<a>"], {"init": "description: \n "}, ConfigError, "no sub-tokens"),
     "current of a grown row": Bad(["<a>"], {"init": "current"}, ConfigError, "current"),
     "multiple": Bad(["<a>"], {"pad_to_multiple_of": 0}, ConfigError, "multiple"),
 }

@@ -309,7 +309,8 @@ def test_a_plugin_brings_everything_else(install: Install, tmp_path: Path) -> No
     known = build([install("all", OTHERS)])
     assert state(known)["all"] is None
     assert len(known.plugins[1].hooks) == 5
-    assert known.classify(UnknownModule("a", "x.Y", (), torch.nn.Module())) == EmbeddingModule("input", "table")
+    module = UnknownModule("a", "x.Y", (("table", (3, 2)), ("vector", (3,))), torch.nn.Module())
+    assert known.classify(module) == EmbeddingModule("input", "table")
     assert known.classify(UnknownModule("a", "x.Z", (), torch.nn.Module())) is None
     assert known.architectures == {**ARCHITECTURES, "mymodel": Layout(head="to_vocab")}
     (tmp_path / "s.txt").touch()

@@ -44,19 +44,19 @@ def command(model: Path, as_json: bool) -> None:
         free = [f"{len(used[k]):,} {k}" + (f" ({ranges(used[k])})" if used[k] else "") for k in ("reserved", "spare")]
         agree = "; ".join(used["disagreements"]) or "tokenizer, config and table agree"
         click.echo(f"rows: {used['used']:,} used by the tokenizer, {', '.join(free)}; {agree}")
+    elif facts["input"] is not None:
+        click.echo("rows: which are used is not known: there is no tokenizer.json here to say")
 
 
 def inspect(model: Path) -> dict[str, Any]:
     """What the verb shows, as JSON values."""
     from embedsurgery import hub
-    from embedsurgery.checkpoint import open_checkpoint
-    from embedsurgery.names import vocabulary_sizes, walk_names
+    from embedsurgery.api import opened
+    from embedsurgery.names import vocabulary_sizes
     from embedsurgery.raw import ITEMSIZE
     from embedsurgery.tokenizer_files import disagreements, is_reserved, token_texts
 
-    remote = hub.find_id(model)
-    checkpoint = open_checkpoint(model) if remote is None else hub.open_remote(remote)
-    graph = walk_names(checkpoint.stored(), config=checkpoint.config, source=str(model))
+    graph, config = opened(model)
     tables = [
         {
             "name": t.name,
@@ -75,14 +75,14 @@ def inspect(model: Path) -> dict[str, Any]:
         {"name": v.name, "size": v.size, "tables": list(v.tables), "vectors": list(v.vectors)}
         for v in graph.vocabularies
     ]
-    texts = token_texts(model) if remote is None else None
+    texts = token_texts(model) if hub.find_id(model) is None else None
     rows = None
     if texts is not None and graph.input is not None:
         count = graph.table(graph.input).shape[0]
         spare = [i for i in range(count) if i not in texts]
         reserved = sorted(i for i, text in texts.items() if is_reserved(text))
         used = len(texts) - len(reserved)
-        sizes = vocabulary_sizes(checkpoint.config)
+        sizes = vocabulary_sizes(config)
         rows = {
             "used": used,
             "reserved": reserved,

@@ -8,14 +8,19 @@ import os
 import signal
 import sys
 import warnings
+from collections.abc import Mapping
 from difflib import get_close_matches
 from importlib import import_module
-from typing import Any, TextIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
 from embedsurgery._version import __version__
-from embedsurgery.errors import EmbedSurgeryError, EmbedSurgeryWarning, printable
+from embedsurgery.errors import EmbedSurgeryError, EmbedSurgeryWarning, PluginError, printable
+
+if TYPE_CHECKING:
+    from embedsurgery.hookspecs import CommandRecord
 
 VERBS = {
     "inspect": "The embedding tables of a checkpoint: names, ties, rows, shards.",
@@ -36,26 +41,73 @@ _READER_GONE = 128 + signal.SIGPIPE
 
 class _Verbs(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(VERBS)
+        return [*VERBS, *_brought()]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in VERBS:
-            return None
-        command: click.Command = import_module(f"embedsurgery.cli.{cmd_name}").command
-        return command
+        if cmd_name in VERBS:
+            command: click.Command = import_module(f"embedsurgery.cli.{cmd_name}").command
+            return command
+        record = _brought().get(cmd_name)
+        return None if record is None else _loaded(record)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        if args[0] not in VERBS and not ctx.resilient_parsing:
-            near = get_close_matches(args[0].lower(), VERBS, n=1)
+        if args[0] not in VERBS and not ctx.resilient_parsing and args[0] not in _brought():
+            near = get_close_matches(args[0].lower(), [*VERBS, *_brought()], n=1)
             meant = f"; did you mean '{near[0]}'?" if near else ""
             raise click.UsageError(f"no such command '{printable(args[0])}'{meant}", ctx)
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
-            formatter.write_dl(list(VERBS.items()))
+            formatter.write_dl([*VERBS.items(), *((name, record.summary) for name, record in _brought().items())])
+
+
+def _brought() -> Mapping[str, CommandRecord]:
+    """The verbs that plugins bring. Without any plugin installed nothing is imported to find that out."""
+    if not any(map(_has_plugins, dict.fromkeys(sys.path))):
+        return {}
+    from embedsurgery.registry import registry
+
+    return {name: record for name, record in registry().commands.items() if name not in VERBS}
+
+
+def _has_plugins(folder: str) -> bool:
+    """Whether a package in a folder of the path may name our group of entry points.
+
+    importlib.metadata would know for sure, and takes as long to ask as all else that a list of verbs takes.
+    """
+    try:
+        with os.scandir(folder or ".") as entries:
+            found = [entry.path for entry in entries if entry.name.endswith((".dist-info", ".egg-info"))]
+    except OSError:
+        return Path(folder).is_file()  # a zip file of packages
+    for path in found:
+        try:
+            with open(os.path.join(path, "entry_points.txt"), "rb") as file:
+                if b"[embedsurgery]" in file.read():
+                    return True
+        except OSError:  # most have none
+            continue
+    return False
+
+
+def _loaded(record: CommandRecord) -> click.Command:
+    """A plugin's verb.
+
+    Raises:
+        PluginError: The plugin fails to give it.
+    """
+    try:
+        command = record.load()
+    except Exception as error:  # whatever a third party's code raises
+        raise PluginError("the plugin's verb cannot be loaded", where=record.name,
+                          found=f"{type(error).__name__}: {error}") from error  # fmt: skip
+    if not isinstance(command, click.Command):
+        raise PluginError("the plugin's verb is none", where=record.name, expected="a click.Command",
+                          found=type(command).__name__)  # fmt: skip
+    return command
 
 
 @click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"]})

@@ -124,4 +124,6 @@ def print_report(report: MergeReport, verb: str, as_json: bool) -> None:
     click.echo(f"{would}{verb}: {what} in {', '.join(report.files)}")
     for line in () if report.done else report.edits:
         click.echo(f"  {line}")
+    if report.undo and not report.done:
+        click.echo(f"would be kept to take it out again: {size(report.undo)}")
     click.echo(f"{would}written: {report.output or 'no output was named'} ({size(report.copied)})")

@@ -16,7 +16,7 @@ from embedsurgery.cli.render import json_option, print_json, print_table
 if TYPE_CHECKING:
     from embedsurgery.adapter import Adapter
     from embedsurgery.graph import Table
-    from embedsurgery.stores.shards import ShardStore
+    from embedsurgery.stores.store import Store
 
 
 @click.command("show")
@@ -40,15 +40,23 @@ def command(adapter: Path, model: Path | None, as_json: bool) -> None:
                f"made by {'embedsurgery ' + made if made else 'PEFT'}")  # fmt: skip
     for prompt in facts["prompts"]:
         _print_prompt(prompt, adapter)
+    new = facts["new_tokens"]
+    if new is not None:
+        texts = [f"{t['content']!r} as {t['id']}{' (special)' if t['special'] else ''}" for t in new["tokens"]]
+        named = ", ".join(texts[:8]) + (f" and {len(texts) - 8:,} more" if len(texts) > 8 else "") or "none"
+        click.echo(f"new tokens: {named}; {new['rows']:,} rows in the base, {new['grown']:,} with them")
     for table in facts["tables"] if not facts["prompts"] else ():
         columns = ["row", "token", "norm"] + (["base norm", "cosine to base"] if model else [])
         rows = [
             [r["row"], r["token"] or "-", f"{r['norm']:.4f}"]
-            + ([f"{r['base_norm']:.4f}", f"{r['cosine']:.4f}"] if model else [])
+            + ([_number(r["base_norm"]), _number(r["cosine"])] if model else [])
             for r in table["rows"]
         ]
         tied = f", tied to {', '.join(table['aliases'])}" if table["aliases"] else ""
         where = f", here {table['located']}" if model and table["located"] != table["name"] else ""
+        if not rows:
+            click.echo(f"{table['name']}{tied}{where}: the whole table, by {', '.join(table['tensors'])}")
+            continue
         print_table(f"{table['name']}{tied}{where}", columns, rows)
 
 
@@ -66,6 +74,11 @@ def _print_prompt(prompt: dict[str, Any], adapter: Path) -> None:
     print_table(f"prompt of {prompt['submodule']}, {len(rows)} virtual tokens{beside}", columns, rows)
 
 
+def _number(value: float | None) -> str:
+    """A number of the base's row; a new row has none there."""
+    return "-" if value is None else f"{value:.4f}"
+
+
 def show(adapter: Path, model: Path | None) -> dict[str, Any]:
     """What the verb shows, as JSON values.
 
@@ -80,7 +93,7 @@ def show(adapter: Path, model: Path | None) -> dict[str, Any]:
     with hub.store(model) if model is not None else nullcontext() as store:
         located = locate(loaded, store) if store is not None else {}
         tables = _tables(loaded, store, located)
-        prompts = _prompts(loaded, store, located, model)
+        prompts = _prompts(loaded, store, located)
     manifest = loaded.manifest
     return {
         "adapter": str(adapter),
@@ -89,13 +102,14 @@ def show(adapter: Path, model: Path | None) -> dict[str, Any]:
         "revision": manifest.revision,
         "library_version": manifest.library_version,
         "source": loaded.source,
+        "new_tokens": None if manifest.new_tokens is None else manifest.new_tokens.to_json(),
         "bytes": sum(p.stat().st_size for p in adapter.iterdir() if p.is_file()) if adapter.is_dir() else None,
         "prompts": prompts,
         "tables": tables,
     }
 
 
-def _tables(loaded: Adapter, store: ShardStore | None, located: Mapping[str, Table]) -> list[dict[str, Any]]:
+def _tables(loaded: Adapter, store: Store | None, located: Mapping[str, Table]) -> list[dict[str, Any]]:
     """What an adapter has for each table, compared with a model's rows where there is one."""
     import numpy as np
 
@@ -106,17 +120,26 @@ def _tables(loaded: Adapter, store: ShardStore | None, located: Mapping[str, Tab
     for record in (record for record in manifest.tables if record.name in loaded.raw):
         values = loaded.raw[record.name].float32().astype(np.float64)
         norms = np.linalg.norm(values, axis=1)
-        rows = [
-            {"row": i, "token": manifest.tokens.get(i), "norm": float(n)}
-            for i, n in zip(record.indices, norms, strict=True)
-        ]
-        if store is not None:
+        by_row = len(record.indices) == len(values)  # else the indices are those that the base is recognised by
+        rows: list[dict[str, Any]] = (
+            [
+                {"row": i, "token": manifest.tokens.get(i), "norm": float(n)}
+                for i, n in zip(record.indices, norms, strict=True)
+            ]
+            if by_row
+            else []
+        )
+        if store is not None and by_row:
             table = located[record.name]
-            base = rows_of(store, table, record.indices).float32().astype(np.float64)
+            there = [n for n, index in enumerate(record.indices) if index < table.shape[0]]
+            indices = tuple(record.indices[n] for n in there)
+            base = rows_of(store, table, indices).float32().astype(np.float64)
             lengths = np.linalg.norm(base, axis=1)
-            cosines = (values * base).sum(axis=1) / np.maximum(norms * lengths, 1e-30)
-            for row, length, cosine in zip(rows, lengths, cosines, strict=True):
-                row.update(base_norm=float(length), cosine=float(cosine))
+            cosines = (values[there] * base).sum(axis=1) / np.maximum(norms[there] * lengths, 1e-30)
+            for row in rows:  # what the base does not have yet stays so
+                row.update(base_norm=None, cosine=None)
+            for n, length, cosine in zip(there, lengths, cosines, strict=True):
+                rows[n].update(base_norm=float(length), cosine=float(cosine))
         tables.append(
             {
                 "name": record.name,
@@ -126,12 +149,17 @@ def _tables(loaded: Adapter, store: ShardStore | None, located: Mapping[str, Tab
                 "checked_base": record.fingerprint is not None,
                 "located": located[record.name].name if store is not None else None,
                 "rows": rows,
+                "tensors": [
+                    f"{name.removeprefix(record.name) or 'a tensor'} {list(raw.shape)}"
+                    for name, raw in loaded.raw.items()
+                    if name.startswith(record.name)
+                ],
             }
         )
     return tables
 
 
-def _prompts(loaded: Adapter, store: ShardStore | None, located: Mapping[str, Table], model: Path | None) -> list[Any]:
+def _prompts(loaded: Adapter, store: Store | None, located: Mapping[str, Table]) -> list[Any]:
     """The soft prompts of an adapter, as JSON values."""
     import numpy as np
 
@@ -144,10 +172,10 @@ def _prompts(loaded: Adapter, store: ShardStore | None, located: Mapping[str, Ta
     for submodule, vectors in prompts_of(loaded).items():
         values = vectors.float32()
         body: dict[str, Any] = {"submodule": submodule}
-        if store is None or model is None:
+        if store is None:
             body["tokens"] = [{"norm": float(n)} for n in np.linalg.norm(values, axis=1)]
         else:
-            reading = read_beside(values, store, located[loaded.manifest.tables[0].name], model)
+            reading = read_beside(values, store, located[loaded.manifest.tables[0].name], Path(store.name))
             norms = {"mean": reading.mean_norm, "least": reading.least_norm, "greatest": reading.greatest_norm}
             body |= {"vocabulary": norms, "tokens": [asdict(token) for token in reading.tokens]}
         found.append(body)

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from embedsurgery.hub.pulling import pull
     from embedsurgery.hub.pushing import push
     from embedsurgery.hub.scratch import downloaded, open_remote, pinned, row_store
-    from embedsurgery.stores.shards import ShardStore
+    from embedsurgery.stores.store import Store
 
 __all__ = [
     "HubId",
@@ -76,13 +76,13 @@ def directory(model: str | os.PathLike[str], *, adapters: bool = False) -> Itera
 
 
 @contextmanager
-def store(model: str | os.PathLike[str]) -> Iterator[ShardStore]:
+def store(model: str | os.PathLike[str]) -> Iterator[Store]:
     """Inside, a model to read rows of: a directory's, or that of an id, of which only what is read comes."""
     remote = find_id(model)
     if remote is None:
-        from embedsurgery.stores.shards import ShardStore
+        from embedsurgery.registry import registry
 
-        yield ShardStore.open(Path(model))
+        yield registry().open_store(Path(model))
         return
     from embedsurgery.hub import row_store
 

@@ -50,7 +50,7 @@ class PartialStore(ShardStore):
         self.present = present
         self._holes = holes
         self.checkpoint = checkpoint  # which the walk that follows reads from
-        super().__init__(checkpoint)
+        super().__init__(checkpoint, architectures=registry().architectures)
 
     @classmethod
     def begin(cls, directory: Path, fetch: Fetch) -> PartialStore:
@@ -61,7 +61,7 @@ class PartialStore(ShardStore):
     def again(self) -> PartialStore:
         """The store as the files are now."""
         self._refuse_changed_holes()
-        return self.reopened()
+        return PartialStore(open_checkpoint(self.checkpoint.directory), self._fetch, self.present, self._holes)
 
     def need(self, files: Sequence[str]) -> None:
         """Fetch files that are not there yet."""
@@ -93,9 +93,6 @@ class PartialStore(ShardStore):
     def untie(self, edit: Untie) -> None:
         self.need(self.untie_files(edit)[0])
         super().untie(edit)
-
-    def reopened(self) -> PartialStore:
-        return PartialStore(open_checkpoint(self.checkpoint.directory), self._fetch, self.present, self._holes)
 
     def sync(self) -> None:
         """Nothing: the directory goes away."""

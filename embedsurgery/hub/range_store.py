@@ -13,6 +13,7 @@ from embedsurgery.checkpoint import Checkpoint
 from embedsurgery.errors import HubError
 from embedsurgery.plan import spans
 from embedsurgery.raw import ITEMSIZE, RawArray
+from embedsurgery.registry import registry
 from embedsurgery.safetensors_file import open_regular, pread_exactly, pwrite_exactly
 from embedsurgery.stores.shards import ShardStore
 
@@ -40,7 +41,7 @@ class RangeStore(ShardStore):
         self._piece = piece
         self._filled: set[tuple[str, _Place]] = set()
         self.checkpoint = checkpoint  # which the walk that follows reads from
-        super().__init__(checkpoint)
+        super().__init__(checkpoint, architectures=registry().architectures)
         self.name = name
 
     def equal(self, a: str, b: str) -> bool:

@@ -26,7 +26,8 @@ from embedsurgery.hub.faults import faults
 from embedsurgery.hub.headers import read_remote, remote_checkpoint
 from embedsurgery.hub.ids import HubId
 from embedsurgery.hub.range_store import RangeStore
-from embedsurgery.stores.shards import ShardStore
+from embedsurgery.registry import registry
+from embedsurgery.stores.store import Store
 
 _OTHER_FORMATS = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".msgpack", ".h5", ".gguf", ".onnx",
                   ".onnx_data", ".ot", ".tflite", ".nemo", ".mlmodel")  # fmt: skip
@@ -89,7 +90,7 @@ def open_remote(of: HubId) -> Checkpoint:
 
 
 @contextmanager
-def row_store(of: HubId) -> Iterator[ShardStore]:
+def row_store(of: HubId) -> Iterator[Store]:
     """Inside, a model of the Hub to read rows of: headers, small files and the rows that are asked for come.
 
     Without a connection it is what the Hub cache has of it.
@@ -100,7 +101,7 @@ def row_store(of: HubId) -> Iterator[ShardStore]:
     """
     if constants.is_offline_mode():
         with downloaded(of) as (folder, _):
-            yield ShardStore.open(folder)
+            yield registry().open_store(folder)
         return
     client = Client()
     at = client.resolve(of)

@@ -158,7 +158,7 @@ class Description(Subtokens):
     """
 
     def ask(self, token: NewToken, argument: str | None) -> Ask | None:
-        return Ask(argument or "")
+        return Ask(argument if argument and argument.strip() else "")  # blanks are tokens to some, and describe nothing
 
 
 class Copy(Initializer):

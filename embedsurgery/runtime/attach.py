@@ -25,14 +25,15 @@ from embedsurgery.runtime.loading import check_loaded, look_no_more, replacement
 from embedsurgery.runtime.members import Member, Members, is_prompt, say_what_overflows
 from embedsurgery.runtime.nesting import forget, refuse_more, refuse_part, remember
 from embedsurgery.runtime.prompt_heads import with_heads
-from embedsurgery.runtime.prompts import PromptEmbedding, Prompts
+from embedsurgery.runtime.prompts import PromptEmbedding, Prompts, modules_for
 from embedsurgery.runtime.rows import Hidden
+from embedsurgery.runtime.saving import say_that_no_rows_are_saved
 from embedsurgery.runtime.sharded import Guard, save_once, set_rows
-from embedsurgery.runtime.whole_tables import rows_for
 from embedsurgery.stores.base import apply
 from embedsurgery.stores.tensors import module_store
 from embedsurgery.surgeries.base import Surgery, SurgeryRecord
 from embedsurgery.surgeries.soft_prompt import PromptOverride
+from embedsurgery.unknown_modules import Classify
 
 CHILD = "embedsurgery"
 """Name under which an attachment is registered on its model."""
@@ -145,7 +146,7 @@ class Attachment(Hidden):
             raise AttachmentError("the adapter is of another surgery", where=name, expected=member.record.name,
                                   found=adapter.manifest.surgery)  # fmt: skip
         theirs = member.record.surgery.live(adapter, locate(adapter, self._installation.store()))
-        values = replacements(name, member.overrides, theirs, adapter)
+        values = replacements(name, member.overrides, theirs, member.adapter, adapter)
         with torch.no_grad():
             for (_, rows), new in zip(member.pairs(), values, strict=True):
                 set_rows(self.model, rows, new)
@@ -218,7 +219,10 @@ class Attachment(Hidden):
             raise UnsupportedError("a batch cannot mix adapters here", where=", ".join(sorted(tables)),
                                    found="a table that is overridden by a full copy of it",
                                    hint="run the samples of each adapter by themselves")  # fmt: skip
-        before, self._members.active = self._members.active, used
+        batch = self._installation.batch
+        held = [(rows, rows.samples, getattr(rows, "names", None)) for _, _, rows in pairs]
+        outside = (self._members.active, batch.mixed)
+        self._members.active, batch.mixed = used, True
         self._refresh()
         try:
             for name, _, rows in pairs:
@@ -227,9 +231,11 @@ class Attachment(Hidden):
                     rows.names = tuple(names)
             yield
         finally:
-            for _, _, rows in pairs:
-                rows.samples = None
-            self._members.active = before
+            self._members.active, batch.mixed = outside
+            for rows, samples, of in held:
+                rows.samples = samples
+                if isinstance(rows, PromptEmbedding):
+                    rows.names = of or ()
             self._refresh()
 
     # -- merging -------------------------------------------------------------------------------------------------
@@ -252,7 +258,7 @@ class Attachment(Hidden):
         undo = apply(Plan(tuple(edit for member in members for edit in member.plan().edits)), store)
         self._undo.append(undo)
         self._refresh()
-        say_what_overflows(members, {name: tensor.dtype for name, tensor in store.tensors.items()})
+        say_what_overflows(members, store, undo)
         return undo
 
     def unmerge(self) -> None:
@@ -281,7 +287,7 @@ class Attachment(Hidden):
         self._members.clear()
         self._undo = []
         model = self.model
-        look_no_more(model, self._before_load)
+        look_no_more(model, self._before_load, self._before_save)
         model._modules.pop(CHILD, None)
         forget(self)
         while self.extended and not merged:  # when nothing of the attachment holds a table any more
@@ -310,6 +316,11 @@ class Attachment(Hidden):
         if len(self._members.unstepped) < len(self.names) and not self.saved_beside:
             say_that_rows_stay()
 
+    def _before_save(self, *_: Any) -> None:
+        """Before a state dict is made: it will hold no rows."""
+        if self.active and not self._undo and not self.saved_beside:
+            say_that_no_rows_are_saved(self.active)
+
     def _add(
         self,
         name: str,
@@ -329,7 +340,7 @@ class Attachment(Hidden):
         overrides = self._prompts.checked(surgery.live(adapter, located), adapter)
         modes = self._installation.modes((o for o in overrides if not isinstance(o, PromptOverride)), materialize)
         devices = [store.tensors[o.table].device for o in overrides]
-        rows = nn.ModuleList(rows_for(overrides, adapter.raw, devices))
+        rows = nn.ModuleList(modules_for(overrides, adapter.raw, devices))
         member = Member(adapter, record, located, overrides, rows)
         steps_back = self._members.prompts(self.active) if is_prompt(member) else []
         active = [other for other in self.active if other not in steps_back]
@@ -384,6 +395,7 @@ def attach_adapter(
     materialize: bool = False,
     fresh: bool = False,
     given: nn.Module | None = None,
+    classify: Classify | None = None,
 ) -> Attachment:
     """Make an adapter live on a model; see `embedsurgery.attach`.
 
@@ -397,6 +409,7 @@ def attach_adapter(
         materialize: See `embedsurgery.attach`.
         fresh: The adapter began from a config just now.
         given: What the user gave: the model, or a wrapper of it.
+        classify: Says what modules of unknown classes are.
 
     Raises:
         AttachmentError: A part of the model has an attachment, or what the model is a part of; and as `attach`.
@@ -407,10 +420,11 @@ def attach_adapter(
         refuse_part(model)
         attachment = Attachment(model, graph)
     else:
-        refuse_more(given or freeze or model, attachment.model)
+        refuse_more(given or freeze or model, attachment.model, classify)
     attachment._add(name, adapter, record, freeze=freeze, materialize=materialize, fresh=fresh)
     if first:
         model.add_module(CHILD, attachment)
         model.register_load_state_dict_pre_hook(attachment._before_load)  # type: ignore[no-untyped-call]
+        model.register_state_dict_pre_hook(attachment._before_save)  # type: ignore[no-untyped-call]
         remember(attachment)
     return attachment

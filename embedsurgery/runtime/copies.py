@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
+from embedsurgery.errors import AttachmentError
 from embedsurgery.runtime.rows import Rows
-from embedsurgery.runtime.sharded import plain_rows
+from embedsurgery.runtime.whole_tables import has_whole_tables, over, tensors_of
 
 
 def full_copy(base: torch.Tensor, rows: Sequence[Rows]) -> torch.Tensor:
@@ -24,22 +25,38 @@ def full_copy(base: torch.Tensor, rows: Sequence[Rows]) -> torch.Tensor:
     Raises:
         UnsupportedError: The rows are sharded here, and a gradient is wanted.
     """
-    new = [plain_rows(part.values) for part in rows]
+    new = [tensors_of(part) for part in rows]
     if torch.compiler.is_compiling():  # which knows how to make the least of this
-        for part, values in zip(rows, new, strict=True):
-            base = base.index_copy(0, part.indices, values.to(base.dtype))
-        return base
+        for number, part in enumerate(rows):
+            if part.samples is not None:  # a copy is right for some samples only: no numbers rather than wrong ones
+                new[number] = [torch.full_like(values, torch.nan) for values in new[number]]
+        return _laid_over(base, rows, new)
     with torch.no_grad():
-        made = base.clone()
-        for part, values in zip(rows, new, strict=True):
-            made.index_copy_(0, part.indices, values.to(base.dtype))
+        if has_whole_tables(rows):
+            made = _laid_over(base, rows, new)
+        else:
+            made = base.clone()
+            for part, (values,) in zip(rows, new, strict=True):
+                made.index_copy_(0, part.indices, values.to(base.dtype))
     return with_gradient(made, base, rows)
+
+
+def _laid_over(base: torch.Tensor, rows: Sequence[Rows], new: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
+    for part, tensors in zip(rows, new, strict=True):
+        base = over(base, part, tensors)
+    return base
+
+
+def values_of(rows: Sequence[Rows]) -> list[torch.Tensor]:
+    """Every tensor that rows are made of, as it is in a forward."""
+    return [tensor for part in rows for tensor in tensors_of(part)]
 
 
 def with_gradient(shown: torch.Tensor, base: torch.Tensor, rows: Sequence[Rows], turned: bool = False) -> torch.Tensor:
     """Values as they are, whose gradient goes to a table and to the rows that are in the place of its own.
 
-    Nothing is saved for it, so it may be run through as often as parts of a forward are computed again.
+    Nothing is saved for it that a backward frees, so it may be run through as often as parts of a forward are computed
+    again.
 
     Args:
         shown: (V, D), or (D, V) where it is turned.
@@ -47,11 +64,15 @@ def with_gradient(shown: torch.Tensor, base: torch.Tensor, rows: Sequence[Rows],
         rows: Those that are live.
         turned: Whether both are transposed.
     """
-    new = [plain_rows(part.values) for part in rows]
+    new = values_of(rows)
     if not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in (base, *new)):
         return shown
+    found: torch.Tensor
+    if has_whole_tables(rows):
+        found = _Changed.apply(shown, base, turned, tuple(rows), *new)  # type: ignore[no-untyped-call]
+        return found
     indices = [part.indices for part in rows]
-    found: torch.Tensor = _WithRows.apply(shown, base, turned, len(rows), *indices, *new)  # type: ignore[no-untyped-call]
+    found = _WithRows.apply(shown, base, turned, len(rows), *indices, *new)  # type: ignore[no-untyped-call]
     return found
 
 
@@ -79,3 +100,31 @@ class _WithRows(torch.autograd.Function):
                 base = base.index_fill(0, i, 0)
             base = base.t() if ctx.turned else base
         return None, base, None, None, *[None] * len(ctx.indices), *rows
+
+
+class _Changed(torch.autograd.Function):
+    """Where a whole table is changed, the gradient is what autograd says of the change, made once more."""
+
+    @staticmethod
+    def forward(ctx: Any, shown: torch.Tensor, base: torch.Tensor, turned: bool, rows: Any, *new: Any) -> torch.Tensor:
+        ctx.turned, ctx.rows, ctx.base, ctx.new = turned, rows, base, new
+        ctx.versions = [tensor._version for tensor in new]
+        return shown.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        if ctx.versions != [tensor._version for tensor in ctx.new]:
+            raise AttachmentError("rows were changed in place between a forward and its backward",
+                                  hint="step the optimizer after the backward")  # fmt: skip
+        wanted = (ctx.needs_input_grad[1], *ctx.needs_input_grad[4:])
+        inputs = [t.detach().requires_grad_(w) for t, w in zip((ctx.base, *ctx.new), wanted, strict=True)]
+        counts = [len(tensors_of(part)) for part in ctx.rows]
+        given = iter(inputs[1:])
+        with torch.enable_grad():
+            base = inputs[0].t() if ctx.turned else inputs[0]
+            made = _laid_over(base, ctx.rows, [[next(given) for _ in range(count)] for count in counts])
+            made = made.t() if ctx.turned else made
+            asked = [tensor for tensor, is_wanted in zip(inputs, wanted, strict=True) if is_wanted]
+            found = iter(torch.autograd.grad(made, asked, gradients[0].to(made.dtype), allow_unused=True))
+        base_gradient, *rest = [next(found) if is_wanted else None for is_wanted in wanted]
+        return None, base_gradient, None, None, *rest

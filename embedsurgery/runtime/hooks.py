@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 Installed = list[tuple[nn.Module, Any]]
@@ -32,3 +34,18 @@ def remove(installed: Installed) -> None:
                 for beside in (kind, f"{kind}_with_kwargs", f"{kind}_always_called"):
                     getattr(module, beside, {}).pop(key, None)
     installed.clear()
+
+
+def forget_compiled() -> None:
+    """Have all be compiled again: what was compiled before never looks whether there are hooks, or covers, by now."""
+    if "torch._dynamo" in sys.modules and not torch.compiler.is_compiling():
+        torch.compiler.reset()
+
+
+def tensors_in(value: Any, depth: int = 0) -> Iterator[torch.Tensor]:
+    """The tensors in what a forward takes or gives: a tensor, a tuple, a dict (ModelOutput is one), two levels deep."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif depth < 2 and isinstance(value, (dict, tuple, list)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from tensors_in(item, depth + 1)

@@ -20,11 +20,13 @@ from torch import nn
 
 from embedsurgery.errors import EmbedSurgeryWarning, UnsupportedError
 from embedsurgery.graph import EmbeddingGraph, Table
-from embedsurgery.runtime.hooks import Installed, after, before, remove
+from embedsurgery.runtime.hooks import Installed, after, before, forget_compiled, remove
+from embedsurgery.runtime.mixing import Batch
 from embedsurgery.runtime.overlays import Materialised, StandIns, Uncovered
 from embedsurgery.runtime.rows import Rows
 from embedsurgery.runtime.sites import Lookup, Projection, can_override, holders
 from embedsurgery.runtime.unchanged import Unchanged
+from embedsurgery.runtime.whole_tables import Companion
 from embedsurgery.stores.tensors import TensorStore, module_store
 from embedsurgery.surgeries.base import RowOverride
 from embedsurgery.tensors import dtype_string
@@ -42,11 +44,13 @@ class Installation:
     Attributes:
         live: Table's name -> the rows that are live for it.
         copied: The tables that are overridden by a full copy, at a site at least.
+        batch: What the model is given while a batch mixes adapters.
     """
 
     def __init__(self, model: nn.Module, graph: EmbeddingGraph, guard: Callable[..., Any]) -> None:
         self.live: dict[str, list[Rows]] = {}
         self.copied: set[str] = set()
+        self.batch = Batch()
         self._model = (model,)  # as in the attachment
         self._graph = graph
         self._guard = guard
@@ -64,7 +68,8 @@ class Installation:
         """
         found = {}
         for override in overrides:
-            found[override.table] = self._modes(override, materialize)
+            if override.indices:  # of a whole table's tensors the last stands for all
+                found[override.table] = self._modes(override, materialize)
         return found
 
     def _modes(self, override: RowOverride, materialize: bool) -> list[bool]:
@@ -82,7 +87,7 @@ class Installation:
                                        hint="normalise the table once and set max_norm to None")  # fmt: skip
             weight = module._parameters[site.parameter]
             assert weight is not None
-            rows = torch.tensor(override.indices, device=weight.device)
+            rows = torch.tensor(override.indices, dtype=torch.int64, device=weight.device)
             modes.append(not materialize and can_override(module, site, rows))
             if not modes[-1] and not materialize:
                 why.append(f"of what {site.module or 'the model'} ({type(module).__name__}) computes")
@@ -100,16 +105,20 @@ class Installation:
         if not self._unchanged.sites:
             before(self._hooks, model, self._guard)
             before(self._hooks, model, self._unchanged)
+            before(self._hooks, model, self.batch.enter)
+            after(self._hooks, model, self.batch.leave, always=True)
         for module, _, _ in sites.values():
             before(self._hooks, module, self._guard)
-        self._unchanged.watch(model, table)
+        self._unchanged.watch(model, table, live)
+        forget_compiled()
         held = list(holders(model, table.names, table.transposed))
         if not all(modes):
             self.copied.add(table.name)
         if not any(modes):
             self._overlay(Materialised(held, live), _around(model, table))
             return
-        self._overlay(StandIns(table, held, live, _say), [m for m in _around(model, table) if id(m) not in sites])
+        around = [module for module in _around(model, table) if id(module) not in sites]
+        self._overlay(StandIns(table, held, live, _say, around), around)
         for module, site, can in sites.values():
             if not can:
                 self._overlay(Materialised([(module, site.parameter, site.transposed)], live), [module])
@@ -117,7 +126,7 @@ class Installation:
             uncovered = Uncovered(site.parameter)
             before(self._hooks, module, uncovered.enter)
             after(self._hooks, module, uncovered.leave)
-            after(self._hooks, module, (Lookup if site.role == "input" else Projection)(module, site, live))
+            after(self._hooks, module, (Lookup if site.role == "input" else Projection)(module, site, live, self.batch))
 
     def refresh(self, live: Iterable[tuple[str, Rows]]) -> None:
         """Fill the lists that the hooks share.
@@ -128,7 +137,8 @@ class Installation:
         for rows in self.live.values():
             rows.clear()
         for table, part in live:
-            self.live[table].append(part)
+            if not isinstance(part, Companion):
+                self.live[table].append(part)
         self.settle()
         for overlay in self._overlays:
             overlay.refresh()

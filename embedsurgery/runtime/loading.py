@@ -12,14 +12,16 @@ from torch import nn
 from embedsurgery.adapter import Adapter
 from embedsurgery.errors import AttachmentError, BaseMismatchError, EmbedSurgeryWarning
 from embedsurgery.graph import EmbeddingGraph
+from embedsurgery.runtime.whole_tables import whole_replacements
 from embedsurgery.stores.base import shorten
 from embedsurgery.surgeries.base import RowOverride
 from embedsurgery.surgeries.soft_prompt import PromptOverride
+from embedsurgery.surgeries.whole_tables import TableOverride
 from embedsurgery.tensors import from_raw, to_raw
 
 
 def replacements(
-    name: str, ours: Sequence[RowOverride], theirs: Sequence[RowOverride], adapter: Adapter
+    name: str, ours: Sequence[RowOverride], theirs: Sequence[RowOverride], live: Adapter, adapter: Adapter
 ) -> list[torch.Tensor]:
     """For each override of an adapter that is live, the rows that another adapter has for it, in the live order.
 
@@ -27,6 +29,7 @@ def replacements(
         name: The live adapter's, for messages.
         ours: What it overrides.
         theirs: What the other would override on the same model.
+        live: It.
         adapter: The other.
 
     Raises:
@@ -34,6 +37,8 @@ def replacements(
     """
     if any(isinstance(override, PromptOverride) for override in (*ours, *theirs)):
         return _prompt(name, ours, theirs, adapter)
+    if any(isinstance(override, TableOverride) for override in (*ours, *theirs)):
+        return whole_replacements(name, ours, theirs, live, adapter)
     found = {override.table: override for override in theirs}
     if found.keys() != {override.table for override in ours}:
         raise AttachmentError("the adapter is for other tables", where=name, found=", ".join(sorted(found)),
@@ -114,8 +119,11 @@ def say_that_rows_stay() -> None:
     )
 
 
-def look_no_more(model: nn.Module, hook: Callable[..., Any]) -> None:
-    """Take a hook off that looks at state dicts before they are loaded; a copied model has a copy of it."""
+def look_no_more(model: nn.Module, hook: Callable[..., Any], saving: Callable[..., Any]) -> None:
+    """Take off the hooks that look at state dicts before they are loaded, or made, and copies of these hooks."""
     loading: dict[int, Any] = model._load_state_dict_pre_hooks
     for key in [key for key, wrapped in loading.items() if wrapped.hook == hook]:
         del loading[key]
+    making: dict[int, Any] = model._state_dict_pre_hooks
+    for key in [key for key, made in making.items() if made == saving]:
+        del making[key]

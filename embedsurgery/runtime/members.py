@@ -13,12 +13,15 @@ from torch import nn
 from embedsurgery.adapter import Adapter
 from embedsurgery.errors import AttachmentError, ConfigError, EmbedSurgeryWarning
 from embedsurgery.graph import Table
-from embedsurgery.plan import Plan
+from embedsurgery.plan import Plan, Undo
 from embedsurgery.runtime.history import has_history, holds, look_at
 from embedsurgery.runtime.rows import Rows
+from embedsurgery.runtime.whole_tables import overflown
 from embedsurgery.stores.base import shorten
+from embedsurgery.stores.tensor_store import TensorStore
 from embedsurgery.surgeries.base import RowOverride, SurgeryRecord
 from embedsurgery.surgeries.soft_prompt import PromptOverride
+from embedsurgery.surgeries.whole_tables import TableOverride
 from embedsurgery.tensors import to_raw, whole
 
 
@@ -130,12 +133,13 @@ class Members:
         for name in names:
             for override in (self[name] if new is None or name != names[-1] else new).overrides:
                 rows = taken.setdefault(override.table, {})
-                twice = [i for i in override.indices if i in rows]
+                indices = range(override.rows) if isinstance(override, TableOverride) else override.indices
+                twice = [i for i in indices if i in rows]
                 if twice:
                     raise AttachmentError("two active adapters set the same rows", where=override.table,
                                           expected="disjoint rows", hint="activate one of them at a time",
                                           found=f"{rows[twice[0]]} and {name} both set {shorten(twice)}")  # fmt: skip
-                rows.update(dict.fromkeys(override.indices, name))
+                rows.update(dict.fromkeys(indices, name))
 
     def prompts(self, names: Iterable[str]) -> list[str]:
         """Those of some adapters that are here and are soft prompts."""
@@ -208,15 +212,19 @@ class Members:
         return bool(self.unstepped)
 
 
-def say_what_overflows(members: Iterable[Member], dtypes: Mapping[str, torch.dtype]) -> None:
+def say_what_overflows(members: Iterable[Member], store: TensorStore, undo: Undo) -> None:
     """Warn of rows that are numbers, and infinite once they are rounded to their table's dtype.
 
     Args:
         members: Whose rows were merged.
-        dtypes: Table's name -> its dtype.
+        store: Where to.
+        undo: Of the merge.
     """
-    found = []
+    dtypes = {name: tensor.dtype for name, tensor in store.tensors.items()}
+    found = [f"{table} ({dtypes[table]}), rows {shorten(lost)}" for table, lost in overflown(undo, store)]
     for override, rows in (pair for member in members for pair in member.pairs()):
+        if isinstance(override, TableOverride):
+            continue
         values = whole(rows.values.detach())
         lost = values.isfinite() & ~values.to(dtypes[override.table]).isfinite()
         if places := lost.any(dim=1).nonzero().flatten().tolist():

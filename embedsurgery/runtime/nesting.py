@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from embedsurgery.errors import AttachmentError
+from embedsurgery.unknown_modules import Classify
 from embedsurgery.walker import walk_module
 from embedsurgery.wrappers import submodule
 
@@ -42,10 +43,10 @@ def refuse_part(model: nn.Module) -> None:
             )
 
 
-def refuse_more(given: nn.Module, model: nn.Module) -> None:
+def refuse_more(given: nn.Module, model: nn.Module, classify: Classify | None = None) -> None:
     """Refuse a module around an attached model that uses tables in modules of its own, which the attachment misses.
 
-    A wrapper that only holds the model is the model.
+    A wrapper that only holds the model is the model. ``classify`` says what modules of unknown classes are.
 
     Raises:
         AttachmentError: It names both.
@@ -53,7 +54,7 @@ def refuse_more(given: nn.Module, model: nn.Module) -> None:
     if given is model:
         return
     inside = {id(module) for module in model.modules()}
-    sites = [site.module for table in walk_module(given).tables for site in table.sites]
+    sites = [site.module for table in walk_module(given, classify).tables for site in table.sites]
     beyond = [path for path in sites if id(submodule(given, path)) not in inside]
     if beyond:
         raise AttachmentError(

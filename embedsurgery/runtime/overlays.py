@@ -8,15 +8,16 @@ Either lays tensors over weights as attributes of the module objects, which come
 Parameters stay where they are, so that a state dict, an optimizer or a wrapper never meets a copy.
 
 Out of reach are weights that code took out of their modules before the forward, reads outside of every forward, and,
-until a forward has shown them, reads in a forward that is compiled.
+until a forward has shown them, reads in compiled code that no forward around the table names.
 """
 
 from __future__ import annotations
 
+import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from functools import partial
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from torch import nn
 from embedsurgery.errors import UnsupportedError
 from embedsurgery.graph import Table
 from embedsurgery.runtime.copies import full_copy
+from embedsurgery.runtime.hooks import forget_compiled, tensors_in
 from embedsurgery.runtime.rows import Rows
 from embedsurgery.runtime.sites import held
 from embedsurgery.runtime.standin import Source, StandIn, stand_in
@@ -169,24 +171,34 @@ class StandIns(Materialised):
     Args:
         table: What it is for.
         said: Is told of the first full copy, with the function that needs it.
+        around: The modules that it is on. Where a forward of theirs names the parameter, compiled code gets a copy
+            from the start; else when an eager forward has shown that it is needed.
     """
 
     def __init__(
-        self, table: Table, holders: list[Holder], live: list[Rows], said: Callable[[Table, Any], None]
+        self,
+        table: Table,
+        holders: list[Holder],
+        live: list[Rows],
+        said: Callable[[Table, Any], None],
+        around: Iterable[nn.Module],
     ) -> None:
         super().__init__(holders, live)
         self.table = table
         self.said = said
-        self.seen = self.copied = False
+        self.seen = any(_names(module.forward, name) for module in around for _, name, _ in holders)
+        self.copied = False
         self.source: Source | None = None
 
     def lay(self) -> None:
+        parts = [*(rows.values for rows in self.live), *(held(m, n) for m, n, _ in self.holders)]
+        if any(is_sharded(part) or hasattr(part, "ds_id") for part in parts):
+            return
         if torch.compiler.is_compiling():
             if self.seen:
                 super().lay()
             return
-        parts = [*(rows.values for rows in self.live), *(held(m, n) for m, n, _ in self.holders)]
-        if torch._C._get_tracing_state() or any(is_sharded(part) or hasattr(part, "ds_id") for part in parts):
+        if torch._C._get_tracing_state():
             return
         module, name, transposed = self.holders[0]
         base = held(module, name)
@@ -207,7 +219,9 @@ class StandIns(Materialised):
 
     def note(self, function: Any, whole: bool) -> None:
         """The weight was read, and a function needs a copy of the whole."""
-        self.seen = True
+        if not self.seen:
+            self.seen = True
+            forget_compiled()
         if whole and not self.copied:
             self.copied = True
             self.said(self.table, function)
@@ -245,17 +259,20 @@ def _backward() -> FrameType | None:
     return None
 
 
-def tensors_in(value: Any, depth: int = 0) -> Iterator[torch.Tensor]:
-    """The tensors in an output: a tensor, a tuple, a dict (ModelOutput is one), two levels deep."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif depth < 2 and isinstance(value, (dict, tuple, list)):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from tensors_in(item, depth + 1)
-
-
 def _first_of(frames: list[FrameType], top: FrameType | None) -> FrameType | None:
     """The first of some frames on a stack, from its top."""
     while top is not None and top not in frames:
         top = top.f_back
     return top
+
+
+def _names(function: Any, name: str) -> bool:
+    """Whether a function's own code has an attribute of this name."""
+    codes = [getattr(inspect.unwrap(function), "__code__", None)]
+    while codes:
+        code = codes.pop()
+        if isinstance(code, CodeType):
+            if name in code.co_names:
+                return True
+            codes += code.co_consts
+    return False

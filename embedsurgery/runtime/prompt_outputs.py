@@ -31,7 +31,8 @@ def cut(output: Any, layout: Layout, *, keep: bool, one_more: bool) -> Any:
             return value
         if last and one_more and keep:
             return _with_first(value, layout)
-        return back_with_one_more(value, layout) if last and one_more else back(value, layout, 1, keep)
+        found = back_with_one_more(value, layout) if last and one_more else back(value, layout, 1, keep)
+        return found.contiguous() if last else found  # else a head multiplies its weight with each sample by itself
 
     def attention(value: Any) -> Any:
         if not isinstance(value, torch.Tensor) or value.dim() != 4 or value.shape[2] != size:

@@ -8,7 +8,7 @@ in ``prompt_hooks.py``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,6 +28,7 @@ from embedsurgery.runtime.prompt_stacks import Stack, need, stacks_of
 from embedsurgery.runtime.rows import Rows
 from embedsurgery.runtime.sharded import plain_rows
 from embedsurgery.runtime.unchanged import Unchanged
+from embedsurgery.runtime.whole_tables import rows_for
 from embedsurgery.surgeries.base import RowOverride
 from embedsurgery.surgeries.soft_prompt import PromptOverride
 from embedsurgery.wrappers import submodule
@@ -252,9 +253,15 @@ class Prompts:
         return F.embedding((FIRST - ids).clamp(0, table.shape[0] - 1), table)
 
 
-def prompts_for(override: Any, values: RawArray, device: torch.device) -> PromptEmbedding | None:
-    """The module of an override that is a soft prompt's; None of any other."""
-    return PromptEmbedding(values, override, device) if isinstance(override, PromptOverride) else None
+def modules_for(
+    overrides: Sequence[RowOverride], raw: Mapping[str, RawArray], devices: Sequence[torch.device]
+) -> list[Rows]:
+    """The trainable module of each override, in their order; arguments as of `whole_tables.rows_for`."""
+    if not any(isinstance(override, PromptOverride) for override in overrides):
+        return rows_for(overrides, raw, devices)
+    prompts = [(o, d) for o, d in zip(overrides, devices, strict=True) if isinstance(o, PromptOverride)]
+    assert len(prompts) == len(overrides), "a soft prompt changes no rows"
+    return [PromptEmbedding(raw[override.tensor], override, device) for override, device in prompts]
 
 
 def position_limit(module: nn.Module) -> int | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any
 
 import torch
@@ -43,7 +43,7 @@ class Rows(Hidden):
         values: The rows, Parameter (K, D), fp32 (fp64 for an fp64 table): masters, rounded to the table's dtype in
             the forward.
         indices: Row numbers in the order of ``values``, int64 (K,).
-        numbers: The same, as a set.
+        numbers: The same, to ask for one.
         sorted: The same, ascending.
         order: Position in ``values`` of each entry of ``sorted``.
         samples: While a batch mixes adapters, which of its samples these rows are for, bool (B,).
@@ -52,7 +52,7 @@ class Rows(Hidden):
 
     values: nn.Parameter
     indices: torch.Tensor
-    numbers: frozenset[int]
+    numbers: Container[int]
     sorted: torch.Tensor
     order: torch.Tensor
     samples: torch.Tensor | None = None

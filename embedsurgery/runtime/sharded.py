@@ -51,7 +51,11 @@ class Guard:
         self.sharded = frozenset(name for name, p in model.named_parameters() if is_sharded(p))
         self.seen: tuple[object, ...] = ()
 
-    def __call__(self, *_: Any) -> None:
+    def __call__(self, module: nn.Module, *_: Any) -> None:
+        if getattr(module, "_is_replica", False):
+            raise UnsupportedError("rows are not live in the replicas that torch.nn.DataParallel makes",
+                                   where=type(module).__name__, expected="DistributedDataParallel",
+                                   hint="start with torchrun, or set CUDA_VISIBLE_DEVICES=0")  # fmt: skip
         if torch.compiler.is_compiling() or not torch.is_grad_enabled() or world_size() == 1:
             return
         rows = [(name, p) for name, p in self.rows() if p.requires_grad]

@@ -22,8 +22,10 @@ from torch.nn import functional as F
 from embedsurgery.errors import UnsupportedError
 from embedsurgery.graph import Site
 from embedsurgery.runtime.columns import columns
+from embedsurgery.runtime.mixing import Batch
 from embedsurgery.runtime.rows import Rows
 from embedsurgery.runtime.sharded import on_plain, plain_rows
+from embedsurgery.runtime.whole_tables import TableRows, chosen
 from embedsurgery.tensors import is_sharded, rows_at
 from embedsurgery.wrappers import submodule
 
@@ -31,11 +33,12 @@ from embedsurgery.wrappers import submodule
 class Lookup:
     """Forward hook of a lookup: ``nn.Embedding`` and subclasses."""
 
-    def __init__(self, module: nn.Module, site: Site, live: list[Rows]) -> None:
+    def __init__(self, module: nn.Module, site: Site, live: list[Rows], batch: Batch) -> None:
         self.twin = _twin(module, site.parameter)
         self.where = site.module
         self.parameter = site.parameter
         self.live = live
+        self.batch = batch
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if self.live and is_sharded(output):
@@ -48,10 +51,9 @@ class Lookup:
                 raise UnsupportedError("a lookup that is given something other than ids", where=self.where or "root",
                                        expected="integers", found=getattr(ids, "dtype", type(ids).__name__),
                                        hint="attach(..., materialize=True) gives it the whole table")  # fmt: skip
-            place, ours = rows.find(ids)
+            place, ours, small = chosen(rows, ids, held(module, self.parameter))
             if rows.samples is not None:
-                ours = ours & _of_samples(rows.samples, ids)
-            small = plain_rows(rows.values).to(held(module, self.parameter).dtype)
+                ours = ours & self.batch.mask(rows.samples, ids)
             new = _call(self.twin, self.parameter, small, args_of(place), kwargs_of(place))
             output = torch.where(ours.unsqueeze(-1), new, output)
         return output
@@ -60,9 +62,10 @@ class Lookup:
 class Projection:
     """Forward hook of a projection to logits: ``nn.Linear`` and modules that compute the same."""
 
-    def __init__(self, module: nn.Module, site: Site, live: list[Rows]) -> None:
+    def __init__(self, module: nn.Module, site: Site, live: list[Rows], batch: Batch) -> None:
         self.site = site
         self.live = live
+        self.batch = batch
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if self.live and is_sharded(output):
@@ -71,6 +74,12 @@ class Projection:
             hidden = args[0] if args else next(iter(kwargs.values()))
             table = held(module, self.site.parameter)
             weight = table.t() if self.site.transposed else table
+            if isinstance(rows, TableRows):
+                new = rows.project(hidden, output, weight)
+                output = (
+                    new if rows.samples is None else torch.where(self.batch.mask(rows.samples, output), new, output)
+                )
+                continue
             bias = getattr(module, "bias", None)  # a buffer or a parametrised one too
             small_bias = None if bias is None else rows_at(bias, rows.indices)
             small = plain_rows(rows.values).to(weight.dtype)
@@ -82,7 +91,7 @@ class Projection:
                 if wanted:
                     change = new - F.linear(hidden, rows_at(weight, rows.indices), small_bias).to(output.dtype)
             if rows.samples is not None:
-                ours = _of_samples(rows.samples, output)
+                ours = self.batch.mask(rows.samples, output)
                 new = torch.where(ours, new, output.detach().index_select(-1, rows.indices))
                 change = torch.where(ours, change, 0) if wanted else change
             if wanted:
@@ -93,21 +102,6 @@ class Projection:
         if output.requires_grad and not torch.compiler.is_compiling():
             assert output.grad_fn is not None  # read once: torch 2.13's register_hook on a changed view crashes else
         return output
-
-
-def _of_samples(samples: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-    """The mask of samples, bool (B,), spread over a tensor whose first axis holds each sample once or n times.
-
-    Generation repeats each sample for its beams, and some models flatten their axes before the head: either way the
-    n entries of a sample stand together.
-    """
-    count = tensor.shape[0]
-    if count % samples.numel():
-        raise UnsupportedError("the batch is not that of att.rows()", where="first axis of a site's tensor",
-                               expected=f"{samples.numel()} samples, or a multiple", found=count,
-                               hint="give one adapter name (or None) for each sample")  # fmt: skip
-    mask = samples.repeat_interleave(count // samples.numel())
-    return mask.reshape(-1, *[1] * (tensor.dim() - 1))
 
 
 def can_override(module: nn.Module, site: Site, indices: torch.Tensor) -> bool:

@@ -16,9 +16,9 @@ from torch.utils._pytree import tree_map
 
 from embedsurgery.errors import UnsupportedError
 from embedsurgery.graph import Table
-from embedsurgery.runtime.copies import full_copy, with_gradient
+from embedsurgery.runtime.copies import full_copy, values_of, with_gradient
 from embedsurgery.runtime.rows import Rows
-from embedsurgery.runtime.sharded import plain_rows
+from embedsurgery.runtime.whole_tables import chosen
 
 _VALUES = frozenset({"data", "T", "H", "mT", "mH", "real", "imag", "__cuda_array_interface__"})
 """Attributes of a tensor that give its values; all others only describe it."""
@@ -66,7 +66,7 @@ class Source:
         self.base = base
         self.rows = rows
         self.said = said
-        self.grad = torch.is_grad_enabled() and any(p.requires_grad for p in (base, *(part.values for part in rows)))
+        self.grad = torch.is_grad_enabled() and any(p.requires_grad for p in (base, *values_of(rows)))
         self.read = False
         self.copy: torch.Tensor | None = None
 
@@ -94,9 +94,8 @@ class Source:
         self._begin(function, False)
         found = F.embedding(ids, self.base, padding_idx)
         for part in self.rows:
-            place, ours = part.find(ids)
-            new = plain_rows(part.values).to(found.dtype)[place]
-            found = torch.where(ours.unsqueeze(-1), new, found)
+            place, ours, small = chosen(part, ids, self.base)
+            found = torch.where(ours.unsqueeze(-1), small[place], found)
         return found
 
     def _begin(self, function: Any, whole: bool) -> None:

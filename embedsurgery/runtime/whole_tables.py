@@ -6,20 +6,22 @@ are; the last one of a table knows the others and is the one that hooks see.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 
+import numpy as np
 import torch
 
 from embedsurgery.adapter import Adapter
-from embedsurgery.errors import AttachmentError, UnsupportedError
+from embedsurgery.errors import AttachmentError
+from embedsurgery.plan import SetBlocks, Undo
 from embedsurgery.raw import RawArray
-from embedsurgery.runtime.prompts import prompts_for
 from embedsurgery.runtime.rows import Rows
 from embedsurgery.runtime.sharded import plain_rows
+from embedsurgery.stores.store import Store
 from embedsurgery.surgeries.base import RowOverride
 from embedsurgery.surgeries.whole_tables import TableChange, TableOverride
-from embedsurgery.tensors import from_raw, rows_at
+from embedsurgery.tensors import from_raw, rows_at, whole
 
 
 class Companion(Rows):
@@ -42,20 +44,25 @@ class TableRows(Rows):
         super().__init__(values, override.indices, device)
         assert override.change is not None
         self.change: TableChange = override.change
-        self.numbers = frozenset(range(override.rows))  # a padding row changes as others do
+        self.numbers = range(override.rows)  # a padding row changes as others do
         self.others = tuple(others)  # in a tuple, so that none is registered twice
 
     def tensors(self) -> list[torch.Tensor]:
         """What the change takes."""
         return [plain_rows(part.values) for part in (*self.others, self)]
 
-    def rows(self, ids: torch.Tensor, current: torch.Tensor) -> torch.Tensor:
-        """Rows as they become, (n, D) in the table's dtype."""
-        return self.change.rows(self.tensors(), ids, current).to(current.dtype)
+    def rows(
+        self, ids: torch.Tensor, current: torch.Tensor, tensors: Sequence[torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """Rows as they become, (n, D) in the table's dtype, rounded once: autocast would round on the way."""
+        kind = current.device.type
+        with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
+            new = self.change.rows(self.tensors() if tensors is None else tensors, ids, current)
+        return new.to(current.dtype)
 
     def project(self, hidden: torch.Tensor, logits: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Logits as they become."""
-        return self.change.logits(self.tensors(), hidden, logits, weight).to(logits.dtype)
+        return self.change.logits(self.tensors(), hidden, logits, whole(weight)).to(logits.dtype)
 
 
 def rows_for(
@@ -72,10 +79,7 @@ def rows_for(
     waiting: list[Companion] = []
     for override, device in zip(overrides, devices, strict=True):
         values = raw[override.tensor]
-        prompt = prompts_for(override, values, device)
-        if prompt is not None:
-            made.append(prompt)
-        elif not isinstance(override, TableOverride):
+        if not isinstance(override, TableOverride):
             made.append(Rows(values, override.indices, device))
         elif override.change is None:
             waiting.append(Companion(values, (), device))
@@ -105,11 +109,16 @@ def chosen(rows: Rows, ids: torch.Tensor, weight: torch.Tensor) -> tuple[torch.T
     return place, torch.ones_like(ids, dtype=torch.bool), rows.rows(flat, rows_at(weight, flat))
 
 
-def over(base: torch.Tensor, rows: Rows) -> torch.Tensor:
-    """A full copy of a table, (V, D), with live rows in it."""
+def tensors_of(rows: Rows) -> list[torch.Tensor]:
+    """What live rows are made of, as plain tensors."""
+    return rows.tensors() if isinstance(rows, TableRows) else [plain_rows(rows.values)]
+
+
+def over(base: torch.Tensor, rows: Rows, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """A full copy of a table, (V, D), with live rows in it, made of these tensors."""
     if not isinstance(rows, TableRows):
-        return base.index_copy(0, rows.indices, plain_rows(rows.values).to(base.dtype))
-    return rows.rows(torch.arange(base.shape[0], device=base.device), base)
+        return base.index_copy(0, rows.indices, tensors[0].to(base.dtype))
+    return rows.rows(torch.arange(base.shape[0], device=base.device), base, tensors)
 
 
 def has_whole_tables(rows: Sequence[Rows]) -> bool:
@@ -117,35 +126,38 @@ def has_whole_tables(rows: Sequence[Rows]) -> bool:
     return any(isinstance(part, TableRows) for part in rows)
 
 
-class Undescribed(torch.autograd.Function):
-    """A weight's memory whose gradient is asked for by code that read it behind torch's back: refused, not lost."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: torch.Tensor, *values: torch.Tensor) -> torch.Tensor:
-        return weight.detach()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-        raise UnsupportedError(
-            "an autograd.Function reads the weight of a table that is overridden whole, and its gradient would be lost",
-            where="backward", hint="attach(..., materialize=True) gives it a full copy",
-        )  # fmt: skip
-
-
 def whole_replacements(
-    name: str, ours: Sequence[RowOverride], theirs: Sequence[RowOverride], adapter: Adapter
+    name: str, ours: Sequence[RowOverride], theirs: Sequence[RowOverride], live: Adapter, adapter: Adapter
 ) -> list[torch.Tensor]:
     """As `loading.replacements`, where an override is of a whole table.
 
     Raises:
         AttachmentError: They are not for the same tables, in the same way.
     """
-
-    def described(overrides: Sequence[RowOverride]) -> list[tuple[object, ...]]:
-        return [(o.table, o.indices, getattr(o, "change", None)) for o in overrides]
-
-    if described(ours) != described(theirs):
-        expected, found = (", ".join(dict.fromkeys(o.table for o in overrides)) for overrides in (ours, theirs))
+    parts = [[(o.table, raw[o.tensor].shape, o.indices, getattr(o, "change", None)) for o in overrides]
+             for overrides, raw in ((ours, live.raw), (theirs, adapter.raw))]  # fmt: skip
+    if parts[0] != parts[1]:
+        expected, found = (", ".join(f"{table} {list(shape)}" for table, shape, _, _ in part) for part in parts)
         raise AttachmentError("the adapter is for other tables, or changes them otherwise", where=name,
                               expected=expected, found=found)  # fmt: skip
     return [from_raw(adapter.raw[override.tensor]) for override in theirs]
+
+
+def overflown(undo: Undo, store: Store) -> Iterator[tuple[str, list[int]]]:
+    """Whole tables of fp16 with rows that were numbers before a merge and are infinite now; other dtypes reach further.
+
+    Args:
+        undo: Of the merge.
+        store: Where to.
+    """
+    for edit in undo.edits:
+        if not isinstance(edit, SetBlocks) or (table := store.graph.table(edit.table)).dtype != "F16":
+            continue
+        lost: list[int] = []
+        for start, stop in edit.blocks.spans():
+            now = store.read_block(store.copies(table)[0], start, stop)
+            before = edit.blocks.block(start, stop, now)
+            gone = np.isfinite(before.float32()) & ~np.isfinite(now.float32())
+            lost += [start + int(row) for row in np.flatnonzero(gone.any(axis=1))]
+        if lost:
+            yield edit.table, lost

@@ -108,7 +108,7 @@ def _spill(store: Store, table: Table, directory: Path | None) -> Blocks:
         _remove(path)
         raise
     blocks = Blocks.in_file(path, read_header(path).entries["blocks"])
-    weakref.finalize(blocks, _remove, path)
+    weakref.finalize(blocks.block, _remove, path)  # which copies of an undo share
     return blocks
 
 

@@ -19,6 +19,7 @@ from embedsurgery.stores.grown_tensors import memories
 from embedsurgery.stores.tensor_store import TensorStore
 from embedsurgery.stores.tie_states import FLAGS, restore_states, tie_states, untie_states
 from embedsurgery.tensors import fsdp_version
+from embedsurgery.unknown_modules import Classify
 from embedsurgery.walker import config_of, walk_module
 from embedsurgery.wrappers import plain_name
 
@@ -127,13 +128,16 @@ class ModuleStore(TensorStore):
         self._transposed = frozenset(n for table in self.graph.tables for n in table.transposed)
 
 
-def module_store(model: nn.Module, graph: EmbeddingGraph | None = None, tokenizer: Any = None) -> ModuleStore:
+def module_store(
+    model: nn.Module, graph: EmbeddingGraph | None = None, tokenizer: Any = None, classify: Classify | None = None
+) -> ModuleStore:
     """A store over a model's parameters.
 
     Args:
         model: The model.
         graph: Of the model, where it is known.
         tokenizer: Gets the tokens that plans add.
+        classify: Says what a module of an unknown class is.
 
     Raises:
         UnsupportedError: DeepSpeed's ZeRO-3 has taken them apart.
@@ -150,6 +154,7 @@ def module_store(model: nn.Module, graph: EmbeddingGraph | None = None, tokenize
     buffers = (name for name, _ in model.named_buffers())
     wrapped = [f"{path}." if path else "" for path, module in model.named_modules() if fsdp_version(module)]
     sharded = [name for name in parameters if any(name.startswith(path) for path in wrapped)]
-    store = ModuleStore(parameters, graph or walk_module(model), type(model).__name__, buffers, sharded, tokenizer)
+    graph = graph or walk_module(model, classify)
+    store = ModuleStore(parameters, graph, type(model).__name__, buffers, sharded, tokenizer)
     store.model, store.config = model, config_of(model)
     return store

@@ -18,7 +18,7 @@ from embedsurgery.errors import CheckpointError, UnsupportedError
 from embedsurgery.graph import Table, Vocabulary
 from embedsurgery.grouping import grown_graph
 from embedsurgery.jsonfile import read_small
-from embedsurgery.names import walk_names
+from embedsurgery.names import ARCHITECTURES, Layout, walk_names
 from embedsurgery.plan import AddTokens, Edit, Grow, PatchFile, Suppress, Untie, spans
 from embedsurgery.raw import ITEMSIZE, RawArray
 from embedsurgery.safetensors_file import Entry, open_regular, pread_exactly, pwrite_exactly, read_tensor
@@ -34,26 +34,37 @@ class ShardStore(Store):
 
     Args:
         checkpoint: Its headers.
+        architectures: What is special about the names of which architecture.
 
     The graph is the walk's, with one question settled that headers leave open: whether a tie that the config claims,
     and whose two ends are both stored, holds. Loaders tie equal tensors and part different ones, so their bytes decide.
     """
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self.checkpoint = checkpoint
+    def __init__(self, checkpoint: Checkpoint, *, architectures: Mapping[str, Layout] = ARCHITECTURES) -> None:
         self.name = str(checkpoint.directory)
+        self._architectures = architectures
+        self._see(checkpoint)
+
+    def _see(self, checkpoint: Checkpoint) -> None:
+        """Take a checkpoint's files for what is stored."""
+        self.checkpoint = checkpoint
         self.config = checkpoint.config
-        self.graph = walk_names(checkpoint.stored(), config=checkpoint.config, source=self.name, equal=self.equal)
+        self.graph = walk_names(checkpoint.stored(), config=checkpoint.config, source=self.name, equal=self.equal,
+                                architectures=self._architectures)  # fmt: skip
         self._transposed = frozenset(n for table in self.graph.tables for n in table.transposed)
 
     @classmethod
-    def open(cls, directory: Path) -> ShardStore:
+    def open(cls, directory: Path, *, architectures: Mapping[str, Layout] = ARCHITECTURES) -> ShardStore:
         """A store over a directory.
+
+        Args:
+            directory: Where it is.
+            architectures: What is special about the names of which architecture.
 
         Raises:
             CheckpointError: Its files are missing or broken.
         """
-        return cls(open_checkpoint(directory))
+        return cls(open_checkpoint(directory), architectures=architectures)
 
     def copies(self, table: Table) -> tuple[str, ...]:
         return tuple(name for name, _ in table.files)
@@ -172,6 +183,9 @@ class ShardStore(Store):
     def _growth(self, vocabulary: Vocabulary, count: int) -> Growth:
         return Growth(self.checkpoint, self.graph, vocabulary, count)
 
+    def weight_files(self) -> Collection[str]:
+        return self.checkpoint.headers.keys()
+
     def growth_files(self, vocabulary: Vocabulary) -> Collection[str]:
         return tuple(self._growth(vocabulary, 1).saved())
 
@@ -233,12 +247,7 @@ class ShardStore(Store):
                 raise
         else:
             self._make({untying.file: (untying.head(), untying.pieces())}, small)
-        again = self.reopened()
-        self.checkpoint, self.config, self.graph = again.checkpoint, again.config, again.graph
-
-    def reopened(self) -> ShardStore:
-        """A store over the files as they are now."""
-        return ShardStore.open(self.checkpoint.directory)
+        self._see(open_checkpoint(self.checkpoint.directory))
 
     def expand(self, edit: AddTokens | Suppress) -> tuple[Edit, ...]:
         """Patches of the tokenizer's files, or of the generation config."""

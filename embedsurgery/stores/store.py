@@ -104,6 +104,10 @@ class Store(ABC):
         """The files that growing makes anew, weights and others."""
         return ()
 
+    def weight_files(self) -> Collection[str]:
+        """The files that hold tensors, of a store of files."""
+        return [file for table in self.graph.tables for _, file in table.files]
+
     def check_untie(self, edit: Untie) -> None:
         """Refuse a head that cannot get a table of its own.
 

@@ -16,7 +16,7 @@ from embedsurgery.graph import Table
 from embedsurgery.plan import Plan
 from embedsurgery.raw import RawArray
 from embedsurgery.stores.base import Store
-from embedsurgery.vocabulary import State
+from embedsurgery.vocabulary import NewTokens, State
 
 if TYPE_CHECKING:
     from embedsurgery.new_tokens import KnownTokens
@@ -41,6 +41,7 @@ class Base:
         config: The model's config, an object or a mapping; None where it has none.
         submodules: What of the model reads token ids: "model", or "encoder" and "decoder" as far as they do.
         heads: Parameter's name -> its values, of the heads for classes and answers, which begin anew for each task.
+        new_tokens: What `add_tokens` gave it, call by call.
     """
 
     name: str | None = None
@@ -50,6 +51,7 @@ class Base:
     config: Any = field(default=None, repr=False)
     submodules: tuple[str, ...] = ()
     heads: Mapping[str, RawArray] = field(default_factory=dict, repr=False)
+    new_tokens: tuple[NewTokens, ...] = ()
 
 
 @dataclass(frozen=True)

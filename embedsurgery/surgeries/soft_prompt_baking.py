@@ -16,9 +16,8 @@ from typing import Any
 import numpy as np
 
 from embedsurgery.adapter import Adapter
-from embedsurgery.config_sizes import TEXT_SECTIONS, as_mapping
+from embedsurgery.config_sizes import TEXT_SECTIONS, as_mapping, named_ids
 from embedsurgery.errors import (
-    BaseMismatchError,
     ConfigError,
     EmbedSurgeryWarning,
     PlanError,
@@ -28,7 +27,7 @@ from embedsurgery.graph import Table, Vocabulary
 from embedsurgery.initializers.base import NewToken, TableView
 from embedsurgery.initializers.methods import Mean
 from embedsurgery.lookup_scale import Scale, scale_of
-from embedsurgery.new_tokens import KnownTokens, assign_ids
+from embedsurgery.new_tokens import KnownTokens, assign_ids, check_belongs
 from embedsurgery.plan import AddTokens, Edit, Front, Grow, Plan, SetEntries, SetRows, Suppress, Token, Untie
 from embedsurgery.raw import RawArray
 from embedsurgery.surgeries.base import Ground
@@ -127,12 +126,11 @@ def _tokens(
     if taken:
         raise PlanError("the tokenizer has virtual tokens of this name already", where=known.source,
                         found=f"{taken[0]!r} and {len(taken) - 1} more", hint="bake it under another name")  # fmt: skip
-    if known.next_id > vocabulary.size:
-        raise BaseMismatchError("the tokenizer has ids beyond the model's rows", where=known.source,
-                                expected=f"{vocabulary.size} tokens at most", found=known.next_id,
-                                hint="is it this model's tokenizer?")  # fmt: skip
+    check_belongs(known, vocabulary.size)
     following = max([known.next_id, *(index + 1 for index in texts if index not in known.texts)])
-    free = [i for i in known.replaceable() if i < size and texts.get(i) == known.texts[i]] if config.reserved else []
+    roles = named_ids(as_mapping(ground.store.config)) if config.reserved else {}
+    free = [i for i in known.replaceable() if i < size and i not in roles] if config.reserved else []
+    free = [i for i in free if texts.get(i) == known.texts[i]]
     return assign_ids(contents, free, following, known.texts, special=True)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 
@@ -22,7 +23,7 @@ from embedsurgery.surgeries.base import Base, RowOverride, Surgery
 from embedsurgery.surgeries.scales import table_scale
 from embedsurgery.surgeries.trainable_tokens_config import TrainableTokensConfig, resolve
 from embedsurgery.surgeries.trainable_tokens_files import OTHERS, PEFT_TYPE, carried, from_files, from_peft, to_peft
-from embedsurgery.vocabulary import NewTokens, entries_name, evidence, filler_name
+from embedsurgery.vocabulary import NewTokens, entries_name, evidence, filler_name, together
 
 __all__ = ["PEFT_TYPE", "TrainableTokens", "TrainableTokensConfig"]
 
@@ -40,6 +41,7 @@ class TrainableTokens(Surgery):
             TokenIndexError: An index that a table does not have.
             UnsupportedError: A table whose rows are no plain numbers.
         """
+        config = _knowing(config, base)
         new = config.new_tokens
         targets = [(table, indices, True) for table, indices in resolve(config, store.graph)]
         if new is not None:
@@ -110,6 +112,14 @@ class TrainableTokens(Surgery):
 
     def from_peft(self, files: PeftFiles) -> Adapter:
         return from_peft(files, self)
+
+
+def _knowing(config: TrainableTokensConfig, base: Base) -> TrainableTokensConfig:
+    """The config with the tokens that `add_tokens` gave this model, where plain numbers name some of them."""
+    indices = config.token_indices
+    lists = indices.values() if isinstance(indices, dict) else [indices]
+    new = None if config.new_tokens is not None else together(base.new_tokens, {i for part in lists for i in part})
+    return config if new is None else replace(config, new_tokens=new)
 
 
 def _beside(new: NewTokens, targets: list[Table], graph: EmbeddingGraph) -> list[Table]:

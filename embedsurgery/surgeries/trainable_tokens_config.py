@@ -25,8 +25,8 @@ class TrainableTokensConfig:
             is every table of their vocabulary, an untied head's too, which could not emit them otherwise.
         init_weights: True starts from the current rows, so that nothing changes until training; False from
             random rows at the table's own scale, which throws away what the model knows of these tokens.
-        new_tokens: What `add_tokens` returned, where ``token_indices`` is a list of more: the adapter then carries
-            the tokens, so that it extends a fresh base by itself.
+        new_tokens: What `add_tokens` returned: the adapter then carries the tokens, so that it extends a fresh base
+            by itself. None is what `token_indices` brings, and else what `add_tokens` gave the model at these ids.
 
     Raises:
         TokenIndexError: Indices that are negative, repeated, missing, or no integers.

@@ -26,9 +26,9 @@ REFUSED = {
     "ranks_that_start_differently": "UnsupportedError: the ranks have attached different rows",
     "without_the_root": "UnsupportedError: the rows are sharded here, because the module that was sharded with them",
     "a_full_copy_of_a_table_of_its_own_group": "UnsupportedError: a table that is sharded here cannot be overridden",
-    "merged_by_the_attachment": "UnsupportedError: the table is sharded over devices (model.embed_tokens.weight)",
-    "merged_while_the_root_is_gathered": "UnsupportedError: the table is sharded over devices",
-    "merged_from_outside": "UnsupportedError: the table is sharded over devices",
+    "merged_by_the_attachment": "UnsupportedError: the tensor is sharded over devices (model.embed_tokens.weight)",
+    "merged_while_the_root_is_gathered": "UnsupportedError: the tensor is sharded over devices",
+    "merged_from_outside": "UnsupportedError: the tensor is sharded over devices",
     "saved_after_drifting": "AdapterError: the ranks hold different rows",
 }
 

@@ -114,7 +114,8 @@ def test_the_best_rows_come_back_at_the_end_and_the_limit_keeps_them(tmp_path: P
 
 def test_without_the_callback_a_resume_raises_at_the_first_step(tmp_path: Path) -> None:
     model, attachment = attached()
-    trainer(model, tmp_path, max_steps=3).train()
+    with pytest.warns(EmbedSurgeryWarning, match="without the rows of default"):
+        trainer(model, tmp_path, max_steps=3).train()
     model, attachment = attached()
     start = rows(attachment)
     with pytest.raises(AttachmentError, match="EmbedSurgeryCallback"):
@@ -124,6 +125,7 @@ def test_without_the_callback_a_resume_raises_at_the_first_step(tmp_path: Path) 
         trainer(model, tmp_path, callbacks=[EmbedSurgeryCallback()]).train(resume_from_checkpoint=True)
 
 
+@pytest.mark.filterwarnings("ignore:the checkpoint that is saved here is the base's")
 def test_without_the_callback_loading_the_best_model_warns(tmp_path: Path) -> None:
     model, _ = attached()
     trained = trainer(model, tmp_path, load_best_model_at_end=True, eval_strategy="steps", eval_steps=1, save_steps=1,

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import embedsurgery as es
 from embedsurgery.initializers import BUILT_IN
-from embedsurgery.registry import registry
+from embedsurgery.registry import build, registry
 from embedsurgery.stores.base import Store
 from embedsurgery.stores.shards import ShardStore
 from embedsurgery.stores.tensors import module_store, state_dict_store
@@ -26,6 +26,13 @@ class TestTrainableTokens(SurgeryContract):
 class TestTrainableTokensOfBothTables(SurgeryContract):
     config = es.TrainableTokensConfig({"embed_tokens": [3, 5], "lm_head": [5, 7]})
     ties = (False,)
+
+
+def test_every_built_in_surgery_is_here() -> None:
+    ours = [kind for kind in globals().values() if isinstance(kind, type) and issubclass(kind, SurgeryContract)]
+    built_in = {record.config_class for record in build([]).surgeries.values()}
+    prompts = {es.SoftPromptConfig}  # baked in, it takes other input than attached: tests/soft_prompts has its own
+    assert {type(kind.config) for kind in ours if hasattr(kind, "config")} == built_in - prompts
 
 
 INITS = {"current": "", "zeros": "", "random": "draws", "mean": "", "normal": "draws", "subtokens": "",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 from collections.abc import Mapping
@@ -17,23 +16,18 @@ from safetensors.torch import save_file
 from torch import nn
 
 import embedsurgery as es
-from embedsurgery.cli import main
-from embedsurgery.hookspecs import ClassifierRecord, EmbeddingModule, LayoutRecord
+from embedsurgery.card import END, adapter_body
+from embedsurgery.cli.inspect import inspect
+from embedsurgery.cli.show import show
+from embedsurgery.errors import AttachmentError, CheckpointError, EmbedSurgeryWarning
+from embedsurgery.hookspecs import CardSection, CardSectionRecord, ClassifierRecord, EmbeddingModule, LayoutRecord
 from embedsurgery.names import Layout
+from embedsurgery.registry import registry
 from embedsurgery.stores.base import Store
-from embedsurgery.stores.shards import ShardStore
 from embedsurgery.testing import StoreContract, TinyModel, contents, installed
 from embedsurgery.testing.models import INPUT, OUTPUT
-from embedsurgery.walker import walk_module
 from tests.conftest import cli
 from tests.plugins import npy_store
-
-_ASKED = (
-    "architectures" in inspect.signature(ShardStore).parameters,
-    "classify" in inspect.signature(walk_module).parameters,
-    hasattr(main, "metadata"),
-)
-reaches = pytest.mark.skipif(not all(_ASKED), reason="the front ends do not ask plugins yet")
 
 
 def plugin(**hooks: Any) -> ModuleType:
@@ -74,7 +68,6 @@ def write(folder: Path, tensors: Mapping[str, torch.Tensor], *, tied: bool) -> P
     return folder
 
 
-@reaches
 def test_a_format_merges_and_unmerges(tmp_path: Path) -> None:
     model = TinyModel(tied=False)
     base = write(tmp_path / "base", model.state_dict(), tied=False)
@@ -82,16 +75,21 @@ def test_a_format_merges_and_unmerges(tmp_path: Path) -> None:
     with torch.no_grad():
         next(iter(attachment.parameters())).fill_(7)
     adapter = attachment.adapter()
+    adapter.save(tmp_path / "adapter")
     with installed(npy_store):
         assert es.walk(base).tables[0].files == ((INPUT, f"{INPUT}.npy"),)
         es.merge_checkpoint(base, adapter, tmp_path / "merged")
         merged = np.load(tmp_path / "merged" / f"{INPUT}.npy")
+        assert all(check.ok for check in es.verify_checkpoint(tmp_path / "merged"))
+        assert inspect(base)["tables"][0]["files"] == {INPUT: f"{INPUT}.npy"}
+        assert show(tmp_path / "adapter", base)["tables"][0]["located"] == INPUT
         es.unmerge_checkpoint(tmp_path / "merged", tmp_path / "again")
     assert np.flatnonzero((merged == 7).all(axis=1)).tolist() == [3, 5]
     assert contents(tmp_path / "again") == contents(base)
+    with pytest.raises(CheckpointError, match="safetensors"):
+        es.walk(base)
 
 
-@reaches
 def test_a_tie_of_an_unknown_architecture(tmp_path: Path) -> None:
     save_file({"model.embed_tokens.weight": torch.randn(9, 4)}, tmp_path / "model.safetensors", {"format": "pt"})
     config = {"model_type": "mymodel", "architectures": ["MyForCausalLM"], "vocab_size": 9, "tie_word_embeddings": True}
@@ -99,6 +97,8 @@ def test_a_tie_of_an_unknown_architecture(tmp_path: Path) -> None:
     assert es.walk(tmp_path).tables[0].aliases == ("lm_head.weight",)
     with installed(plugin(layouts=[LayoutRecord("mymodel", Layout(head="to_vocab"))])):
         assert es.walk(tmp_path).tables[0].aliases == ("to_vocab.weight",)
+        assert registry().open_store(tmp_path).graph.tables[0].aliases == ("to_vocab.weight",)
+        assert inspect(tmp_path)["tables"][0]["aliases"] == ["to_vocab.weight"]
 
 
 class Strange(nn.Module):
@@ -112,8 +112,8 @@ class Strange(nn.Module):
         return 2 * self.table[ids]
 
 
-@reaches
-def test_a_module_of_an_unknown_class() -> None:
+@pytest.mark.parametrize("materialize", [True, False])
+def test_a_module_of_an_unknown_class(materialize: bool) -> None:
     model = nn.Sequential(Strange(), nn.Linear(4, 4))
     assert es.walk(model).tables == ()
 
@@ -124,12 +124,78 @@ def test_a_module_of_an_unknown_class() -> None:
     with installed(plugin(classifiers=[ClassifierRecord("strange", classify)])):
         (table,) = es.walk(model).tables
         assert (table.name, table.shape, table.kind, table.sites[0].scale) == ("0.table", (9, 4), "vocabulary", 2.0)
-        attachment = es.attach(model, es.TrainableTokensConfig([3], ["0"]), materialize=True)
+        attachment = es.attach(model, es.TrainableTokensConfig([3], ["0"]), materialize=materialize)
         with torch.no_grad():
             next(iter(attachment.parameters())).fill_(1)
         assert model[0](torch.tensor([3])).tolist() == [[2.0] * 4]
         attachment.merge()
         assert model[0].table[3].tolist() == [1.0] * 4
+
+
+class Whole(nn.Module):
+    """A model whose input is a stranger and whose head is tied to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.strange = Strange()
+        self.head = nn.Linear(4, 9, bias=False)
+        self.head.weight = self.strange.table
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.strange
+
+    def forward(self, ids: torch.Tensor) -> Any:
+        return self.head(self.strange(ids))
+
+
+def strangers(unknown: Any) -> EmbeddingModule | None:
+    return EmbeddingModule("input", "table", scale=2.0) if unknown.type_name.endswith(".Strange") else None
+
+
+def test_a_tied_model_around_an_unknown_module() -> None:
+    """It is the model's input, its head is found by memory, and the default config trains it."""
+    model, ids = Whole(), torch.arange(9)
+    with installed(plugin(classifiers=[ClassifierRecord("strange", strangers)])):
+        (table,) = es.walk(model).tables
+        assert (table.names, table.roles) == (("strange.table", "head.weight"), ("input", "output"))
+        assert es.walk(model).input == "strange.table"
+        attachment = es.attach(model, es.TrainableTokensConfig([3]))
+        with torch.no_grad():
+            next(iter(attachment.parameters())).fill_(0.5)
+        live = model(ids).detach()
+        attachment.merge()
+        torch.testing.assert_close(model(ids).detach(), live)
+        attachment.unmerge()
+        more = nn.ModuleDict({"model": model, "other": Strange()})
+        with pytest.raises(AttachmentError, match="part of the model"):
+            es.attach(more, es.TrainableTokensConfig([5], ["strange"]), name="more")
+
+
+@pytest.mark.parametrize("answer", [
+    3, EmbeddingModule("input", "weight"), EmbeddingModule("both", "table"), RuntimeError("x"),  # type: ignore[arg-type]
+])  # fmt: skip
+def test_a_classifier_that_is_wrong_is_passed_over(answer: Any) -> None:
+    def classify(unknown: Any) -> Any:
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    records = [ClassifierRecord("wrong", classify), ClassifierRecord("strange", strangers)]
+    with installed(plugin(classifiers=records)), pytest.warns(EmbedSurgeryWarning, match="wrong: .* passed over"):
+        assert es.walk(Strange()).tables[0].name == "table"
+
+
+def test_sections_of_a_card() -> None:
+    def section(manifest: Any) -> CardSection:
+        return CardSection("How it was\nmade", f"By *{manifest.surgery}*.\n{END}\nMore.")
+
+    adapter = es.attach(TinyModel(), es.TrainableTokensConfig([3])).adapter()
+    records = [CardSectionRecord("made", section), CardSectionRecord("broken", lambda manifest: 1 / 0)]
+    with installed(plugin(card_sections=records)), pytest.warns(EmbedSurgeryWarning, match="broken: .* passed over"):
+        body = adapter_body(adapter, "team/rows", 9)
+    assert "\n## How it was\\nmade\n\nBy *trainable_tokens*.\n\nMore." in body
+    assert END not in body
+    assert "How it was" not in adapter_body(adapter, "team/rows", 9)
 
 
 HELLO = """
@@ -147,7 +213,6 @@ def embedsurgery_commands():
 """
 
 
-@reaches
 def test_a_verb(tmp_path: Path) -> None:
     (tmp_path / "a_hello.py").write_text(HELLO)
     about = tmp_path / "a_hello-1.dist-info"

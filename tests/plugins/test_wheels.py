@@ -1,6 +1,6 @@
 """Each plugin as users get it: a wheel, installed into a fresh environment beside embedsurgery's own, its tests run.
 
-Minutes, and so part of the sweep.
+Under two minutes of one core, and so part of the sweep.
 """
 
 from __future__ import annotations

@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import embedsurgery as es
-import embedsurgery.runtime.attach as attaching
 from embedsurgery.adapter import Adapter, Fingerprint, Manifest, PeftFiles, TableRecord
-from embedsurgery.errors import AttachmentError, UnsupportedError
+from embedsurgery.errors import AttachmentError, EmbedSurgeryWarning
 from embedsurgery.graph import Table
 from embedsurgery.plan import Plan
 from embedsurgery.raw import RawArray
 from embedsurgery.stores.base import Store, rows_of
 from embedsurgery.surgeries.base import Base, RowOverride, Surgery, SurgeryRecord
 from embedsurgery.surgeries.whole_tables import TableChange, sampled_rows, set_table, table_overrides
-from embedsurgery.testing import SurgeryContract, TinyModel, bits, installed
-from embedsurgery.testing.models import INPUT, ROWS, every_token
-
-live = pytest.mark.skipif(not hasattr(attaching, "rows_for"), reason="the runtime of this embedsurgery has rows alone")
+from embedsurgery.testing import SurgeryContract, TinyModel, bits, contents, installed, write_checkpoint
+from embedsurgery.testing.models import INPUT, ROWS, WIDTH, every_token, state_bits
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,6 @@ plugin.embedsurgery_surgeries = es.hookimpl(  # type: ignore[attr-defined]
 )
 
 
-@live
 class TestColumnScaling(SurgeryContract):
     plugin = plugin
     config = ColumnsConfig()
@@ -112,7 +111,6 @@ def attached(*, tied: bool = True, **options: Any) -> tuple[Any, Any, torch.Tens
     return model, attachment, merged(every_token()).detach()
 
 
-@live
 def test_by_a_full_copy() -> None:
     model, attachment, wanted = attached(materialize=True)
     found = model(every_token())
@@ -125,7 +123,6 @@ def test_by_a_full_copy() -> None:
         torch.testing.assert_close(one, two.grad)
 
 
-@live
 def test_restored_removed_disabled_and_pickled() -> None:
     model, attachment, wanted = attached()
     saved, base = attachment.adapter(), TinyModel()(every_token()).detach()
@@ -144,7 +141,6 @@ def test_restored_removed_disabled_and_pickled() -> None:
     assert bits(model(every_token())) == bits(base)
 
 
-@live
 def test_a_batch_that_mixes() -> None:
     model, attachment, wanted = attached()
     base = TinyModel()(every_token()).detach()
@@ -155,29 +151,41 @@ def test_a_batch_that_mixes() -> None:
 
 
 class Reader(TinyModel):
-    """Reads the weight itself."""
+    """Reads the weight itself, in one of three ways."""
+
+    how = "head"
+
+    def part(self, states: torch.Tensor) -> torch.Tensor:
+        weight = self.get_input_embeddings().weight
+        return torch.tanh(states @ weight.t() @ weight)  # type: ignore[operator, arg-type]
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        weight = self.get_input_embeddings().weight
-        return torch.nn.functional.embedding(input_ids, weight) @ weight.t()
+        weight: Any = self.get_input_embeddings().weight
+        if self.how == "function":
+            return Behind.apply(weight)  # type: ignore[no-untyped-call, no-any-return]
+        states = torch.nn.functional.embedding(input_ids, weight)
+        if self.how == "head":
+            return states @ weight.t()
+        for _ in range(2):
+            states = self.part(states) if self.how == "parts" else checkpoint(self.part, states, use_reentrant=True)
+        return states
 
 
 class Behind(torch.autograd.Function):
-    """Code that torch does not see."""
+    """Code that gets the weight past torch's functions."""
 
     @staticmethod
     def forward(ctx: Any, weight: torch.Tensor) -> torch.Tensor:
         return weight.sum()
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
-        return gradient.expand(ROWS, 8)
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:  # type: ignore[override]
+        return gradient.expand(ROWS, WIDTH)
 
 
-@live
 @pytest.mark.filterwarnings("ignore:.*full copy")
 def test_code_that_reads_the_weight_itself() -> None:
-    """It has the change, with its gradient; where the gradient would be lost, that is refused."""
+    """It has the change, with its gradient, also where an autograd.Function gets the weight."""
     model = Reader()
     attachment = es.attach(model, ColumnsConfig())
     with torch.no_grad():
@@ -188,14 +196,131 @@ def test_code_that_reads_the_weight_itself() -> None:
     torch.testing.assert_close(found.detach(), table[every_token()] @ table.t())
     found.sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in attachment.parameters())
-    attachment.detach()
-    Reader.forward = lambda self, ids: Behind.apply(self.get_input_embeddings().weight)  # type: ignore[method-assign]
+    for parameter in attachment.parameters():
+        parameter.grad = None
+    model.how = "function"
+    found = model(every_token())
+    torch.testing.assert_close(found.detach(), table.sum())
+    found.backward()
+    shift, factors = attachment.parameters()
+    base = model.get_input_embeddings().weight.detach()
+    torch.testing.assert_close(shift.grad, torch.full((1, WIDTH), float(ROWS)))
+    torch.testing.assert_close(factors.grad, base.sum(0, keepdim=True))
+
+
+@pytest.mark.filterwarnings("ignore:.*full copy")
+@pytest.mark.parametrize("materialize", [True, False])
+def test_parts_that_are_computed_again(materialize: bool) -> None:
+    """Each runs its own backward through the one copy."""
+    found = {}
+    for how in ("parts", "again"):
+        model = Reader()
+        model.how = how
+        attachment = es.attach(model, ColumnsConfig(), materialize=materialize)
+        with torch.no_grad():
+            for parameter in attachment.parameters():
+                parameter.fill_(0.1)
+        out = model(every_token())
+        out.square().sum().backward()
+        found[how] = [out.detach(), *(p.grad for p in attachment.parameters())]
+    for one, other in zip(found["parts"], found["again"], strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@dataclass(frozen=True)
+class Counted(Columns):
+    """Knows how many rows it was asked for."""
+
+    asked: list[int]
+
+    def rows(self, tensors: Sequence[torch.Tensor], indices: torch.Tensor, current: torch.Tensor) -> torch.Tensor:
+        self.asked.append(len(indices))
+        assert current.shape == (len(indices), WIDTH)
+        return super().rows(tensors, indices, current)
+
+
+def test_a_lookup_makes_only_the_rows_of_the_batch() -> None:
+    model, attachment, _ = attached(tied=False)
+    live = attachment._installation.live[INPUT][0]
+    live.change = Counted([])
+    model(every_token()[:, :3])
+    assert live.change.asked == [6]
+
+
+def test_under_autocast_rows_are_rounded_once() -> None:
+    model, _, _ = attached(tied=False)
+    plain = model.get_input_embeddings()(every_token())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert bits(model.get_input_embeddings()(every_token())) == bits(plain)
+
+
+def test_compiled() -> None:
+    model, attachment, wanted = attached()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    found = compiled(every_token())
+    torch.testing.assert_close(found.detach(), wanted)
+    found.sum().backward()
+    assert all(p.grad is not None for p in attachment.parameters())
+
+
+def test_a_merged_model_is_copied_and_pickled() -> None:
+    """The undo of a whole table lies in a file, which a copy can outlive."""
+    model, attachment, wanted = attached()
+    base = state_bits(TinyModel())
+    attachment.merge()
+    copied, pickled = copy.deepcopy(model), pickle.dumps(model)
+    attachment.unmerge()
+    assert state_bits(model) == base
+    del model, attachment
+    for other in (copied, pickle.loads(pickled)):
+        torch.testing.assert_close(other(every_token()).detach(), wanted)
+        again = es.attached(other)
+        assert again is not None
+        again.unmerge()
+        assert state_bits(other) == base
+
+
+def test_rows_that_overflow_are_named() -> None:
+    model = TinyModel(dtype="F16")
     attachment = es.attach(model, ColumnsConfig())
-    with pytest.raises(UnsupportedError, match="materialize"):
-        model(every_token()).backward()
+    with torch.no_grad():
+        next(iter(attachment.parameters()))[0, 2] = 1e6
+    with pytest.warns(EmbedSurgeryWarning, match=r"infinite now: .*embed_tokens.*rows 0, 1, 2, 3"):
+        attachment.merge()
+    attachment.unmerge()
+    assert state_bits(model) == state_bits(TinyModel(dtype="F16"))
 
 
-@live
+def test_what_does_not_fit_is_not_restored() -> None:
+    _, attachment, _ = attached()
+    saved = attachment.adapter()
+    narrow = {name: RawArray.of(raw.bits[:, :1]) for name, raw in saved.raw.items()}
+    before = bits(next(attachment.parameters()))
+    with pytest.raises(AttachmentError, match=r"expected .*\[1, 8\].*found .*\[1, 1\]"):
+        attachment.restore(replace(saved, raw=narrow))
+    assert bits(next(attachment.parameters())) == before
+
+
+def test_on_disk_a_later_merge_lies_over_it(tmp_path: Path) -> None:
+    """A dry run says what the undo takes; merges are verified, and taken out, the last first."""
+    model = TinyModel(tied=False)
+    base = write_checkpoint(model, tmp_path / "base")
+    whole = attached(tied=False)[1].adapter()
+    dry = es.merge_checkpoint(base, whole, None, dry_run=True)
+    assert (dry.undo, dry.done) == (ROWS * WIDTH * 4, False)
+    es.merge_checkpoint(base, whole, tmp_path / "one")
+    es.merge(model, whole)
+    rows = es.attach(model, es.TrainableTokensConfig([3]))
+    with torch.no_grad():
+        next(rows.parameters()).fill_(7)
+    es.merge_checkpoint(tmp_path / "one", rows.adapter(), tmp_path / "two")
+    assert [check.name for check in es.verify_checkpoint(tmp_path / "two") if not check.ok] == []
+    es.unmerge_checkpoint(tmp_path / "two", tmp_path / "three")
+    assert contents(tmp_path / "three") == contents(tmp_path / "one")
+    es.unmerge_checkpoint(tmp_path / "three", tmp_path / "four")
+    assert contents(tmp_path / "four") == contents(base)
+
+
 def test_nothing_else_is_live_beside_it() -> None:
     model, attachment, _ = attached()
     with pytest.raises(AttachmentError, match="column_scaling"):

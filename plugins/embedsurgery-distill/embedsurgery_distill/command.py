@@ -6,7 +6,6 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -46,6 +45,7 @@ def command(
     """
     from embedsurgery.errors import OutputExistsError
     from embedsurgery_distill.initializer import read_texts
+    from embedsurgery_distill.loading import load
     from embedsurgery_distill.method import distill
 
     if output.exists():
@@ -81,19 +81,3 @@ def command(
     click.echo(f"  mean of sub-tokens  {report.similarity_before:10.4f}   {report.loss_before:13.5g}")
     click.echo(f"  distilled           {report.similarity_after:10.4f}   {report.loss_after:13.5g}")
     click.echo(f"written: {output}")
-
-
-def load(directory: Path) -> tuple[Any, Any]:
-    """The model of the class that its config names, with a head where it has one, and its tokenizer."""
-    import transformers
-
-    from embedsurgery.errors import CheckpointError
-
-    try:
-        config = transformers.AutoConfig.from_pretrained(directory)
-        named = getattr(transformers, (config.architectures or [""])[0], transformers.AutoModel)
-        model = named.from_pretrained(directory)
-        return model, transformers.AutoTokenizer.from_pretrained(directory)
-    except (OSError, ValueError) as error:
-        line = str(error).strip().partition("\n")[0]
-        raise CheckpointError("transformers cannot load this model", where=directory, found=line) from error

@@ -89,10 +89,9 @@ def _source(argument: str) -> tuple[_Teacher, str]:
                               hint="the command embedsurgery distill needs neither")  # fmt: skip
         return source, argument
     if directory not in _loaded:
-        from transformers import AutoModel, AutoTokenizer
+        from embedsurgery_distill.loading import load
 
-        model, tokenizer = AutoModel.from_pretrained(directory), AutoTokenizer.from_pretrained(directory)
-        _loaded[directory] = _Teacher(model, tokenizer, {})
+        _loaded[directory] = _Teacher(*load(directory), {})
     return _loaded[directory], texts
 
 

@@ -17,7 +17,7 @@ import torch
 from embedsurgery_distill import distill, teacher
 
 import embedsurgery as es
-from embedsurgery.errors import ConfigError
+from embedsurgery.errors import CheckpointError, ConfigError
 from embedsurgery.registry import registry
 from embedsurgery.testing import InitializerContract, TinyModel, bits, contents, installed
 from embedsurgery.testing.models import ROWS, WIDTH, state_bits, tokenizer_json
@@ -185,6 +185,8 @@ def checkpoint(tiny: Any, tmp_path: Path) -> Path:
 def test_as_an_initialiser_on_disk(checkpoint: Path, texts: Path, tmp_path: Path) -> None:
     with installed(embedsurgery_distill):
         es.add_tokens_checkpoint(checkpoint, "t3 t4", tmp_path / "out", init=f"distill:{checkpoint}::{texts}")
+        with pytest.raises(CheckpointError, match="nowhere"):
+            es.add_tokens_checkpoint(checkpoint, "t3 t4", tmp_path / "no", init=f"distill:{tmp_path}/nowhere::{texts}")
     assert es.walk(tmp_path / "out").tables[0].shape[0] > ROWS
 
 
@@ -204,9 +206,28 @@ def test_as_a_command(checkpoint: Path, texts: Path, tmp_path: Path) -> None:
     body = json.loads(said.stdout)
     assert body["similarity_after"] > body["similarity_before"]
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    assert "lm_head.weight" in {record.name for record in es.load(tmp_path / "one").manifest.tables}, "it has a head"
     es.merge_checkpoint(checkpoint, tmp_path / "one", tmp_path / "merged")
     assert es.load(tmp_path / "one").manifest.new_tokens is not None
     assert contents(checkpoint) == before
+
+
+@pytest.mark.parametrize(("given", "asked"), [
+    ("team/base", {"pretrained_model_name_or_path": "team/base", "revision": "main"}),
+    ("team/base@v1", {"pretrained_model_name_or_path": "team/base", "revision": "v1"}),
+    ("./nowhere", {"pretrained_model_name_or_path": Path("./nowhere")}),
+])  # fmt: skip
+def test_a_model_is_a_directory_or_an_id(given: str, asked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers as tr
+    from embedsurgery_distill.loading import load
+
+    def refuse(**source: Any) -> None:
+        assert source == asked
+        raise OSError("not there\nin many lines")
+
+    monkeypatch.setattr(tr.AutoConfig, "from_pretrained", refuse)
+    with pytest.raises(CheckpointError, match=r"not there$"):
+        load(Path(given) if given.startswith(".") else given)
 
 
 def test_nothing_heavy_is_imported_with_the_plugin() -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import filecmp
 import json
+import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,16 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import embedsurgery_lora as plugin
+import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from embedsurgery_lora import LoraTablesConfig
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import embedsurgery as es
-import embedsurgery.runtime.attach as attaching
+from embedsurgery.cli.main import cli
 from embedsurgery.errors import AdapterError, BaseMismatchError, ConfigError, EmbedSurgeryWarning
-from embedsurgery.plan import SetBlocks
+from embedsurgery.plan import BLOCK_BYTES, SetBlocks
 from embedsurgery.raw import RawArray
+from embedsurgery.stores.shards import ShardStore
 from embedsurgery.stores.tensors import module_store
 from embedsurgery.surgeries.base import Base
 from embedsurgery.testing import SurgeryContract, contents, installed
@@ -33,7 +40,6 @@ ROWS = 24
 MODELS = {"llama": ["embed_tokens", "lm_head"], "llama-tied": ["embed_tokens"], "gpt2": ["wte"],
           "t5": ["shared", "lm_head"], "t5-tied": ["shared"]}  # fmt: skip
 unchecked = pytest.mark.filterwarnings("ignore:.*the base is not checked")  # PEFT saves no rows of GPT-2's base
-live = pytest.mark.skipif(not hasattr(attaching, "rows_for"), reason="the runtime of this embedsurgery has rows alone")
 
 
 @pytest.fixture(autouse=True)
@@ -122,6 +128,55 @@ def test_on_disk_in_bounded_memory(kind: str, tmp_path: Path, monkeypatch: pytes
     assert contents(tmp_path / "again") == contents(tmp_path / "base")
 
 
+MEASURE = """
+import sys
+from pathlib import Path
+import embedsurgery as es
+import embedsurgery_lora as plugin
+from embedsurgery.registry import installed
+
+def kilobytes(what):
+    return int(Path("/proc/self/status").read_text().partition(f"{what}:")[2].split()[0])
+
+base, adapter, out, again = map(Path, sys.argv[1:])
+with installed(plugin):
+    adapter = es.load(adapter)
+    es.walk(base)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = kilobytes("VmRSS")
+    es.merge_checkpoint(base, adapter, out)
+    es.unmerge_checkpoint(out, again)
+    print(kilobytes("VmHWM") - before, "torch" in sys.modules)
+"""
+
+
+def test_a_large_table_in_bounded_memory(tmp_path: Path) -> None:
+    """Merged and unmerged on disk without torch, in a few blocks' bytes."""
+    rows, width = 100_000, 256
+    base = tmp_path / "base"
+    base.mkdir()
+    table = torch.arange(rows * width, dtype=torch.float32).reshape(rows, width) % 1000
+    save_file({"model.embed_tokens.weight": table}, base / "model.safetensors", {"format": "pt"})
+    (base / "config.json").write_text('{"architectures": ["LlamaModel"], "vocab_size": 100000}')
+    adapter = plugin.Lora().start(LoraTablesConfig(r=2), ShardStore.open(base), Base())
+    ones = RawArray.of(np.ones((rows, 2), np.float32))
+    adapter = replace(adapter, raw={**adapter.raw, "model.embed_tokens.weight.left": ones})
+    adapter.save(tmp_path / "adapter")
+    path = [str(Path(plugin.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    run = subprocess.run(
+        [sys.executable, "-c", MEASURE, base, tmp_path / "adapter", tmp_path / "out", tmp_path / "again"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    kilobytes, torch_there = run.stdout.split()
+    assert int(kilobytes) * 1024 < 6 * BLOCK_BYTES < rows * width * 4 / 2
+    assert torch_there == "False"
+    merged = load_file(tmp_path / "out" / "model.safetensors")["model.embed_tokens.weight"]
+    change = 8 / 2 * adapter.tensors["model.embed_tokens.weight"].sum(0)
+    torch.testing.assert_close(merged, table + change)
+    assert filecmp.cmp(base / "model.safetensors", tmp_path / "again" / "model.safetensors", shallow=False)
+
+
 @unchecked
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "t5"])
 def test_peft_reads_what_is_written(kind: str, tmp_path: Path) -> None:
@@ -137,11 +192,14 @@ def test_peft_reads_what_is_written(kind: str, tmp_path: Path) -> None:
     same_as_peft(base, read)
 
 
-@pytest.mark.parametrize("tokens", [[3, 5], {"embed_tokens": [5, 3]}])
-def test_token_rows_beside_other_layers(tokens: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "tokens"), [
+    ("llama", [3, 5]), ("llama", {"embed_tokens": [5, 3]}), ("llama-tied", [3, 5]),
+])  # fmt: skip
+def test_token_rows_beside_other_layers(kind: str, tokens: Any, tmp_path: Path) -> None:
     """The rows of a LoRA adapter with ``trainable_token_indices`` are merged, and a word names what is not."""
-    base, wrapped = by_peft("llama", tmp_path / "adapter", target_modules=["q_proj", "v_proj"],
+    base, wrapped = by_peft(kind, tmp_path / "adapter", target_modules=["q_proj", "v_proj"],
                             trainable_token_indices=tokens)  # fmt: skip
+    base.save_pretrained(tmp_path / "base")
     with pytest.warns(EmbedSurgeryWarning, match=r"more than tables: model\.layers\.0\.self_attn\.q_proj, .*v_proj"):
         adapter = es.load(tmp_path / "adapter")
     before = state_bits(base)
@@ -151,6 +209,10 @@ def test_token_rows_beside_other_layers(tokens: Any, tmp_path: Path) -> None:
         theirs = wrapped.merge_and_unload().state_dict()["model.embed_tokens.weight"]
     ours = base.state_dict()["model.embed_tokens.weight"]
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    assert (base.get_output_embeddings().weight is base.get_input_embeddings().weight) == (kind == "llama-tied")
+    with pytest.warns(EmbedSurgeryWarning, match="not checked"):
+        es.merge_checkpoint(tmp_path / "base", adapter, tmp_path / "merged")
+    assert state_bits(type(base).from_pretrained(tmp_path / "merged")) == state_bits(base)
     es.unmerge(base, undo)
     assert state_bits(base) == before
 
@@ -173,13 +235,30 @@ def test_what_is_no_table_or_no_plain_lora_is_refused(tmp_path: Path) -> None:
     assert base is not None
 
 
-@live
 def test_attached_is_pefts_forward(tmp_path: Path) -> None:
-    """On untied tables, where PEFT's forward is that of its merge."""
+    """On untied tables, where PEFT's forward is that of its merge; gradients too, but of the padding row, 0."""
     base, wrapped = by_peft("llama", tmp_path / "adapter")
-    ids = torch.arange(ROWS).reshape(2, -1)
-    es.attach(base, es.load(tmp_path / "adapter"))
-    torch.testing.assert_close(base(input_ids=ids).logits, wrapped(input_ids=ids).logits)
+    ids = torch.arange(2, ROWS).reshape(2, -1)
+    attachment = es.attach(base, es.load(tmp_path / "adapter"))
+    ours, theirs = base(input_ids=ids).logits, wrapped(input_ids=ids).logits
+    torch.testing.assert_close(ours, theirs)
+    ours.square().sum().backward()
+    theirs.square().sum().backward()
+    wanted = sorted(float(p.grad.norm()) for name, p in wrapped.named_parameters() if "lora_" in name)
+    assert sorted(float(p.grad.norm()) for p in attachment.parameters()) == pytest.approx(wanted, rel=1e-4)
+
+
+def test_the_command_line_knows_it(tmp_path: Path) -> None:
+    """What `show` and a dry run say of whole tables: no row by row, and what the undo takes."""
+    base, _ = by_peft("llama", tmp_path / "adapter")
+    base.save_pretrained(tmp_path / "base")
+    folders = (str(tmp_path / "base"), str(tmp_path / "adapter"))
+    said = {verb: CliRunner().invoke(cli, [verb, *arguments], catch_exceptions=False) for verb, arguments in {
+        "show": (folders[1], "--model", folders[0]), "merge": (*folders, "--dry-run")}.items()}  # fmt: skip
+    assert {run.exit_code for run in said.values()} == {0}
+    assert "model.embed_tokens.weight: the whole table, by" in said["show"].output
+    assert "set all 24 rows of lm_head.weight, block by block" in said["merge"].output
+    assert f"would be kept to take it out again: {2 * ROWS * 8 * 4 / 1000:.1f} kB" in said["merge"].output
 
 
 def test_a_bf16_table_is_rounded_once() -> None:
@@ -194,13 +273,11 @@ def test_a_bf16_table_is_rounded_once() -> None:
     assert base.lm_head.weight.dtype == torch.bfloat16
 
 
-@live
 class TestInput(SurgeryContract):
     plugin = plugin
     config = LoraTablesConfig(r=2, lora_alpha=4)
 
 
-@live
 class TestBoth(SurgeryContract):
     plugin = plugin
     config = LoraTablesConfig(r=3, lora_alpha=4, target_modules=["embed_tokens", "lm_head"], use_rslora=True)

@@ -22,6 +22,7 @@ from embedsurgery.testing.models import WIDTH, state_bits
 
 WORDS = ("<|startoftext|>", "<|endoftext|>", "a", "c", "t", "o", "a</w>", "t</w>", "o</w>", "ca", "cat</w>")
 MERGES = ("c a", "ca t</w>")
+KINDS = (tr.CLIPTextModel, tr.CLIPTextModelWithProjection)
 
 
 @pytest.fixture(autouse=True)
@@ -35,11 +36,12 @@ def vectors(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def clip(width: int, seed: int = 0) -> Any:
+    """A text encoder; another seed than 0 is SDXL's second one, with its projection."""
     torch.manual_seed(seed)
     config = tr.CLIPTextConfig(vocab_size=len(WORDS), hidden_size=width, intermediate_size=16, num_hidden_layers=1,
                                num_attention_heads=2, max_position_embeddings=16, bos_token_id=0, eos_token_id=1,
-                               pad_token_id=1)  # fmt: skip
-    return tr.CLIPTextModel(config).eval()
+                               pad_token_id=1, projection_dim=width)  # fmt: skip
+    return KINDS[min(seed, 1)](config).eval()
 
 
 def write_tokenizer(folder: Path, *, fast: bool) -> Path:
@@ -111,14 +113,17 @@ def test_prompts(tmp_path: Path) -> None:
     assert expand_prompt("a moody cat, moodyish", found) == "a moody moody_1 moody_2 cat, moodyish"
 
 
-def test_attached_to_clip(tmp_path: Path) -> None:
+@pytest.mark.parametrize("encoder", [0, 1], ids=["clip_l", "clip_g"])
+def test_attached_to_clip(encoder: int, tmp_path: Path) -> None:
     """Live rows are the file's; the adapter that is saved carries the tokens; and all is taken out again."""
+    path = tmp_path if encoder == 0 else tmp_path / "<cat-toy>.safetensors"
     save_file({"<cat-toy>": vectors(2, 8)}, tmp_path / "learned_embeds.safetensors")
+    save_file({"clip_l": vectors(2, 6), "clip_g": vectors(2, 8)}, tmp_path / "<cat-toy>.safetensors")
     tokenizer = tr.AutoTokenizer.from_pretrained(write_tokenizer(tmp_path / "tokenizer", fast=True))
-    model = clip(8)
+    model = clip(8, encoder)
     before, size = state_bits(model), len(tokenizer)
-    prompt = expand_prompt("a <cat-toy> cat", read_embedding(tmp_path))
-    attachment, ids = attach_embedding(model, tokenizer, tmp_path)
+    prompt = expand_prompt("a <cat-toy> cat", read_embedding(path))
+    attachment, ids = attach_embedding(model, tokenizer, path)
     encoded = tokenizer(prompt, return_tensors="pt")
     assert list(ids) == [11, 12]
     assert [i for i in encoded["input_ids"][0].tolist() if i in ids] == [11, 12]
@@ -133,7 +138,7 @@ def test_attached_to_clip(tmp_path: Path) -> None:
     es.merge(model, es.load(tmp_path / "adapter"), tokenizer)
     torch.testing.assert_close(model(**tokenizer(prompt, return_tensors="pt")).last_hidden_state, out)
     with pytest.raises(ConfigError, match="cat-toy"):
-        attach_embedding(model, tokenizer, tmp_path)
+        attach_embedding(model, tokenizer, path)
 
 
 @pytest.mark.parametrize("fast", [True, False], ids=["fast", "slow"])
@@ -161,7 +166,7 @@ def test_baked_into_a_pipeline(fast: bool, tmp_path: Path) -> None:
         tokenizer = tr.AutoTokenizer.from_pretrained(tmp_path / "out" / f"tokenizer{suffix}")
         assert tokenizer.convert_tokens_to_ids(["style", "style_1"]) == [11, 12]
         assert tokenizer("a style style_1 cat")["input_ids"] == [0, 6, 11, 12, 10, 1]
-        model = tr.CLIPTextModel.from_pretrained(tmp_path / "out" / f"text_encoder{suffix}")
+        model = KINDS[number].from_pretrained(tmp_path / "out" / f"text_encoder{suffix}")
         table = model.get_input_embeddings().weight.detach()
         assert table.shape == (14 - number, width)
         assert model.config.vocab_size == 14 - number

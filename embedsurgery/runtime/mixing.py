@@ -1,0 +1,80 @@
+"""Batches that mix adapters: which entries of a tensor at a site belong to which samples.
+
+A site sees a tensor and not the batch. Most models keep the samples first, some flatten axes onto them, generation
+repeats each for its beams; a few put the tokens first (XLNet), or keep some of the tokens only. So what the whole model
+was given is remembered while it runs, and a tensor whose first axis is not its samples is refused.
+"""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from operator import mul
+from typing import Any
+
+import torch
+from torch import nn
+
+from embedsurgery.errors import UnsupportedError
+from embedsurgery.runtime.hooks import tensors_in
+
+
+class Batch:
+    """What the attached model was given, while a batch mixes adapters: its pre and post hooks.
+
+    Attributes:
+        mixed: Whether it does.
+    """
+
+    def __init__(self) -> None:
+        self.mixed = False
+        self._forget()
+
+    def _forget(self) -> None:
+        self.sizes: frozenset[int] = frozenset()
+        self.squares: list[torch.Tensor] = []
+
+    def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Pre-hook of the model."""
+        if not self.mixed or torch.compiler.is_compiling():
+            return
+        given = list(tensors_in((args, kwargs)))
+        self.sizes = frozenset(size for tensor in given for size in accumulate(tensor.shape, mul))
+        self.squares = [t for t in given if t.dim() == 2 and t.shape[0] == t.shape[1] and not t.is_floating_point()]
+
+    def leave(self, *_: Any) -> None:
+        """Post-hook of the model."""
+        if self.sizes:
+            self._forget()
+
+    def mask(self, samples: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+        """The mask of samples spread over a tensor whose first axis holds each sample once, or n times together.
+
+        Args:
+            samples: bool (B,).
+            tensor: Ids or logits at a site.
+
+        Returns:
+            bool, (first axis, 1, ...).
+
+        Raises:
+            UnsupportedError: The first axis is something else.
+        """
+        count, known = (tensor.shape[0] if tensor.dim() else 0), samples.numel()
+        fits = count % known == 0 and (count == known or not self.sizes or count in self.sizes)
+        if not tensor.dim() or not fits or self._is_turned(tensor):
+            raise UnsupportedError("the batch is not that of att.rows()", where="first axis of a site's tensor",
+                                   expected=f"{known} samples, or each of them as many times",
+                                   found=f"a tensor of shape {list(tensor.shape)}",
+                                   hint="give one adapter name (or None) for each sample; where the model puts other "
+                                   "things first, run the samples of each adapter by themselves")  # fmt: skip
+        return samples.repeat_interleave(count // known).reshape(-1, *[1] * (tensor.dim() - 1))
+
+    def _is_turned(self, ids: torch.Tensor) -> bool:
+        """Whether as many tokens as samples, whose shape tells nothing, have come with the tokens first."""
+        same = [given for given in self.squares if given.shape == ids.shape]
+        if ids.is_floating_point() or any(torch.equal(given, ids) for given in same):
+            return False
+        return any(torch.equal(given.t(), ids) for given in same)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"mixed": False, "sizes": frozenset(), "squares": []}
