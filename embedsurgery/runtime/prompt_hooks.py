@@ -69,7 +69,7 @@ class PromptLookup:
             raise UnsupportedError("a soft prompt cannot stand before a lookup that computes on shards",
                                    where=type(module).__name__, hint="keep the lookup whole")  # fmt: skip
         plain = self.prompts.plain
-        if plain and ids.dim() == 2:
+        if plain and ids.shape == self.prompts.shape:
             own = self.prompts.vectors(ids[:1, :plain], output.dtype).expand(ids.shape[0], -1, -1)
             return torch.cat([own, output[:, plain:]], dim=1)
         own = self.prompts.vectors(ids, output.dtype)
@@ -193,6 +193,7 @@ class Reading:
         if given.get("input_ids") is not None:
             given["input_ids"] = spread(ids, given["input_ids"], layout)
             self.prompts.plain = layout.count if plain else 0
+            self.prompts.shape = given["input_ids"].shape
         if given.get("inputs_embeds") is not None:
             embeds = given["inputs_embeds"]
             own = self.prompts.vectors(ids.to(embeds.device), embeds.dtype)

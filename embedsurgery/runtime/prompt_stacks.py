@@ -13,6 +13,10 @@ from embedsurgery.graph import EmbeddingGraph
 from embedsurgery.wrappers import submodule
 
 
+_STREAMS = frozenset({"ProphetNetDecoder"})
+"""What lays further streams of predictions beside the tokens, so that its outputs have no entry for each."""
+
+
 @dataclass(frozen=True)
 class Stack:
     """A transformer without its head.
@@ -56,16 +60,20 @@ def stacks_of(model: nn.Module, graph: EmbeddingGraph) -> tuple[Stack, ...]:
 def _stack(name: str, model: nn.Module, part: nn.Module, lookups: set[int]) -> Stack | None:
     """The modules from a part on inwards that are given ids; None where none is, or nothing looks them up."""
     outer = next((path for path, module in model.named_modules() if module is part), None)
-    mine = [path for path, module in part.named_modules() if id(module) in lookups]
+    mine = [path for path, module in part.named_modules(remove_duplicate=False) if id(module) in lookups]
     if outer is None or not mine or (name != "model" and part is model):
         return None
-    parts = mine[0].split(".")
+    if any(type(module).__name__ in _STREAMS for module in part.modules()):
+        return None
     levels: list[tuple[str, tuple[str, ...]]] = []
-    for count in range(len(parts)):
-        path = ".".join((*([outer] if outer else ()), *parts[:count]))
-        names = tuple(inspect.signature(submodule(model, path).forward).parameters)
-        if "input_ids" in names and ("inputs_embeds" in names or not levels):
-            levels.append((path, names))
+    for parts in (path.split(".") for path in mine):
+        for count in range(len(parts)):
+            path = ".".join((*([outer] if outer else ()), *parts[:count]))
+            names = tuple(inspect.signature(submodule(model, path).forward).parameters)
+            if "input_ids" in names and ("inputs_embeds" in names or not levels):
+                levels.append((path, names))
+        if levels:
+            break
     inside = tuple(f"{outer}.{one}" if outer else one for one in mine)
     return Stack(name, tuple(levels), inside) if levels else None
 

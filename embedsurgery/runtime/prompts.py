@@ -113,6 +113,7 @@ class Prompts:
         stacks: What of the model reads tokens.
         inside: Whether what reads tokens runs just now.
         plain: How many virtual tokens each sample of the running stack begins with, where that is all there is to know.
+        shape: Of the ids that the running stack was given.
         one_more: Whether the head wants an entry that predicts the first token of the input.
         kept: How many entries the head was given for the prompt, where outputs keep it.
     """
@@ -125,6 +126,7 @@ class Prompts:
         self._hooks: Installed = []
         self.inside = False
         self.plain = 0
+        self.shape: tuple[int, ...] = ()
         self.one_more = False
         self.kept = 0
 

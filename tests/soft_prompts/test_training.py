@@ -17,6 +17,7 @@ from embedsurgery.errors import (
     AttachmentError,
     BaseMismatchError,
     ConfigError,
+    EmbedSurgeryWarning,
     UnsupportedError,
 )
 from tests.conftest import state_bits
@@ -205,7 +206,8 @@ def test_training_lowers_the_loss_and_leaves_the_base_as_it_was(checkpointing: b
     losses = step_on(model, att.parameters())
     assert losses[-1] < losses[0] - 0.5
     assert state_bits(model) == before
-    model.save_pretrained(tmp_path)
+    with pytest.warns(EmbedSurgeryWarning, match="the checkpoint that is saved here is the base's"):
+        model.save_pretrained(tmp_path)
     assert sorted(p.name for p in tmp_path.glob("*.safetensors")) == ["model.safetensors"]
     (ids,) = rows(6)
     model.eval()
