@@ -350,7 +350,7 @@ def _refuse_new_ties(before: Store, after: Store, undo: Plan) -> None:
     parted = {name for edit in undo.edits if isinstance(edit, Untie) for name in (edit.table, edit.head)}
     for name in (edit.table for edit in undo.edits if isinstance(edit, SetRows) and edit.table not in parted):
         old, new = before.graph.find(name), after.graph.find(name)
-        if old is not None and new is not None and old.files != new.files:
+        if old is not None and new is not None and set(old.files) < set(new.files):
             raise PlanError("the merge would make two stored tables equal, which then load as one", where=after.name,
                             expected=", ".join(n for n, _ in old.files), found=", ".join(n for n, _ in new.files),
                             hint="set tie_word_embeddings to false in the config first")  # fmt: skip

@@ -11,7 +11,7 @@ from embedsurgery.adapter import Adapter
 from embedsurgery.errors import ConfigError
 from embedsurgery.graph import Table
 from embedsurgery.locate import locate
-from embedsurgery.plan import Edit, Plan
+from embedsurgery.plan import Edit, Plan, SetBlocks, SetRows
 from embedsurgery.stores.base import Store
 from embedsurgery.surgeries.base import Ground, Surgery
 from embedsurgery.vocabulary import State, extension
@@ -71,8 +71,20 @@ def plan_adapters(
     for (adapter, label), asked in zip(adapters, each, strict=True):
         name = adapter.manifest.surgery
         ground = Ground(store, {}, state, tokens, label, kinds[name] == 1, asked)
-        plans.append(plan_adapter(adapter, surgery_of(name), ground))
+        parted, surgery = dict(state.parted), surgery_of(name)
+        plan = plan_adapter(adapter, surgery, ground)
+        plans.append(plan if surgery.makes_tokens else _for_both(plan, parted))
     return plans
+
+
+def _for_both(plan: Plan, parted: Mapping[str, str]) -> Plan:
+    """A plan for tied tables, where an adapter before this one gives the projection a table of its own."""
+    edits: list[Edit] = []
+    for edit in plan.edits:
+        edits.append(edit)
+        if isinstance(edit, (SetRows, SetBlocks)) and edit.table in parted:
+            edits.append(replace(edit, table=parted[edit.table]))
+    return replace(plan, edits=tuple(edits))
 
 
 def extend(adapter: Adapter, located: Mapping[str, Table], store: Store, state: State) -> list[Edit]:

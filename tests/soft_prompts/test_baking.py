@@ -274,3 +274,28 @@ def test_trained_saved_baked_and_served(kind: str, tmp_path: Path) -> None:
     assert (logits - expected).abs().max() < 1e-5 * max(1, expected.abs().max())
     assert greedy(plain, found, 30) == greedy(model, ids, 30)
     print(kind, losses[0], losses[-1], tokenizer.decode(greedy(plain, found, 4)))
+
+
+@pytest.mark.parametrize("first", ["prompt", "rows"])
+def test_together_with_trained_tokens(first: str, tmp_path: Path) -> None:
+    """In whatever order they are named: rows of a tied table are set in both tables where the prompt parts them."""
+    begun = start("llama-tied", tmp_path)
+    model = begun.model()
+    attachment = es.attach(model, es.TrainableTokensConfig([9, 10]))
+    with torch.no_grad():
+        for parameter in attachment.parameters():
+            parameter.add_(0.5)
+    rows = attachment.adapter()
+    both = [begun.adapter, rows] if first == "prompt" else [rows, begun.adapter]
+    out, before = tmp_path / "out", contents(begun.folder)
+    es.merge_checkpoint(begun.folder, both, out)
+    es.attach(model, begun.adapter, name="prompt")
+    attachment.activate("default", "prompt")
+    plain = begun.model(out)
+    for text in TEXTS:
+        expected = last_logits(model, begun.kind, _ids(begun, None, text))
+        found = last_logits(plain, begun.kind, _ids(begun, out, text))[: begun.rows]
+        assert (found - expected).abs().max() < 1e-5 * max(1, expected.abs().max())
+    es.unmerge_checkpoint(out, tmp_path / "once")
+    es.unmerge_checkpoint(tmp_path / "once", tmp_path / "twice")
+    assert contents(tmp_path / "twice") == before
