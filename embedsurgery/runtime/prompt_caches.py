@@ -113,7 +113,11 @@ def is_filled(cache: Any) -> bool:
     if not hasattr(cache, "get_seq_length"):
         raise UnsupportedError("a soft prompt needs a cache that says its length", where="past_key_values",
                                expected="a Cache of transformers", found=type(cache).__name__)  # fmt: skip
-    return bool((cache.get_seq_length() or 0) > 0)  # some say None as long as they are empty
+    try:
+        return bool((cache.get_seq_length() or 0) > 0)  # some say None as long as they are empty
+    except ValueError as error:  # what keeps states alone has no length
+        raise UnsupportedError("a soft prompt cannot go on from this model's kind of memory", where="past_key_values",
+                               found=type(cache).__name__, hint="generate with use_cache=False") from error  # fmt: skip
 
 
 def check_seat(cache: Any, names: tuple[str | None, ...], where: str) -> Seat:

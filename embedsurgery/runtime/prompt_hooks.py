@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
@@ -111,9 +112,7 @@ class Reading:
         self.takes_positions = "position_ids" in parameters
         self.positions = self.takes_positions and not counts  # else the model makes its own of ids or mask
         config = getattr(module, "config", None)
-        self.window: int | None = getattr(config, "sliding_window", None) or getattr(
-            config, "attention_chunk_size", None
-        )
+        self.window = _window(config)
         self.uses_cache = bool(getattr(config, "use_cache", False))
         self.limit = _learned_positions(module)
         self._forget()
@@ -171,8 +170,9 @@ class Reading:
         if output is None:  # it failed
             return None
         for cache in caches_in(output):
-            if seat_of(cache) is None and is_filled(cache):
-                take_seat(cache, layout, live.names)
+            with suppress(UnsupportedError):  # one without a length is refused when it comes back
+                if seat_of(cache) is None and is_filled(cache):
+                    take_seat(cache, layout, live.names)
         if not self.cuts:
             return None
         return cut(output, layout, keep=live.keep, one_more=self.prompts.one_more)
@@ -472,6 +472,16 @@ def _learned_positions(module: nn.Module) -> int | None:
         if padded and any(hasattr(p, "create_position_ids_from_input_ids") for p in module.modules())
         else limit
     )
+
+
+def _window(config: Any) -> int | None:
+    """How far the model's tokens see back, where that is one number."""
+    for name in ("sliding_window", "attention_chunk_size"):
+        with suppress(Exception):  # where it differs from layer to layer, asking raises an error of transformers' own
+            value = getattr(config, name, None)
+            if isinstance(value, int):
+                return value
+    return None
 
 
 def _call(model: Any, method: str) -> Any:

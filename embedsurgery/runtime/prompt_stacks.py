@@ -12,9 +12,21 @@ from embedsurgery.errors import UnsupportedError
 from embedsurgery.graph import EmbeddingGraph
 from embedsurgery.wrappers import submodule
 
-
 _STREAMS = frozenset({"ProphetNetDecoder"})
 """What lays further streams of predictions beside the tokens, so that its outputs have no entry for each."""
+
+_REFUSED = {
+    "blt": "reads bytes in patches, and hashes them",
+    "gemma3n": "looks each id up in a table for each layer as well",
+    "gemma3n_text": "looks each id up in a table for each layer as well",
+    "gemma4": "looks each id up in a table for each layer as well",
+    "gemma4_text": "looks each id up in a table for each layer as well",
+    "instructblip": "reads its text twice",
+    "instructblipvideo": "reads its text twice",
+    "fsmt": "makes its masks by itself",
+    "speecht5": "has lookups of its own before what reads them",
+}
+"""``model_type`` -> why virtual tokens among its ids would not be what real ones are."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +75,6 @@ def _stack(name: str, model: nn.Module, part: nn.Module, lookups: set[int]) -> S
     mine = [path for path, module in part.named_modules(remove_duplicate=False) if id(module) in lookups]
     if outer is None or not mine or (name != "model" and part is model):
         return None
-    if any(type(module).__name__ in _STREAMS for module in part.modules()):
-        return None
     levels: list[tuple[str, tuple[str, ...]]] = []
     for parts in (path.split(".") for path in mine):
         for count in range(len(parts)):
@@ -109,6 +119,20 @@ def need(stacks: tuple[Stack, ...], names: tuple[str, ...], model: nn.Module) ->
             expected="a module whose forward takes input_ids, with a lookup in it",
             found="none", hint="attach to a model that reads tokens",
         )  # fmt: skip
+    why = _REFUSED.get(getattr(getattr(model, "config", None), "model_type", ""))
+    if why is not None:
+        raise UnsupportedError("a soft prompt cannot stand in front of this model", where=type(model).__name__,
+                               found=f"a model that {why}")  # fmt: skip
+    chosen = _chosen(stacks, names, model)
+    for stack in chosen:
+        inside = {type(module).__name__ for module in submodule(model, stack.path).modules()}
+        if inside & _STREAMS:
+            raise UnsupportedError("a soft prompt cannot stand in front of this part of the model", where=stack.path,
+                                   found=", ".join(sorted(inside & _STREAMS)))  # fmt: skip
+    return chosen
+
+
+def _chosen(stacks: tuple[Stack, ...], names: tuple[str, ...], model: nn.Module) -> tuple[Stack, ...]:
     there = {stack.name: stack for stack in stacks}
     if len(stacks) == 1 and len(names) == 1 and "model" in (names[0], stacks[0].name):
         return stacks
