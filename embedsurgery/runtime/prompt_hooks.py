@@ -433,8 +433,9 @@ def _with_front(given: dict[str, Any], count: int, filler: int, batch: int, leng
     out = dict(given)
     for name, value in (("input_ids", filler + 1), ("attention_mask", 1), ("labels", IGNORED)):
         part = given.get(name)
-        fits = isinstance(part, torch.Tensor) and part.shape == (batch, length)
-        if fits and not (name == "labels" and part.is_floating_point()):
+        if not isinstance(part, torch.Tensor) or part.shape != (batch, length):
+            continue
+        if name != "labels" or not part.is_floating_point():
             out[name] = torch.cat([part.new_full((batch, count), value), part], dim=1)
     embeds = given.get("inputs_embeds")
     if embeds is not None:
