@@ -13,7 +13,7 @@ from tests import zoo
 
 N = 3
 OWN_MASKS = {"IdeficsForVisionText2Text", "UdopForConditionalGeneration", "VoxtralRealtimeForConditionalGeneration",
-             "KyutaiSpeechToTextForConditionalGeneration"}  # fmt: skip
+             "KyutaiSpeechToTextForConditionalGeneration", "Kosmos2ForConditionalGeneration"}  # fmt: skip
 """Their further inputs have an entry for each token of the text, so that the longer text of the reference fails."""
 
 LOUD = {"DeepseekV4ForCausalLM", "NeoMMEForMaskedLM", "FalconMambaForCausalLM"}
