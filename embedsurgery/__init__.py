@@ -26,7 +26,9 @@ _PUBLIC = {
     "verify_checkpoint": "verify",
     "log_checkpoint": "log",
     "Adapter": "adapter",
+    "BakeConfig": "surgeries.soft_prompt_bake_config",
     "Manifest": "adapter",
+    "SoftPromptConfig": "surgeries.soft_prompt_config",
     "TrainableTokensConfig": "surgeries.trainable_tokens_config",
     "EmbeddingGraph": "graph",
     "Table": "graph",
@@ -55,14 +57,18 @@ if TYPE_CHECKING:
         recover_checkpoint,
         unmerge_checkpoint,
     )
+    from embedsurgery.surgeries.soft_prompt_bake_config import BakeConfig
+    from embedsurgery.surgeries.soft_prompt_config import SoftPromptConfig
     from embedsurgery.surgeries.trainable_tokens_config import TrainableTokensConfig
     from embedsurgery.verify import verify_checkpoint
 
 __all__ = [
     "Adapter",
+    "BakeConfig",
     "EmbeddingGraph",
     "Manifest",
     "Site",
+    "SoftPromptConfig",
     "Table",
     "TrainableTokensConfig",
     "Vocabulary",

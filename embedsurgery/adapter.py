@@ -28,6 +28,8 @@ CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 METADATA_KEY = "embedsurgery"
 FORMAT = 1
+MAIN_INPUT = "<input embeddings>"
+"""Name of a table record that means the table of the model's input ids: a file may not say what that is called."""
 
 FINGERPRINT_DTYPES = ("F32", "BF16", "F16")
 

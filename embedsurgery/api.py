@@ -9,6 +9,7 @@ import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,9 @@ from embedsurgery.surgeries.base import Tokenizer
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+    from embedsurgery.new_tokens import KnownTokens
+    from embedsurgery.surgeries.soft_prompt_bake_config import BakeConfig
 
     Target = nn.Module | Mapping[str, torch.Tensor]
 
@@ -98,6 +102,7 @@ def merge(
     adapter: Adapter | tuple[Adapter, float] | Sequence[Adapter | tuple[Adapter, float]],
     tokenizer: Tokenizer | None = None,
     *,
+    bake: BakeConfig | Sequence[BakeConfig | None] | None = None,
     on_conflict: Conflict | None = None,
     allow_nan: bool = False,
 ) -> Undo:
@@ -107,7 +112,8 @@ def merge(
         target: An ``nn.Module`` without an attachment, or a state dict.
         adapter: What to bake in: one or several, each alone or in a pair with a weight, as `merge_checkpoint` takes
             them. Several are one merge, with one undo.
-        tokenizer: Gets the tokens that the adapters bring, if any.
+        tokenizer: Gets the tokens that the adapters bring, if any, or that soft prompts become.
+        bake: How soft prompts become tokens: for all, or for each adapter.
         on_conflict: What becomes of rows that several set: "last" or "average", as for `merge_checkpoint`.
         allow_nan: Merge rows with NaN or infinity, which are refused otherwise.
 
@@ -124,11 +130,14 @@ def merge(
     refuse_attached(target, "merge")
     asked = parts(adapter, _loaded)
     store = store_of(target, tokenizer)
-    texts = texts_of([part.adapter for part in asked], tokenizer)
-    plans = plan_parts(asked, lambda name: registry().named(name).surgery, store, texts, on_conflict=on_conflict,
-                       allow_nan=allow_nan)  # fmt: skip
-    undo = apply(plans[0] if len(plans) == 1 else together(plans), store)
-    return MergeUndo(undo.edits, {"written": written(undo, store)}, tokenizer)
+    if tokenizer is None:
+        texts_of([part.adapter for part in asked], None)  # which says what an adapter's tokens would need
+    tokens = None if tokenizer is None else partial(_known, tokenizer)
+    plans = plan_parts(asked, lambda name: registry().named(name).surgery, store, tokens, options=bake,
+                       on_conflict=on_conflict, allow_nan=allow_nan)  # fmt: skip
+    plan = plans[0] if len(plans) == 1 else together(plans)
+    undo = apply(plan, store)
+    return MergeUndo(undo.edits, {**plan.facts, "written": written(undo, store)}, tokenizer)
 
 
 def _loaded(adapter: object) -> tuple[Adapter, str]:
@@ -136,6 +145,12 @@ def _loaded(adapter: object) -> tuple[Adapter, str]:
         raise ConfigError("not an adapter", expected="an Adapter", found=type(adapter).__name__,
                           hint="embedsurgery.load(directory) or attachment.adapter() gives one")  # fmt: skip
     return adapter, adapter.source or "adapter"
+
+
+def _known(tokenizer: Any) -> KnownTokens:
+    from embedsurgery.live_tokenizer import known_tokens
+
+    return known_tokens(tokenizer)
 
 
 def unmerge(target: Target, undo: Undo, tokenizer: Tokenizer | None = None) -> None:

@@ -14,6 +14,7 @@ from embedsurgery.initializers import BUILT_IN, InitializerRecord
 from embedsurgery.names import ARCHITECTURES
 from embedsurgery.stores.shards import ShardStore
 from embedsurgery.surgeries.base import SurgeryRecord
+from embedsurgery.surgeries.soft_prompt import NO_ROWS, P_TUNING, PROMPT_TUNING, SoftPrompt, SoftPromptConfig
 from embedsurgery.surgeries.trainable_tokens import PEFT_TYPE, TrainableTokens, TrainableTokensConfig
 
 if TYPE_CHECKING:
@@ -26,9 +27,13 @@ _NO_VERBS = ("main", "render")
 
 @hookimpl
 def embedsurgery_surgeries() -> Sequence[SurgeryRecord]:
-    """Trainable tokens; several adapters of them can share a model while their rows are disjoint."""
-    tokens = TrainableTokens()
-    return [SurgeryRecord(tokens.name, TrainableTokensConfig, tokens, PEFT_TYPE, frozenset({tokens.name}))]
+    """Trainable tokens and soft prompts; adapters of both can share a model, those of tokens with disjoint rows."""
+    tokens, prompt = TrainableTokens(), SoftPrompt()
+    both = frozenset({tokens.name, prompt.name})
+    return [
+        SurgeryRecord(tokens.name, TrainableTokensConfig, tokens, PEFT_TYPE, both),
+        SurgeryRecord(prompt.name, SoftPromptConfig, prompt, PROMPT_TUNING, both, frozenset({P_TUNING, *NO_ROWS})),
+    ]
 
 
 @hookimpl

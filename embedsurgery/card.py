@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 import yaml
 
@@ -154,13 +155,14 @@ def adapter_front(adapter: Adapter) -> dict[str, str | list[str]]:
     return {**related, "library_name": "embedsurgery", "tags": tags}
 
 
-def adapter_body(adapter: Adapter, repo: str, size: int) -> str:
+def adapter_body(adapter: Adapter, repo: str, size: int, at_hand: Path | None = None) -> str:
     """What we say of an adapter, in Markdown.
 
     Args:
         adapter: The adapter.
         repo: Where it is pushed to.
         size: Bytes of its files.
+        at_hand: The directory of its base, where that is here.
     """
     manifest, base = adapter.manifest, base_id(adapter.manifest)
     name = base.repo if base is not None else "path/to/base"
@@ -172,7 +174,7 @@ def adapter_body(adapter: Adapter, repo: str, size: int) -> str:
         f"for {link}{at}: {size:,} bytes.",
         "",
         *_tables(adapter),
-        *_content(adapter),
+        *_content(adapter, at_hand),
         "## Use it",
         "",
         "With embedsurgery, live on a model:",
@@ -227,10 +229,15 @@ def _tables(adapter: Adapter) -> list[str]:
     return [*lines, ""] if lines else []
 
 
-def _content(adapter: Adapter) -> list[str]:
+def _content(adapter: Adapter, base: Path | None) -> list[str]:
     """The tokens; or what the surgery has to say, such as virtual tokens with their nearest words."""
-    describe = getattr(adapter.surgery, "card_lines", None)
-    lines = [printable(str(line)) for line in describe(adapter)] if describe is not None else []
+    describe, beside = (getattr(adapter.surgery, name, None) for name in ("card_lines", "card_lines_beside"))
+    said: Iterable[object] = ()
+    if base is not None and beside is not None:
+        said = beside(adapter, base)
+    elif describe is not None:
+        said = describe(adapter)
+    lines = [printable(str(line)) for line in said]
     tokens = adapter.manifest.tokens
     if tokens:
         lines += ["Tokens:", ""]

@@ -7,9 +7,11 @@ applied one after another. How one adapter is planned is ``planning.py``'s.
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Literal, get_args
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
@@ -21,8 +23,11 @@ from embedsurgery.plan import Edit, Grow, PatchFile, Plan, SetBlocks, SetEntries
 from embedsurgery.planning import plan_adapter
 from embedsurgery.raw import RawArray
 from embedsurgery.stores.base import Store, entries_of, rows_of
-from embedsurgery.surgeries.base import Surgery
+from embedsurgery.surgeries.base import Ground, Surgery
 from embedsurgery.vocabulary import State
+
+if TYPE_CHECKING:
+    from embedsurgery.new_tokens import KnownTokens
 
 Conflict = Literal["last", "average"]
 """What is done with rows that several adapters set: the last one's stand, or the mean of what each would make them."""
@@ -32,8 +37,9 @@ def plan_parts(
     asked: Sequence[Part],
     surgery_of: Callable[[str], Surgery],
     store: Store,
-    texts: Mapping[int, str] | None,
+    tokens: Callable[[], KnownTokens] | None,
     *,
+    options: Any = None,
     on_conflict: Conflict | None = None,
     allow_nan: bool = False,
 ) -> list[Plan]:
@@ -43,12 +49,14 @@ def plan_parts(
         asked: What to bake in.
         surgery_of: Gives a surgery by its name.
         store: The base.
-        texts: Id -> text of the base's tokens, None where no tokenizer is at hand.
+        tokens: Gives what the base's tokenizer knows; None where no tokenizer is at hand.
+        options: What is asked of the baking, of a class that the surgery names: of all, or of each in a sequence.
         on_conflict: What to do with rows that several parts set. After each plan of an average such a row is the mean
             over the parts so far, so that taking the last out leaves what the others make.
         allow_nan: Merge rows with NaN or infinity.
 
     Raises:
+        ConfigError: Options for more or fewer adapters than there are.
         PlanError: Rows that several set and ``on_conflict`` does not settle, or numbers that are none.
         UnsupportedError: A weight for what cannot be interpolated.
         BaseMismatchError: The base is another.
@@ -57,11 +65,25 @@ def plan_parts(
     if on_conflict is not None and on_conflict not in get_args(Conflict):
         raise ConfigError("no way to settle a conflict", where="on_conflict", found=repr(on_conflict),
                           expected=" or ".join(get_args(Conflict)))  # fmt: skip
+    each = list(options) if isinstance(options, Sequence) else [options] * len(asked)
+    if len(each) != len(asked):
+        raise ConfigError("not as many bake options as adapters", expected=len(asked), found=len(each))
+    surgeries = [surgery_of(part.adapter.manifest.surgery) for part in asked]
+    asking = any(p.adapter.manifest.new_tokens or s.makes_tokens for p, s in zip(asked, surgeries, strict=True))
+    texts = dict(tokens().texts) if asking and tokens is not None else None
+    kinds = Counter(part.adapter.manifest.surgery for part in asked)
     state = State.of(store.graph, texts)
     plans = []
-    for part in asked:
-        plan = plan_adapter(part.adapter, surgery_of(part.adapter.manifest.surgery), store, state)
-        plans.append(plan if part.weight == 1 else _weighted(plan, part, store, texts))
+    for part, surgery, option in zip(asked, surgeries, each, strict=True):
+        if part.weight != 1 and surgery.makes_tokens:
+            raise UnsupportedError("a weight for an adapter that becomes tokens", where=part.name, found=part.weight,
+                                   expected="1: the base has no rows to go from")  # fmt: skip
+        label = Path(part.name.partition("@")[0]).name
+        alone = kinds[part.adapter.manifest.surgery] == 1
+        parted = dict(state.parted)
+        plan = plan_adapter(part.adapter, surgery, Ground(store, {}, state, tokens, label, alone, option))
+        plan = plan if part.weight == 1 else _weighted(plan, part, store, texts)
+        plans.append(plan if surgery.makes_tokens else _for_both(plan, parted))
     contested = contested_rows(plans, asked, store)
     if contested and on_conflict is None:
         found = "; ".join(overlap(table, rows, asked) for table, rows in contested.items())
@@ -72,6 +94,16 @@ def plan_parts(
     if not allow_nan:
         plans = [finite(plan, part, store) for plan, part in zip(plans, asked, strict=True)]
     return plans
+
+
+def _for_both(plan: Plan, parted: Mapping[str, str]) -> Plan:
+    """A plan for tied tables, where an adapter before this one gives the projection a table of its own."""
+    edits: list[Edit] = []
+    for edit in plan.edits:
+        edits.append(edit)
+        if isinstance(edit, (SetRows, SetBlocks)) and edit.table in parted:
+            edits.append(replace(edit, table=parted[edit.table]))
+    return replace(plan, edits=tuple(edits))
 
 
 def together(plans: Sequence[Plan]) -> Plan:
@@ -94,7 +126,8 @@ def together(plans: Sequence[Plan]) -> Plan:
         elif not isinstance(edit, Grow):
             kept.append(edit)
     first_growths = list(growths.values())
-    return Plan((*first_growths, *reversed(kept)))
+    facts = {key: value for plan in plans for key, value in plan.facts.items()}
+    return Plan((*first_growths, *reversed(kept)), facts)
 
 
 def _name(edit: SetRows | SetEntries) -> str:

@@ -60,6 +60,7 @@ def _sound_surgery(value: SurgeryRecord) -> bool:
         and isinstance(value.surgery, Surgery)
         and value.surgery.name == value.name
         and isinstance(value.shares_model_with, frozenset)
+        and isinstance(value.also_reads, frozenset)
     )
 
 

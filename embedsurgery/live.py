@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from embedsurgery.adapter import Adapter, plainly_named
 from embedsurgery.api import refuse_attached, refuse_other, store_of, texts_of
 from embedsurgery.errors import AttachmentError, EmbedSurgeryError
+from embedsurgery.graph import EmbeddingGraph
 from embedsurgery.locate import locate
 from embedsurgery.new_tokens import AddedTokens, Init, plan_tokens
 from embedsurgery.plan import Plan, SetRows, Undo
@@ -81,7 +82,7 @@ def attach(
             store = module_store(base, classify=classify)
     else:
         record = registry().for_config(config)
-        known_base = _base(base, tokenizer)
+        known_base = _base(base, store.graph, tokenizer)
         adapter = _with_disk_names(plainly_named(record.surgery.start(config, store, known_base)), known_base)
     try:
         attachment = attach_adapter(base, adapter, record, graph=store.graph, name=name,
@@ -221,8 +222,20 @@ def _with_disk_names(adapter: Adapter, base: Base) -> Adapter:
     return replace(adapter, manifest=replace(adapter.manifest, tables=tables))
 
 
-def _base(model: nn.Module, tokenizer: Tokenizer | None) -> Base:
+def _base(model: nn.Module, graph: EmbeddingGraph, tokenizer: Tokenizer | None) -> Base:
+    from embedsurgery.runtime.prompt_heads import heads_of
+    from embedsurgery.runtime.prompt_stacks import stacks_of
+
     name = getattr(model, "name_or_path", None) or None
-    revision = getattr(getattr(model, "config", None), "_commit_hash", None)
-    return Base(name if isinstance(name, str) else None, revision if isinstance(revision, str) else None, tokenizer,
-                _added(model))  # fmt: skip
+    config = getattr(model, "config", None)
+    revision = getattr(config, "_commit_hash", None)
+    return Base(
+        name=name if isinstance(name, str) else None,
+        revision=revision if isinstance(revision, str) else None,
+        tokenizer=tokenizer,
+        architecture=type(model).__name__,
+        config=config,
+        submodules=tuple(stack.name for stack in stacks_of(model, graph)),
+        heads=heads_of(model),
+        new_tokens=_added(model),
+    )

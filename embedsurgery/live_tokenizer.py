@@ -10,18 +10,24 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from embedsurgery.errors import ConfigError, UnsupportedError
 from embedsurgery.plan import AddTokens
 from embedsurgery.slow_tokenizer import change_slow, roles_of, slow_content
 from embedsurgery.tokenizer_beside import free_reserved, refuse_roles, relisted, relisted_items
+from embedsurgery.tokenizer_classes import AS_THEY_RUN, as_it_runs, short_name
 from embedsurgery.tokenizer_edit import change, undone, unsettled
 from embedsurgery.tokenizer_encoding import backend, check_encodings, encoder
+from embedsurgery.tokenizer_front import put_first, put_first_in_chat, refuse_held
 from embedsurgery.tokenizer_json import TokenizerJson
 
 if TYPE_CHECKING:
     from embedsurgery.new_tokens import KnownTokens
+
+PROCESSOR, TEMPLATE = "post_processor", "chat_template"
+"""Parts of a tokenizer that change where tokens are put before every text: as in its file, and its attribute."""
 
 
 def texts(tokenizer: Any) -> dict[int, str]:
@@ -83,7 +89,15 @@ def undo_of(tokenizer: Any, edit: AddTokens) -> tuple[AddTokens, ...]:
         EmbedSurgeryError: As `change_tokens`, where the tokenizer cannot be read.
     """
     tokenizer = _plain(tokenizer)
-    return undone(_content(tokenizer) if _is_fast(tokenizer) else slow_content(tokenizer), edit)
+    if not _is_fast(tokenizer):
+        return undone(slow_content(tokenizer), edit)
+    content = _content(tokenizer)
+    edits = undone(content, edit)
+    if edit.front is None and not edit.parts:
+        return edits
+    parts = {PROCESSOR: content.body.get(PROCESSOR), TEMPLATE: getattr(tokenizer, TEMPLATE, None)}
+    first = edits[0] if edits else AddTokens((), remove=not edit.remove)
+    return (replace(first, parts=parts), *edits[1:])
 
 
 def change_tokens(tokenizer: Any, edit: AddTokens) -> None:
@@ -100,24 +114,57 @@ def change_tokens(tokenizer: Any, edit: AddTokens) -> None:
     """
     tokenizer = _plain(tokenizer)
     if not _is_fast(tokenizer):
+        if edit.front is not None and edit.front.texts:
+            raise UnsupportedError("a slow tokenizer has no post-processor that tokens could be put into",
+                                   where=_name(tokenizer), found=type(tokenizer).__name__,
+                                   hint="use the model's fast tokenizer, or bake without a front and write the markers "
+                                   "into the text")  # fmt: skip
         change_slow(tokenizer, edit)
         return
     content = _content(tokenizer)
     tokens = unsettled(content, edit.tokens, edit.remove)
-    if not tokens:
+    if not tokens and edit.front is None and not edit.parts:
         return
     refuse_roles(roles_of(tokenizer), _templates(tokenizer), tokens, edit.remove, content.where)
     listed = _listed(tokenizer)
     names = [str(token) for token in listed]
     relist = relisted_items(listed, names, relisted(names, tokens, content, edit.remove), _renamed)
     old = tokenizer.backend_tokenizer
-    new = _rebuilt(old, content, change(content, tokens, edit.remove))
+    body = change(content, tokens, edit.remove)
+    template = _with_parts(tokenizer, content, body, edit)
+    new = _rebuilt(old, content, body)
     if not edit.remove:
         with _unpadded(old):
             check_encodings(tokens, content, encoder(old), encoder(new))
     _set(new, old.truncation, old.padding, old.encode_special_tokens)
     tokenizer._tokenizer = new
     listed[:] = relist
+    if edit.front is not None or edit.parts:
+        setattr(tokenizer, TEMPLATE, template)
+
+
+def _with_parts(tokenizer: Any, content: TokenizerJson, body: dict[str, Any], edit: AddTokens) -> Any:
+    """Put another post-processor into the body, where the edit says so; returns the chat templates as they become."""
+    if edit.parts:
+        body[PROCESSOR] = edit.parts.get(PROCESSOR)
+        return edit.parts.get(TEMPLATE)
+    template, front = getattr(tokenizer, TEMPLATE, None), edit.front
+    if front is None:
+        return template
+    refuse_held(content.body.get(PROCESSOR), _templates(tokenizer), front.contents, content.where)
+    if not front.texts and not template:
+        raise UnsupportedError("this tokenizer has no chat template to put the prompt into", where=content.where,
+                               hint="put it before every text, or write the markers into the text")  # fmt: skip
+    if front.texts:
+        if short_name(type(tokenizer).__name__) in AS_THEY_RUN:
+            raise as_it_runs(type(tokenizer).__name__, content.where)
+        body[PROCESSOR] = put_first(content.body.get(PROCESSOR), front, content.where)
+    if not front.chats or not template:
+        return template
+    bos = roles_of(tokenizer).get("bos_token")
+    if isinstance(template, dict):
+        return {name: put_first_in_chat(text, front, bos, content.where) for name, text in template.items()}
+    return put_first_in_chat(template, front, bos, content.where)
 
 
 def _plain(tokenizer: Any) -> Any:

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 
-from embedsurgery.adapter import Adapter, TableRecord
+from embedsurgery.adapter import MAIN_INPUT, Adapter, TableRecord
 from embedsurgery.errors import BaseMismatchError, EmbedSurgeryError, EmbedSurgeryWarning, TableError, TokenIndexError
 from embedsurgery.graph import Table
 from embedsurgery.raw import EDITABLE
@@ -75,6 +75,8 @@ def _by_name(record: TableRecord, store: Store) -> Table | None:
     Prefixes come and go between a model and its base model ("bert.embeddings..." and "embeddings..."), and between
     versions ("language_model.model.embed_tokens" and "model.language_model.embed_tokens").
     """
+    if record.name == MAIN_INPUT:
+        return store.graph.main_input()
     for name in record.names:
         table = store.graph.find(name)
         if table is not None:
@@ -96,13 +98,19 @@ def _nested(a: str, b: str) -> bool:
 
 
 def _could_be(record: TableRecord, adapter: Adapter, table: Table) -> bool:
-    width = adapter.raw[record.name].shape[-1]
+    width = _width(record, adapter)
     rows = max((*record.indices, *record.sampled), default=0)
     return table.shape[1] == width and rows < table.shape[0] and table.dtype in EDITABLE
 
 
+def _width(record: TableRecord, adapter: Adapter) -> int:
+    """D of a record's table: that of its rows, or of all that an adapter has."""
+    values = adapter.raw[record.name] if record.name in adapter.raw else next(iter(adapter.raw.values()))
+    return values.shape[-1]
+
+
 def _check_shape(record: TableRecord, adapter: Adapter, table: Table) -> Table:
-    width = adapter.raw[record.name].shape[-1]
+    width = _width(record, adapter)
     if table.shape[1] != width:
         raise BaseMismatchError("the base has another width", where=table.name, expected=width, found=table.shape[1])
     beyond = [i for i in (*record.indices, *record.sampled) if i >= table.shape[0]]

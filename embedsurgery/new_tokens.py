@@ -157,13 +157,13 @@ def plan_tokens(
     contents = _checked(tokens)
     _check_multiple(pad_to_multiple_of)
     vocabulary = store.graph.vocabulary_of(store.graph.main_input())
-    _check_belongs(known, vocabulary.size)
+    check_belongs(known, vocabulary.size)
     wanted = set(contents)
     ids = {text: index for index, text in known.texts.items() if text in wanted}
     _check_existing(ids, known, special)
     roles = named_ids(as_mapping(store.config))
     free = [i for i in known.replaceable() if i < vocabulary.size and i not in roles] if reserved else []
-    new = _assign([c for c in contents if c not in ids], known, free, special)
+    new = assign_ids([c for c in contents if c not in ids], free, known.next_id, known.texts, special=special)
     ids.update({token.content: token.id for token in new})
     inits = _inits(init, contents, initializers)
     ordered = tuple(ids[c] for c in contents)
@@ -198,7 +198,7 @@ def _check_multiple(multiple: int | None) -> None:
         raise ConfigError("pad_to_multiple_of is no multiple", expected="a positive integer", found=repr(multiple))
 
 
-def _check_belongs(known: KnownTokens, size: int) -> None:
+def check_belongs(known: KnownTokens, size: int) -> None:
     """Refuse a tokenizer of another model, as far as numbers tell: its next id would be a row that a token has."""
     if known.next_id > size:
         raise BaseMismatchError("the tokenizer has ids beyond the model's rows", where=known.source,
@@ -244,17 +244,21 @@ def _check_heads(graph: EmbeddingGraph, vocabulary: Vocabulary, new: Sequence[To
                                hint="take reserved tokens' rows")  # fmt: skip
 
 
-def _assign(contents: list[str], known: KnownTokens, free: Sequence[int], special: bool) -> list[Token]:
-    """An id for each: those of reserved tokens that are free, then the next ones of the tokenizer."""
-    tokens = []
-    following = known.next_id
-    for number, content in enumerate(contents):
-        if number < len(free):
-            tokens.append(Token(content, free[number], special, replaces=known.texts[free[number]]))
-        else:
-            tokens.append(Token(content, following, special))
-            following += 1
-    return tokens
+def assign_ids(
+    contents: Sequence[str], free: Sequence[int], following: int, texts: Mapping[int, str], *, special: bool
+) -> list[Token]:
+    """An id for each text.
+
+    Args:
+        contents: The texts of new tokens.
+        free: Ids of reserved tokens that they replace first.
+        following: The id that the tokenizer gives to the next token that is added.
+        texts: Id -> text of the tokenizer's tokens.
+        special: Whether they are special tokens.
+    """
+    replacing = [Token(c, i, special, replaces=texts[i]) for c, i in zip(contents, free, strict=False)]
+    rest = enumerate(contents[len(replacing) :], following)
+    return [*replacing, *(Token(content, index, special) for index, content in rest)]
 
 
 def _inits(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,12 @@ BLOCK_BYTES = 8 << 20
 def count_rows(count: int) -> str:
     """A number of rows for a person."""
     return f"{count:,} row" if count == 1 else f"{count:,} rows"
+
+
+def listed_tokens(tokens: Sequence[tuple[str, int]], most: int = 8) -> str:
+    """Texts and ids of tokens for a person: the first few, and how many more."""
+    shown = ", ".join(f"{text!r} as {index}" for text, index in tokens[:most])
+    return shown if len(tokens) <= most else f"{shown} and {len(tokens) - most} more"
 
 
 @dataclass(frozen=True)
@@ -213,16 +219,97 @@ class Token:
 
 
 @dataclass(frozen=True)
+class Front:
+    """Tokens that a tokenizer puts before every text by itself.
+
+    Attributes:
+        label: What they are called together where the tokenizer's post-processor names them.
+        contents: Their texts, in order.
+        ids: Their ids.
+        texts: The post-processor puts them there.
+        chats: The chat templates do.
+        after_bos: They stand behind the tokens that begin a text, "<s>" or "[CLS]"; else before those.
+    """
+
+    label: str
+    contents: tuple[str, ...]
+    ids: tuple[int, ...]
+    texts: bool = True
+    chats: bool = True
+    after_bos: bool = False
+
+    @property
+    def text(self) -> str:
+        """Their texts as one."""
+        return "".join(self.contents)
+
+
+@dataclass(frozen=True)
 class AddTokens:
-    """Tokens enter the tokenizer at given ids; with ``remove`` they leave it again: the undo of adding."""
+    """Tokens enter the tokenizer at given ids; with ``remove`` they leave it again: the undo of adding.
+
+    Attributes:
+        tokens: The tokens.
+        remove: They leave.
+        front: Those that the tokenizer from then on puts before every text.
+        parts: In an undo in memory: what other parts of the tokenizer become again, by their names.
+    """
 
     tokens: tuple[Token, ...]
     remove: bool = False
+    front: Front | None = None
+    parts: Mapping[str, Any] = field(default_factory=dict)
 
     def describe(self) -> str:
         """One line for a person."""
         verb = "remove" if self.remove else "add"
-        return f"{verb} tokens " + ", ".join(f"{t.content!r} as {t.id}" for t in self.tokens)
+        last = f", and put {self.front.label} before every text" if self.front is not None else ""
+        return f"{verb} tokens " + listed_tokens([(t.content, t.id) for t in self.tokens]) + last
+
+
+@dataclass(frozen=True)
+class Suppress:
+    """The generation config keeps tokens from being generated.
+
+    Attributes:
+        ids: The tokens.
+        restore: In an undo in memory: the ids that were suppressed before, None where nothing said so. Else ``()``.
+        undo: Whether this is an undo.
+    """
+
+    ids: tuple[int, ...]
+    restore: tuple[int, ...] | None = ()
+    undo: bool = False
+
+    def describe(self) -> str:
+        """One line for a person."""
+        verb = "no longer suppress" if self.undo else "suppress"
+        return f"{verb} {len(self.ids)} tokens in the generation config"
+
+
+@dataclass(frozen=True)
+class Untie:
+    """A projection that is tied to a lookup gets a table of its own: a copy of the lookup's with some other rows.
+
+    Attributes:
+        table: The lookup's table.
+        head: Name of the projection's parameter: an alias of the table until then, a table of its own afterwards.
+        indices: Rows in which the two differ, (K,), each once.
+        rows: The projection's rows there, (K, D), in any editable dtype. In an undo the lookup's, which both have then.
+        undo: The projection is tied again, and its own table is gone.
+        saved: As in `Grow`.
+    """
+
+    table: str
+    head: str
+    indices: tuple[int, ...]
+    rows: RawArray
+    undo: bool = False
+    saved: Mapping[str, bytes] = field(default_factory=dict)
+
+    def describe(self) -> str:
+        """One line for a person."""
+        return f"tie {self.head} to {self.table} again" if self.undo else f"give {self.head} a table of its own"
 
 
 @dataclass(frozen=True)
@@ -249,7 +336,7 @@ class PatchFile:
         return f"{'remove' if self.after is None else 'write'} {self.path}"
 
 
-Edit = SetRows | SetEntries | SetBlocks | Grow | AddTokens | PatchFile | SetBytes | PutFile
+Edit = SetRows | SetEntries | SetBlocks | Grow | AddTokens | Suppress | Untie | PatchFile | SetBytes | PutFile
 
 
 @dataclass(frozen=True)
@@ -350,7 +437,18 @@ def _encode(edit: Edit, prefix: str, tensors: dict[str, TensorSource]) -> dict[s
         return {"edit": "Grow", "vocabulary": edit.vocabulary, "count": edit.count,
                 "rows": list(edit.rows), "vectors": list(edit.vectors), "saved": list(edit.saved)}  # fmt: skip
     if isinstance(edit, AddTokens):
-        return {"edit": "AddTokens", "tokens": [asdict(token) for token in edit.tokens], "remove": edit.remove}
+        front = {} if edit.front is None else {"front": asdict(edit.front)}
+        parts = {"parts": dict(edit.parts)} if edit.parts else {}
+        tokens = [asdict(token) for token in edit.tokens]
+        return {"edit": "AddTokens", "tokens": tokens, "remove": edit.remove, **front, **parts}
+    if isinstance(edit, Suppress):
+        restore = None if edit.restore is None else list(edit.restore)
+        return {"edit": "Suppress", "ids": list(edit.ids), "restore": restore, "undo": edit.undo}
+    if isinstance(edit, Untie):
+        tensors[prefix + "indices"] = _indices(edit.indices)
+        tensors[prefix + "rows"] = TensorSource.of(edit.rows)
+        tensors.update({f"{prefix}saved.{path}": _bytes(data) for path, data in edit.saved.items()})
+        return {"edit": "Untie", "table": edit.table, "head": edit.head, "undo": edit.undo, "saved": list(edit.saved)}
     if isinstance(edit, (SetBytes, PutFile)):
         return encode(edit, prefix, tensors)
     if edit.after is not None:
@@ -402,7 +500,17 @@ class _Reader:
             saved = {path: self.bytes(f"{prefix}saved.{path}") for path in body["saved"]}
             return Grow(str(body["vocabulary"]), int(body["count"]), rows, vectors, saved)
         if kind == "AddTokens":
-            return AddTokens(tuple(map(_token, body["tokens"])), bool(body["remove"]))
+            front = None if body.get("front") is None else _front(body["front"])
+            return AddTokens(
+                tuple(map(_token, body["tokens"])), bool(body["remove"]), front, dict(body.get("parts", {}))
+            )
+        if kind == "Suppress":
+            restore = None if body["restore"] is None else tuple(map(int, body["restore"]))
+            return Suppress(tuple(map(int, body["ids"])), restore, bool(body["undo"]))
+        if kind == "Untie":
+            saved = {path: self.bytes(f"{prefix}saved.{path}") for path in body["saved"]}
+            return Untie(str(body["table"]), str(body["head"]), self.indices(prefix), self.tensor(prefix + "rows"),
+                         bool(body["undo"]), saved)  # fmt: skip
         if kind == "PatchFile":
             after = None if body["removed"] else self.bytes(prefix + "after")
             return PatchFile(str(body["path"]), after, _text(body["before"]))
@@ -415,6 +523,14 @@ class _Reader:
 
 def _token(body: Mapping[str, Any]) -> Token:
     return Token(str(body["content"]), int(body["id"]), bool(body["special"]), _text(body["replaces"]))
+
+
+def _front(body: Mapping[str, Any]) -> Front:
+    contents, ids = tuple(map(str, body["contents"])), tuple(map(int, body["ids"]))
+    if len(contents) != len(ids) or not ids:
+        raise ValueError("as many texts as ids, and at least one")
+    places = (bool(body[key]) for key in ("texts", "chats", "after_bos"))
+    return Front(str(body["label"]), contents, ids, *places)
 
 
 def _text(value: Any) -> str | None:

@@ -6,31 +6,33 @@ Several adapters at once are ``combining.py``'s.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from embedsurgery.adapter import Adapter
 from embedsurgery.graph import Table
 from embedsurgery.locate import locate
 from embedsurgery.plan import Edit, Plan
 from embedsurgery.stores.base import Store
-from embedsurgery.surgeries.base import Surgery
+from embedsurgery.surgeries.base import Ground, Surgery
 from embedsurgery.vocabulary import State, extension
 
 
-def plan_adapter(adapter: Adapter, surgery: Surgery, store: Store, state: State) -> Plan:
+def plan_adapter(adapter: Adapter, surgery: Surgery, ground: Ground) -> Plan:
     """All edits that bake an adapter in: new tokens first, where it brings any, and then what its surgery plans.
 
     Args:
         adapter: What to bake in.
         surgery: Its technique.
-        store: The base.
-        state: What the base has, and after this adapter will have.
+        ground: The base; where the adapter's tables are in it is found here.
 
     Raises:
         BaseMismatchError: The base is another, or ids of the adapter's tokens are taken there.
         TableError: A table is not found.
     """
-    located = locate(adapter, store)
-    return Plan((*extend(adapter, located, store, state), *surgery.plan(adapter, located).edits))
+    located = locate(adapter, ground.store)
+    edits = extend(adapter, located, ground.store, ground.state)
+    plan = surgery.bake(adapter, replace(ground, located=located))
+    return Plan((*edits, *plan.edits), plan.facts)
 
 
 def extend(adapter: Adapter, located: Mapping[str, Table], store: Store, state: State) -> list[Edit]:

@@ -20,7 +20,7 @@ from embedsurgery.adapter import Adapter, Fingerprint
 from embedsurgery.checkpoint import STATE_DIRECTORY
 from embedsurgery.errors import PlanError
 from embedsurgery.locking import refuse_linked_state
-from embedsurgery.plan import Grow, PatchFile, Plan, SetBlocks, SetEntries, SetRows, Undo, spans
+from embedsurgery.plan import Grow, PatchFile, Plan, SetBlocks, SetEntries, SetRows, Undo, Untie, spans
 from embedsurgery.raw import ITEMSIZE, RawArray
 from embedsurgery.safetensors_file import Header, read_header
 from embedsurgery.stores.base import Store, entries_of, rows_of
@@ -250,6 +250,8 @@ def written(undo: Plan, store: Store) -> list[str]:
 def _digest(edit: object, store: Store) -> str:
     if isinstance(edit, SetRows):
         return rows_of(store, store.graph.table(edit.table), edit.indices).sha256()
+    if isinstance(edit, Untie) and edit.undo:
+        return rows_of(store, store.graph.table(edit.head), edit.indices).sha256()
     if isinstance(edit, SetEntries):
         return entries_of(store, edit.vector, edit.indices).sha256()
     digest = hashlib.sha256()

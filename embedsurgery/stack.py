@@ -15,7 +15,7 @@ from pathlib import Path
 from embedsurgery.errors import CheckpointError, PlanError
 from embedsurgery.graph import EmbeddingGraph
 from embedsurgery.jsonfile import read_json
-from embedsurgery.plan import Grow, PatchFile, Plan, SetBlocks, SetEntries, SetRows, Undo
+from embedsurgery.plan import Grow, PatchFile, Plan, SetBlocks, SetEntries, SetRows, Undo, Untie
 from embedsurgery.records import MERGES, MergeRecord, facts_of, merge_record, record_paths
 from embedsurgery.stores.base import shorten
 
@@ -128,6 +128,8 @@ class _Reach:
             return cls({edit.vector: frozenset(edit.indices)})
         if isinstance(edit, SetBlocks):
             return cls({edit.table: None})
+        if isinstance(edit, Untie):
+            return cls({edit.head: None}, frozenset(edit.saved))
         if isinstance(edit, PatchFile):
             return cls(files=frozenset((edit.path,)))
         if isinstance(edit, Grow):

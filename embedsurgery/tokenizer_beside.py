@@ -224,3 +224,11 @@ def templates_in(value: Any) -> list[str]:
     if isinstance(value, list):
         return [text for item in value if isinstance(item, dict) for text in templates_in(item.get("template"))]
     return [value] if isinstance(value, str) else []
+
+
+def in_templates(value: Any, change: Callable[[str], str]) -> Any:
+    """The chat templates of a config, each changed."""
+    if isinstance(value, list):
+        return [{**item, "template": in_templates(item.get("template"), change)} if isinstance(item, dict) else item
+                for item in value]  # fmt: skip
+    return change(value) if isinstance(value, str) else value

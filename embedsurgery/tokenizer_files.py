@@ -9,18 +9,22 @@ Responsible for which file must change and for what stays as it was. transformer
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from embedsurgery.errors import CheckpointError, EmbedSurgeryError, UnsupportedError
+from embedsurgery.errors import CheckpointError, EmbedSurgeryError, PlanError, UnsupportedError
 from embedsurgery.jsonfile import parse_json, read_json, read_small
 from embedsurgery.jsonsplice import respell
-from embedsurgery.plan import PatchFile, Token
-from embedsurgery.tokenizer_beside import Beside, free_reserved, refuse_roles, roles_in, templates_in
+from embedsurgery.plan import Front, PatchFile, Token
+from embedsurgery.tokenizer_beside import Beside, free_reserved, in_templates, refuse_roles, roles_in, templates_in
+from embedsurgery.tokenizer_classes import plain_config
 from embedsurgery.tokenizer_edit import change, unsettled
 from embedsurgery.tokenizer_encoding import Encode, backend, check_encodings, encoder
+from embedsurgery.tokenizer_front import put_first, put_first_in_chat, refuse_held
 from embedsurgery.tokenizer_json import TokenizerJson
 from embedsurgery.tokenizer_json import is_reserved as is_reserved
 
@@ -136,6 +140,26 @@ def check_tokens(directory: Path, tokens: Sequence[Token]) -> None:
     check_encodings(missing, content, old, new)
 
 
+def check_front(directory: Path, front: Front) -> None:
+    """Refuse a tokenizer that does not do what it is said to, by really encoding; needs the tokenizers library.
+
+    Raises:
+        PlanError: A text does not get the tokens, or their own texts do not become them.
+    """
+    data, content = _read(directory)
+    inner = backend(data.decode(), content.where)
+    ids, found = list(front.ids), list(inner.encode("a").ids)
+    own = list(inner.encode(front.text, add_special_tokens=False).ids)
+    if own != ids or (front.texts and (ids != found[: len(ids)] if not front.after_bos else not _within(ids, found))):
+        raise PlanError("the tokenizer does not put the soft prompt where it should", where=content.where,
+                        expected=ids[:8], found=(own if own != ids else found)[:8],
+                        hint="bake without a front, and report this")  # fmt: skip
+
+
+def _within(ids: list[int], found: list[int]) -> bool:
+    return any(found[place : place + len(ids)] == ids for place in range(len(found)))
+
+
 def disagreements(directory: Path, rows: int, sizes: Iterable[int] = ()) -> tuple[str, ...]:
     """In what the tokenizer's files, the config and the input table do not agree; empty where they do.
 
@@ -154,40 +178,99 @@ def disagreements(directory: Path, rows: int, sizes: Iterable[int] = ()) -> tupl
         return (*found, str(error))
 
 
-def token_patches(directory: Path, tokens: Sequence[Token], remove: bool = False) -> tuple[PatchFile, ...]:
+def token_patches(
+    directory: Path, tokens: Sequence[Token], remove: bool = False, front: Front | None = None
+) -> tuple[PatchFile, ...]:
     """The files that change when tokens come (or go), each byte that need not change as it was.
 
     Args:
         directory: The checkpoint.
         tokens: Tokens at the ids that they are to have; those that are there (or gone) already change nothing.
         remove: They leave.
+        front: Those that are put before every text from then on.
 
     Returns:
         A patch for each file that changes; nothing is written.
 
     Raises:
         CheckpointError: There is no tokenizer, or its files are broken or contradict each other.
-        UnsupportedError: There are only files of a slow tokenizer, or a token to be replaced is in use.
+        UnsupportedError: There are only files of a slow tokenizer, a token to be replaced is in use, or nothing can be
+            put before every text.
         ConfigError: A text that is empty or comes twice.
-        PlanError: An id or a text that is taken, or that the tokenizer would not give.
+        PlanError: An id or a text that is taken, or that the tokenizer would not give; tokens at the front already.
     """
     data, content = _read(directory)
     tokens = unsettled(content, tokens, remove)
-    if not tokens:
+    if not tokens and front is None:
         return ()
-    after = change(content, tokens, remove)
-    patches = [PatchFile.change(TOKENIZER, data, respell(data, content.body, after, directory / TOKENIZER))]
-    beside = Beside(content, tokens, remove, {e["content"]: e for e in after["added_tokens"]})
+    files = {TOKENIZER: _File(data, dict(content.body), change(content, tokens, remove))}
+    beside = Beside(content, tokens, remove, {e["content"]: e for e in files[TOKENIZER].after["added_tokens"]})
     refuse_roles({}, _template_files(directory), tokens, remove, directory)
     for name, changed in ((CONFIG, beside.config), (SPECIAL, beside.config), (ADDED, beside.added_ids)):
         path = directory / name
         if path.exists():
             data = read_small(path)
             body = parse_json(data, path)
-            new = changed(body, path)
-            if new != body:
-                patches.append(PatchFile.change(name, data, respell(data, body, new, path)))
-    return tuple(patches)
+            files[name] = _File(data, body, changed(body, path))
+    texts = {} if front is None else _put_first(directory, content, files, front)
+    patches = [PatchFile.change(name, file.data, file.new(directory / name)) for name, file in files.items()
+               if file.after != file.before]  # fmt: skip
+    return (*patches, *(PatchFile.change(name, *change) for name, change in texts.items()))
+
+
+@dataclass
+class _File:
+    """A JSON file as it is, what it says, and what it is to say; None where it is not there."""
+
+    data: bytes | None
+    before: dict[str, Any]
+    after: dict[str, Any]
+
+    def new(self, path: Path) -> bytes:
+        if self.data is None:
+            return (json.dumps(self.after, indent=2, ensure_ascii=False) + "\n").encode()
+        return respell(self.data, self.before, self.after, path)
+
+
+def _put_first(
+    directory: Path, content: TokenizerJson, files: dict[str, _File], front: Front
+) -> dict[str, tuple[bytes, bytes]]:
+    """Change what files are to say so that tokens stand before every text; other files as name -> (old, new)."""
+    config = files.setdefault(CONFIG, _File(None, {}, {}))
+    special = files[SPECIAL].before if SPECIAL in files else {}
+    roles = {**roles_in(special), **roles_in(config.before)}
+    known = templates_in(config.before.get("chat_template")) + _template_files(directory)
+    refuse_held(content.body.get("post_processor"), known, front.contents, directory)
+    if not front.texts and not known:
+        raise UnsupportedError("this tokenizer has no chat template to put the prompt into", where=directory,
+                               hint="put it before every text, or write the markers into the text")  # fmt: skip
+    if front.texts:
+        model_type = (
+            read_json(directory / "config.json").get("model_type") if (directory / "config.json").exists() else None
+        )
+        processor = content.body.get("post_processor")
+        files[TOKENIZER].after["post_processor"] = put_first(processor, front, directory / TOKENIZER)
+        config.after = plain_config(config.after, special, content.given, model_type, directory)
+    bos, texts = roles.get("bos_token"), {}
+
+    def written(template: str, where: object) -> str:
+        return put_first_in_chat(template, front, bos, where)
+
+    if front.chats:
+        if config.before.get("chat_template"):
+            config.after["chat_template"] = in_templates(
+                config.after["chat_template"], lambda text: written(text, directory / CONFIG)
+            )
+        for path in _template_paths(directory):
+            data = read_small(path)
+            if path.suffix == ".json":
+                body = parse_json(data, path)
+                after = {**body, "chat_template": in_templates(body.get("chat_template"), lambda t: written(t, path))}  # noqa: B023
+                new = respell(data, body, after, path)
+            else:
+                new = written(data.decode("utf-8"), path).encode()
+            texts[path.relative_to(directory).as_posix()] = (data, new)
+    return texts
 
 
 def _read(directory: Path) -> tuple[bytes, TokenizerJson]:
@@ -210,9 +293,15 @@ def _read(directory: Path) -> tuple[bytes, TokenizerJson]:
     return data, TokenizerJson(parse_json(data, path), path)
 
 
+def _template_paths(directory: Path) -> list[Path]:
+    """The files that hold chat templates."""
+    named = [directory / name for name in TEMPLATES]
+    more = sorted((directory / "additional_chat_templates").glob("*.jinja"))
+    return [path for path in (*named, *more) if path.exists()]
+
+
 def _template_files(directory: Path) -> list[str]:
-    paths = [directory / name for name in TEMPLATES]
-    return [read_small(path).decode("utf-8", "replace") for path in paths if path.exists()]
+    return [read_small(path).decode("utf-8", "replace") for path in _template_paths(directory)]
 
 
 def _contradictions(directory: Path, rows: int) -> Iterator[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from embedsurgery.graph import EmbeddingGraph
 from embedsurgery.hashes import checkpoint_files, known_hashes, sha256_of
 from embedsurgery.jsonfile import read_json
 from embedsurgery.names import is_language_model, tie_flag, vocabulary_sizes, walk_names
-from embedsurgery.plan import PatchFile, SetBlocks, SetRows, count_rows
+from embedsurgery.plan import PatchFile, Plan, SetBlocks, SetRows, Untie, count_rows
 from embedsurgery.raw import EDITABLE
 from embedsurgery.records import check_written, record_paths
 from embedsurgery.registry import registry
@@ -29,6 +30,7 @@ from embedsurgery.stack import Entry, arranged, entry, tombstones
 from embedsurgery.stores.base import Store, rows_of
 from embedsurgery.stores.checks import digest
 from embedsurgery.stores.shards import ShardStore
+from embedsurgery.tie_flags import places
 from embedsurgery.tokenizer_files import highest_token_id
 
 MORE_ROWS = ("mllama", "mllama_text_model", "cpmant", "moshi", "molmo2")
@@ -80,7 +82,7 @@ def verify_checkpoint(directory: str | os.PathLike[str], *, full: bool = False) 
             checks = list(_index(store.checkpoint))
             claimed = walk_names(stored, config=store.config, source=store.name,
                                  architectures=registry().architectures)  # fmt: skip
-        checks += [*_rows(store.config, store.graph), *_ties(store.config, store.graph, claimed)]
+        checks += [*_rows(store.config, store.graph), *_ties(store.config, store.graph, claimed, _parted(folder))]
         checks += [*_tokenizer(folder, store.graph), *_records(folder, store)]
         return (*checks, *_hashes(folder)) if full else tuple(checks)
 
@@ -114,18 +116,31 @@ def _rows(config: Config, graph: EmbeddingGraph) -> Iterator[Check]:
         yield Check("dtype", good, f"{table.name} is {table.dtype}")
 
 
-def _ties(config: Config, graph: EmbeddingGraph, claimed: EmbeddingGraph) -> Iterator[Check]:
+def _ties(config: Config, graph: EmbeddingGraph, claimed: EmbeddingGraph, parted: set[str]) -> Iterator[Check]:
     flag = tie_flag(config)
+    apart = set() if places(config or {}) else parted
     for table in claimed.tables:
         if len(table.files) > 1:
             real = graph.table(table.name)
-            same = len(real.files) == len(table.files)
             names = " and ".join(name for name, _ in table.files)
+            if apart & {name for name, _ in table.files}:
+                yield Check("ties", True, f"{names} are apart since a merge, whatever the config's flag says")
+                continue
+            same = len(real.files) == len(table.files)
             yield Check("ties", same, f"{names} are {'equal' if same else 'different, so they load untied'}")
     heads = [t for t in graph.tables if "output" in t.roles and t.kind == "vocabulary"]
     if is_language_model(config) and flag is False and graph.input and not heads:
         detail = f"tie_word_embeddings is false and no head is stored: {graph.input} loads beside a random one"
         yield Check("head", False, detail)
+
+
+def _parted(folder: Path) -> set[str]:
+    """Names of heads that merges have given tables of their own."""
+    found = set()
+    for record in record_paths(folder):
+        with suppress(EmbedSurgeryError):  # a broken record is told of by itself
+            found |= {e.head for e in Plan.load(record).edits if isinstance(e, Untie) and e.undo}
+    return found
 
 
 def _tokenizer(folder: Path, graph: EmbeddingGraph) -> Iterator[Check]:

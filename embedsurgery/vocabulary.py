@@ -8,7 +8,7 @@ how their rows start, is ``new_tokens.py``'s.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from embedsurgery.errors import BaseMismatchError
@@ -95,10 +95,16 @@ class State:
     Attributes:
         texts: Id -> text of every token, None where no tokenizer is at hand.
         sizes: Vocabulary's name -> rows.
+        parted: Lookup's table -> projection that has got a table of its own.
+        front: Name of the soft prompt that stands before every text; None for none.
+        means: Table -> the mean of its rows, (1, D), once it was asked for.
     """
 
     texts: dict[int, str] | None
     sizes: dict[str, int]
+    parted: dict[str, str] = field(default_factory=dict)
+    front: str | None = None
+    means: dict[str, RawArray] = field(default_factory=dict)
 
     @classmethod
     def of(cls, graph: EmbeddingGraph, texts: Mapping[int, str] | None) -> State:

@@ -56,6 +56,9 @@ def test_what_people_come_for(demo: Path) -> None:
         "bash",
         "python",
         "bash",
+        "python",
+        "bash",
+        "python",
         "bash",
         "python",
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,9 +18,43 @@ from embedsurgery.cli.render import copying, json_option, print_json, size
 if TYPE_CHECKING:
     from embedsurgery.combining import Conflict
     from embedsurgery.offline import MergeReport
+    from embedsurgery.surgeries.soft_prompt_bake_config import BakeConfig
+
+FRONTS = ("all", "text", "chat", "none")
 
 hash_option = click.option("--hash", "hashes", is_flag=True,
                            help="Record the sha256 of every file of the result, for verify --full.")  # fmt: skip
+
+
+_BAKING = (
+    click.option("--prompt-name", "names", multiple=True, metavar="NAME",
+                 help="Names the tokens of a soft prompt, <|soft:NAME:0|>; once for each ADAPTER, in their order.  "
+                      "[default: the directory's name]"),
+    click.option("--front", type=click.Choice(FRONTS), default=None,
+                 help="Where the tokenizer puts a soft prompt by itself: before every text, into the chat templates, "
+                      "both, or nowhere.  [default: all for one prompt, none for several]"),
+    click.option("--after-bos", is_flag=True, help="Put it behind the BOS, not before, where it was trained."),
+    click.option("--keep-tie", is_flag=True,
+                 help="Write no head of its own for a tied model: then only the generation config keeps the model from "
+                      "generating virtual tokens."),
+)  # fmt: skip
+
+
+def bake_options(function: Callable[..., None]) -> Callable[..., None]:
+    """The options that say how soft prompts become tokens."""
+    for option in reversed(_BAKING):
+        function = option(function)
+    return function
+
+
+def bake_configs(options: dict[str, Any]) -> BakeConfig | list[BakeConfig]:
+    """What `bake_options` were given, taken out of all options."""
+    from embedsurgery.surgeries.soft_prompt_bake_config import BakeConfig
+
+    names, front, after_bos = options.pop("names"), options.pop("front"), options.pop("after_bos")
+    tied = "keep" if options.pop("keep_tie") else "untie"
+    configs = [BakeConfig(name, front, after_bos, tied) for name in names or (None,)]  # type: ignore[arg-type]
+    return configs if names else configs[0]
 
 
 @click.command("merge")
@@ -29,6 +64,7 @@ hash_option = click.option("--hash", "hashes", is_flag=True,
 @combine_options
 @hash_option
 @click.option("--push", "repo", metavar="REPO", help="Push the result to org/name on the Hub; BASE is an id, too.")
+@bake_options
 @push_options
 @json_option
 def command(
@@ -55,24 +91,29 @@ def command(
     With --in-place the rows are written into BASE itself, under a lock (a second merge meanwhile is refused) and with a
     journal: what a kill leaves half done, `embedsurgery recover` takes back.
 
+    A soft prompt becomes tokens with rows of their own, which the tokenizer puts before every text, so that any engine
+    serves the prompted model; several prompts are chosen by a request that writes the texts of their tokens.
+
     BASE and ADAPTER are directories or Hub ids, org/name or org/name@revision. With --push only shards with a touched
     table, small files and headers travel; the Hub copies the other shards by itself.
     """
     asked = weighted(adapters, weights)
+    bake = bake_configs(options)
     if repo is not None:
         if output is not None or in_place or hardlink or dry_run or hashes:
             raise click.UsageError("--push goes with none of -o, --in-place, --hardlink, --dry-run and --hash")
         from embedsurgery import hub
 
-        pushed = hub.push_merged(str(base), asked, repo, on_conflict=on_conflict, allow_nan=allow_nan, **options)
+        pushed = hub.push_merged(str(base), asked, repo, bake=bake, on_conflict=on_conflict, allow_nan=allow_nan,
+                                 **options)  # fmt: skip
         print_push(pushed, as_json)
         return
     from embedsurgery.offline import merge_checkpoint
 
     where = placed(output=output, in_place=in_place, hardlink=hardlink, dry_run=dry_run)
     with copying("copying") as progress:
-        report = merge_checkpoint(base, asked, on_conflict=on_conflict, allow_nan=allow_nan, hashes=hashes,
-                                  progress=progress, **where)  # fmt: skip
+        report = merge_checkpoint(base, asked, bake=bake, on_conflict=on_conflict, allow_nan=allow_nan,
+                                  hashes=hashes, progress=progress, **where)  # fmt: skip
     print_report(report, "merged", as_json)
 
 
@@ -81,11 +122,11 @@ def print_report(report: MergeReport, verb: str, as_json: bool) -> None:
     if as_json:
         print_json(asdict(report))
         return
-    from embedsurgery.plan import count_rows
+    from embedsurgery.plan import count_rows, listed_tokens
 
     would = "" if report.done else "would be "
     rows = ", ".join(f"{count_rows(count)} of {table}" for table, count in report.rows.items())
-    tokens = ", ".join(f"{text!r} as {index}" for text, index in report.tokens.items())
+    tokens = listed_tokens(list(report.tokens.items()))
     what = "; ".join(part for part in (f"tokens {tokens}" if tokens else "", rows) if part)
     click.echo(f"{would}{verb}: {what} in {', '.join(report.files)}")
     for line in () if report.done else report.edits:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from embedsurgery.adapter import Adapter
+    from embedsurgery.graph import Table
     from embedsurgery.raw import RawArray
     from embedsurgery.stores.store import Store
 
@@ -28,8 +31,9 @@ if TYPE_CHECKING:
 def command(adapter: Path, model: Path | None, as_json: bool) -> None:
     """What ADAPTER holds, a directory or a Hub id.
 
-    With --model, a directory or an id, exits 1 where that checkpoint is not the adapter's base. Of an id, headers and
-    the rows that are compared come, by range requests.
+    With --model, a directory or an id, exits 1 where that checkpoint is not the adapter's base; of a soft prompt it
+    then names the tokens of the vocabulary that are nearest to each virtual token, by cosine. Of an id, headers and the
+    rows that are compared come, by range requests.
     """
     facts = show(adapter, model)
     if as_json:
@@ -38,12 +42,14 @@ def command(adapter: Path, model: Path | None, as_json: bool) -> None:
     made = facts["library_version"]
     click.echo(f"{adapter}: {facts['surgery']}, base {facts['base_model'] or 'not named'}, "
                f"made by {'embedsurgery ' + made if made else 'PEFT'}")  # fmt: skip
+    for prompt in facts["prompts"]:
+        _print_prompt(prompt, adapter)
     new = facts["new_tokens"]
     if new is not None:
         texts = [f"{t['content']!r} as {t['id']}{' (special)' if t['special'] else ''}" for t in new["tokens"]]
         named = ", ".join(texts[:8]) + (f" and {len(texts) - 8:,} more" if len(texts) > 8 else "") or "none"
         click.echo(f"new tokens: {named}; {new['rows']:,} rows in the base, {new['grown']:,} with them")
-    for table in facts["tables"]:
+    for table in facts["tables"] if not facts["prompts"] else ():
         columns = ["row", "token", "norm"] + (["base norm", "cosine to base"] if model else [])
         rows = [
             [r["row"], r["token"] or "-", f"{r['norm']:.4f}"]
@@ -66,6 +72,20 @@ def wide(rows: RawArray) -> npt.NDArray[np.float64]:
         return rows.float32().astype(np.float64)
 
 
+def _print_prompt(prompt: dict[str, Any], adapter: Path) -> None:
+    """A soft prompt: its virtual tokens, and the words they are near to."""
+    compared = "vocabulary" in prompt
+    columns = ["virtual token", "norm"] + (["nearest tokens (cosine)"] if compared else [])
+    rows = []
+    for number, token in enumerate(prompt["tokens"]):
+        near = ", ".join(f"{n['text'] or n['id']} ({n['cosine']:.2f})" for n in token.get("nearest", ()))
+        rows.append([number, f"{token['norm']:.4f}"] + ([near] if compared else []))
+    norms = prompt.get("vocabulary")
+    beside = "" if norms is None else (f"; the vocabulary's norms: mean {norms['mean']:.4f}, "
+                                       f"{norms['least']:.4f} to {norms['greatest']:.4f}")  # fmt: skip
+    print_table(f"prompt of {prompt['submodule']}, {len(rows)} virtual tokens{beside}", columns, rows)
+
+
 def _number(value: float | None) -> str:
     """A number of the base's row; a new row has none there."""
     return "-" if value is None else f"{value:.4f}"
@@ -79,10 +99,13 @@ def show(adapter: Path, model: Path | None) -> dict[str, Any]:
     """
     from embedsurgery import hub
     from embedsurgery.api import load
+    from embedsurgery.locate import locate
 
     loaded = load(adapter)
     with hub.store(model) if model is not None else nullcontext() as store:
-        tables = _tables(loaded, store)
+        located = locate(loaded, store) if store is not None else {}
+        tables = _tables(loaded, store, located)
+        prompts = _prompts(loaded, store, located)
     manifest = loaded.manifest
     return {
         "adapter": str(adapter),
@@ -93,21 +116,20 @@ def show(adapter: Path, model: Path | None) -> dict[str, Any]:
         "source": loaded.source,
         "new_tokens": None if manifest.new_tokens is None else manifest.new_tokens.to_json(),
         "bytes": sum(p.stat().st_size for p in adapter.iterdir() if p.is_file()) if adapter.is_dir() else None,
+        "prompts": prompts,
         "tables": tables,
     }
 
 
-def _tables(loaded: Adapter, store: Store | None) -> list[dict[str, Any]]:
+def _tables(loaded: Adapter, store: Store | None, located: Mapping[str, Table]) -> list[dict[str, Any]]:
     """What an adapter has for each table, compared with a model's rows where there is one."""
     import numpy as np
 
-    from embedsurgery.locate import locate
     from embedsurgery.stores.base import rows_of
 
     manifest = loaded.manifest
-    located = locate(loaded, store) if store is not None else {}
     tables = []
-    for record in manifest.tables:
+    for record in (record for record in manifest.tables if record.name in loaded.raw):
         values = wide(loaded.raw[record.name])
         norms = np.linalg.norm(values, axis=1)
         by_row = len(record.indices) == len(values)  # else the indices are those that the base is recognised by
@@ -147,3 +169,26 @@ def _tables(loaded: Adapter, store: Store | None) -> list[dict[str, Any]]:
             }
         )
     return tables
+
+
+def _prompts(loaded: Adapter, store: Store | None, located: Mapping[str, Table]) -> list[Any]:
+    """The soft prompts of an adapter, as JSON values."""
+    import numpy as np
+
+    from embedsurgery.surgeries.soft_prompt_config import NAME, prompts_of
+    from embedsurgery.surgeries.soft_prompt_reading import read_beside
+
+    if loaded.manifest.surgery != NAME:
+        return []
+    found = []
+    for submodule, vectors in prompts_of(loaded).items():
+        values = vectors.float32()
+        body: dict[str, Any] = {"submodule": submodule}
+        if store is None:
+            body["tokens"] = [{"norm": float(n)} for n in np.linalg.norm(values, axis=1)]
+        else:
+            reading = read_beside(values, store, located[loaded.manifest.tables[0].name], Path(store.name))
+            norms = {"mean": reading.mean_norm, "least": reading.least_norm, "greatest": reading.greatest_norm}
+            body |= {"vocabulary": norms, "tokens": [asdict(token) for token in reading.tokens]}
+        found.append(body)
+    return found

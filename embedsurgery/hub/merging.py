@@ -29,6 +29,7 @@ from embedsurgery.hub.partial_store import PartialStore, merged
 from embedsurgery.hub.pulling import pull
 from embedsurgery.hub.scratch import fill, put, scratch, wanted
 from embedsurgery.hub.tokens import Token
+from embedsurgery.surgeries.soft_prompt_bake_config import BakeConfig
 
 AdapterLike = Adapter | str | os.PathLike[str]
 
@@ -42,6 +43,7 @@ def push_merged(
     *,
     on_conflict: Conflict | None = None,
     allow_nan: bool = False,
+    bake: BakeConfig | Sequence[BakeConfig | None] | None = None,
     private: bool = True,
     revision: str | None = None,
     tag: str | None = None,
@@ -60,6 +62,7 @@ def push_merged(
         repo: The new repository, ``org/name``; one that holds a model already is refused.
         on_conflict: As for `embedsurgery.merge_checkpoint`.
         allow_nan: Merge rows with NaN or infinity.
+        bake: How soft prompts become tokens: for all, or for each adapter.
         private: Make a new repository private.
         revision: The branch to push to, made where it is not there.
         tag: Set this tag on the commit.
@@ -86,7 +89,7 @@ def push_merged(
         fill(client, at, files, checkpoint, names, folder)
         store = PartialStore.begin(folder, partial(put, client, at))
         pulled = [(_pulled(a[0], token), a[1]) if isinstance(a, tuple) else _pulled(a, token) for a in adapters]
-        done = merged(store, pulled, on_conflict=on_conflict, allow_nan=allow_nan)
+        done = merged(store, pulled, bake=bake, on_conflict=on_conflict, allow_nan=allow_nan)
         content, copies = _changes(client, at, files, names, folder, store.present)
         kept = front_matter(client.fetch(at, README).read_text("utf-8", "replace")) if README in files else {}
         body = merged_body(f"{at.repo}@{at.sha}", done.adapters, done.edits, into.repo)

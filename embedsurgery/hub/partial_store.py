@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from embedsurgery.errors import CheckpointError, PlanError
 from embedsurgery.graph import Table
 from embedsurgery.offline.merging import named_adapter, part_facts
 from embedsurgery.parts import parts
-from embedsurgery.plan import Grow, SetRows
+from embedsurgery.plan import Grow, SetRows, Untie
 from embedsurgery.records import next_record
 from embedsurgery.registry import registry
 from embedsurgery.stores.base import apply
@@ -89,6 +90,10 @@ class PartialStore(ShardStore):
         self.need([file for file in self.growth_files(self.vocabulary(edit)) if file in self.checkpoint.headers])
         super().grow(edit)
 
+    def untie(self, edit: Untie) -> None:
+        self.need(self.untie_files(edit)[0])
+        super().untie(edit)
+
     def sync(self) -> None:
         """Nothing: the directory goes away."""
 
@@ -115,6 +120,7 @@ def merged(
     store: PartialStore,
     adapters: Any,
     *,
+    bake: Any = None,
     on_conflict: Conflict | None = None,
     allow_nan: bool = False,
 ) -> Merged:
@@ -126,17 +132,18 @@ def merged(
     """
     directory = store.checkpoint.directory
     asked = parts(adapters, named_adapter)
-    texts = dict(known_tokens(directory).texts) if any(p.adapter.manifest.new_tokens for p in asked) else None
-    plans = plan_parts(asked, lambda name: registry().named(name).surgery, store, texts, on_conflict=on_conflict,
-                       allow_nan=allow_nan)  # fmt: skip
+    tokens = cache(partial(known_tokens, directory))
+    plans = plan_parts(asked, lambda name: registry().named(name).surgery, store, tokens, options=bake,
+                       on_conflict=on_conflict, allow_nan=allow_nan)  # fmt: skip
     for plan, part in zip(plans, asked, strict=True):
         undo = apply(plan, store, spill=directory.parent)
         before, store = store, store.again()
-        for table in (edit.table for edit in undo.edits if isinstance(edit, SetRows)):
+        parted = {name for edit in undo.edits if isinstance(edit, Untie) for name in (edit.table, edit.head)}
+        for table in (e.table for e in undo.edits if isinstance(e, SetRows) and e.table not in parted):
             if before.graph.table(table).files != store.graph.table(table).files:
                 raise PlanError("the merge would make two stored tables equal, which then load as one", where=table,
                                 hint="set tie_word_embeddings to false in the config first")  # fmt: skip
         record = next_record(directory)
         record.parent.mkdir(parents=True, exist_ok=True)
-        replace(undo, facts=part_facts(part, undo, store, on_conflict=on_conflict)).save(record)
+        replace(undo, facts={**plan.facts, **part_facts(part, undo, store, on_conflict=on_conflict)}).save(record)
     return Merged(tuple(part.name for part in asked), tuple(line for plan in plans for line in plan.describe()))

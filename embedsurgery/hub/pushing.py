@@ -7,6 +7,8 @@ import tempfile
 import warnings
 from pathlib import Path
 
+from huggingface_hub import try_to_load_from_cache
+
 from embedsurgery.adapter import CONFIG_NAME, WEIGHTS_NAME, Adapter
 from embedsurgery.api import load
 from embedsurgery.card import README, adapter_body, adapter_front, base_id, renewed
@@ -86,7 +88,17 @@ def readme_of(client: Client, at: Snapshot) -> bytes | None:
 def _card(adapter: Adapter, repo: str, files: dict[str, Content], readme: bytes | None) -> bytes:
     size = sum(len(data) for name, data in files.items() if name != README and isinstance(data, bytes))
     name = repo.partition("/")[2]
-    return renewed(decoded(readme), adapter_front(adapter), name, adapter_body(adapter, repo, size)).encode()
+    body = adapter_body(adapter, repo, size, _at_hand(adapter))
+    return renewed(decoded(readme), adapter_front(adapter), name, body).encode()
+
+
+def _at_hand(adapter: Adapter) -> Path | None:
+    """The directory of an adapter's base: one that is named, or a copy in the Hub cache; nothing is downloaded."""
+    named, of = adapter.manifest.base_model, base_id(adapter.manifest)
+    if of is None:
+        return Path(named) if named is not None and Path(named).is_dir() else None
+    found = try_to_load_from_cache(of.repo, "config.json", revision=of.revision)
+    return Path(found).parent if isinstance(found, str) else None
 
 
 def decoded(readme: bytes | None) -> str | None:

@@ -6,7 +6,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from embedsurgery.plan import AddTokens, Edit, Grow, PatchFile, Plan, SetBlocks, SetEntries, SetRows, Undo
+from embedsurgery.plan import (
+    AddTokens,
+    Edit,
+    Grow,
+    PatchFile,
+    Plan,
+    SetBlocks,
+    SetEntries,
+    SetRows,
+    Suppress,
+    Undo,
+    Untie,
+)
 from embedsurgery.stores.base import Store, check
 
 
@@ -43,7 +55,7 @@ def check_jobs(jobs: list[Job], store: Store) -> None:
     sizes = {table.name: table.shape[0] for table in store.graph.tables}
     sizes |= {name: v.size for v in store.graph.vocabularies for name in v.vectors}
     for number, job in enumerate(jobs):
-        moves = any(isinstance(edit, (Grow, AddTokens, PatchFile)) for edit in job.plan.edits)
+        moves = any(isinstance(edit, (Grow, AddTokens, PatchFile, Suppress, Untie)) for edit in job.plan.edits)
         if number == 0 or (settled and moves):
             check(job.plan, store)
         else:
@@ -68,7 +80,7 @@ def rewritten(plan: Plan, store: Store) -> list[str]:
     written: set[str] = set()
     anew: dict[str, None] = {}
     for edit in plan.edits:
-        if isinstance(edit, Grow):
+        if isinstance(edit, Grow) or (isinstance(edit, Untie) and store.untie_files(edit)[1]):
             anew.update(dict.fromkeys(file for file in touched(edit, store) if file not in written))
         else:
             written.update(touched(edit, store))
@@ -78,9 +90,12 @@ def rewritten(plan: Plan, store: Store) -> list[str]:
 def touched(edit: Edit, store: Store) -> list[str]:
     """The weight files that an edit touches."""
     if isinstance(edit, (SetRows, SetBlocks)):
-        return [file for _, file in store.graph.table(edit.table).files]
+        table = store.graph.find(edit.table)  # None for a head that an earlier edit parts
+        return [] if table is None else [file for _, file in table.files]
     if isinstance(edit, SetEntries):
         return list(store.vector_files(edit.vector))
+    if isinstance(edit, Untie):
+        return list(store.untie_files(edit)[0])
     if isinstance(edit, Grow):
         vocabulary = next(v for v in store.graph.vocabularies if v.name == edit.vocabulary)
         return [file for file in store.growth_files(vocabulary) if file in store.weight_files()]

@@ -9,7 +9,7 @@ import importlib.util
 import os
 import warnings
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from embedsurgery.plan import Undo
 from embedsurgery.records import adapter_sha256, facts, facts_of, record_paths, tokens_facts
 from embedsurgery.registry import registry
 from embedsurgery.stores.base import Store
+from embedsurgery.surgeries.soft_prompt_bake_config import BakeConfig
 from embedsurgery.tokenizer_files import check_tokens, known_tokens
 from embedsurgery.vocabulary import NewTokens
 
@@ -40,6 +41,7 @@ def merge_checkpoint(
     adapters: AdapterLike | Weighted | Sequence[AdapterLike | Weighted],
     output: str | os.PathLike[str] | None = None,
     *,
+    bake: BakeConfig | Sequence[BakeConfig | None] | None = None,
     on_conflict: Conflict | None = None,
     allow_nan: bool = False,
     hashes: bool = False,
@@ -61,6 +63,7 @@ def merge_checkpoint(
             adapter brings and the base does not have are taken as they are. Each adapter gets a record of its own.
         output: A directory that does not exist yet; it appears when it is whole. None for a dry run alone, or with
             ``in_place``.
+        bake: How soft prompts become tokens: for all, or for each adapter.
         on_conflict: What becomes of rows that several adapters set: "last", those of the adapter that is named last;
             "average", the mean of what each adapter alone would make of them, its weight included. By default such
             adapters are refused.
@@ -82,16 +85,17 @@ def merge_checkpoint(
     """
     if hub.find_id(base) is not None and not in_place:
         with hub.directory(base) as folder:
-            return merge_checkpoint(folder, adapters, output, on_conflict=on_conflict, allow_nan=allow_nan,
-                                    hashes=hashes, hardlink=hardlink, dry_run=dry_run, progress=progress)  # fmt: skip
+            return merge_checkpoint(folder, adapters, output, bake=bake, on_conflict=on_conflict,
+                                    allow_nan=allow_nan, hashes=hashes, hardlink=hardlink,
+                                    dry_run=dry_run, progress=progress)  # fmt: skip
     place = Place.of(base, output, in_place=in_place, hardlink=hardlink, dry_run=dry_run, progress=progress)
     with place.held():
         store = opened(place.source)
         asked = parts(adapters, named_adapter)
         _refuse_merged(place.source, asked)
-        texts = _texts(place.source, asked)
-        plans = plan_parts(asked, lambda name: registry().named(name).surgery, store, texts, on_conflict=on_conflict,
-                           allow_nan=allow_nan)  # fmt: skip
+        tokens = cache(partial(known_tokens, place.source))
+        plans = plan_parts(asked, lambda name: registry().named(name).surgery, store, tokens, options=bake,
+                           on_conflict=on_conflict, allow_nan=allow_nan)  # fmt: skip
         jobs = [
             Job(plan, partial(part_facts, part, on_conflict=on_conflict, hashes=hashes and part is asked[-1]))
             for plan, part in zip(plans, asked, strict=True)
@@ -218,10 +222,3 @@ def _refuse_merged(base: Path, asked: list[Part]) -> None:
         if name is not None:
             raise BaseMismatchError("this adapter is in the base already", where=base, found=f"{name} in {record.name}",
                             hint="unmerge it first, or merge into the original base")  # fmt: skip
-
-
-def _texts(source: Path, asked: list[Part]) -> dict[int, str] | None:
-    """Id -> text of the base's tokens, where an adapter brings new ones."""
-    if all(part.adapter.manifest.new_tokens is None for part in asked):
-        return None
-    return dict(known_tokens(source).texts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import warnings
 from collections.abc import Iterator
@@ -18,12 +19,13 @@ from embedsurgery.locking import DONE, JOURNAL, locked, refuse_unfinished
 from embedsurgery.offline.in_place import changing, refuse_in_place, warn_of_readers
 from embedsurgery.offline.jobs import Job, check_jobs, rewritten, weights, whole_plan
 from embedsurgery.offline.report import MergeReport, Progress, report_of
-from embedsurgery.plan import Plan, SetRows
+from embedsurgery.plan import AddTokens, Plan, SetRows, Untie
 from embedsurgery.records import next_record
 from embedsurgery.registry import registry
 from embedsurgery.stores.base import Store, apply
 from embedsurgery.stores.footprint import footprint
 from embedsurgery.stores.shards import ShardStore
+from embedsurgery.tokenizer_files import check_front
 
 
 @dataclass(frozen=True)
@@ -165,11 +167,19 @@ def _do(jobs: list[Job], directory: Path, spill: Path, journal: Journal | None) 
         if record is not None and job.facts is not None:
             _refuse_new_ties(store, after, undo)
             (directory / record).parent.mkdir(parents=True, exist_ok=True)
-            replace(undo, facts=job.facts(undo, after)).save(directory / record)
+            replace(undo, facts={**job.plan.facts, **job.facts(undo, after)}).save(directory / record)
+        _try_front(directory, job.plan)
         for path in job.drops:
             (directory / path).unlink(missing_ok=True)
         for path, data in job.writes.items():
             _write_small(directory / path, data)
+
+
+def _try_front(directory: Path, plan: Plan) -> None:
+    """See that text gets what is put before it, where the library that encodes is there."""
+    fronts = [edit.front for edit in plan.edits if isinstance(edit, AddTokens) and edit.front is not None]
+    for front in fronts if importlib.util.find_spec("tokenizers") is not None else ():
+        check_front(directory, front)
 
 
 def _write_small(path: Path, data: bytes) -> None:
@@ -225,9 +235,10 @@ def opened(directory: Path, work: Path | None = None) -> Store:
 
 def _refuse_new_ties(before: Store, after: Store, undo: Plan) -> None:
     """Two tables that differed in the edited rows alone would now load as one, and could not be parted again."""
-    for name in (edit.table for edit in undo.edits if isinstance(edit, SetRows)):
-        old, new = before.graph.table(name), after.graph.table(name)
-        if old.files != new.files:
+    parted = {name for edit in undo.edits if isinstance(edit, Untie) for name in (edit.table, edit.head)}
+    for name in (edit.table for edit in undo.edits if isinstance(edit, SetRows) and edit.table not in parted):
+        old, new = before.graph.find(name), after.graph.find(name)
+        if old is not None and new is not None and set(old.files) < set(new.files):
             raise PlanError("the merge would make two stored tables equal, which then load as one", where=after.name,
                             expected=", ".join(n for n, _ in old.files), found=", ".join(n for n, _ in new.files),
                             hint="set tie_word_embeddings to false in the config first")  # fmt: skip

@@ -22,15 +22,17 @@ from embedsurgery.locate import locate
 from embedsurgery.plan import Plan, Undo
 from embedsurgery.runtime.installation import Installation
 from embedsurgery.runtime.loading import check_loaded, look_no_more, replacements, say_that_rows_stay
-from embedsurgery.runtime.members import Member, Members, say_what_overflows
+from embedsurgery.runtime.members import Member, Members, is_prompt, say_what_overflows
 from embedsurgery.runtime.nesting import forget, refuse_more, refuse_part, remember
+from embedsurgery.runtime.prompt_heads import with_heads
+from embedsurgery.runtime.prompts import PromptEmbedding, Prompts, modules_for
 from embedsurgery.runtime.rows import Hidden
 from embedsurgery.runtime.saving import say_that_no_rows_are_saved
 from embedsurgery.runtime.sharded import Guard, save_once, set_rows
-from embedsurgery.runtime.whole_tables import rows_for
 from embedsurgery.stores.base import apply
 from embedsurgery.stores.tensors import module_store
 from embedsurgery.surgeries.base import Surgery, SurgeryRecord
+from embedsurgery.surgeries.soft_prompt import PromptOverride
 from embedsurgery.unknown_modules import Classify
 
 CHILD = "embedsurgery"
@@ -62,6 +64,7 @@ class Attachment(Hidden):
         self.extended: list[tuple[Undo, Any]] = []
         guard = Guard(model, self._members.trained, self._members.begun)
         self._installation = Installation(model, graph, guard)
+        self._prompts = Prompts(model, graph, guard)
 
     # -- what is on the model ------------------------------------------------------------------------------------
 
@@ -89,7 +92,8 @@ class Attachment(Hidden):
         """Make exactly these adapters live; none makes the model the base's.
 
         Raises:
-            AttachmentError: A name that is not attached, rows of a table in two of the adapters, or a merged model.
+            AttachmentError: A name that is not attached, rows of a table in two of the adapters, two soft prompts, or
+                a merged model.
         """
         self._not_merged("activate adapters")
         if len(set(names)) != len(names):
@@ -109,7 +113,7 @@ class Attachment(Hidden):
         Raises:
             AttachmentError: There is none of this name.
         """
-        return self._members[self._members.default(name)].snapshot()
+        return with_heads(self._members[self._members.default(name)].snapshot(), self.model)
 
     def save(self, directory: str | os.PathLike[str], name: str | None = None) -> Path:
         """Write a snapshot of an adapter. With several processes all of them call it, and rank 0 writes.
@@ -208,7 +212,7 @@ class Attachment(Hidden):
         self._not_merged("mix adapters")
         used = list(dict.fromkeys(name for name in names if name is not None))
         pairs = [(name, *pair) for name in used for pair in self._members[name].pairs()]
-        tables = {override.table for _, override, _ in pairs}
+        tables = {override.table for _, override, _ in pairs if not isinstance(override, PromptOverride)}
         if not names:
             raise AttachmentError("no sample is named", expected="one adapter name, or None, for each sample")
         if tables & self._installation.copied:
@@ -216,17 +220,22 @@ class Attachment(Hidden):
                                    found="a table that is overridden by a full copy of it",
                                    hint="run the samples of each adapter by themselves")  # fmt: skip
         batch = self._installation.batch
-        outside = (self._members.active, batch.mixed, [(rows, rows.samples) for _, _, rows in pairs])
+        held = [(rows, rows.samples, getattr(rows, "names", None)) for _, _, rows in pairs]
+        outside = (self._members.active, batch.mixed)
         self._members.active, batch.mixed = used, True
         self._refresh()
         try:
             for name, _, rows in pairs:
                 rows.samples = torch.tensor([other == name for other in names], device=rows.indices.device)
+                if isinstance(rows, PromptEmbedding):
+                    rows.names = tuple(names)
             yield
         finally:
-            self._members.active, batch.mixed, held = outside
-            for rows, samples in held:
+            self._members.active, batch.mixed = outside
+            for rows, samples, of in held:
                 rows.samples = samples
+                if isinstance(rows, PromptEmbedding):
+                    rows.names = of or ()
             self._refresh()
 
     # -- merging -------------------------------------------------------------------------------------------------
@@ -270,6 +279,7 @@ class Attachment(Hidden):
         A merged model keeps the rows in its weights, and the tokens.
         """
         self._installation.remove()
+        self._prompts.remove()
         for parameter in self._frozen:
             parameter.requires_grad_(True)
         self._frozen = []
@@ -327,16 +337,21 @@ class Attachment(Hidden):
         store = self._installation.store()
         located = locate(adapter, store)
         surgery: Surgery = record.surgery
-        overrides = surgery.live(adapter, located)
-        modes = self._installation.modes(overrides, materialize)
+        overrides = self._prompts.checked(surgery.live(adapter, located), adapter)
+        modes = self._installation.modes((o for o in overrides if not isinstance(o, PromptOverride)), materialize)
         devices = [store.tensors[o.table].device for o in overrides]
-        rows = nn.ModuleList(rows_for(overrides, adapter.raw, devices))
+        rows = nn.ModuleList(modules_for(overrides, adapter.raw, devices))
         member = Member(adapter, record, located, overrides, rows)
-        self._members.check_disjoint([*self.active, name], member)
+        steps_back = self._members.prompts(self.active) if is_prompt(member) else []
+        active = [other for other in self.active if other not in steps_back]
+        self._members.check_disjoint([*active, name], member)
+        self._members.active = active
         self._members.add(name, member, fresh)
         self.rows_of[_key(name)] = member.rows
-        for override in overrides:
-            self._installation.install(self.graph.table(override.table), modes[override.table])
+        if is_prompt(member):
+            self._prompts.install()
+        for table, mode in modes.items():
+            self._installation.install(self.graph.table(table), mode)
         if freeze is not None:
             ours = {id(p) for p in self.parameters()}
             for parameter in freeze.parameters():
@@ -351,7 +366,10 @@ class Attachment(Hidden):
 
     def _refresh(self) -> None:
         self._members.muted = bool(self._disabled or self._undo)
-        self._installation.refresh((override.table, rows) for _, override, rows in self._members.live())
+        live = list(self._members.live())
+        self._prompts.refresh((name, rows) for name, _, rows in live if isinstance(rows, PromptEmbedding))
+        rows = ((override.table, rows) for _, override, rows in live if not isinstance(rows, PromptEmbedding))
+        self._installation.refresh(rows)
 
 
 def _key(name: str) -> str:

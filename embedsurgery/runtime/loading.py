@@ -15,6 +15,7 @@ from embedsurgery.graph import EmbeddingGraph
 from embedsurgery.runtime.whole_tables import whole_replacements
 from embedsurgery.stores.base import shorten
 from embedsurgery.surgeries.base import RowOverride
+from embedsurgery.surgeries.soft_prompt import PromptOverride
 from embedsurgery.surgeries.whole_tables import TableOverride
 from embedsurgery.tensors import from_raw, to_raw
 
@@ -34,6 +35,8 @@ def replacements(
     Raises:
         AttachmentError: They are not for the same rows of the same tables.
     """
+    if any(isinstance(override, PromptOverride) for override in (*ours, *theirs)):
+        return _prompt(name, ours, theirs, adapter)
     if any(isinstance(override, TableOverride) for override in (*ours, *theirs)):
         return whole_replacements(name, ours, theirs, live, adapter)
     found = {override.table: override for override in theirs}
@@ -55,6 +58,17 @@ def replacements(
     return values
 
 
+def _prompt(
+    name: str, ours: Sequence[RowOverride], theirs: Sequence[RowOverride], adapter: Adapter
+) -> list[torch.Tensor]:
+    """As `replacements`, of soft prompts."""
+    sizes = [[getattr(o, "count", 0) * len(getattr(o, "submodules", ())) for o in part] for part in (ours, theirs)]
+    if sizes[0] != sizes[1]:
+        raise AttachmentError("the adapter is no soft prompt of the same length", where=name,
+                              expected=f"{sizes[0]} virtual tokens", found=sizes[1])  # fmt: skip
+    return [from_raw(adapter.raw[override.tensor]) for override in theirs]
+
+
 def check_loaded(
     graph: EmbeddingGraph,
     adapter: Adapter,
@@ -73,7 +87,8 @@ def check_loaded(
     records = {record.name: record for record in adapter.manifest.tables}
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for override in overrides:
-        record, table = records.get(override.tensor), graph.table(override.table)
+        by_prompt = adapter.manifest.tables[0] if isinstance(override, PromptOverride) else None
+        record, table = records.get(override.tensor, by_prompt), graph.table(override.table)
         name = next((n for n in table.names if prefix + n in state_dict), None)
         if record is None or record.fingerprint is None or name is None:
             continue
@@ -82,11 +97,12 @@ def check_loaded(
         if held is None or held.requires_grad or not whole or given.shape != held.shape:
             continue
         view = given.detach().t() if name in table.transposed else given.detach()
-        rows = to_raw(view.index_select(0, torch.tensor(override.indices, device=view.device)))
+        indices = list(override.indices or record.evidence)
+        rows = to_raw(view.index_select(0, torch.tensor(indices, device=view.device)))
         if not record.fingerprint.matches(rows):
             raise BaseMismatchError(
                 "the state dict's rows are not those that the attached adapter was made from",
-                where=f"{name}, rows {shorten(list(override.indices))}",
+                where=f"{name}, rows {shorten(indices)}",
                 expected=f"sha256 {record.fingerprint.sha256['F32'][:12]} as F32",
                 found=rows.to("F32").sha256()[:12],
                 hint="detach() first to load another base; where rows were merged into the file, unmerge it",

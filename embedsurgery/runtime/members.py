@@ -20,6 +20,7 @@ from embedsurgery.runtime.whole_tables import overflown
 from embedsurgery.stores.base import shorten
 from embedsurgery.stores.tensor_store import TensorStore
 from embedsurgery.surgeries.base import RowOverride, SurgeryRecord
+from embedsurgery.surgeries.soft_prompt import PromptOverride
 from embedsurgery.surgeries.whole_tables import TableOverride
 from embedsurgery.tensors import to_raw, whole
 
@@ -62,6 +63,11 @@ class Member:
         """Whether no row has changed since it was attached."""
         raw = self.snapshot().raw
         return all(raw[override.tensor] == self.adapter.raw[override.tensor] for override in self.overrides)
+
+
+def is_prompt(member: Member) -> bool:
+    """Whether an adapter is a soft prompt."""
+    return any(isinstance(override, PromptOverride) for override in member.overrides)
 
 
 class Members:
@@ -116,8 +122,13 @@ class Members:
             new: The last one, where it is not here yet.
 
         Raises:
-            AttachmentError: It lists the rows.
+            AttachmentError: It lists the rows; or two of them are soft prompts.
         """
+        prompts = [*self.prompts(names), *names[-1:]] if new is not None and is_prompt(new) else self.prompts(names)
+        if len(prompts) > 1:
+            raise AttachmentError("two soft prompts cannot be live at once", found=" and ".join(prompts),
+                                  expected="one", hint="activate one at a time, or give each sample its own: "
+                                  "with attachment.rows([...])")  # fmt: skip
         taken: dict[str, dict[int, str]] = {}
         for name in names:
             for override in (self[name] if new is None or name != names[-1] else new).overrides:
@@ -129,6 +140,10 @@ class Members:
                                           expected="disjoint rows", hint="activate one of them at a time",
                                           found=f"{rows[twice[0]]} and {name} both set {shorten(twice)}")  # fmt: skip
                 rows.update(dict.fromkeys(indices, name))
+
+    def prompts(self, names: Iterable[str]) -> list[str]:
+        """Those of some adapters that are here and are soft prompts."""
+        return [name for name in names if name in self.all and is_prompt(self.all[name])]
 
     def add(self, name: str, member: Member, fresh: bool) -> None:
         """Put one in, active."""

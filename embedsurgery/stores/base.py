@@ -23,7 +23,9 @@ from embedsurgery.plan import (
     SetBlocks,
     SetEntries,
     SetRows,
+    Suppress,
     Undo,
+    Untie,
     spans,
 )
 from embedsurgery.raw import EDITABLE, ITEMSIZE
@@ -33,7 +35,7 @@ from embedsurgery.stores.store import Store, check_indices, entries_of, rows_of,
 
 __all__ = ["Store", "apply", "check", "check_indices", "entries_of", "rows_of", "shorten"]
 
-_WHOLE = (Grow, AddTokens)
+_WHOLE = (Grow, AddTokens, Suppress, Untie)
 """Edits that a store does all or nothing: where one fails, there is nothing of it to take back."""
 
 
@@ -87,6 +89,10 @@ def _save(edit: Edit, store: Store, spill: Path | None) -> tuple[Edit, ...]:
         return (store.growth_undone(edit),)
     if isinstance(edit, AddTokens):
         return store.tokens_undone(edit)
+    if isinstance(edit, Suppress):
+        return (store.suppression_undone(edit),)
+    if isinstance(edit, Untie):
+        return (store.untie_undone(edit),)
     assert isinstance(edit, PatchFile)
     return (PatchFile(edit.path, after=store.read_file(edit.path), before=digest(edit.after)),)
 
@@ -140,5 +146,9 @@ def _do(edit: Edit, store: Store) -> None:
         store.grow(edit)
     elif isinstance(edit, AddTokens):
         store.change_tokens(edit)
+    elif isinstance(edit, Suppress):
+        store.suppress(edit)
+    elif isinstance(edit, Untie):
+        store.untie(edit)
     elif isinstance(edit, PatchFile):
         store.patch_file(edit)

@@ -11,7 +11,7 @@ from dataclasses import replace
 from embedsurgery.errors import PlanError, TableError
 from embedsurgery.file_edits import PutFile, SetBytes
 from embedsurgery.graph import Table
-from embedsurgery.plan import AddTokens, Edit, Grow, PatchFile, Plan, SetBlocks, SetEntries, SetRows
+from embedsurgery.plan import AddTokens, Edit, Grow, PatchFile, Plan, SetBlocks, SetEntries, SetRows, Suppress, Untie
 from embedsurgery.raw import EDITABLE, RawArray
 from embedsurgery.stores.store import Store, check_indices, shorten
 
@@ -37,10 +37,14 @@ def expanded(plan: Plan, store: Store) -> tuple[Edit, ...]:
         if isinstance(edit, AddTokens):
             before = together.get(edit.remove, AddTokens((), edit.remove))
             tokens = tuple(dict.fromkeys((*before.tokens, *edit.tokens)))
-            together[edit.remove] = AddTokens(tokens, edit.remove)
+            together[edit.remove] = AddTokens(
+                tokens, edit.remove, before.front or edit.front, before.parts or edit.parts
+            )
     edits: list[Edit] = []
     for edit in plan.edits:
-        if not isinstance(edit, AddTokens):
+        if isinstance(edit, Suppress):
+            edits.extend(store.expand(edit))
+        elif not isinstance(edit, AddTokens):
             edits.append(edit)
         elif edit.remove in together:
             edits.extend(store.expand(together.pop(edit.remove)))
@@ -78,6 +82,8 @@ def check_edits(edits: tuple[Edit, ...], store: Store) -> None:
                                 expected=_shown(edit.before), found=_shown(digest(found)))  # fmt: skip
         elif isinstance(edit, Grow):
             state.grow(edit)
+        elif isinstance(edit, Untie):
+            state.untie(edit)
         elif isinstance(edit, (SetBytes, PutFile)):
             raise PlanError("an edit that belongs into a journal, not into a plan", where=store.name,
                             found=edit.describe(), hint="a journal is for: embedsurgery recover")  # fmt: skip
@@ -104,6 +110,23 @@ class _State:
         if not table.files or not {file for _, file in table.files} <= self.rewritten:
             self.store.check_writable(table)
         return replace(table, shape=(table.shape[0] + self.grown.get(table.name, 0), table.shape[1]))
+
+    def untie(self, edit: Untie) -> None:
+        """Check an `Untie`."""
+        if self.store.graph.find(edit.table) is not None:
+            files, anew = self.store.untie_files(edit)
+            self.rewritten.update(files if anew else ())
+        table = self.table(edit.table)
+        check_indices(table, edit.indices)
+        if edit.rows.shape != (len(edit.indices), table.shape[1]) or edit.rows.dtype not in EDITABLE:
+            raise PlanError("rows of the wrong shape or dtype", where=f"{self.store.name}: {edit.head}",
+                            expected=f"({len(edit.indices)}, {table.shape[1]}) of {', '.join(EDITABLE)}",
+                            found=f"{edit.rows.shape} of {edit.rows.dtype}")  # fmt: skip
+        other = self.store.graph.find(edit.head)
+        if edit.undo and (other is None or other.name == edit.table or "output" not in other.roles):
+            raise PlanError("the head to be tied again has no table of its own", where=self.store.name,
+                            expected=edit.head)  # fmt: skip
+        self.store.check_untie(edit)
 
     def entries(self, edit: SetEntries) -> None:
         """Check entries of a vector, and note that they are set."""

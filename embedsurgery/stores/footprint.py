@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from embedsurgery.journal import Range
-from embedsurgery.plan import Grow, PatchFile, Plan, SetBlocks, SetEntries, SetRows
+from embedsurgery.plan import Grow, PatchFile, Plan, SetBlocks, SetEntries, SetRows, Untie
 from embedsurgery.raw import ITEMSIZE
 from embedsurgery.safetensors_file import Entry
 from embedsurgery.stores.checks import expanded
@@ -33,8 +33,8 @@ def footprint(plan: Plan, store: ShardStore) -> Footprint:
     found = Footprint()
     for edit in expanded(plan, store):
         if isinstance(edit, (SetRows, SetBlocks)):
-            table = store.graph.table(edit.table)
-            for name, file in table.files:
+            table = store.graph.find(edit.table)  # None for a head that an edit before gives a table of its own
+            for name, file in table.files if table is not None else ():
                 if file not in found.files:
                     ranges = _ranges(store, name, edit.indices if isinstance(edit, SetRows) else None)
                     found.ranges.setdefault(file, []).extend(ranges)
@@ -45,6 +45,13 @@ def footprint(plan: Plan, store: ShardStore) -> Footprint:
                     found.ranges.setdefault(file, []).extend(_lines(entry, ITEMSIZE[entry.dtype], edit.indices))
         elif isinstance(edit, Grow):
             found.files.update(store.growth_files(store.vocabulary(edit)))
+        elif isinstance(edit, Untie):
+            files, anew = store.untie_files(edit)
+            found.files.update(store.untie_saved(edit))
+            if anew:
+                found.files.update(files)
+            elif files[0] not in found.files:
+                found.ranges.setdefault(files[0], []).extend(_ranges(store, edit.head, edit.indices))
         elif isinstance(edit, PatchFile):
             found.files.add(edit.path)
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -13,9 +14,10 @@ from embedsurgery.errors import PlanError, UnsupportedError
 from embedsurgery.graph import EmbeddingGraph, Vocabulary
 from embedsurgery.grouping import names_of, rows_of_tables
 from embedsurgery.model_sizes import SAVED, Count, Holder, counts, from_bytes, refuse_unknown, to_bytes, write_all
-from embedsurgery.plan import Grow
+from embedsurgery.plan import Grow, Untie
 from embedsurgery.stores.grown_tensors import memories
 from embedsurgery.stores.tensor_store import TensorStore
+from embedsurgery.stores.tie_states import FLAGS, restore_states, tie_states, untie_states
 from embedsurgery.tensors import fsdp_version
 from embedsurgery.unknown_modules import Classify
 from embedsurgery.walker import config_of, walk_module
@@ -104,6 +106,26 @@ class ModuleStore(TensorStore):
                             found=f"{type(error).__name__}: {error}") from error  # fmt: skip
         now = [replace(count, value=count.value - edit.count) for count in saved]
         return [(count, count.value + edit.count) for count in now if count.read(self.model) == count.value]
+
+    def generation_config(self) -> Any:
+        return getattr(self.model, "generation_config", None)
+
+    def untie_saved(self, edit: Untie) -> Mapping[str, bytes]:
+        return {} if edit.undo else {FLAGS: json.dumps(tie_states(self.model)).encode()}
+
+    def untie(self, edit: Untie) -> None:
+        """Put a Parameter of its own into the head, or the lookup's; the configs follow."""
+        path, _, leaf = edit.head.rpartition(".")
+        parameters = self.model.get_submodule(path)._parameters
+        new = self.tensors[edit.table] if edit.undo else self.own_table(edit)
+        if edit.undo:
+            restore_states(self.model, json.loads(edit.saved.get(FLAGS, b"{}")))
+        else:
+            untie_states(self.model)
+        parameters[leaf] = new if isinstance(new, nn.Parameter) else nn.Parameter(new)
+        self.tensors = dict(self.model.named_parameters(remove_duplicate=False))
+        self.graph = walk_module(self.model)
+        self._transposed = frozenset(n for table in self.graph.tables for n in table.transposed)
 
 
 def module_store(

@@ -7,7 +7,7 @@ a journal written first.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,12 +20,14 @@ from embedsurgery.graph import Table, Vocabulary
 from embedsurgery.grouping import grown_graph
 from embedsurgery.jsonfile import read_small
 from embedsurgery.names import ARCHITECTURES, Layout, walk_names
-from embedsurgery.plan import AddTokens, Edit, Grow, PatchFile, spans
+from embedsurgery.plan import AddTokens, Edit, Grow, PatchFile, Suppress, Untie, spans
 from embedsurgery.raw import ITEMSIZE, RawArray
 from embedsurgery.safetensors_file import Entry, open_regular, pread_exactly, pwrite_exactly, read_tensor
-from embedsurgery.stores.grown_files import pieces, write_pieces
+from embedsurgery.stores.generation_files import suppression
+from embedsurgery.stores.grown_files import Piece, pieces, write_pieces
 from embedsurgery.stores.grown_shards import Growth
 from embedsurgery.stores.store import Store
+from embedsurgery.stores.untied_shards import Untying
 
 
 class ShardStore(Store):
@@ -48,15 +50,20 @@ class ShardStore(Store):
         *,
         architectures: Mapping[str, Layout] = ARCHITECTURES,
     ) -> None:
-        self.checkpoint = checkpoint
         self.work = work
         self.refuse_links = work is None
         """Whether a file with a second name is not written. In place it may have one of the journal's; and what is only
         planned on here may be written elsewhere."""
         self.name = str(checkpoint.directory)
+        self._architectures = architectures
+        self._see(checkpoint)
+
+    def _see(self, checkpoint: Checkpoint) -> None:
+        """Take a checkpoint's files for what is stored."""
+        self.checkpoint = checkpoint
         self.config = checkpoint.config
         self.graph = walk_names(checkpoint.stored(), config=checkpoint.config, source=self.name, equal=self.equal,
-                                architectures=architectures)  # fmt: skip
+                                architectures=self._architectures)  # fmt: skip
         self._transposed = frozenset(n for table in self.graph.tables for n in table.transposed)
 
     @classmethod
@@ -210,28 +217,66 @@ class ShardStore(Store):
         """Make the weight files that hold the vocabulary anew beside the old ones, and rename them over those."""
         vocabulary, directory = self.vocabulary(edit), self.checkpoint.directory
         growth = self._growth(vocabulary, edit.count)
-        heads, resized = growth.heads(edit.saved), growth.resized(edit)
+        resized = growth.resized(edit)
+        anew = {file: (head, pieces(self.checkpoint.headers[file], resized[file]))
+                for file, head in growth.heads(edit.saved).items()}  # fmt: skip
+        self._make(anew, growth.small_files(edit.saved))
+        self.checkpoint = open_checkpoint(directory, unfinished=self.work is not None)
+        self.config = self.checkpoint.config
+        self.graph = grown_graph(self.graph, vocabulary, edit.count)
+
+    def _make(self, anew: Mapping[str, tuple[bytes, Iterable[Piece]]], small: Mapping[str, bytes]) -> None:
+        """Make weight files, each of a header and pieces of the old one, and small files anew: all or nothing."""
+        directory = self.checkpoint.directory
         staged: dict[Path, Path] = {}
         try:
-            for file, head in heads.items():
+            for file, (head, parts) in anew.items():
                 staged[directory / file] = new = self._beside(directory / file)
-                write_pieces(directory / file, new, head, pieces(self.checkpoint.headers[file], resized[file]))
-            for path, data in growth.small_files(edit.saved).items():
+                write_pieces(directory / file, new, head, parts)
+            for path, data in small.items():
                 staged[directory / path] = self._write_beside(directory / path, data)
             replace_files(staged, keep=self.work is None)
         except BaseException:
             for new in staged.values():
                 new.unlink(missing_ok=True)
             raise
-        self.checkpoint = open_checkpoint(directory, unfinished=self.work is not None)
-        self.config = self.checkpoint.config
-        self.graph = grown_graph(self.graph, vocabulary, edit.count)
 
-    def expand(self, edit: AddTokens) -> tuple[Edit, ...]:
-        """Patches of the tokenizer's files."""
+    def check_untie(self, edit: Untie) -> None:
+        super().check_untie(edit)
+        self._untying(edit).refuse()
+
+    def untie_files(self, edit: Untie) -> tuple[tuple[str, ...], bool]:
+        untying = self._untying(edit)
+        return (untying.file,), not untying.in_place
+
+    def _untying(self, edit: Untie) -> Untying:
+        return Untying(self.checkpoint, self.graph.table(edit.table), edit)
+
+    def untie_saved(self, edit: Untie) -> Mapping[str, bytes]:
+        return self._untying(edit).saved()
+
+    def untie(self, edit: Untie) -> None:
+        untying = self._untying(edit)
+        small = untying.small_files()
+        if untying.in_place:
+            before = self.read_rows(edit.head, edit.indices)
+            try:
+                self.write_rows(edit.head, edit.indices, edit.rows.to(before.dtype))
+                self._make({}, small)
+            except BaseException:
+                self.write_rows(edit.head, edit.indices, before)
+                raise
+        else:
+            self._make({untying.file: (untying.head(), untying.pieces())}, small)
+        self._see(open_checkpoint(self.checkpoint.directory, unfinished=self.work is not None))
+
+    def expand(self, edit: AddTokens | Suppress) -> tuple[Edit, ...]:
+        """Patches of the tokenizer's files, or of the generation config."""
+        if isinstance(edit, Suppress):
+            return suppression(self.checkpoint, edit)
         from embedsurgery.tokenizer_files import token_patches
 
-        return token_patches(self.checkpoint.directory, edit.tokens, edit.remove)
+        return token_patches(self.checkpoint.directory, edit.tokens, edit.remove, edit.front)
 
     def read_file(self, path: str) -> bytes | None:
         """The bytes of a file beside the weights, None where there is none.

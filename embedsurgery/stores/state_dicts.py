@@ -11,7 +11,7 @@ import torch
 from embedsurgery.errors import UnsupportedError
 from embedsurgery.graph import Vocabulary
 from embedsurgery.names import Stored, walk_names
-from embedsurgery.plan import Grow
+from embedsurgery.plan import Grow, Untie
 from embedsurgery.stores.tensor_store import TensorStore
 from embedsurgery.tensors import Memory, dtype_string, memory_of, refuse_overlaps
 
@@ -30,6 +30,12 @@ class StateDictStore(TensorStore):
             raise UnsupportedError("this state dict cannot be written to, so its tables cannot grow", where=self.name,
                                    found=type(self.mapping).__name__, expected="a dict")  # fmt: skip
 
+    def check_untie(self, edit: Untie) -> None:
+        super().check_untie(edit)
+        if not isinstance(self.mapping, MutableMapping):
+            raise UnsupportedError("this state dict cannot be written to, so its head stays tied", where=self.name,
+                                   found=type(self.mapping).__name__, expected="a dict")  # fmt: skip
+
     def put(self, new: Mapping[int, torch.Tensor], edit: Grow) -> None:
         assert isinstance(self.mapping, MutableMapping)
         done: list[tuple[str, Any]] = []
@@ -42,6 +48,12 @@ class StateDictStore(TensorStore):
             for name, old in done:
                 self.mapping[name] = old
             raise
+
+    def untie(self, edit: Untie) -> None:
+        assert isinstance(self.mapping, MutableMapping)
+        self.mapping[edit.head] = self.tensors[edit.table] if edit.undo else self.own_table(edit)
+        again = state_dict_store(self.mapping, self.tokenizer)
+        self.tensors, self.graph, self._transposed = again.tensors, again.graph, again._transposed
 
 
 def state_dict_store(state_dict: Mapping[str, torch.Tensor], tokenizer: Any = None) -> StateDictStore:

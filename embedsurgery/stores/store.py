@@ -14,7 +14,7 @@ from embedsurgery.config_sizes import as_mapping, obstacle
 from embedsurgery.errors import PlanError, UnsupportedEditError, UnsupportedError
 from embedsurgery.graph import EmbeddingGraph, Table, Vocabulary
 from embedsurgery.grouping import names_of, rows_of_tables, unexplained
-from embedsurgery.plan import AddTokens, Edit, Grow, PatchFile
+from embedsurgery.plan import AddTokens, Edit, Grow, PatchFile, Suppress, Untie
 from embedsurgery.raw import EDITABLE, RawArray
 
 _SCALES = ("_scale", "_scale_inv", ".scales", ".qzeros", ".absmax", ".quant_state", ".SCB", "_zero_point", ".g_idx")
@@ -111,8 +111,50 @@ class Store(ABC):
         """The files that hold tensors, of a store of files."""
         return [file for table in self.graph.tables for _, file in table.files]
 
-    def expand(self, edit: AddTokens) -> tuple[Edit, ...]:
-        """The edits that adding tokens comes to here; asked for before anything changes."""
+    def check_untie(self, edit: Untie) -> None:
+        """Refuse a head that cannot get a table of its own.
+
+        Raises:
+            UnsupportedError: It says why.
+        """
+        table = self.graph.table(edit.table)
+        outputs = [f"{site.module}.{site.parameter}" for site in table.sites if site.role == "output"]
+        if not edit.undo and outputs != [edit.head]:
+            raise UnsupportedEditError("this head cannot get a table of its own", where=f"{self.name}: {edit.table}",
+                                       expected=f"one projection, {edit.head}", found=", ".join(outputs) or "none",
+                                       hint="keep the tie, and suppress the tokens")  # fmt: skip
+
+    def untie(self, edit: Untie) -> None:
+        """Give a head a table of its own, or tie it again, and bring `graph` up to date: all or nothing.
+
+        `check_untie` holds.
+        """
+        raise UnsupportedEditError("this store cannot do this edit", where=self.name, found=edit.describe())
+
+    def untie_undone(self, edit: Untie) -> Untie:
+        """The edit that takes an `Untie` back, asked for before it is done."""
+        name = edit.head if edit.undo else edit.table
+        rows = rows_of(self, self.graph.table(name), edit.indices)
+        return Untie(edit.table, edit.head, edit.indices, rows, not edit.undo, self.untie_saved(edit))
+
+    def untie_saved(self, edit: Untie) -> Mapping[str, bytes]:
+        """What the inverse of an `Untie` needs beside rows to be exact."""
+        return {}
+
+    def untie_files(self, edit: Untie) -> tuple[tuple[str, ...], bool]:
+        """The weight files that an `Untie` changes, and whether it makes them anew."""
+        return (), False
+
+    def suppress(self, edit: Suppress) -> None:
+        """Change which tokens the generation config suppresses."""
+        raise UnsupportedEditError("this store cannot do this edit", where=self.name, found=edit.describe())
+
+    def suppression_undone(self, edit: Suppress) -> Suppress:
+        """The edit that takes a `Suppress` back, asked for before it is done."""
+        raise UnsupportedEditError("this store cannot do this edit", where=self.name, found=edit.describe())
+
+    def expand(self, edit: AddTokens | Suppress) -> tuple[Edit, ...]:
+        """The edits that adding or suppressing tokens comes to here; asked for before anything changes."""
         raise UnsupportedEditError("this store cannot do this edit", where=self.name, found=edit.describe())
 
     def tokens_undone(self, edit: AddTokens) -> tuple[AddTokens, ...]:

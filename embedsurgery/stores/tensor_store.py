@@ -16,8 +16,9 @@ import torch
 from embedsurgery.errors import UnsupportedEditError, UnsupportedError
 from embedsurgery.graph import EmbeddingGraph, Table, Vocabulary
 from embedsurgery.grouping import canonical, grown_graph
-from embedsurgery.plan import AddTokens, Grow
+from embedsurgery.plan import AddTokens, Edit, Grow, Suppress, Untie
 from embedsurgery.raw import RawArray
+from embedsurgery.stores.generation_files import KEY, suppressed
 from embedsurgery.stores.grown_tensors import grown, memories, refuse_odd
 from embedsurgery.stores.store import Store
 from embedsurgery.tensors import Memory, dtype_string, from_raw, is_sharded, memory_of, rows_at, to_raw
@@ -210,11 +211,48 @@ class TensorStore(Store):
         self.tensors = {name: new.get(id(t), t) for name, t in self.tensors.items()}
         self.graph = grown_graph(self.graph, vocabulary, edit.count)
 
-    def expand(self, edit: AddTokens) -> tuple[AddTokens, ...]:
+    def check_untie(self, edit: Untie) -> None:
+        super().check_untie(edit)
+        if not edit.undo:
+            if self.graph.table(edit.table).transposed or edit.head not in self.tensors:
+                raise UnsupportedError("this head cannot get a table of its own", where=f"{self.name}: {edit.head}",
+                                       expected="a tensor of the shape of the lookup's",
+                                       hint="keep the tie, and suppress the tokens")  # fmt: skip
+            refuse_odd(edit.head, self.tensors[edit.head])
+            self.refuse_sharded(edit.head, self.tensors[edit.head])
+
+    def own_table(self, edit: Untie) -> torch.Tensor:
+        """What a projection gets of its own: the lookup's table with some other rows, of the same class."""
+        old = self.tensors[edit.table]
+        new = grown([old], 0, 0, None)[id(old)]
+        with torch.no_grad():
+            at = torch.tensor(edit.indices, dtype=torch.int64, device=new.device)
+            new[at] = from_raw(edit.rows.to(dtype_string(new))).to(new.device)
+        return new
+
+    def expand(self, edit: AddTokens | Suppress) -> tuple[Edit, ...]:
+        """The edit itself; nothing, where there is no generation config."""
+        if isinstance(edit, Suppress):
+            return (edit,) if self.generation_config() is not None else ()
         if self.tokenizer is None:
             raise UnsupportedEditError("no tokenizer was given, and the plan changes it", where=self.name,
                                        found=edit.describe(), hint="give tokenizer=")  # fmt: skip
         return (edit,)
+
+    def generation_config(self) -> Any:
+        """What says how the model generates; None where nothing does."""
+        return None
+
+    def suppress(self, edit: Suppress) -> None:
+        config = self.generation_config()
+        if edit.undo:
+            setattr(config, KEY, None if edit.restore is None else list(edit.restore))
+        else:
+            setattr(config, KEY, suppressed(getattr(config, KEY, None), edit.ids, self.name))
+
+    def suppression_undone(self, edit: Suppress) -> Suppress:
+        known = getattr(self.generation_config(), KEY, None)
+        return Suppress(edit.ids, None if known is None else tuple(known), not edit.undo)
 
     def tokens_undone(self, edit: AddTokens) -> tuple[AddTokens, ...]:
         from embedsurgery.live_tokenizer import undo_of

@@ -7,15 +7,19 @@ edits that bake it in. It touches no file, no tensor of a model and no site: it 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from embedsurgery.adapter import Adapter, PeftFiles
 from embedsurgery.graph import Table
 from embedsurgery.plan import Plan
+from embedsurgery.raw import RawArray
 from embedsurgery.stores.base import Store
-from embedsurgery.vocabulary import NewTokens
+from embedsurgery.vocabulary import NewTokens, State
+
+if TYPE_CHECKING:
+    from embedsurgery.new_tokens import KnownTokens
 
 
 class Tokenizer(Protocol):
@@ -33,13 +37,44 @@ class Base:
         name: Name or path.
         revision: Its revision.
         tokenizer: To record the tokens' texts.
+        architecture: The model's class.
+        config: The model's config, an object or a mapping; None where it has none.
+        submodules: What of the model reads token ids: "model", or "encoder" and "decoder" as far as they do.
+        heads: Parameter's name -> its values, of the heads for classes and answers, which begin anew for each task.
         new_tokens: What `add_tokens` gave it, call by call.
     """
 
     name: str | None = None
     revision: str | None = None
     tokenizer: Tokenizer | None = field(default=None, repr=False)
+    architecture: str = ""
+    config: Any = field(default=None, repr=False)
+    submodules: tuple[str, ...] = ()
+    heads: Mapping[str, RawArray] = field(default_factory=dict, repr=False)
     new_tokens: tuple[NewTokens, ...] = ()
+
+
+@dataclass(frozen=True)
+class Ground:
+    """What an adapter is baked into.
+
+    Attributes:
+        store: The base.
+        located: Table record's name -> table of the store.
+        state: What the base has, and after this adapter will have: planning brings it up to date.
+        tokens: Gives what the base's tokenizer knows; None where no tokenizer is at hand.
+        label: What the adapter is called.
+        alone: Whether no other adapter of its surgery is baked in together with it.
+        options: What a user asks of the baking, for surgeries that can be asked; None for nothing.
+    """
+
+    store: Store
+    located: Mapping[str, Table]
+    state: State
+    tokens: Callable[[], KnownTokens] | None = None
+    label: str = "adapter"
+    alone: bool = True
+    options: Any = None
 
 
 @dataclass(frozen=True)
@@ -62,6 +97,8 @@ class Surgery(ABC):
 
     name: str
     version: int = 1
+    makes_tokens: bool = False
+    """Whether an adapter of it becomes tokens when it is baked in."""
 
     @abstractmethod
     def start(self, config: Any, store: Store, base: Base) -> Adapter:
@@ -83,6 +120,10 @@ class Surgery(ABC):
     @abstractmethod
     def plan(self, adapter: Adapter, located: Mapping[str, Table]) -> Plan:
         """The edits that bake the adapter in. ``located``: table record's name -> table of the store."""
+
+    def bake(self, adapter: Adapter, ground: Ground) -> Plan:
+        """As `plan`, for a surgery that has to know more of the base than where its tables are."""
+        return self.plan(adapter, ground.located)
 
     @abstractmethod
     def to_peft(self, adapter: Adapter) -> PeftFiles:
@@ -116,6 +157,7 @@ class SurgeryRecord:
         peft_type: ``peft_type`` in adapter_config.json.
         shares_model_with: Names of the surgeries that it can be live beside on one model, its own included where
             several adapters of it can.
+        also_reads: Further values of ``peft_type`` whose files it reads, or refuses with a word on why.
     """
 
     name: str
@@ -123,3 +165,4 @@ class SurgeryRecord:
     surgery: Surgery
     peft_type: str
     shares_model_with: frozenset[str] = frozenset()
+    also_reads: frozenset[str] = frozenset()

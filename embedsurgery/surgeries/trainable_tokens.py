@@ -20,13 +20,12 @@ from embedsurgery.plan import Plan, SetRows
 from embedsurgery.raw import RawArray
 from embedsurgery.stores.base import Store, rows_of, shorten
 from embedsurgery.surgeries.base import Base, RowOverride, Surgery
+from embedsurgery.surgeries.scales import table_scale
 from embedsurgery.surgeries.trainable_tokens_config import TrainableTokensConfig, resolve
 from embedsurgery.surgeries.trainable_tokens_files import OTHERS, PEFT_TYPE, carried, from_files, from_peft, to_peft
 from embedsurgery.vocabulary import NewTokens, entries_name, evidence, filler_name, together
 
 __all__ = ["PEFT_TYPE", "TrainableTokens", "TrainableTokensConfig"]
-
-_SAMPLE_ROWS = 4096
 
 
 class TrainableTokens(Surgery):
@@ -168,8 +167,5 @@ def _random_rows(store: Store, table: Table, count: int, dtype: str) -> RawArray
         EmbedSurgeryWarning,
         stacklevel=6,
     )
-    step = max(1, table.shape[0] // _SAMPLE_ROWS)
-    sample = rows_of(store, table, tuple(range(0, table.shape[0], step))).float32()
-    scale = float(np.std(sample[np.isfinite(sample).all(axis=1)], dtype=np.float64))
-    values = torch.randn(count, table.shape[1], dtype=torch.float32).numpy() * np.float32(scale)
+    values = torch.randn(count, table.shape[1], dtype=torch.float32).numpy() * np.float32(table_scale(store, table))
     return RawArray.of(values).to(dtype)

@@ -17,10 +17,10 @@ class Case:
     Attributes:
         name: How ``--cases`` finds it.
         work: "train" (a training step), "lookup" (the embedding alone, forward and backward), "generate" (greedy
-            tokens with a cache).
+            tokens with a cache); "prompt" and "prompt-generate" are a step and a generation with a soft prompt.
         vocabulary: V.
         width: D.
-        rows: K, the rows that are trained.
+        rows: K, the rows that are trained; of a soft prompt its virtual tokens.
         tied: Whether the head shares the embedding's memory.
         dtype: Of the model. Rows are fp32.
         batch: Samples, and tokens of each. Under "generate": samples, and new tokens.
@@ -43,7 +43,7 @@ class Case:
     @property
     def variants(self) -> tuple[str, ...]:
         """Those that differ here: generation with a full embedding is generation with the base."""
-        return VARIANTS[:3] if self.work == "generate" else VARIANTS
+        return VARIANTS if self.work in ("train", "lookup") else VARIANTS[:3]
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
@@ -57,9 +57,11 @@ class Case:
         head = 0 if self.work == "lookup" else table  # what goes through the head, too
         resident = table * (1 if self.tied or self.work == "lookup" else 2) + layers + 400_000_000
         samples, length = self.batch
-        tokens = samples * (self.keep or length) if self.work == "train" else samples
+        tokens = samples * (self.keep or length) if self.work in ("train", "prompt") else samples
         step = 0 if self.work == "lookup" else tokens * self.vocabulary * (12 if size == 4 else 18)
-        if variant == "embedsurgery":
+        if self.work.startswith("prompt"):
+            step += 0 if variant == "base" else step * self.rows // length
+        elif variant == "embedsurgery":
             resident, step = resident + 12 * self.rows * self.width, step + 16 * self.rows * self.width
         elif variant == "peft":
             step += 2 * table + (2 * head if self.tied else 0)
@@ -85,6 +87,9 @@ def main_cases() -> list[Case]:
               for width in (1024, 2304) for rows in (100, 10_000) for length in (128, 1024)]  # fmt: skip
     cases += [Case(f"generate/d1024-{'tied' if tied else 'untied'}-k{rows}", "generate", 256_000, 1024, rows, tied,
                    batch=(1, 16)) for tied in (True, False) for rows in (100, 10_000)]  # fmt: skip
+    cases += [Case(f"prompt/v{size}-n{count}", "prompt", size, 1024, count, repeats=7)
+              for size in (32_000, 256_000) for count in (20, 100)]  # fmt: skip
+    cases += [Case("prompt-generate/v256000-n20", "prompt-generate", 256_000, 1024, 20, batch=(1, 16))]
     return cases
 
 
@@ -102,6 +107,8 @@ def quick_cases() -> list[Case]:
         Case("train/quick", "train", 2_000, 64, 20, batch=(2, 16), keep=4, **small),
         Case("lookup/quick", "lookup", 2_000, 64, 20, batch=(2, 16), **small),
         Case("generate/quick", "generate", 2_000, 64, 20, batch=(1, 4), **small),
+        Case("prompt/quick", "prompt", 2_000, 64, 5, batch=(2, 16), **small),
+        Case("prompt-generate/quick", "prompt-generate", 2_000, 64, 5, batch=(1, 4), **small),
         *(Case(f"sweep-k/{rows}", "train", 2_000, 64, rows, batch=(2, 16), **small) for rows in (1, 100)),
         *(Case(f"sweep-v/{size}", "train", size, 64, 10, batch=(2, 16), **small) for size in (500, 2_000)),
     ]

@@ -21,7 +21,9 @@ def build(case: Case, variant: str, device: torch.device) -> nn.Module:
     model = _llama(case, device)
     model.requires_grad_(False)
     wrapped: nn.Module = model
-    if variant == "embedsurgery":
+    if case.work.startswith("prompt"):
+        wrapped = _prompted(case, variant, model)
+    elif variant == "embedsurgery":
         import embedsurgery as es
 
         es.attach(model, es.TrainableTokensConfig(token_indices=token_indices(case)))
@@ -31,10 +33,30 @@ def build(case: Case, variant: str, device: torch.device) -> nn.Module:
         wrapped = peft.get_peft_model(model, peft.TrainableTokensConfig(token_indices=token_indices(case)))
     elif variant == "full":
         model.get_input_embeddings().weight.requires_grad_(True)
-    if case.work == "generate":
+    if case.work.endswith("generate"):
         return wrapped.eval()
     model.get_input_embeddings().register_forward_hook(_require_grad)
     return wrapped.train()
+
+
+def _prompted(case: Case, variant: str, model: nn.Module) -> nn.Module:
+    """The model with a soft prompt, the same in either library."""
+    wrapped: nn.Module = model
+    if variant == "embedsurgery":
+        import embedsurgery as es
+
+        es.attach(model, es.SoftPromptConfig(case.rows))
+    elif variant == "peft":
+        import peft
+
+        config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=case.rows)
+        wrapped = peft.get_peft_model(model, config)
+    values = torch.randn(case.rows, case.width, generator=torch.Generator().manual_seed(3)) * 0.02
+    for parameter in wrapped.parameters():
+        if parameter.requires_grad:
+            with torch.no_grad():
+                parameter.copy_(values)
+    return wrapped
 
 
 def token_indices(case: Case) -> list[int]:
@@ -46,7 +68,7 @@ def token_indices(case: Case) -> list[int]:
 def work(case: Case, model: nn.Module, device: torch.device) -> Callable[[], float]:
     """The step that is timed: it returns its loss, or something else that shows that the variants compute the same."""
     ids = _batch(case).to(device)
-    if case.work == "generate":
+    if case.work.endswith("generate"):
         return _generation(case, model, ids[:, :8])
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True) if trained else None
@@ -55,7 +77,8 @@ def work(case: Case, model: nn.Module, device: torch.device) -> Callable[[], flo
     keep = case.keep or ids.shape[1]
 
     def train() -> float:
-        loss = model(input_ids=ids, labels=ids[:, -keep:], logits_to_keep=keep, use_cache=False).loss
+        kept = {} if case.work == "prompt" else {"logits_to_keep": keep}  # a prompt is before all that is kept
+        loss = model(input_ids=ids, labels=ids[:, -keep:], use_cache=False, **kept).loss
         loss.backward()
         if optimizer is not None:
             optimizer.step()
@@ -68,7 +91,7 @@ def work(case: Case, model: nn.Module, device: torch.device) -> Callable[[], flo
 def state_bytes(case: Case, model: nn.Module) -> int:
     """What AdamW keeps for the trained parameters: two tensors of each one's size."""
     sizes = [p.numel() * p.element_size() for p in model.parameters() if p.requires_grad]
-    return 2 * sum(sizes) if case.work == "train" else 0
+    return 2 * sum(sizes) if case.work in ("train", "prompt") else 0
 
 
 def _generation(case: Case, model: nn.Module, prompt: torch.Tensor) -> Callable[[], float]:

@@ -18,7 +18,7 @@ from tests.benchmarks.measure import groups, spread
 from tests.benchmarks.training import table
 
 ROOT = Path(__file__).resolve().parents[2]
-KINDS = ["train/quick", "lookup/quick", "generate/quick"]
+KINDS = ["train/quick", "lookup/quick", "generate/quick", "prompt/quick", "prompt-generate/quick"]
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,8 @@ def test_every_kind_of_work_is_measured_for_every_variant(report: dict[str, Any]
     assert [result["case"]["name"] for result in report["results"]] == KINDS
     assert report["skipped"] == []
     for result in report["results"]:
-        expected = {"base", "embedsurgery", "peft"} | ({"full"} if result["case"]["work"] != "generate" else set())
+        has_full = result["case"]["work"] in ("train", "lookup")
+        expected = {"base", "embedsurgery", "peft"} | ({"full"} if has_full else set())
         assert set(result["variants"]) == expected
         assert result["left_out"] == []
 
@@ -63,11 +64,15 @@ def test_the_ratios_are_finite_and_in_order(report: dict[str, Any]) -> None:
 def test_the_variants_do_the_same_work(report: dict[str, Any]) -> None:
     for result in report["results"]:
         first = {variant: found["values"][0] for variant, found in result["variants"].items()}
-        assert first == pytest.approx(dict.fromkeys(first, first["base"]), rel=1e-5)
-        train, found = result["case"]["work"] == "train", result["variants"]
+        work, found = result["case"]["work"], result["variants"]
+        prompt = work.startswith("prompt")
+        if prompt:  # which the base has none of
+            del first["base"]
+        assert first == pytest.approx(dict.fromkeys(first, first["peft"]), rel=1e-5)
+        count = (5 if prompt else 20) * 64
         assert found["base"]["trained_parameters"] == found["base"]["state_bytes"] == 0
-        assert found["embedsurgery"]["trained_parameters"] == found["peft"]["trained_parameters"] == 20 * 64
-        assert found["embedsurgery"]["state_bytes"] == (20 * 64 * 8 if train else 0)
+        assert found["embedsurgery"]["trained_parameters"] == found["peft"]["trained_parameters"] == count
+        assert found["embedsurgery"]["state_bytes"] == (count * 8 if work in ("train", "prompt") else 0)
 
 
 def test_counts_are_exact() -> None:

@@ -7,7 +7,8 @@ machine's noise hits all alike, and reports the median and the quartiles of the 
 
 - base: every parameter frozen. The embedding's output requires a gradient, as gradient checkpointing has it, so that
   the backward runs through the whole model; this holds for all variants.
-- embedsurgery, peft: the K rows are trained, AdamW. full: the whole embedding is, AdamW.
+- embedsurgery, peft: the K rows are trained, AdamW. full: the whole embedding is, AdamW. In the cases called "prompt"
+  a soft prompt of n virtual tokens is, and the base has none.
 
 A training step is the forward, the library's loss over the logits, the backward, and the optimizer's step. "answers"
 are cases with logits and loss at the last 16 positions of a sample only, as in training on answers: there the logits
@@ -99,7 +100,7 @@ def table(results: list[dict[str, Any]], clock: str) -> str:
     for result in results:
         case, found = result["case"], result["variants"]
         base = found["base"]
-        count, unit = (case["batch"][1], " a token") if case["work"] == "generate" else (1, "")
+        count, unit = (case["batch"][1], " a token") if case["work"].endswith("generate") else (1, "")
         times = [f"{1000 * base[median] / count:,.4g} ms{unit}"]
         times += [_ratio(found[v][ratio]) if v in found else "-" for v in VARIANTS[1:]]
         peaks = [_megabytes(base["peak_bytes"])]
@@ -119,7 +120,7 @@ def _counted(case: dict[str, Any], found: dict[str, Any]) -> str:
 
 
 def _peak(case: dict[str, Any], found: dict[str, Any]) -> str:
-    if case["work"] != "train":  # the base takes next to nothing there
+    if case["work"] not in ("train", "prompt"):  # the base takes next to nothing there
         return _megabytes(found["peak_bytes"])
     ratio, stateless = found["peak_ratio"], found["peak_ratio_without_state"]
     return f"{ratio:.2f}" + (f" ({stateless:.2f} without AdamW's state)" if ratio - stateless > 0.02 else "")
@@ -127,12 +128,13 @@ def _peak(case: dict[str, Any], found: dict[str, Any]) -> str:
 
 def describe(case: dict[str, Any]) -> str:
     """A case in words."""
-    words = [case["work"], f"V={case['vocabulary']:,}", f"D={case['width']:,}", f"K={case['rows']:,}"]
+    count = f"{'n' if case['work'].startswith('prompt') else 'K'}={case['rows']:,}"
+    words = [case["work"], f"V={case['vocabulary']:,}", f"D={case['width']:,}", count]
     if case["work"] != "lookup":
         words.append("tied" if case["tied"] else "untied")
     if case["dtype"] != "float32":
         words.append(case["dtype"])
-    if case["work"] != "generate":
+    if not case["work"].endswith("generate"):
         words.append("{} x {:,}".format(*case["batch"]))
     if case["keep"]:
         words.append(f"loss over {case['keep']}")

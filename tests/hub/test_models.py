@@ -18,6 +18,7 @@ from tests.conftest import contents, listing, save, tiny, trained
 from tests.hub.answers import says, when
 from tests.hub.conftest import BASE, REPO, point
 from tests.hub.loopback import Hub
+from tests.soft_prompts.baked import start
 
 MERGED = "team/merged"
 
@@ -263,3 +264,20 @@ def test_weights_go_along_when_a_merge_is_pushed(
     assert {
         k: v for k, v in contents(found).items() if k in local and k.endswith("safetensors") and "merges" not in k
     } == {k: v for k, v in local.items() if k.endswith("safetensors") and "merges" not in k}
+
+
+_OURS = ("README.md", ".gitattributes")
+
+
+def test_a_soft_prompt_is_baked_and_pushed(hub: Hub, tmp_path: Path) -> None:
+    """As in a directory: shards, tokenizer, a head of its own, generation config and all."""
+    begun = start("llama-tied", tmp_path, shards=True)
+    hub.add("team/soft", contents(begun.folder))
+    bake = es.BakeConfig(name="poet")
+    push_merged("team/soft", [begun.adapter], MERGED, bake=bake)
+    es.merge_checkpoint(begun.folder, begun.adapter, tmp_path / "out", bake=bake)
+    found = {name: data for name, data in hub.repos[MERGED].files().items() if name not in _OURS}
+    expected = contents(tmp_path / "out")
+    assert found.keys() == expected.keys()
+    kept = [name for name in found if not name.startswith(".embedsurgery/")]
+    assert {name: found[name] for name in kept} == {name: expected[name] for name in kept}

@@ -31,7 +31,8 @@ class TestTrainableTokensOfBothTables(SurgeryContract):
 def test_every_built_in_surgery_is_here() -> None:
     ours = [kind for kind in globals().values() if isinstance(kind, type) and issubclass(kind, SurgeryContract)]
     built_in = {record.config_class for record in build([]).surgeries.values()}
-    assert {type(kind.config) for kind in ours if hasattr(kind, "config")} == built_in
+    prompts = {es.SoftPromptConfig}  # baked in, it takes other input than attached: tests/soft_prompts has its own
+    assert {type(kind.config) for kind in ours if hasattr(kind, "config")} == built_in - prompts
 
 
 INITS = {"current": "", "zeros": "", "random": "draws", "mean": "", "normal": "draws", "subtokens": "",
