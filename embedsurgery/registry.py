@@ -125,7 +125,7 @@ class Registry:
             if record.peft_type == peft_type:
                 return record
         for record in self.surgeries.values():
-            if peft_type in record.also_reads:
+            if isinstance(peft_type, str) and peft_type in record.also_reads:
                 return record
         raise UnknownSurgeryError("no plugin reads adapters of this peft_type", where=str(peft_type)[:100],
                                   found=", ".join(r.peft_type for r in self.surgeries.values()))  # fmt: skip

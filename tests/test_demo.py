@@ -177,7 +177,9 @@ def test_own_model_another_word_own_lines(done: tuple[Path, dict[str, Any]], bas
     assert es.load(output / "adapter").manifest.tokens == {record.indices[0]: " blick"}
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "dtype", ["bfloat16", *(pytest.param(d, marks=pytest.mark.sweep) for d in ("float32", "float16"))]
+)
 def test_own_untied_model(base: Path, tmp_path: Path, dtype: str) -> None:
     import torch
 

@@ -54,6 +54,7 @@ def test_what_people_come_for(demo: Path) -> None:
         "python",
         "bash",
         "bash",
+        "bash",
         "python",
         "bash",
         "python",

@@ -38,6 +38,7 @@ class Mine(TrainableTokens):
 def embedsurgery_surgeries():
     return [SurgeryRecord("NAME", Config, Mine(), "PEFT_NAME")]
 """
+SURGERIES = ("trainable_tokens", "soft_prompt")
 STARTS = """
 import numpy as np
 import embedsurgery as es
@@ -159,7 +160,7 @@ def test_a_plugin_brings_a_surgery(install: Install) -> None:
     record = known.named("NAME")
     assert record is known.for_peft_type("PEFT_NAME")
     assert record is known.for_config(record.config_class())
-    assert list(known.surgeries) == ["trainable_tokens", "NAME"]
+    assert list(known.surgeries) == [*SURGERIES, "NAME"]
 
 
 @pytest.mark.parametrize("name", BROKEN)
@@ -171,7 +172,7 @@ def test_a_broken_plugin_is_reported_and_the_others_work(name: str, install: Ins
         install("c", GOOD.replace("NAME", "last")),
     ]
     known = build(points)
-    assert list(known.surgeries) == ["trainable_tokens", "first", "last"]
+    assert list(known.surgeries) == [*SURGERIES, "first", "last"]
     assert list(known.initializers) == [record.name for record in BUILT_IN]
     found = state(known)
     assert [plugin for plugin, error in found.items() if error is not None] == ["b"]
@@ -204,7 +205,7 @@ def test_one_initialiser_from_two_plugins_names_both(install: Install) -> None:
     found = state(known)
     assert found["first"] is None
     assert all(word in str(found["second"]) for word in ("'NAME'", "first", "second"))
-    assert list(known.surgeries) == ["trainable_tokens"]
+    assert list(known.surgeries) == [*SURGERIES]
     assert [name for name in known.initializers if name == "NAME"] == ["NAME"]
 
 
@@ -223,14 +224,14 @@ def test_two_plugins_of_one_name(install: Install) -> None:
     assert [plugin.name for plugin in known.plugins] == ["builtin", "same", "same"]
     assert [plugin.error is None for plugin in known.plugins] == [True, True, False]
     assert "same" in str(known.plugins[2].error)
-    assert list(known.surgeries) == ["trainable_tokens", "x"]
+    assert list(known.surgeries) == [*SURGERIES, "x"]
 
 
 def test_one_module_under_two_names(install: Install) -> None:
     one = install("one", GOOD)
     known = build([one, EntryPoint("two", one.value, one.group)])
     assert [plugin.error is None for plugin in known.plugins] == [True, True, False]
-    assert list(known.surgeries) == ["trainable_tokens", "NAME"]
+    assert list(known.surgeries) == [*SURGERIES, "NAME"]
 
 
 @pytest.mark.parametrize("clash", ["peft_type", "config"])
@@ -248,7 +249,7 @@ def test_two_surgeries_that_cannot_be_told_apart(clash: str, install: Install) -
 def test_a_plugin_called_like_the_built_in_one(install: Install) -> None:
     known = build([install("builtin", GOOD)])
     assert [plugin.error is None for plugin in known.plugins] == [True, False]
-    assert list(known.surgeries) == ["trainable_tokens"]
+    assert list(known.surgeries) == [*SURGERIES]
 
 
 @pytest.mark.parametrize(("value", "left"), [
@@ -260,7 +261,7 @@ def test_plugins_can_be_disabled(
     points = [install("a", GOOD.replace("NAME", "a")), install("b", GOOD.replace("NAME", "b"))]
     monkeypatch.setenv(DISABLE, value)
     known = build(points)
-    assert list(known.surgeries) == ["trainable_tokens", *left]
+    assert list(known.surgeries) == [*SURGERIES, *left]
     assert all(DISABLE in str(error) for name, error in state(known).items() if error is not None)
 
 

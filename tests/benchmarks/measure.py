@@ -122,7 +122,7 @@ def run(case: Case, variants: list[str], pool: Pool, available: int, **settings:
         for variant in group:
             if variant not in found:
                 found[variant] = summary(raw[variant], raw["base"])
-        if {"embedsurgery", "peft"} <= raw.keys():
+        if case.repeats and {"embedsurgery", "peft"} <= raw.keys():
             for clock in ("seconds", "processor_seconds"):
                 found["embedsurgery"][f"faster_than_peft_{clock}"] = _paired(raw["peft"], raw["embedsurgery"], clock)
     return {"case": case.as_dict(), "variants": found, "left_out": left_out, "groups": beside}
@@ -136,7 +136,7 @@ def _alternate(case: Case, children: dict[str, Child], settings: dict[str, Any])
         child.send(do="build", case=case.as_dict(), variant=variant, **settings)
     for variant, child in children.items():
         raw[variant] = {**child.receive(), "seconds": [], "processor_seconds": [], "peaks": [], "values": []}
-    for turn in range(WARM_UP + case.repeats):
+    for turn in range(WARM_UP + case.repeats if case.repeats else 1):  # one finds out what the first step does beside
         first = turn % len(group)
         for variant in group[first:] + group[:first]:
             children[variant].send(do="step")
@@ -161,15 +161,21 @@ def summary(raw: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
     stateless = peak - raw["state_bytes"]
     return {
         **raw,
-        "median_seconds": statistics.median(raw["seconds"]),
-        "median_processor_seconds": statistics.median(raw["processor_seconds"]),
-        "time_ratio": _paired(raw, base, "seconds"),
-        "processor_ratio": _paired(raw, base, "processor_seconds"),
+        **(_times(raw, base) if raw["seconds"] else {}),
         "arithmetic_ratio": raw["arithmetic"] / max(base["arithmetic"], 1),
         "traffic_ratio": raw["traffic_bytes"] / max(base["traffic_bytes"], 1),
         "peak_bytes": peak,
         "peak_ratio": max(peak, FLOOR) / max(base_peak, FLOOR),
         "peak_ratio_without_state": max(stateless, FLOOR) / max(base_peak, FLOOR),
+    }
+
+
+def _times(raw: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "median_seconds": statistics.median(raw["seconds"]),
+        "median_processor_seconds": statistics.median(raw["processor_seconds"]),
+        "time_ratio": _paired(raw, base, "seconds"),
+        "processor_ratio": _paired(raw, base, "processor_seconds"),
     }
 
 

@@ -1,4 +1,4 @@
-"""Two small plots: cost against K, and against V."""
+"""Two small plots: memory traffic and peak memory against K, and against V."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ COLOURS = {"embedsurgery": "#0072b2", "peft": "#d55e00"}
 LABELS = {"embedsurgery": "embedsurgery", "peft": "PEFT"}
 
 
-def draw(results: list[dict[str, Any]], clock: str, directory: Path) -> list[Path]:
+def draw(results: list[dict[str, Any]], directory: Path) -> list[Path]:
     """Draw ``benchmark-k.png`` and ``benchmark-v.png`` from the sweeps among the results.
 
     Returns:
@@ -20,26 +20,24 @@ def draw(results: list[dict[str, Any]], clock: str, directory: Path) -> list[Pat
         chosen = [r for r in results if r["case"]["name"].startswith(f"sweep-{sweep}/")]
         if len(chosen) > 1:
             directory.mkdir(parents=True, exist_ok=True)
-            written.append(_draw(chosen, field, label, clock, directory / f"benchmark-{sweep}.png"))
+            written.append(_draw(chosen, field, label, directory / f"benchmark-{sweep}.png"))
     return written
 
 
-def _draw(results: list[dict[str, Any]], field: str, label: str, clock: str, path: Path) -> Path:
+def _draw(results: list[dict[str, Any]], field: str, label: str, path: Path) -> Path:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
     from matplotlib.ticker import FixedLocator, NullFormatter, StrMethodFormatter
 
-    figure, (times, peaks) = pyplot.subplots(1, 2, figsize=(7, 2.6), dpi=110, layout="constrained")
+    figure, (traffic, peaks) = pyplot.subplots(1, 2, figsize=(7, 2.6), dpi=110, layout="constrained")
     x = [result["case"][field] for result in results]
     for variant, colour in COLOURS.items():
         found = [result["variants"][variant] for result in results]
-        ratios = [part["time_ratio" if clock == "wall" else "processor_ratio"] for part in found]
-        times.plot(x, [r["median"] for r in ratios], "o-", ms=4, color=colour, label=LABELS[variant])
-        times.fill_between(x, [r["low"] for r in ratios], [r["high"] for r in ratios], color=colour, alpha=0.2, lw=0)
+        traffic.plot(x, [part["traffic_ratio"] for part in found], "o-", ms=4, color=colour, label=LABELS[variant])
         peaks.plot(x, [part["peak_ratio"] for part in found], "o-", ms=4, color=colour, label=LABELS[variant])
-    for axes, title in ((times, f"{clock} time of a training step"), (peaks, "peak memory of a training step")):
+    for axes, title in ((traffic, "memory traffic of a training step"), (peaks, "peak memory of a training step")):
         axes.axhline(1, color="0.5", lw=0.8, ls="--")
         axes.set_xscale("log")
         axes.set_ylim(bottom=0)
@@ -51,7 +49,7 @@ def _draw(results: list[dict[str, Any]], field: str, label: str, clock: str, pat
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.xaxis.set_minor_locator(FixedLocator([]))
-    times.legend(fontsize=7, frameon=False)
+    traffic.legend(fontsize=7, frameon=False)
     case = results[0]["case"]
     shape = [f"D={case['width']:,}", f"K={case['rows']:,}" if field == "vocabulary" else f"V={case['vocabulary']:,}",
              "tied" if case["tied"] else "untied", case["dtype"], "batch {} x {}".format(*case["batch"])]  # fmt: skip

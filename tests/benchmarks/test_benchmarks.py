@@ -105,12 +105,12 @@ def test_the_plots_are_small(report: dict[str, Any], tmp_path: Path) -> None:
     sweeps = [{"case": {**report["results"][0]["case"], "name": f"{kind}/{n}", field: n},
                "variants": report["results"][0]["variants"]}
               for kind, field in (("sweep-k", "rows"), ("sweep-v", "vocabulary")) for n in (10, 100)]  # fmt: skip
-    written = draw(sweeps, "wall", tmp_path / "plots")
+    written = draw(sweeps, tmp_path / "plots")
     assert [path.name for path in written] == ["benchmark-k.png", "benchmark-v.png"]
     for path in written:
         assert path.read_bytes().startswith(b"\x89PNG")
         assert path.stat().st_size < 60_000
-    assert draw(sweeps[:1], "wall", tmp_path) == []
+    assert draw(sweeps[:1], tmp_path) == []
 
 
 def test_what_does_not_fit_beside_all_others_runs_with_the_base_alone() -> None:

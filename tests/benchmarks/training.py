@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.plots:
         from tests.benchmarks.plots import draw
 
-        for path in draw(report["results"], options.clock, Path(options.plots)):
+        for path in draw(report["results"], Path(options.plots)):
             print(f"wrote {path}", file=sys.stderr)
     return 0
 
@@ -71,7 +71,7 @@ def _measure(case: Case, options: argparse.Namespace, pool: Pool, device: str, r
     wanted = [v for v in VARIANTS if v in case.variants and v in ("base", *options.variants)]
     if case.name.startswith("sweep") and "full" in wanted:
         wanted.remove("full")
-    if options.repeats:
+    if options.repeats is not None:
         case = Case(**{**case.as_dict(), "repeats": options.repeats})
     free = available_memory(device)
     try:
@@ -88,9 +88,14 @@ def _measure(case: Case, options: argparse.Namespace, pool: Pool, device: str, r
         print(f"{case.name}: skipped", file=sys.stderr)
         return
     report["results"].append(result)
-    said = ", ".join(f"{v} {r[CLOCKS[options.clock][1]]['median']:.3f} time {r['peak_ratio']:.3f} peak"
+    said = ", ".join(f"{v} {r['traffic_ratio']:.3f} traffic {r['peak_ratio']:.3f} peak{_time(r, options.clock)}"
                      for v, r in result["variants"].items() if v != "base")  # fmt: skip
     print(f"{case.name}: {said} ({time.monotonic() - start:.0f} s)", file=sys.stderr)
+
+
+def _time(found: dict[str, Any], clock: str) -> str:
+    ratio = found.get(CLOCKS[clock][1])
+    return "" if ratio is None else f" {ratio['median']:.3f} time"
 
 
 def table(results: list[dict[str, Any]], clock: str) -> str:
@@ -101,11 +106,12 @@ def table(results: list[dict[str, Any]], clock: str) -> str:
         case, found = result["case"], result["variants"]
         base = found["base"]
         count, unit = (case["batch"][1], " a token") if case["work"].endswith("generate") else (1, "")
-        times = [f"{1000 * base[median] / count:,.4g} ms{unit}"]
-        times += [_ratio(found[v][ratio]) if v in found else "-" for v in VARIANTS[1:]]
+        if median in base:
+            times = [f"{1000 * base[median] / count:,.4g} ms{unit}"]
+            times += [_ratio(found[v][ratio]) if v in found else "-" for v in VARIANTS[1:]]
+            lines.append(f"| {describe(case)}: {clock} time | " + " | ".join(times) + " |")
         peaks = [_megabytes(base["peak_bytes"])]
         peaks += [_peak(case, found[v]) if v in found else "-" for v in VARIANTS[1:]]
-        lines.append(f"| {describe(case)}: {clock} time | " + " | ".join(times) + " |")
         lines.append(f"| {describe(case)}: peak memory | " + " | ".join(peaks) + " |")
         counts = [f"{base['arithmetic'] / 1e9:,.4g} GFLOP, {_megabytes(base['traffic_bytes'])}"]
         counts += [_counted(case, found[v]) if v in found else "-" for v in VARIANTS[1:]]
@@ -202,7 +208,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--cases", nargs="+", metavar="PATTERN", help="only those, for instance 'lookup/*'")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS[1:], default=list(VARIANTS[1:]),
                         help="beside the base")  # fmt: skip
-    parser.add_argument("--repeats", type=int, help="measured steps of each variant")
+    parser.add_argument("--repeats", type=int, help="timed steps of each variant; 0 counts alone")
     parser.add_argument("--clock", choices=list(CLOCKS), default="wall",
                         help="shown in the table and the plots; processor time, best with --threads 1, is the steadier "
                              "one on a machine that does other work")  # fmt: skip

@@ -92,7 +92,9 @@ def test_tables_that_stay_sharded_in_the_forward(parallel: list[Any], case: str)
     check([rank[case] for rank in parallel], alone(case.split()[0]))
 
 
-@pytest.mark.parametrize(("kind", "efficient"), [("llama-tied", "true"), ("llama-untied", "false")])
+@pytest.mark.parametrize(
+    ("kind", "efficient"), [("llama-tied", "true"), pytest.param("llama-untied", "false", marks=pytest.mark.sweep)]
+)
 def test_accelerate_with_fsdp2(tmp_path: Path, kind: str, efficient: str) -> None:
     pytest.importorskip("accelerate")
     (tmp_path / "config.yaml").write_text(ACCELERATE.format(efficient=efficient))

@@ -75,6 +75,7 @@ import os, signal, sys
 from pathlib import Path
 from embedsurgery import durable
 from embedsurgery.cli.main import main
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell takes from what it runs in the background
 real = Path.rename
 def stop(path, target):
     os.kill(os.getpid(), int(sys.argv[1]))
