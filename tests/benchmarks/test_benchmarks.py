@@ -35,6 +35,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.sweep
 def test_every_kind_of_work_is_measured_for_every_variant(report: dict[str, Any]) -> None:
     assert [result["case"]["name"] for result in report["results"]] == KINDS
     assert report["skipped"] == []
@@ -45,6 +46,7 @@ def test_every_kind_of_work_is_measured_for_every_variant(report: dict[str, Any]
         assert result["left_out"] == []
 
 
+@pytest.mark.sweep
 def test_the_ratios_are_finite_and_in_order(report: dict[str, Any]) -> None:
     for result in report["results"]:
         for found in result["variants"].values():
@@ -61,6 +63,7 @@ def test_the_ratios_are_finite_and_in_order(report: dict[str, Any]) -> None:
         assert base["peak_ratio"] == 1
 
 
+@pytest.mark.sweep
 def test_the_variants_do_the_same_work(report: dict[str, Any]) -> None:
     for result in report["results"]:
         first = {variant: found["values"][0] for variant, found in result["variants"].items()}
@@ -89,6 +92,7 @@ def test_counts_are_exact() -> None:
     assert found["traffic_bytes"] == products + picked + made + put
 
 
+@pytest.mark.sweep
 def test_the_machine_is_described(report: dict[str, Any]) -> None:
     machine = report["machine"]
     assert set(machine["versions"]) == {"embedsurgery", "torch", "transformers", "peft"}
@@ -98,6 +102,7 @@ def test_the_machine_is_described(report: dict[str, Any]) -> None:
     assert machine["device"]
 
 
+@pytest.mark.sweep
 def test_the_plots_are_small(report: dict[str, Any], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     from tests.benchmarks.plots import draw

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 
 V, D, PAD = 60, 16, 0
 CAUSAL = ("llama", "gpt2", "opt", "gemma3", "qwen2")
+EACH_CAUSAL = ("llama", "gpt2", "gemma3", *(pytest.param(kind, marks=pytest.mark.sweep) for kind in ("opt", "qwen2")))
+"""All of them, for parametrizing: those that are built like another wait for the sweep."""
 ENCODERS = ("bert-cls", "bert-mlm", "roberta-tok", "bert-qa", "bert")
 TWO = ("t5", "bart")
 

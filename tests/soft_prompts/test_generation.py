@@ -12,7 +12,7 @@ import torch
 
 import embedsurgery as es
 from embedsurgery.errors import AttachmentError, UnsupportedError
-from tests.soft_prompts.models import CAUSAL, PAD, V, padded, rows, tiny
+from tests.soft_prompts.models import EACH_CAUSAL, PAD, V, padded, rows, tiny
 from tests.soft_prompts.prompted import N, alone, close, embedded, prompted, randomise, shared, vectors
 
 MORE, END = 6, 2
@@ -39,7 +39,7 @@ def same_until_the_end(found: list[int], wanted: list[int]) -> None:
     assert set(found[count:] + wanted[count:]) <= {PAD, END}
 
 
-@pytest.mark.parametrize("kind", CAUSAL)
+@pytest.mark.parametrize("kind", EACH_CAUSAL)
 @pytest.mark.parametrize("cache", ["dynamic", "static", None])
 def test_greedy_in_a_padded_batch(kind: str, cache: str | None) -> None:
     model, att, plain = shared(kind)
@@ -52,7 +52,7 @@ def test_greedy_in_a_padded_batch(kind: str, cache: str | None) -> None:
         same_until_the_end(found, expected(plain, vectors(att), sample))
 
 
-@pytest.mark.parametrize("kind", CAUSAL)
+@pytest.mark.parametrize("kind", EACH_CAUSAL)
 def test_beams_and_sampling(kind: str) -> None:
     model, att, plain = shared(kind)
     samples = rows(7, 3, 5)
@@ -70,7 +70,7 @@ def test_beams_and_sampling(kind: str) -> None:
     assert torch.equal(drawn[:, 7:], wanted)
 
 
-@pytest.mark.parametrize("kind", CAUSAL)
+@pytest.mark.parametrize("kind", EACH_CAUSAL)
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_embeddings_of_the_text_are_put_behind_the_prompt(kind: str, cache: str) -> None:
     model, att, plain = shared(kind)
@@ -83,7 +83,7 @@ def test_embeddings_of_the_text_are_put_behind_the_prompt(kind: str, cache: str)
         same_until_the_end(found, expected(plain, vectors(att), sample))
 
 
-@pytest.mark.parametrize("kind", CAUSAL)
+@pytest.mark.parametrize("kind", EACH_CAUSAL)
 @pytest.mark.parametrize("static", [False, True])
 def test_going_on_from_a_cache(kind: str, static: bool) -> None:
     """With generate, given all ids or the new ones alone, and by hand."""

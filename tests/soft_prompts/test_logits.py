@@ -9,13 +9,13 @@ import torch
 
 import embedsurgery as es
 from embedsurgery.errors import ConfigError, UnsupportedError
-from tests.soft_prompts.models import CAUSAL, PAD, padded, rows, tiny, unpadded
+from tests.soft_prompts.models import EACH_CAUSAL, PAD, padded, rows, tiny, unpadded
 from tests.soft_prompts.prompted import N, alone, close, embedded, prompted, shared, vectors
 
 LENGTHS = (7, 3, 5)
 
 
-@pytest.mark.parametrize("kind", CAUSAL)
+@pytest.mark.parametrize("kind", EACH_CAUSAL)
 def test_one_sample_is_the_plain_model_behind_the_prompt_bit_for_bit(kind: str) -> None:
     model, att, plain = shared(kind)
     (ids,) = rows(7)
@@ -33,7 +33,7 @@ def causal_mask(mask: torch.Tensor, form: str) -> torch.Tensor:
     return torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
 
 
-@pytest.mark.parametrize("kind", CAUSAL)
+@pytest.mark.parametrize("kind", EACH_CAUSAL)
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("form", ["int", "bool", "4d-bool", "4d-float", "dict"])
 def test_each_sample_of_a_padded_batch_is_as_alone(kind: str, side: str, form: str) -> None:
@@ -83,7 +83,7 @@ def test_texts_packed_into_one_row_are_refused() -> None:
         model(rows(6)[0][None], position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]]))
 
 
-@pytest.mark.parametrize("kind", CAUSAL)
+@pytest.mark.parametrize("kind", EACH_CAUSAL)
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("keep", [False, True])
 def test_the_loss_counts_the_first_token_too(kind: str, side: str, keep: bool) -> None:
