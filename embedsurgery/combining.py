@@ -65,7 +65,7 @@ def plan_parts(
     if on_conflict is not None and on_conflict not in get_args(Conflict):
         raise ConfigError("no way to settle a conflict", where="on_conflict", found=repr(on_conflict),
                           expected=" or ".join(get_args(Conflict)))  # fmt: skip
-    each = list(options) if isinstance(options, Sequence) else [options] * len(asked)
+    each = list(options) if isinstance(options, (list, tuple)) else [options] * len(asked)
     if len(each) != len(asked):
         raise ConfigError("not as many bake options as adapters", expected=len(asked), found=len(each))
     surgeries = [surgery_of(part.adapter.manifest.surgery) for part in asked]

@@ -53,7 +53,10 @@ def plan_prompt(adapter: Adapter, ground: Ground) -> Plan:
         ConfigError: No tokenizer was given.
         PlanError: The tokenizer has tokens of these names already.
     """
-    config = ground.options if isinstance(ground.options, BakeConfig) else BakeConfig()
+    config = BakeConfig() if ground.options is None else ground.options
+    if not isinstance(config, BakeConfig):
+        raise ConfigError("not a way to bake a soft prompt", where=ground.label, expected="a BakeConfig",
+                          found=repr(config)[:80])  # fmt: skip
     table = ground.located[adapter.manifest.tables[0].name]
     prompt = _prompt(adapter, table, ground)
     known = ground.tokens() if ground.tokens is not None else None

@@ -11,6 +11,7 @@ import torch.nn.functional as nnf
 import transformers as tr
 
 import embedsurgery as es
+from embedsurgery.errors import BaseMismatchError, ConfigError, UnsupportedError
 from tests.conftest import contents, state_bits
 from tests.soft_prompts.baked import CAUSAL, SEQ2SEQ, TEXTS, TOKENIZER, N, Start, greedy, last_logits, start
 
@@ -299,3 +300,54 @@ def test_together_with_trained_tokens(first: str, tmp_path: Path) -> None:
     es.unmerge_checkpoint(out, tmp_path / "once")
     es.unmerge_checkpoint(tmp_path / "once", tmp_path / "twice")
     assert contents(tmp_path / "twice") == before
+
+
+@pytest.mark.parametrize("kind", ["llama-tied", "llama-untied", "gpt2"])
+def test_together_with_new_tokens(kind: str, tmp_path: Path) -> None:
+    """A vocabulary that an adapter's tokens extend, and then a prompt's: the same on disk and in memory, and all back."""
+    begun = start(kind, tmp_path)
+    before = contents(begun.folder)
+    model, tokenizer = begun.model(), begun.tokenizer()
+    ids = es.add_tokens(model, tokenizer, ["<tool>"])
+    attachment = es.attach(model, es.TrainableTokensConfig(ids), tokenizer=tokenizer)
+    with torch.no_grad():
+        for parameter in attachment.parameters():
+            parameter.add_(0.1)
+    rows, bake = attachment.adapter(), [None, es.BakeConfig(name="poet")]
+    es.merge_checkpoint(begun.folder, [rows, begun.adapter], tmp_path / "out", bake=bake)
+    target, tokenizer = begun.model(), begun.tokenizer()
+    bits, text = state_bits(target), tokenizer.backend_tokenizer.to_str()
+    undo = es.merge(target, [rows, begun.adapter], tokenizer, bake=bake)
+    assert state_bits(target) == state_bits(begun.model(tmp_path / "out"))
+    assert begun.tokenizer(tmp_path / "out").convert_tokens_to_ids(["<tool>", "<|soft:poet:0|>"]) == [
+        begun.rows, begun.rows + 1]  # fmt: skip
+    es.unmerge(target, undo)
+    assert state_bits(target) == bits
+    assert tokenizer.backend_tokenizer.to_str() == text
+    es.unmerge_checkpoint(tmp_path / "out", tmp_path / "back", all=True)
+    assert contents(tmp_path / "back") == before
+    with pytest.raises(BaseMismatchError, match="is taken"):  # the other way round the prompt has the token's id
+        es.merge_checkpoint(begun.folder, [begun.adapter, rows], tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("kind", ["llama-tied", "bert-mlm"])
+def test_baked_in_place_and_out_again(kind: str, tmp_path: Path) -> None:
+    begun = start(kind, tmp_path)
+    before = contents(begun.folder)
+    es.merge_checkpoint(begun.folder, begun.adapter, tmp_path / "out")
+    es.merge_checkpoint(begun.folder, begun.adapter, in_place=True)
+    kept = {name: data for name, data in contents(begun.folder).items() if not name.startswith(".embedsurgery/")}
+    assert kept == {n: data for n, data in contents(tmp_path / "out").items() if not n.startswith(".embedsurgery/")}
+    es.unmerge_checkpoint(begun.folder, in_place=True)
+    assert contents(begun.folder) == before
+
+
+@pytest.mark.parametrize("given", ["weight", "text", "too many"])
+def test_what_a_prompt_cannot_be_asked_is_refused(given: str, tmp_path: Path) -> None:
+    begun = start("llama-untied", tmp_path)
+    adapters: Any = (begun.adapter, 0.5) if given == "weight" else begun.adapter
+    bake: Any = {"weight": None, "text": "all", "too many": [es.BakeConfig(), es.BakeConfig()]}[given]
+    with pytest.raises(UnsupportedError if given == "weight" else ConfigError):
+        es.merge_checkpoint(begun.folder, adapters, tmp_path / "out", bake=bake)
+    assert not (tmp_path / "out").exists()
