@@ -304,7 +304,7 @@ def test_together_with_trained_tokens(first: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["llama-tied", "llama-untied", "gpt2"])
 def test_together_with_new_tokens(kind: str, tmp_path: Path) -> None:
-    """A vocabulary that an adapter's tokens extend, and then a prompt's: the same on disk and in memory, and all back."""
+    """A vocabulary that tokens extend, and then a prompt: the same on disk and in memory, and all back."""
     begun = start(kind, tmp_path)
     before = contents(begun.folder)
     model, tokenizer = begun.model(), begun.tokenizer()
