@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from embedsurgery import plan
+from embedsurgery import edits
 from embedsurgery.errors import ConfigError, EmbedSurgeryWarning, PluginError, TokenIndexError, UnsupportedError
 from embedsurgery.initializers import (
     BUILT_IN,
@@ -221,8 +221,8 @@ def test_a_seed_gives_the_same_rows_wherever_the_table_lies(
 ) -> None:
     found = set()
     for number, home in enumerate(HOMES):
-        for size in (1, 5000, plan.BLOCK_BYTES):
-            monkeypatch.setattr(plan, "BLOCK_BYTES", size)
+        for size in (1, 5000, edits.BLOCK_BYTES):
+            monkeypatch.setattr(edits, "BLOCK_BYTES", size)
             folder = tmp_path / f"{number}-{size}"
             folder.mkdir()
             found.add(bits(start(init, view_of(folder, values(torch.bfloat16), KNOWN, home))))

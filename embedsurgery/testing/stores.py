@@ -107,7 +107,7 @@ class StoreContract(Contract):
         self, tied: bool, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Each block is made from the rows as they are; the undo comes from a file."""
-        monkeypatch.setattr("embedsurgery.plan.BLOCK_BYTES", 100)
+        monkeypatch.setattr("embedsurgery.edits.BLOCK_BYTES", 100)
         home = self.home(tmp_path, tied=tied, dtype=dtype)
         before, rows, seen = self.read(home), _rows(V), []
 
@@ -126,7 +126,7 @@ class StoreContract(Contract):
         self, tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """There is no half state."""
-        monkeypatch.setattr("embedsurgery.plan.BLOCK_BYTES", 100)
+        monkeypatch.setattr("embedsurgery.edits.BLOCK_BYTES", 100)
 
         def block(start: int, stop: int, current: RawArray) -> RawArray:
             if stop == V:

@@ -24,8 +24,8 @@ from safetensors.torch import load_file, save_file
 
 import embedsurgery as es
 from embedsurgery.cli.main import cli
+from embedsurgery.edits import BLOCK_BYTES, SetBlocks
 from embedsurgery.errors import AdapterError, BaseMismatchError, ConfigError, EmbedSurgeryWarning
-from embedsurgery.plan import BLOCK_BYTES, SetBlocks
 from embedsurgery.raw import RawArray
 from embedsurgery.stores.shards import ShardStore
 from embedsurgery.stores.tensors import module_store
@@ -119,7 +119,7 @@ def test_it_is_pefts_merge(kind: str, options: dict[str, Any], tmp_path: Path) -
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "t5-tied"])
 def test_on_disk_in_bounded_memory(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of a few rows; every other byte is the base's; unmerged it is the base again."""
-    monkeypatch.setattr("embedsurgery.plan.BLOCK_BYTES", 100)
+    monkeypatch.setattr("embedsurgery.edits.BLOCK_BYTES", 100)
     base, wrapped = by_peft(kind, tmp_path / "adapter")
     base.save_pretrained(tmp_path / "base")
     es.merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
