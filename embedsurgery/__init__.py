@@ -12,17 +12,17 @@ from embedsurgery._version import __version__
 
 _PUBLIC = {
     "add_tokens": "live",
-    "add_tokens_checkpoint": "offline",
+    "add_tokens_checkpoint": "offline.adding",
     "extract": "extraction",
     "walk": "api",
     "attach": "live",
     "attached": "live",
-    "load": "api",
+    "load": "reading",
     "merge": "api",
     "unmerge": "api",
-    "merge_checkpoint": "offline",
-    "recover_checkpoint": "offline",
-    "unmerge_checkpoint": "offline",
+    "merge_checkpoint": "offline.merging",
+    "recover_checkpoint": "offline.recovery",
+    "unmerge_checkpoint": "offline.unmerging",
     "verify_checkpoint": "verify",
     "log_checkpoint": "log",
     "Adapter": "adapter",
@@ -44,19 +44,18 @@ _PUBLIC = {
 if TYPE_CHECKING:
     from embedsurgery import errors
     from embedsurgery.adapter import Adapter, Manifest
-    from embedsurgery.api import load, merge, unmerge, walk
+    from embedsurgery.api import merge, unmerge, walk
     from embedsurgery.extraction import extract
     from embedsurgery.graph import EmbeddingGraph, Site, Table, Vocabulary
     from embedsurgery.hookspecs import hookimpl
     from embedsurgery.hub import pull, push
     from embedsurgery.live import add_tokens, attach, attached
     from embedsurgery.log import log_checkpoint
-    from embedsurgery.offline import (
-        add_tokens_checkpoint,
-        merge_checkpoint,
-        recover_checkpoint,
-        unmerge_checkpoint,
-    )
+    from embedsurgery.offline.adding import add_tokens_checkpoint
+    from embedsurgery.offline.merging import merge_checkpoint
+    from embedsurgery.offline.recovery import recover_checkpoint
+    from embedsurgery.offline.unmerging import unmerge_checkpoint
+    from embedsurgery.reading import load
     from embedsurgery.surgeries.soft_prompt_bake_config import BakeConfig
     from embedsurgery.surgeries.soft_prompt_config import SoftPromptConfig
     from embedsurgery.surgeries.trainable_tokens_config import TrainableTokensConfig

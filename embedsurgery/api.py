@@ -1,6 +1,7 @@
-"""Walking, loading and merging: each puts the pieces together with what the registry holds, and no logic of its own.
+"""Walking and merging: each puts the pieces together with what the registry holds, and no logic of its own.
 
-Attachments and new tokens on a live model are ``live.py``'s, checkpoints on disk ``offline.py``'s.
+Loading is ``reading.py``'s, attachments and new tokens on a live model are ``live.py``'s, checkpoints on disk
+``offline/``'s.
 """
 
 from __future__ import annotations
@@ -8,20 +9,17 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from embedsurgery import hub
-from embedsurgery.adapter import Adapter, read_adapter_files
-from embedsurgery.checkpoint import open_checkpoint
+from embedsurgery.adapter import Adapter
 from embedsurgery.combining import Conflict, plan_parts, together
-from embedsurgery.errors import AdapterError, AttachmentError, ConfigError, EmbedSurgeryWarning
+from embedsurgery.errors import AttachmentError, ConfigError, EmbedSurgeryWarning
 from embedsurgery.graph import EmbeddingGraph
-from embedsurgery.names import walk_names
 from embedsurgery.parts import parts
 from embedsurgery.plan import Undo
+from embedsurgery.reading import opened
 from embedsurgery.records import check_written, written
 from embedsurgery.registry import registry
 from embedsurgery.stores.base import Store, apply, check
@@ -53,48 +51,6 @@ def walk(target: Target | str | os.PathLike[str]) -> EmbeddingGraph:
     if isinstance(target, (str, os.PathLike)):
         return opened(target)[0]
     return store_of(target).graph
-
-
-def opened(model: str | os.PathLike[str]) -> tuple[EmbeddingGraph, Mapping[str, Any] | None]:
-    """The graph of a checkpoint directory or a Hub id, by headers alone, and its config.
-
-    Raises:
-        CheckpointError: The directory's files are missing or broken.
-    """
-    remote = hub.find_id(model)
-    known = registry()
-    if remote is None and not (form := known.format_of(Path(model))).fallback:
-        store = form.open(Path(model))
-        return store.graph, store.config
-    checkpoint = open_checkpoint(Path(model)) if remote is None else hub.open_remote(remote)
-    graph = walk_names(checkpoint.stored(), config=checkpoint.config, source=str(model),
-                       architectures=known.architectures)  # fmt: skip
-    return graph, checkpoint.config
-
-
-def load(directory: str | os.PathLike[str]) -> Adapter:
-    """Read an adapter's directory, ours or PEFT's; or pull it, for ``org/name`` or ``org/name@revision``.
-
-    Raises:
-        AdapterError: The files are missing, broken, or contradict each other.
-        HubError: It cannot be had from the Hub.
-        UnknownSurgeryError: No installed plugin understands it. Nothing is imported on the word of a file.
-    """
-    remote = hub.find_id(directory)
-    if remote is not None:
-        return hub.pull(str(remote))
-    return replace(_read(directory), source=hub.read_source(Path(directory)))
-
-
-def _read(directory: str | os.PathLike[str]) -> Adapter:
-    files, manifest = read_adapter_files(directory)
-    if manifest is None:
-        return registry().for_peft_type(files.config.get("peft_type")).surgery.from_peft(files)
-    surgery = registry().named(manifest.surgery).surgery
-    if manifest.surgery_version > surgery.version:
-        raise AdapterError("an adapter of a newer version of its surgery", where=directory, expected=surgery.version,
-                           found=manifest.surgery_version, hint="upgrade what brings the surgery")  # fmt: skip
-    return surgery.from_files(files, Adapter(manifest, {}, surgery))
 
 
 def merge(

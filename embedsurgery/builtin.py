@@ -1,33 +1,30 @@
-"""What is built in, registered through the same hooks as a plugin's."""
+"""What is built in, registered through the same hooks as a plugin's; each hook imports what it returns."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from pkgutil import iter_modules
 from typing import TYPE_CHECKING
 
-from embedsurgery import cli
-from embedsurgery.checkpoint import INDEX, SINGLE
 from embedsurgery.hookspecs import CommandRecord, LayoutRecord, StoreRecord, hookimpl
-from embedsurgery.initializers import BUILT_IN, InitializerRecord
-from embedsurgery.names import ARCHITECTURES
-from embedsurgery.stores.shards import ShardStore
-from embedsurgery.surgeries.base import SurgeryRecord
-from embedsurgery.surgeries.soft_prompt import NO_ROWS, P_TUNING, PROMPT_TUNING, SoftPrompt, SoftPromptConfig
-from embedsurgery.surgeries.trainable_tokens import PEFT_TYPE, TrainableTokens, TrainableTokensConfig
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     import click
 
-_NO_VERBS = ("main", "render")
+    from embedsurgery.initializers import InitializerRecord
+    from embedsurgery.stores.shards import ShardStore
+    from embedsurgery.surgeries.base import SurgeryRecord
 
 
 @hookimpl
 def embedsurgery_surgeries() -> Sequence[SurgeryRecord]:
     """Trainable tokens and soft prompts; adapters of both can share a model, those of tokens with disjoint rows."""
+    from embedsurgery.surgeries.base import SurgeryRecord
+    from embedsurgery.surgeries.soft_prompt import NO_ROWS, P_TUNING, PROMPT_TUNING, SoftPrompt, SoftPromptConfig
+    from embedsurgery.surgeries.trainable_tokens import PEFT_TYPE, TrainableTokens, TrainableTokensConfig
+
     tokens, prompt = TrainableTokens(), SoftPrompt()
     both = frozenset({tokens.name, prompt.name})
     return [
@@ -39,12 +36,16 @@ def embedsurgery_surgeries() -> Sequence[SurgeryRecord]:
 @hookimpl
 def embedsurgery_initializers() -> Sequence[InitializerRecord]:
     """How rows start without any plugin."""
+    from embedsurgery.initializers import BUILT_IN
+
     return list(BUILT_IN)
 
 
 @hookimpl
 def embedsurgery_layouts() -> Sequence[LayoutRecord]:
     """The architectures that need telling."""
+    from embedsurgery.names import ARCHITECTURES
+
     return [LayoutRecord(name, layout) for name, layout in ARCHITECTURES.items()]
 
 
@@ -57,18 +58,22 @@ def embedsurgery_stores() -> Sequence[StoreRecord]:
 @hookimpl
 def embedsurgery_commands() -> Sequence[CommandRecord]:
     """The verbs of the command line, one a file, so that no plugin takes the name of one; none is imported for it."""
-    verbs = (module.name for module in iter_modules(cli.__path__) if module.name not in _NO_VERBS)
-    return [CommandRecord(verb, f"built in; embedsurgery {verb} --help", _loader(verb)) for verb in verbs]
+    from embedsurgery.cli.verbs import VERBS
+
+    return [CommandRecord(verb, summary, _loader(verb)) for verb, summary in VERBS.items()]
 
 
 def _open_shards(directory: Path) -> ShardStore:
     """With the architectures that plugins know, who are asked when a checkpoint is opened."""
     from embedsurgery.registry import registry
+    from embedsurgery.stores.shards import ShardStore
 
     return ShardStore.open(directory, architectures=registry().architectures)
 
 
 def _is_safetensors(directory: Path) -> bool:
+    from embedsurgery.checkpoint import INDEX, SINGLE
+
     return (directory / SINGLE).exists() or (directory / INDEX).exists()
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import shutil
 import stat
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
@@ -115,8 +114,10 @@ def copy_tree(
             copy_file(source / path, target / path, progress)
         elif progress is not None:
             progress(size)
+    from shutil import copymode
+
     for folder in reversed(tree.folders):
-        shutil.copymode(source / folder, target / folder)
+        copymode(source / folder, target / folder)
 
 
 def _link_from(source: Path, path: str, link: str) -> str:
@@ -145,6 +146,8 @@ def copy_file(source: Path, target: Path, progress: Progress | None = None) -> N
         CheckpointError: The source became shorter, or longer, meanwhile.
         FileExistsError: The target exists.
     """
+    from shutil import copystat
+
     with open(source, "rb", buffering=0) as a, open(target, "xb", buffering=0) as b:
         size = os.fstat(a.fileno()).st_size
         if not _clone(a.fileno(), b.fileno()):
@@ -155,7 +158,7 @@ def copy_file(source: Path, target: Path, progress: Progress | None = None) -> N
             if end != size:
                 raise CheckpointError("a file changed while it was copied", where=source, expected=f"{size} bytes",
                                       found=f"{end} bytes", hint="is something else writing it?")  # fmt: skip
-        shutil.copystat(source, target)
+        copystat(source, target)
         os.fsync(b.fileno())
 
 
@@ -236,4 +239,6 @@ def remove_tree(directory: Path) -> None:
                 os.chmod(folder, mode | stat.S_IRWXU)
         except OSError:
             continue
-    shutil.rmtree(directory)
+    from shutil import rmtree
+
+    rmtree(directory)

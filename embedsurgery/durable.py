@@ -15,7 +15,6 @@ import os
 import re
 import signal
 import stat
-import tempfile
 import threading
 import time
 import warnings
@@ -106,6 +105,8 @@ def _end(made: list[tuple[Path, int]]) -> None:
 
 def _make_hidden(parent: Path) -> tuple[Path, int]:
     """A new hidden directory and its lock. Between the two it looks like one that was left, and may be removed."""
+    import tempfile
+
     while True:
         path = Path(tempfile.mkdtemp(prefix=f"{STATE_DIRECTORY}-", dir=parent))
         try:

@@ -11,8 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from embedsurgery.file_edits import PutFile, SetBytes
 from embedsurgery.raw import ITEMSIZE, RawArray
 from embedsurgery.safetensors_file import Entry, open_regular, pread_exactly
@@ -109,8 +107,9 @@ class _Held:
     rows: RawArray
 
     def __call__(self, start: int, stop: int, current: RawArray) -> RawArray:
-        part = np.ascontiguousarray(self.rows.bits[start:stop])
-        return RawArray(self.rows.dtype, (stop - start, self.rows.shape[1]), part.tobytes())
+        pitch = self.rows.shape[1] * ITEMSIZE[self.rows.dtype]
+        part = self.rows.data[start * pitch : stop * pitch]
+        return RawArray(self.rows.dtype, (stop - start, self.rows.shape[1]), part)
 
 
 @dataclass(frozen=True, eq=False)

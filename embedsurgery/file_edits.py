@@ -13,8 +13,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from embedsurgery.raw import RawArray
 from embedsurgery.safetensors_file import MAX_HEADER, Entry, TensorSource, open_regular, pread_exactly
 
@@ -127,8 +125,8 @@ def encode(edit: FileEdit, prefix: str, tensors: dict[str, TensorSource]) -> dic
     """The JSON part of an edit; its numbers go into ``tensors`` under names that start with ``prefix``."""
     if isinstance(edit, PutFile):
         return {"edit": "PutFile", "path": edit.path, "kept": edit.kept, "state": asdict(edit.state)}
-    ranges = np.asarray(edit.ranges, dtype=np.int64).reshape(-1, 2)
-    tensors[prefix + "ranges"] = TensorSource.of(RawArray.of(ranges))
+    ends = [end for part in edit.ranges for end in part]
+    tensors[prefix + "ranges"] = TensorSource.of(RawArray.of_integers(ends, 2))
     tensors[prefix + "bytes"] = TensorSource("U8", (edit.size,), edit.chunks())
     return {"edit": "SetBytes", "path": edit.path, "state": asdict(edit.state)}
 
@@ -151,9 +149,9 @@ def decode(body: Mapping[str, Any], prefix: str, path: Path, entries: Mapping[st
         raise ValueError("ranges or bytes of another shape")
     with open_regular(path) as descriptor:
         raw = RawArray(entry.dtype, entry.shape, pread_exactly(descriptor, entry.end - entry.begin, entry.begin))
-    ranges = tuple((int(begin), int(end)) for begin, end in raw.bits)
-    state = _state(body["state"])
-    ends = [0, *(number for part in ranges for number in part), state.size]
+    numbers, state = raw.integers(), _state(body["state"])
+    ranges = tuple(zip(numbers[::2], numbers[1::2], strict=True))
+    ends = [0, *numbers, state.size]
     if ends != sorted(ends) or sum(end - begin for begin, end in ranges) != data.shape[0]:
         raise ValueError("ranges that overlap, or not of as many bytes")
 

@@ -2,7 +2,7 @@
 
 A plugin is a module with functions marked `hookimpl`, found by an entry point in the group ``embedsurgery``. Each hook
 takes nothing and returns records: frozen dataclasses that say what the plugin brings under which name, and hold the
-functions that do it. With ``registry.py`` the only file that imports pluggy.
+functions that do it. With ``discovery.py`` the only file that imports pluggy.
 
 A plugin may say which contract it was written for, by a module attribute ``embedsurgery_contract = 1``; one of a newer
 contract is refused with a word on it. `CONTRACT` grows when a hook or a record changes so that an older plugin fails.
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import pluggy
 
+from embedsurgery.entry_points import GROUP
 from embedsurgery.unknown_modules import Classify
 from embedsurgery.unknown_modules import EmbeddingModule as EmbeddingModule
 from embedsurgery.unknown_modules import UnknownModule as UnknownModule
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from embedsurgery.stores.base import Store
     from embedsurgery.surgeries.base import SurgeryRecord
 
-PROJECT = "embedsurgery"
+PROJECT = GROUP
 CONTRACT = 1
 """Version of this file."""
 

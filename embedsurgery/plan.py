@@ -14,8 +14,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from embedsurgery.edits import (
     AddTokens,
     Blocks,
@@ -198,7 +196,7 @@ def _encode(edit: Edit, prefix: str, tensors: dict[str, TensorSource]) -> dict[s
 
 
 def _indices(indices: tuple[int, ...]) -> TensorSource:
-    return TensorSource.of(RawArray.of(np.asarray(indices, dtype=np.int64)))
+    return TensorSource.of(RawArray.of_integers(indices))
 
 
 def _bytes(data: bytes) -> TensorSource:
@@ -219,7 +217,7 @@ class _Reader:
         indices = self.tensor(prefix + "indices")
         if indices.dtype != "I64" or len(indices.shape) != 1:
             raise ValueError(f"indices are {indices!r}")
-        return tuple(map(int, indices.bits))
+        return indices.integers()
 
     def bytes(self, name: str) -> bytes:
         raw = self.tensor(name)

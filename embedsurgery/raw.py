@@ -2,6 +2,9 @@
 
 Disk surgery runs on these, so that it needs no torch, which has no part in this file; the torch side of the
 same values is in ``tensors.py``. Dtype strings are those of safetensors: "F32", "F16", "BF16", "I64" ...
+
+numpy is imported where numbers are looked at, and not where bytes are only moved: loading it takes longer than all else
+that taking a merge out of a checkpoint does.
 """
 
 from __future__ import annotations
@@ -10,9 +13,12 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
+from struct import pack, unpack
+from typing import TYPE_CHECKING
 
-import numpy as np
-import numpy.typing as npt
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 ITEMSIZE = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1,
@@ -24,10 +30,7 @@ ITEMSIZE = {
 EDITABLE = ("F64", "F32", "F16", "BF16")
 """The dtypes whose rows can be set: everything else (quantised tables above all) is refused."""
 
-_NUMPY = {
-    "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16, "I64": np.int64, "I32": np.int32,
-    "U8": np.uint8,
-}  # fmt: skip
+_NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "U8": "|u1"}
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,8 @@ class RawArray:
     @classmethod
     def of(cls, array: npt.ArrayLike, dtype: str | None = None) -> RawArray:
         """The bytes of a float or integer numpy array, rounded to ``dtype`` where one is given."""
+        import numpy as np
+
         values = np.asarray(array)
         native = next((name for name, kind in _NUMPY.items() if name != "BF16" and values.dtype == kind), None)
         if native is None:
@@ -56,13 +61,26 @@ class RawArray:
         raw = cls(native, tuple(values.shape), np.ascontiguousarray(values).tobytes())
         return raw if dtype is None else raw.to(dtype)
 
+    @classmethod
+    def of_integers(cls, values: Sequence[int], *columns: int) -> RawArray:
+        """Integers of 64 bits, (N,) or, where columns are named, (N / columns, columns)."""
+        return cls("I64", (len(values) // prod(columns), *columns), pack(f"<{len(values)}q", *values))
+
+    def integers(self) -> tuple[int, ...]:
+        """The values of an I64 array, in order."""
+        return unpack(f"<{len(self.data) // 8}q", self.data)
+
     @property
     def bits(self) -> npt.NDArray[np.generic]:
         """The array as stored, read-only: BF16 as uint16, everything else as itself."""
+        import numpy as np
+
         return np.frombuffer(self.data, dtype=_NUMPY[self.dtype]).reshape(self.shape)
 
     def float32(self) -> npt.NDArray[np.float32]:
         """The values as fp32, shape ``shape``: exact for F32, F16 and BF16."""
+        import numpy as np
+
         if self.dtype == "BF16":
             return (self.bits.astype(np.uint32) << 16).view(np.float32)
         with np.errstate(over="ignore", invalid="ignore"):
@@ -73,6 +91,8 @@ class RawArray:
         if dtype == self.dtype:
             return self
         if dtype == "F64":
+            import numpy as np
+
             with np.errstate(invalid="ignore"):  # a signalling NaN becomes a quiet one
                 wide = self.float32().astype(np.float64)
             return RawArray("F64", self.shape, wide.tobytes())
@@ -80,6 +100,8 @@ class RawArray:
 
     def take(self, positions: Sequence[int] | npt.NDArray[np.int64]) -> RawArray:
         """The given rows of the first axis, in the order given."""
+        import numpy as np
+
         part = np.ascontiguousarray(self.bits[np.asarray(positions, dtype=np.int64)])
         return RawArray(self.dtype, tuple(part.shape), part.tobytes())
 
@@ -96,6 +118,8 @@ def round_float32(values: npt.NDArray[np.float32], dtype: str) -> npt.NDArray[np
     becomes the quiet NaN 0x7FC0 in BF16, as in torch's scalar code (c10/util/BFloat16.h); torch's vectorised code
     gives 0xFFFF, so there its own answer depends on the processor.
     """
+    import numpy as np
+
     if dtype == "F32":
         return np.ascontiguousarray(values)
     if dtype == "F16":

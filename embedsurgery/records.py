@@ -24,7 +24,6 @@ from embedsurgery.plan import Grow, PatchFile, Plan, SetBlocks, SetEntries, SetR
 from embedsurgery.raw import ITEMSIZE, RawArray
 from embedsurgery.safetensors_file import Header, read_header
 from embedsurgery.stores.base import Store, entries_of, rows_of
-from embedsurgery.surgeries.whole_tables import SAMPLE
 from embedsurgery.vocabulary import NewTokens
 
 MERGES = f"{STATE_DIRECTORY}/merges"
@@ -149,6 +148,8 @@ def _fingerprint(rows: RawArray) -> dict[str, Any]:
 
 def _sample(edit: SetBlocks) -> RawArray:
     """Up to `SAMPLE` of the displaced rows, spread evenly."""
+    from embedsurgery.surgeries.whole_tables import SAMPLE
+
     rows, columns = edit.blocks.shape
     count = min(SAMPLE, rows)
     nothing = RawArray(edit.blocks.dtype, (0, columns), b"")

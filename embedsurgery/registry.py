@@ -1,52 +1,44 @@
 """Which plugins there are and what they bring. Data never decides what is imported: entry points alone do.
 
-A plugin that cannot be imported, has a hook of the wrong shape or takes a name that exists is kept as a
-`PluginInfo` with its error, and everything else works on. What is the wrong shape is ``contract.py``'s to say.
+How plugins are loaded is ``discovery.py``'s. Where none is installed, what is built in is imported kind by kind when it
+is asked for: a merge that starts in a quarter of a second has no time for what it does not use.
 """
 
 from __future__ import annotations
 
-import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from functools import partial
-from importlib import metadata
-from pathlib import Path
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
-import pluggy
-
-from embedsurgery import builtin
 from embedsurgery._version import __version__
-from embedsurgery.contract import KINDS, HookKind, check_answer, check_plugin, refuse_clashes
+from embedsurgery.entry_points import GROUP, plugins_at_hand
 from embedsurgery.errors import CheckpointError, ConfigError, EmbedSurgeryWarning, PluginError, UnknownSurgeryError
-from embedsurgery.hookspecs import (
-    PROJECT,
-    CardSection,
-    CardSectionRecord,
-    ClassifierRecord,
-    CommandRecord,
-    EmbeddingModule,
-    Hooks,
-    LayoutRecord,
-    StoreRecord,
-    UnknownModule,
-)
-from embedsurgery.initializers import InitializerRecord, find_initializer
-from embedsurgery.surgeries.base import SurgeryRecord
 
 if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+    from pathlib import Path
+
     from embedsurgery.adapter import Manifest
+    from embedsurgery.hookspecs import (
+        CardSection,
+        CardSectionRecord,
+        ClassifierRecord,
+        CommandRecord,
+        EmbeddingModule,
+        LayoutRecord,
+        StoreRecord,
+        UnknownModule,
+    )
+    from embedsurgery.initializers import InitializerRecord
     from embedsurgery.names import Layout
     from embedsurgery.stores.base import Store
+    from embedsurgery.surgeries.base import SurgeryRecord
 
 DISABLE = "EMBEDSURGERY_DISABLE_PLUGINS"
 """Environment variable: "1" loads no plugin but the built-in one; names separated by commas block those."""
-
-_Owned = dict[str, list[tuple[str, Any]]]
-"""Hook's name -> (the plugin that brought it, its record) for each record."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +105,7 @@ class Registry:
         if name in self.surgeries:
             return self.surgeries[name]
         raise UnknownSurgeryError("no plugin brings this surgery", where=name[:100], found=", ".join(self.surgeries),
-                                  hint=f"install the {PROJECT} plugin that brings it")  # fmt: skip
+                                  hint=f"install the {GROUP} plugin that brings it")  # fmt: skip
 
     def for_peft_type(self, peft_type: object) -> SurgeryRecord:
         """The surgery whose files PEFT calls so.
@@ -136,6 +128,8 @@ class Registry:
         Raises:
             ConfigError: No plugin brings it.
         """
+        from embedsurgery.initializers import find_initializer
+
         return find_initializer(name, self.initializers)
 
     @property
@@ -145,6 +139,8 @@ class Registry:
 
     def classify(self, unknown: UnknownModule) -> EmbeddingModule | None:
         """What the first classifier says that knows a module; one that fails is passed over, and that is said."""
+        from embedsurgery.unknown_modules import EmbeddingModule
+
         for record in self.classifiers.values():
             answer: EmbeddingModule | None = _answer(record, partial(_classified, record), unknown, EmbeddingModule)
             if answer is not None:
@@ -153,6 +149,8 @@ class Registry:
 
     def sections(self, manifest: Manifest) -> list[CardSection]:
         """The parts of an adapter's card that plugins add; one that fails is left out, and that is said."""
+        from embedsurgery.hookspecs import CardSection
+
         answers = (_answer(r, r.section, manifest, CardSection) for r in self.card_sections.values())
         return [answer for answer in answers if answer is not None]
 
@@ -194,12 +192,43 @@ def _answer(record: Any, function: Any, given: object, kind: type[Any]) -> Any:
 
 def _classified(record: ClassifierRecord, unknown: UnknownModule) -> EmbeddingModule | None:
     """What a classifier says of a module, where it can be."""
+    from embedsurgery.unknown_modules import EmbeddingModule
+
     answer = record.classify(unknown)
     if isinstance(answer, EmbeddingModule):
         shape = dict(unknown.shapes).get(answer.parameter, ())
         if len(shape) != 2 or answer.role not in ("input", "output") or answer.kind not in ("vocabulary", "unknown"):
             raise ValueError(f"{answer} of {unknown.path or 'the root'}, whose parameters are {dict(unknown.shapes)}")
     return answer
+
+
+class _BuiltIn(Mapping[str, Any]):
+    """Name -> record of what is built in of one kind, imported when the first is asked for."""
+
+    def __init__(self, hook: Callable[[], Sequence[Any]]) -> None:
+        self._hook = hook
+
+    @cached_property
+    def _records(self) -> dict[str, Any]:
+        return {record.name: record for record in self._hook()}
+
+    def __getitem__(self, name: str) -> Any:
+        return self._records[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._records)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+
+def built_in() -> Registry:
+    """What is built in alone, the same as `build` makes of no entry point, and not looked at before it is used."""
+    from embedsurgery import builtin
+
+    hooks = {name: hook for name, hook in vars(builtin).items() if name.startswith(f"{GROUP}_")}
+    kinds = {name.removeprefix(f"{GROUP}_"): _BuiltIn(hook) for name, hook in hooks.items()}
+    return Registry(plugins=(PluginInfo("builtin", GROUP, __version__, tuple(sorted(hooks))),), **kinds)
 
 
 _current: list[Registry] = []
@@ -209,8 +238,26 @@ _current: list[Registry] = []
 def registry() -> Registry:
     """The registry of this process, made on first use."""
     if not _current:
-        _current.append(build(metadata.entry_points(group=PROJECT)))
+        _current.append(build(_entry_points()) if plugins_at_hand() else built_in())
     return _current[-1]
+
+
+def build(entry_points: Iterable[EntryPoint], modules: Sequence[Any] = ()) -> Registry:
+    """A registry of what is built in and the plugins behind some entry points, all of it checked.
+
+    Args:
+        entry_points: Where plugins are.
+        modules: Plugins that are imported already.
+    """
+    from embedsurgery.discovery import discover
+
+    return discover(entry_points, modules)
+
+
+def _entry_points() -> list[EntryPoint]:
+    from importlib import metadata
+
+    return list(metadata.entry_points(group=GROUP))
 
 
 @contextmanager
@@ -223,7 +270,7 @@ def installed(*plugins: Any) -> Iterator[Registry]:
     Raises:
         PluginError: One of them cannot be registered.
     """
-    points = list(metadata.entry_points(group=PROJECT))
+    points = _entry_points()
     known = {point.value for point in points}
     more = [plugin for plugin in plugins if plugin.__name__ not in known]
     made = build(points, more)
@@ -235,68 +282,3 @@ def installed(*plugins: Any) -> Iterator[Registry]:
         yield made
     finally:
         _current.remove(made)
-
-
-def build(entry_points: Iterable[metadata.EntryPoint], modules: Sequence[Any] = ()) -> Registry:
-    """A registry of what is built in and the plugins behind some entry points, one loaded after another.
-
-    Args:
-        entry_points: Where plugins are.
-        modules: Plugins that are imported already.
-    """
-    manager = pluggy.PluginManager(PROJECT)
-    manager.add_hookspecs(Hooks)
-    owned: _Owned = {kind.name: [] for kind in KINDS}
-    infos = [_register(manager, owned, PluginInfo("builtin", PROJECT, __version__), builtin)]
-    blocked = {name.strip() for name in os.environ.get(DISABLE, "").split(",")} - {""}
-    for point in sorted(entry_points, key=lambda p: p.name):
-        dist = point.dist
-        info = PluginInfo(point.name, dist.name if dist else "", dist.version if dist else "")
-        if blocked & {"1", "all", point.name}:
-            infos.append(_failed(info, f"disabled by {DISABLE}"))
-            continue
-        try:
-            plugin = point.load()
-        except (Exception, SystemExit) as error:  # whatever a third party's import raises
-            infos.append(_failed(info, f"cannot be imported: {type(error).__name__}: {error}"))
-            continue
-        infos.append(_register(manager, owned, info, plugin))
-    infos += [_register(manager, owned, PluginInfo(module.__name__), module) for module in modules]
-    brought = {kind.name: {r.name: r for _, r in owned[kind.name]} for kind in KINDS}
-    return Registry(plugins=tuple(infos), **{name.removeprefix(f"{PROJECT}_"): r for name, r in brought.items()})
-
-
-def _register(manager: pluggy.PluginManager, owned: _Owned, info: PluginInfo, plugin: Any) -> PluginInfo:
-    """Register a plugin and take what it brings; on any fault it is out again, whole."""
-    try:
-        check_plugin(plugin)
-        if manager.register(plugin, info.name) is None:
-            raise PluginError("blocked", where=info.name)
-        manager.check_pending()
-        hooks = tuple(sorted(caller.name for caller in manager.get_hookcallers(plugin) or ()))
-        if not hooks:
-            raise PluginError("no hook of embedsurgery is in this plugin", where=info.name,
-                              expected=f"functions marked {PROJECT}.hookimpl",
-                              hint="does the entry point name the right module?")  # fmt: skip
-        new = {kind.name: _records(manager, plugin, kind) for kind in KINDS}
-        for kind in KINDS:
-            refuse_clashes(owned[kind.name], new[kind.name], info.name, kind)
-        for name, records in new.items():
-            owned[name].extend((info.name, record) for record in records)
-    except (Exception, SystemExit) as error:  # a wrong signature, a hook that raises, a record that is none
-        if manager.is_registered(plugin) and manager.get_name(plugin) == info.name:
-            manager.unregister(plugin)
-        text = str(error) if isinstance(error, PluginError) else f"{type(error).__name__}: {error}"
-        return _failed(info, text)
-    return replace(info, hooks=hooks)
-
-
-def _records(manager: pluggy.PluginManager, plugin: Any, kind: HookKind) -> Sequence[Any]:
-    """What one plugin answers to a hook."""
-    others = [p for p in manager.get_plugins() if p is not plugin]
-    answers = manager.subset_hook_caller(kind.name, remove_plugins=others)()
-    return [record for answer in answers for record in check_answer(answer, kind)]
-
-
-def _failed(info: PluginInfo, error: str) -> PluginInfo:
-    return replace(info, error=" ".join(error.split()))

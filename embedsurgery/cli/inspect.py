@@ -51,9 +51,9 @@ def command(model: Path, as_json: bool) -> None:
 def inspect(model: Path) -> dict[str, Any]:
     """What the verb shows, as JSON values."""
     from embedsurgery import hub
-    from embedsurgery.api import opened
     from embedsurgery.names import vocabulary_sizes
     from embedsurgery.raw import ITEMSIZE
+    from embedsurgery.reading import opened
     from embedsurgery.tokenizer_files import disagreements, is_reserved, token_texts
 
     graph, config = opened(model)

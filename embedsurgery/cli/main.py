@@ -9,35 +9,19 @@ import signal
 import sys
 import warnings
 from collections.abc import Mapping
-from difflib import get_close_matches
 from importlib import import_module
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
 from embedsurgery._version import __version__
+from embedsurgery.cli.verbs import VERBS
+from embedsurgery.entry_points import plugins_at_hand
 from embedsurgery.errors import EmbedSurgeryError, EmbedSurgeryWarning, PluginError, printable
 
 if TYPE_CHECKING:
     from embedsurgery.hookspecs import CommandRecord
 
-VERBS = {
-    "inspect": "The embedding tables of a checkpoint: names, ties, rows, shards.",
-    "show": "What an adapter holds, and whether it fits a model.",
-    "merge": "Bake adapters into a checkpoint on disk, without loading it.",
-    "unmerge": "Take the last merge out again, or another, bit for bit.",
-    "log": "The merges that a checkpoint records.",
-    "verify": "Check a checkpoint; exits 1 and names what disagrees.",
-    "tokens": "New tokens for a checkpoint: tokens add.",
-    "extract": "The rows that full tuning changed, as an adapter.",
-    "recover": "Finish or roll back what a crash left of a change.",
-    "push": "Put an adapter on the Hugging Face Hub.",
-    "pull": "Get an adapter from the Hugging Face Hub.",
-    "plugins": "The plugins that are installed, and what each brings.",
-    "demo": "The whole path on a small real model, in under a minute.",
-}
-"""Verb -> its line in the list; the verb's own file is ``cli/VERB.py`` with a command called ``command``."""
 _READER_GONE = 128 + signal.SIGPIPE
 
 
@@ -56,6 +40,8 @@ class _Verbs(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         if args[0] not in VERBS and not ctx.resilient_parsing and args[0] not in _brought():
+            from difflib import get_close_matches
+
             near = get_close_matches(args[0].lower(), [*VERBS, *_brought()], n=1)
             meant = f"; did you mean '{near[0]}'?" if near else ""
             raise click.UsageError(f"no such command '{printable(args[0])}'{meant}", ctx)
@@ -68,31 +54,11 @@ class _Verbs(click.Group):
 
 def _brought() -> Mapping[str, CommandRecord]:
     """The verbs that plugins bring. Without any plugin installed nothing is imported to find that out."""
-    if not any(map(_has_plugins, dict.fromkeys(sys.path))):
+    if not plugins_at_hand():
         return {}
     from embedsurgery.registry import registry
 
     return {name: record for name, record in registry().commands.items() if name not in VERBS}
-
-
-def _has_plugins(folder: str) -> bool:
-    """Whether a package in a folder of the path may name our group of entry points.
-
-    importlib.metadata would know for sure, and takes as long to ask as all else that a list of verbs takes.
-    """
-    try:
-        with os.scandir(folder or ".") as entries:
-            found = [entry.path for entry in entries if entry.name.endswith((".dist-info", ".egg-info"))]
-    except OSError:
-        return Path(folder).is_file()  # a zip file of packages
-    for path in found:
-        try:
-            with open(os.path.join(path, "entry_points.txt"), "rb") as file:
-                if b"[embedsurgery]" in file.read():
-                    return True
-        except OSError:  # most have none
-            continue
-    return False
 
 
 def _loaded(record: CommandRecord) -> click.Command:

@@ -12,12 +12,11 @@ import click
 from embedsurgery.cli.combining import combine_options, weighted
 from embedsurgery.cli.options import push_options
 from embedsurgery.cli.placing import place_options, placed
-from embedsurgery.cli.push import print_push
 from embedsurgery.cli.render import copying, json_option, print_json, size
 
 if TYPE_CHECKING:
     from embedsurgery.combining import Conflict
-    from embedsurgery.offline import MergeReport
+    from embedsurgery.offline.report import MergeReport
     from embedsurgery.surgeries.soft_prompt_bake_config import BakeConfig
 
 FRONTS = ("all", "text", "chat", "none")
@@ -103,12 +102,13 @@ def command(
         if output is not None or in_place or hardlink or dry_run or hashes:
             raise click.UsageError("--push goes with none of -o, --in-place, --hardlink, --dry-run and --hash")
         from embedsurgery import hub
+        from embedsurgery.cli.push import print_push
 
         pushed = hub.push_merged(str(base), asked, repo, bake=bake, on_conflict=on_conflict, allow_nan=allow_nan,
                                  **options)  # fmt: skip
         print_push(pushed, as_json)
         return
-    from embedsurgery.offline import merge_checkpoint
+    from embedsurgery.offline.merging import merge_checkpoint
 
     where = placed(output=output, in_place=in_place, hardlink=hardlink, dry_run=dry_run)
     with copying("copying") as progress:

@@ -6,7 +6,6 @@ Standard output is a program's input, so under ``--json`` it is kept for one doc
 from __future__ import annotations
 
 import atexit
-import ctypes
 import fcntl
 import json
 import os
@@ -22,7 +21,7 @@ import click
 from embedsurgery.errors import printable
 
 if TYPE_CHECKING:
-    from embedsurgery.offline import Progress
+    from embedsurgery.offline.report import Progress
 
 _json_stdout: ContextVar[TextIO | None] = ContextVar("_json_stdout")
 """Where `print_json` prints while everything else that is printed goes to standard error."""
@@ -75,6 +74,8 @@ def _turned_to_stderr(stdout: TextIO) -> Iterator[TextIO]:
             yield document
     finally:
         stdout.flush()
+        import ctypes
+
         ctypes.CDLL(None).fflush(None)  # C keeps a buffer of its own
         os.dup2(kept, 1)
         os.close(kept)

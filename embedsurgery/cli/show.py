@@ -98,8 +98,8 @@ def show(adapter: Path, model: Path | None) -> dict[str, Any]:
         BaseMismatchError: The model is not the adapter's base.
     """
     from embedsurgery import hub
-    from embedsurgery.api import load
     from embedsurgery.locate import locate
+    from embedsurgery.reading import load
 
     loaded = load(adapter)
     with hub.store(model) if model is not None else nullcontext() as store:

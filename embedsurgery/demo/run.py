@@ -30,7 +30,8 @@ from embedsurgery.demo.report import (
 )
 from embedsurgery.errors import CheckpointError, UnsupportedError
 from embedsurgery.live import attach
-from embedsurgery.offline import merge_checkpoint, unmerge_checkpoint
+from embedsurgery.offline.merging import merge_checkpoint
+from embedsurgery.offline.unmerging import unmerge_checkpoint
 from embedsurgery.surgeries.trainable_tokens_config import TrainableTokensConfig
 from embedsurgery.verify import verify_checkpoint
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from embedsurgery.adapter import CONFIG_NAME, METADATA_KEY, WEIGHTS_NAME, Adapter
-from embedsurgery.api import load
 from embedsurgery.durable import refuse_existing, staged_directory, sync_path
 from embedsurgery.errors import AdapterError, UnknownSurgeryError
 from embedsurgery.hub.client import Client, RemoteFile, Snapshot
@@ -23,6 +22,7 @@ from embedsurgery.hub.ids import SOURCE, HubId
 from embedsurgery.hub.tokens import Token
 from embedsurgery.jsonfile import read_json
 from embedsurgery.raw import EDITABLE
+from embedsurgery.reading import load
 from embedsurgery.registry import registry
 from embedsurgery.safetensors_file import Header
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from urllib.parse import quote, unquote
 
 from embedsurgery.adapter import WEIGHTS_NAME
-from embedsurgery.api import load
 from embedsurgery.errors import AttachmentError
+from embedsurgery.reading import load
 from embedsurgery.runtime.attach import Attachment
 
 DIRECTORY = "embedsurgery"

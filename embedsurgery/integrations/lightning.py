@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from embedsurgery.adapter import Adapter
-from embedsurgery.api import load
 from embedsurgery.errors import AttachmentError, EmbedSurgeryWarning
+from embedsurgery.reading import load
 from embedsurgery.runtime.attach import Attachment
 
 KEY = "embedsurgery"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import warnings
 from collections.abc import Iterator
@@ -25,7 +24,6 @@ from embedsurgery.registry import registry
 from embedsurgery.stores.base import Store, apply
 from embedsurgery.stores.footprint import footprint
 from embedsurgery.stores.shards import ShardStore
-from embedsurgery.tokenizer_files import check_front
 
 
 @dataclass(frozen=True)
@@ -178,7 +176,13 @@ def _do(jobs: list[Job], directory: Path, spill: Path, journal: Journal | None) 
 def _try_front(directory: Path, plan: Plan) -> None:
     """See that text gets what is put before it, where the library that encodes is there."""
     fronts = [edit.front for edit in plan.edits if isinstance(edit, AddTokens) and edit.front is not None]
-    for front in fronts if importlib.util.find_spec("tokenizers") is not None else ():
+    if not fronts:
+        return
+    from importlib.util import find_spec
+
+    from embedsurgery.tokenizer_files import check_front
+
+    for front in fronts if find_spec("tokenizers") is not None else ():
         check_front(directory, front)
 
 

@@ -7,7 +7,6 @@ the undo. What a store is, is ``store.py``'s.
 from __future__ import annotations
 
 import contextlib
-import tempfile
 import weakref
 from pathlib import Path
 
@@ -99,6 +98,8 @@ def _save(edit: Edit, store: Store, spill: Path | None) -> tuple[Edit, ...]:
 
 def _spill(store: Store, table: Table, directory: Path | None) -> Blocks:
     """Copy a whole table into a file, block by block; a file of our own choosing goes when the blocks go."""
+    import tempfile
+
     name = store.copies(table)[0]
     chunks = (store.read_block(name, a, b).data for a, b in spans(table.shape[0], _pitch(table)))
     folder = Path(tempfile.mkdtemp(prefix="embedsurgery-undo-", dir=directory))

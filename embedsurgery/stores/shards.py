@@ -1,7 +1,7 @@
 """Tables in the safetensors files of a checkpoint: rows are read and written where they lie, growing makes files anew.
 
 Rows go straight into the files of the directory that it is opened on, so the caller opens it on a staged copy, or has
-a journal written first.
+a journal written first. What makes files anew is imported where it is done, which is seldom.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from embedsurgery.checkpoint import Checkpoint, open_checkpoint
 from embedsurgery.durable import replace_files
@@ -23,11 +22,14 @@ from embedsurgery.names import ARCHITECTURES, Layout, walk_names
 from embedsurgery.plan import AddTokens, Edit, Grow, PatchFile, Suppress, Untie, spans
 from embedsurgery.raw import ITEMSIZE, RawArray
 from embedsurgery.safetensors_file import Entry, open_regular, pread_exactly, pwrite_exactly, read_tensor
-from embedsurgery.stores.generation_files import suppression
-from embedsurgery.stores.grown_files import Piece, pieces, write_pieces
-from embedsurgery.stores.grown_shards import Growth
 from embedsurgery.stores.store import Store
-from embedsurgery.stores.untied_shards import Untying
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from embedsurgery.stores.grown_files import Piece
+    from embedsurgery.stores.grown_shards import Growth
+    from embedsurgery.stores.untied_shards import Untying
 
 
 class ShardStore(Store):
@@ -125,6 +127,8 @@ class ShardStore(Store):
     def read_rows(self, name: str, indices: tuple[int, ...]) -> RawArray:
         entry = self.checkpoint.entry(name)
         if name in self._transposed:
+            import numpy as np
+
             with self._file(name) as file:
                 lines = (_line(file, entry, d)[np.asarray(indices, dtype=np.int64)] for d in range(entry.shape[0]))
                 rows = np.ascontiguousarray(np.stack(list(lines), axis=1))
@@ -165,6 +169,8 @@ class ShardStore(Store):
         size = ITEMSIZE[entry.dtype]
         with self._file(name, os.O_RDWR) as file:
             if name in self._transposed:
+                import numpy as np
+
                 for d in range(entry.shape[0]):
                     line = _line(file, entry, d).copy()
                     line[np.asarray(indices, dtype=np.int64)] = rows.bits[:, d]
@@ -177,6 +183,8 @@ class ShardStore(Store):
     def read_block(self, name: str, start: int, stop: int) -> RawArray:
         entry = self.checkpoint.entry(name)
         if name in self._transposed:
+            import numpy as np
+
             with self._file(name) as file:
                 lines = [_line(file, entry, d, start, stop) for d in range(entry.shape[0])]
             rows = np.ascontiguousarray(np.stack(lines, axis=1))
@@ -202,6 +210,8 @@ class ShardStore(Store):
         growth.small_files({})
 
     def _growth(self, vocabulary: Vocabulary, count: int) -> Growth:
+        from embedsurgery.stores.grown_shards import Growth
+
         return Growth(self.checkpoint, self.graph, vocabulary, count)
 
     def weight_files(self) -> Collection[str]:
@@ -215,6 +225,8 @@ class ShardStore(Store):
 
     def grow(self, edit: Grow) -> None:
         """Make the weight files that hold the vocabulary anew beside the old ones, and rename them over those."""
+        from embedsurgery.stores.grown_files import pieces
+
         vocabulary, directory = self.vocabulary(edit), self.checkpoint.directory
         growth = self._growth(vocabulary, edit.count)
         resized = growth.resized(edit)
@@ -227,6 +239,8 @@ class ShardStore(Store):
 
     def _make(self, anew: Mapping[str, tuple[bytes, Iterable[Piece]]], small: Mapping[str, bytes]) -> None:
         """Make weight files, each of a header and pieces of the old one, and small files anew: all or nothing."""
+        from embedsurgery.stores.grown_files import write_pieces
+
         directory = self.checkpoint.directory
         staged: dict[Path, Path] = {}
         try:
@@ -250,6 +264,8 @@ class ShardStore(Store):
         return (untying.file,), not untying.in_place
 
     def _untying(self, edit: Untie) -> Untying:
+        from embedsurgery.stores.untied_shards import Untying
+
         return Untying(self.checkpoint, self.graph.table(edit.table), edit)
 
     def untie_saved(self, edit: Untie) -> Mapping[str, bytes]:
@@ -273,6 +289,8 @@ class ShardStore(Store):
     def expand(self, edit: AddTokens | Suppress) -> tuple[Edit, ...]:
         """Patches of the tokenizer's files, or of the generation config."""
         if isinstance(edit, Suppress):
+            from embedsurgery.stores.generation_files import suppression
+
             return suppression(self.checkpoint, edit)
         from embedsurgery.tokenizer_files import token_patches
 

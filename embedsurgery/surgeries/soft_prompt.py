@@ -2,7 +2,8 @@
 
 Lester et al. 2021, https://arxiv.org/abs/2104.08691; the files are those of PEFT's prompt tuning,
 https://huggingface.co/docs/peft/package_reference/prompt_tuning. How a prompt comes before an input is
-``runtime/prompts.py``'s.
+``runtime/prompts.py``'s. What starting, baking and describing one takes is imported when it is done: every merge looks
+at this file, few are of a prompt.
 """
 
 from __future__ import annotations
@@ -19,13 +20,9 @@ from embedsurgery.graph import Table
 from embedsurgery.plan import Plan
 from embedsurgery.stores.base import Store, rows_of
 from embedsurgery.surgeries.base import Base, Ground, RowOverride, Surgery
-from embedsurgery.surgeries.soft_prompt_baking import plan_prompt
 from embedsurgery.surgeries.soft_prompt_config import NAME, SUBMODULES, TENSOR, SoftPromptConfig, submodules_of
 from embedsurgery.surgeries.soft_prompt_files import NO_ROWS, P_TUNING, from_files, from_peft, heads_for, to_peft
 from embedsurgery.surgeries.soft_prompt_files import PEFT_TYPE as PROMPT_TUNING
-from embedsurgery.surgeries.soft_prompt_init import first_rows
-from embedsurgery.surgeries.soft_prompt_reading import card_lines
-from embedsurgery.surgeries.whole_tables import sampled_rows
 
 __all__ = ["NO_ROWS", "PROMPT_TUNING", "P_TUNING", "PromptOverride", "SoftPrompt", "SoftPromptConfig"]
 
@@ -68,6 +65,9 @@ class SoftPrompt(Surgery):
             UnsupportedError: A table whose rows are no plain numbers; a submodule that reads no tokens.
             ConfigError: No tokenizer for a text, or a text without tokens.
         """
+        from embedsurgery.surgeries.soft_prompt_init import first_rows
+        from embedsurgery.surgeries.whole_tables import sampled_rows
+
         table = store.graph.main_input()
         store.check_editable(table)
         names = _chosen(config, base)
@@ -103,14 +103,20 @@ class SoftPrompt(Surgery):
 
     def bake(self, adapter: Adapter, ground: Ground) -> Plan:
         """Tokens for the virtual tokens, with rows in every table of the vocabulary."""
+        from embedsurgery.surgeries.soft_prompt_baking import plan_prompt
+
         return plan_prompt(adapter, ground)
 
     def card_lines(self, adapter: Adapter) -> list[str]:
         """What a model card says of the virtual tokens."""
+        from embedsurgery.surgeries.soft_prompt_reading import card_lines
+
         return card_lines(adapter, None)
 
     def card_lines_beside(self, adapter: Adapter, base: Path) -> list[str]:
         """As `card_lines`, with the nearest words of a base that is at hand."""
+        from embedsurgery.surgeries.soft_prompt_reading import card_lines
+
         return card_lines(adapter, base)
 
     def to_peft(self, adapter: Adapter) -> PeftFiles:
