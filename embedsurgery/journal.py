@@ -63,10 +63,12 @@ class Journal:
         """
         self._number += 1
         edits: list[Edit] = []
+        keeps = False
         for count, path in enumerate(sorted(set(files) - self._replaced)):
             if os.path.lexists(self.directory / path):
                 kept = f"{self._number:04d}-{count}.kept"
                 second_name(self.directory / path, self.folder / kept)
+                keeps = True
                 edits.append(PutFile(path, kept, FileState.of(self.directory / path)))
             else:
                 edits.append(PatchFile(path, after=None, before=None))
@@ -78,17 +80,20 @@ class Journal:
         if edits:
             part = self.folder / f"{self._number:04d}.part"
             Plan(tuple(edits), self._facts).save(part)
-            sync_path(self.folder)  # the kept names, before the part that relies on them counts
+            if keeps:
+                sync_path(self.folder)  # the kept names, before the part that relies on them counts
             os.rename(part, part.with_suffix(".safetensors"))
             sync_path(self.folder)
         self._replaced.update(files)
 
     def commit(self) -> None:
-        """Let the change stand: all that was touched is made to last, and then the journal counts no more."""
-        touched = {self.directory / path for path in (*self._replaced, *self._ranges)}
-        for folder in sorted({parent for path in touched for parent in path.parents if parent.is_dir()}):
-            if folder == self.directory or self.directory in folder.parents:
-                sync_path(folder)
+        """Let the change stand: all names that came or went are made to last, and then the journal counts no more.
+
+        What was written into files is synced by whoever wrote it.
+        """
+        folders = {(self.directory / path).parent for path in self._replaced} | {self.directory / STATE_DIRECTORY}
+        for folder in sorted(folder for folder in folders if folder.is_dir()):
+            sync_path(folder)
         _discount(self.directory)
 
 

@@ -105,15 +105,17 @@ def warn_of_readers(directory: Path, files: Collection[str]) -> None:
 def mapped_by(files: Collection[Path]) -> list[str]:
     """The other processes that have one of the files mapped, as "PID (name)"; of other users' that cannot be seen."""
     wanted = {(os.major(s.st_dev), os.minor(s.st_dev), s.st_ino) for s in map(os.stat, files)}
+    inodes = [b" %d " % inode for _, _, inode in wanted]
     found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        if process.name == str(os.getpid()):
+    for process in os.listdir("/proc") if os.path.isdir("/proc") else ():
+        if not process.isdecimal() or process == str(os.getpid()):
             continue
         try:
-            with open(process / "maps", "rb") as lines:
-                if any(_mapped(line) in wanted for line in lines):
-                    name = (process / "comm").read_bytes().decode(errors="replace").strip()
-                    found.append(f"{process.name} ({name})")
+            with open(f"/proc/{process}/maps", "rb", buffering=0) as file:
+                maps = file.readall()
+            if any(inode in maps for inode in inodes) and any(_mapped(line) in wanted for line in maps.splitlines()):
+                with open(f"/proc/{process}/comm", "rb") as file:
+                    found.append(f"{process} ({file.read().decode(errors='replace').strip()})")
         except OSError:  # gone meanwhile, or another user's
             continue
     return sorted(found)

@@ -18,7 +18,7 @@ from embedsurgery.locking import DONE, JOURNAL, locked, refuse_unfinished
 from embedsurgery.offline.in_place import changing, refuse_in_place, warn_of_readers
 from embedsurgery.offline.jobs import Job, check_jobs, rewritten, weights, whole_plan
 from embedsurgery.offline.report import MergeReport, Progress, report_of
-from embedsurgery.plan import AddTokens, Plan, SetRows, Untie
+from embedsurgery.plan import AddTokens, Plan, SetBlocks, SetEntries, SetRows, Untie
 from embedsurgery.records import next_record
 from embedsurgery.registry import registry
 from embedsurgery.stores.base import Store, apply
@@ -124,7 +124,7 @@ def _write_in_place(jobs: list[Job], store: Store, place: Place) -> MergeReport:
     if first.ranges:
         warn_of_readers(place.source, list(first.ranges))
     with changing(place.source, whole.describe()) as journal:
-        _do(jobs, place.source, journal.folder, journal)
+        _do(jobs, store.within(journal.folder), journal.folder, journal)
     return replace(report, done=True)
 
 
@@ -140,17 +140,16 @@ def _write_anew(jobs: list[Job], store: Store, place: Place) -> MergeReport:
         shared = [file for file in store.weight_files() if file not in touched] if place.hardlink else []
         _copy(place, staging, tree, anew, shared)
         with writable(staging, [file for file in touched if file not in anew]):
-            _do(jobs, staging, staging.parent, None)
+            _do(jobs, opened(staging), staging.parent, None)
         clean(staging)
     return replace(report, done=True)
 
 
-def _do(jobs: list[Job], directory: Path, spill: Path, journal: Journal | None) -> None:
-    """Do jobs to a directory, that of a copy or the checkpoint itself."""
-    work = None if journal is None else journal.folder
+def _do(jobs: list[Job], store: Store, spill: Path, journal: Journal | None) -> None:
+    """Do jobs to a store as it is opened, over a copy or the checkpoint itself."""
+    directory, work = Path(store.name), None if journal is None else journal.folder
     made: set[str] = set()
     for number, job in enumerate(jobs):
-        store = opened(directory, work)
         if number and job.before is not None:
             job.before(store)
         record = next_record(directory).relative_to(directory).as_posix() if job.facts is not None else None
@@ -161,7 +160,7 @@ def _do(jobs: list[Job], directory: Path, spill: Path, journal: Journal | None) 
             journal.protect(touched.ranges, touched.files)
             made |= touched.files
         undo = apply(job.plan, store, spill=spill)
-        after = opened(directory, work)
+        after = _seen_again(job.plan, store, work)
         if record is not None and job.facts is not None:
             _refuse_new_ties(store, after, undo)
             (directory / record).parent.mkdir(parents=True, exist_ok=True)
@@ -171,6 +170,13 @@ def _do(jobs: list[Job], directory: Path, spill: Path, journal: Journal | None) 
             (directory / path).unlink(missing_ok=True)
         for path, data in job.writes.items():
             _write_small(directory / path, data)
+        store = after
+
+
+def _seen_again(plan: Plan, store: Store, work: Path | None) -> Store:
+    """The store after a plan is done; where that wrote rows and no file anew, headers and config need no second look."""
+    rows = all(isinstance(edit, (SetRows, SetBlocks, SetEntries)) for edit in plan.edits)
+    return store.again() if rows and isinstance(store, ShardStore) else opened(Path(store.name), work)
 
 
 def _try_front(directory: Path, plan: Plan) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy as copied
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,6 +59,7 @@ class ShardStore(Store):
         planned on here may be written elsewhere."""
         self.name = str(checkpoint.directory)
         self._architectures = architectures
+        self._written: set[str] = set()
         self._see(checkpoint)
 
     def _see(self, checkpoint: Checkpoint) -> None:
@@ -85,6 +87,16 @@ class ShardStore(Store):
         """
         return cls(open_checkpoint(directory, unfinished=work is not None), work, architectures=architectures)
 
+    def within(self, work: Path) -> ShardStore:
+        """The same checkpoint, which nobody has changed since it was opened, by one who makes files in ``work``."""
+        other = copied(self)
+        other.work, other.refuse_links, other._written = work, False, set()
+        return other
+
+    def again(self) -> ShardStore:
+        """The checkpoint after rows were written: its headers are what they were, and which tables are equal may not."""
+        return ShardStore(self.checkpoint, self.work, architectures=self._architectures)
+
     def copies(self, table: Table) -> tuple[str, ...]:
         return tuple(name for name, _ in table.files)
 
@@ -109,6 +121,8 @@ class ShardStore(Store):
 
     @contextmanager
     def _file(self, name: str, flags: int = os.O_RDONLY) -> Iterator[int]:
+        if flags != os.O_RDONLY:
+            self._written.add(self.checkpoint.location[name])
         with open_regular(self.checkpoint.path(name), flags) as descriptor:
             if flags != os.O_RDONLY and self.refuse_links:
                 _refuse_links(self.checkpoint.path(name), os.fstat(descriptor).st_nlink)
@@ -345,12 +359,10 @@ class ShardStore(Store):
         return staged
 
     def sync(self) -> None:
-        vectors = [name for vocabulary in self.graph.vocabularies for name in vocabulary.vectors]
-        files = [file for table in self.graph.tables for _, file in table.files]
-        files += [file for name in vectors for file in self.vector_files(name)]
-        for file in dict.fromkeys(files):
+        for file in sorted(self._written):
             with open_regular(self.checkpoint.directory / file) as descriptor:
                 os.fsync(descriptor)
+        self._written.clear()
 
 
 def _refuse_links(path: Path, links: int) -> None:

@@ -57,13 +57,16 @@ def test_in_place(name: str, tmp_path: Path) -> None:
     last = max(place for place, call in enumerate(found) if call.startswith("pwrite64"))
     assert last < commit
     assert synced(found, shard, last, commit)
-    assert synced(found, "base", last, commit)
+    changed = [place for place, call in enumerate(found[:commit]) if call.startswith(("rename base/", "unlink base/"))]
+    for place in changed:  # whatever name came or went, its directory is synced before the commit
+        assert synced(found, found[place].split()[1].rpartition("/")[0], place, commit)
     removed = first(found, "unlink", commit)
     assert synced(found, state, commit, removed)
     if name != "unmerge in place":
         record = first(found, f"openat {state}/merges/0001.safetensors")
         assert synced(found, f"{state}/merges/0001.safetensors", record, commit)
         assert synced(found, f"{state}/merges", record, commit)
+        assert synced(found, state, record, commit)  # which has got that directory
     for place, call in enumerate(found):  # what is renamed over a file is synced before, and its directory after
         if call.startswith("rename base/") and ".embedsurgery" not in call:
             assert synced(found, "base", place, commit)
