@@ -27,8 +27,9 @@ from embedsurgery.safetensors_file import Entry, open_regular, pread_exactly, re
 from embedsurgery.stores.base import rows_of
 from embedsurgery.stores.shards import ShardStore
 from embedsurgery.surgeries.trainable_tokens_files import OTHERS
-from embedsurgery.tokenizer_files import added_tokens, token_texts, vocabulary
+from embedsurgery.tokenizer_files import added_tokens, vocabulary
 from embedsurgery.tokenizer_json import flags
+from embedsurgery.tokenizer_reading import token_texts
 from embedsurgery.vocabulary import NewTokens, entries_name, evidence, filler_name
 from embedsurgery.wrappers import plain_name
 

@@ -135,7 +135,7 @@ def change_tokens(tokenizer: Any, edit: AddTokens) -> None:
     new = _rebuilt(old, content, body)
     if not edit.remove:
         with _unpadded(old):
-            check_encodings(tokens, content, encoder(old), encoder(new))
+            check_encodings(tokens, content, lambda: encoder(old), lambda: encoder(new))
     _set(new, old.truncation, old.padding, old.encode_special_tokens)
     tokenizer._tokenizer = new
     listed[:] = relist

@@ -76,7 +76,7 @@ def _add(tokenizer: Any, content: TokenizerJson, edit: AddTokens) -> None:
                 raise ConfigError("the tokenizer takes this text for another, or gives it another id",
                                   where=f"{content.where}: {token.content!r}", expected=token.id, found=found,
                                   hint="write it as the tokenizer normalises it, or make it special")  # fmt: skip
-        check_encodings(tokens, content, was.__getitem__, encode)
+        check_encodings(tokens, content, lambda: was.__getitem__, lambda: encode)
     except BaseException:
         _restore(tokenizer, saved, known)
         raise

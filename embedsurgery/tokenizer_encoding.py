@@ -60,31 +60,37 @@ def encoder(tokenizer: Any) -> Encode:
     return encode
 
 
-def check_encodings(tokens: Collection[Token], content: TokenizerJson, before: Encode, after: Encode) -> None:
+def check_encodings(
+    tokens: Collection[Token], content: TokenizerJson, before: Callable[[], Encode], after: Callable[[], Encode]
+) -> None:
     """Refuse tokens that text does not reach, by really encoding.
 
     Args:
         tokens: What was added.
         content: The tokenizer's content from before.
-        before: How it encoded then; asked for the texts of these tokens, and of those that are there.
-        after: How it encodes now.
+        before: Gives how it encoded then: asked for the texts of these tokens, and of those that are there, and let go.
+        after: Gives how it encodes now. Only one of the two is in memory at a time.
 
     Raises:
         ConfigError: A text that was one token already, under another id, or that is not its one id now; an added
             token that is there, and that its text would not become any more.
     """
-    for token in tokens:
-        if is_reserved(token.content):
-            continue  # a name that is given back: what it encodes to is not ours to judge
-        was = before(token.content)
-        if len(was) == 1 and was[0] not in (content.unknown, token.id) and not _says_less(was[0], token, content):
+    tried = [token for token in tokens if not is_reserved(token.content)]  # the others' names are given back
+    texts = [entry["content"] for entry in content.added if entry["content"]]
+    encode = before()
+    was = {text: encode(text) for text in dict.fromkeys((*(token.content for token in tried), *texts))}
+    del encode  # and with it a tokenizer, which takes more memory than all else here
+    encode = after()
+    for token in tried:
+        found = was[token.content]
+        if len(found) == 1 and found[0] not in (content.unknown, token.id) and not _says_less(found[0], token, content):
             raise ConfigError("the tokenizer makes one token of this text already", where=repr(token.content),
-                              found=f"{was[0]} {content.texts.get(was[0])!r}",
-                              hint=f"train that one, token_indices=[{was[0]}], or add another text")  # fmt: skip
-        check_found(token, after)
-    for entry in content.added:
-        index, text = content.ids.get(entry["content"]), entry["content"]
-        if text and (found := after(text)) != [index] and before(text) == [index] and not _replaced(index, tokens):
+                              found=f"{found[0]} {content.texts.get(found[0])!r}",
+                              hint=f"train that one, token_indices=[{found[0]}], or add another text")  # fmt: skip
+        check_found(token, encode)
+    for text in texts:
+        index = content.ids.get(text)
+        if was[text] == [index] and (found := encode(text)) != [index] and not _replaced(index, tokens):
             raise ConfigError("a new token would break one that is there", where=repr(text),
                               expected=f"its text to stay the one id {index}", found=found,
                               hint="choose a text that is no part of it, or make both special, or neither")  # fmt: skip

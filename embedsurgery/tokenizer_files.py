@@ -1,6 +1,7 @@
-"""A checkpoint's tokenizer files: what they say, and the bytes that they become when tokens come or go.
+"""The bytes that a checkpoint's tokenizer files become when tokens come or go.
 
-Responsible for which file must change and for what stays as it was. transformers reads these (5.23,
+Responsible for which file must change and for what stays as it was; what the files say is ``tokenizer_reading.py``'s.
+transformers reads these (5.23,
 ``PreTrainedTokenizerBase._from_pretrained``): ``tokenizer.json``; ``added_tokens_decoder`` of
 ``tokenizer_config.json`` where that is there, instead of the ``added_tokens`` of ``tokenizer.json``; otherwise
 ``special_tokens_map.json`` and ``added_tokens.json`` too. ``vocab.txt``, ``vocab.json``, ``merges.txt`` and
@@ -10,13 +11,13 @@ Responsible for which file must change and for what stays as it was. transformer
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from embedsurgery.errors import CheckpointError, EmbedSurgeryError, PlanError, UnsupportedError
+from embedsurgery.errors import PlanError, UnsupportedError
 from embedsurgery.jsonfile import parse_json, read_json, read_small
 from embedsurgery.jsonsplice import respell
 from embedsurgery.plan import Front, PatchFile, Token
@@ -26,38 +27,12 @@ from embedsurgery.tokenizer_edit import change, unsettled
 from embedsurgery.tokenizer_encoding import Encode, backend, check_encodings, encoder
 from embedsurgery.tokenizer_front import put_first, put_first_in_chat, refuse_held
 from embedsurgery.tokenizer_json import TokenizerJson
-from embedsurgery.tokenizer_json import is_reserved as is_reserved
+from embedsurgery.tokenizer_reading import ADDED, CONFIG, SPECIAL, TOKENIZER, read_tokenizer
 
 if TYPE_CHECKING:
     from embedsurgery.new_tokens import KnownTokens
 
-TOKENIZER = "tokenizer.json"
-CONFIG = "tokenizer_config.json"
-SPECIAL = "special_tokens_map.json"
-ADDED = "added_tokens.json"
 TEMPLATES = ("chat_template.jinja", "chat_template.json")
-
-_OTHERS = ("tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model",
-           "tekken.json", "tiktoken.model", "bpe.codes", CONFIG, SPECIAL, ADDED)  # fmt: skip
-"""What a slow tokenizer, or one of another library, may consist of."""
-
-
-def token_texts(directory: Path) -> dict[int, str] | None:
-    """Id -> text of every token in ``tokenizer.json``, added ones included; None without that file.
-
-    Raises:
-        CheckpointError: The file is no JSON object.
-    """
-    path = directory / TOKENIZER
-    if not path.exists():
-        return None
-    return dict(_tokens(read_json(path)))
-
-
-def highest_token_id(directory: Path) -> int | None:
-    """The highest id that the tokenizer can give, None where ``tokenizer.json`` does not say."""
-    texts = token_texts(directory)
-    return max(texts) if texts else None
 
 
 def vocabulary(directory: Path) -> TokenizerJson:
@@ -67,7 +42,7 @@ def vocabulary(directory: Path) -> TokenizerJson:
         CheckpointError: There is no tokenizer, or its file cannot be read.
         UnsupportedError: There are only files of a slow tokenizer.
     """
-    return _read(directory)[1]
+    return read_tokenizer(directory)[1]
 
 
 def replaceable(directory: Path) -> tuple[int, ...]:
@@ -104,7 +79,7 @@ def known_tokens(directory: Path) -> KnownTokens:
     """
     from embedsurgery.new_tokens import KnownTokens
 
-    data, content = _read(directory)
+    data, content = read_tokenizer(directory)
 
     @cache
     def load() -> Encode:
@@ -122,7 +97,7 @@ def encode(directory: Path, text: str) -> list[int]:
         UnsupportedError: The library is not installed.
         CheckpointError: There is no tokenizer that it could load.
     """
-    data, content = _read(directory)
+    data, content = read_tokenizer(directory)
     return encoder(backend(data.decode(), content.where))(text)
 
 
@@ -133,11 +108,14 @@ def check_tokens(directory: Path, tokens: Sequence[Token]) -> None:
         ConfigError: A text that is one token already, or that would not become its one id.
         EmbedSurgeryError: As `token_patches`.
     """
-    data, content = _read(directory)
+    data, content = read_tokenizer(directory)
     missing = unsettled(content, tokens, remove=False)
-    after = respell(data, content.body, change(content, missing), directory / TOKENIZER)
-    old, new = (encoder(backend(text.decode(), content.where)) for text in (data, after))
-    check_encodings(missing, content, old, new)
+    after = _with_tokens(data, content, missing, remove=False)[1]
+    check_encodings(missing, content, *(partial(_encoder, text, content.where) for text in (data, after)))
+
+
+def _encoder(data: bytes, where: object) -> Encode:
+    return encoder(backend(data.decode(), where))
 
 
 def check_front(directory: Path, front: Front) -> None:
@@ -146,7 +124,7 @@ def check_front(directory: Path, front: Front) -> None:
     Raises:
         PlanError: A text does not get the tokens, or their own texts do not become them.
     """
-    data, content = _read(directory)
+    data, content = read_tokenizer(directory)
     inner = backend(data.decode(), content.where)
     ids, found = list(front.ids), list(inner.encode("a").ids)
     own = list(inner.encode(front.text, add_special_tokens=False).ids)
@@ -158,24 +136,6 @@ def check_front(directory: Path, front: Front) -> None:
 
 def _within(ids: list[int], found: list[int]) -> bool:
     return any(found[place : place + len(ids)] == ids for place in range(len(found)))
-
-
-def disagreements(directory: Path, rows: int, sizes: Iterable[int] = ()) -> tuple[str, ...]:
-    """In what the tokenizer's files, the config and the input table do not agree; empty where they do.
-
-    Args:
-        directory: The checkpoint.
-        rows: How many rows the table has.
-        sizes: The vocabulary sizes that ``config.json`` names.
-    """
-    said = tuple(dict.fromkeys(sizes))
-    found = []
-    if said and rows not in said:
-        found.append(f"the config says {' or '.join(map(str, said))}, the table has {rows} rows")
-    try:
-        return (*found, *_contradictions(directory, rows))
-    except EmbedSurgeryError as error:
-        return (*found, str(error))
 
 
 def token_patches(
@@ -199,11 +159,11 @@ def token_patches(
         ConfigError: A text that is empty or comes twice.
         PlanError: An id or a text that is taken, or that the tokenizer would not give; tokens at the front already.
     """
-    data, content = _read(directory)
+    data, content = read_tokenizer(directory)
     tokens = unsettled(content, tokens, remove)
     if not tokens and front is None:
         return ()
-    files = {TOKENIZER: _File(data, dict(content.body), change(content, tokens, remove))}
+    files = {TOKENIZER: _File(data, dict(content.body), *_with_tokens(data, content, tokens, remove))}
     beside = Beside(content, tokens, remove, {e["content"]: e for e in files[TOKENIZER].after["added_tokens"]})
     refuse_roles({}, _template_files(directory), tokens, remove, directory)
     for name, changed in ((CONFIG, beside.config), (SPECIAL, beside.config), (ADDED, beside.added_ids)):
@@ -218,15 +178,41 @@ def token_patches(
     return (*patches, *(PatchFile.change(name, *change) for name, change in texts.items()))
 
 
+def _with_tokens(
+    data: bytes, content: TokenizerJson, tokens: Sequence[Token], remove: bool
+) -> tuple[dict[str, Any], bytes]:
+    """What ``tokenizer.json`` says with tokens added or removed, and its bytes then; the last answer is kept."""
+    global _last
+    asked = (data, tuple(tokens), remove)
+    if _last is None or _last[0] != asked:
+        body = change(content, tokens, remove)
+        _last = (asked, body, respell(data, content.body, body, Path(str(content.where))))
+    return dict(_last[1]), _last[2]
+
+
+_last: tuple[tuple[bytes, tuple[Token, ...], bool], dict[str, Any], bytes] | None = None
+"""What `_with_tokens` was asked last, and what it said: one change is checked, tried, planned and done."""
+
+
 @dataclass
 class _File:
-    """A JSON file as it is, what it says, and what it is to say; None where it is not there."""
+    """A JSON file as it is, what it says, and what it is to say; None where it is not there.
+
+    Attributes:
+        data: Its bytes.
+        before: What they say.
+        after: What they are to say.
+        spelled: The bytes that say so, where they are known.
+    """
 
     data: bytes | None
     before: dict[str, Any]
     after: dict[str, Any]
+    spelled: bytes | None = None
 
     def new(self, path: Path) -> bytes:
+        if self.spelled is not None:
+            return self.spelled
         if self.data is None:
             return (json.dumps(self.after, indent=2, ensure_ascii=False) + "\n").encode()
         return respell(self.data, self.before, self.after, path)
@@ -249,6 +235,7 @@ def _put_first(
             read_json(directory / "config.json").get("model_type") if (directory / "config.json").exists() else None
         )
         processor = content.body.get("post_processor")
+        files[TOKENIZER].spelled = None
         files[TOKENIZER].after["post_processor"] = put_first(processor, front, directory / TOKENIZER)
         config.after = plain_config(config.after, special, content.given, model_type, directory)
     bos, texts = roles.get("bos_token"), {}
@@ -273,26 +260,6 @@ def _put_first(
     return texts
 
 
-def _read(directory: Path) -> tuple[bytes, TokenizerJson]:
-    """The bytes and the content of ``tokenizer.json``."""
-    path = directory / TOKENIZER
-    if not path.exists():
-        slow = [name for name in _OTHERS if (directory / name).exists()]
-        if not slow:
-            raise CheckpointError("no tokenizer beside the weights", where=directory, expected=TOKENIZER,
-                                  hint="put the model's tokenizer files there")  # fmt: skip
-        raise UnsupportedError("a tokenizer of the slow kind alone", where=directory, expected=TOKENIZER,
-                               found=", ".join(slow), hint="AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) "
-                               "writes one where the model has a fast tokenizer; es.add_tokens needs none")  # fmt: skip
-    config = directory / CONFIG
-    versions = read_json(config).get("fast_tokenizer_files") if config.exists() else None
-    if isinstance(versions, list) and any(name != TOKENIZER for name in versions):
-        raise UnsupportedError("several versions of tokenizer.json", where=config, found=", ".join(map(str, versions)),
-                               hint="save the tokenizer again with the transformers that you use")  # fmt: skip
-    data = read_small(path)
-    return data, TokenizerJson(parse_json(data, path), path)
-
-
 def _template_paths(directory: Path) -> list[Path]:
     """The files that hold chat templates."""
     named = [directory / name for name in TEMPLATES]
@@ -302,35 +269,3 @@ def _template_paths(directory: Path) -> list[Path]:
 
 def _template_files(directory: Path) -> list[str]:
     return [read_small(path).decode("utf-8", "replace") for path in _template_paths(directory)]
-
-
-def _contradictions(directory: Path, rows: int) -> Iterator[str]:
-    """What the tokenizer's files say against each other and against the table."""
-    content = vocabulary(directory)
-    highest = max(content.texts, default=-1)
-    if highest >= rows:
-        yield f"the tokenizer has ids up to {highest}, the table has {rows} rows"
-    config = read_json(directory / CONFIG) if (directory / CONFIG).exists() else {}
-    decoder = config.get("added_tokens_decoder")
-    listed = read_json(directory / ADDED) if (directory / ADDED).exists() else {}
-    said = [(ADDED, text, index) for text, index in listed.items()]
-    for index, entry in decoder.items() if isinstance(decoder, dict) else ():
-        said.append((CONFIG, str(entry.get("content") if isinstance(entry, dict) else entry), index))
-    for name, text, index in said:
-        if str(content.ids.get(text)) != str(index):
-            yield f"{name} says that {text!r} is {index}, {TOKENIZER} says {content.ids.get(text, 'nothing of it')}"
-
-
-def _tokens(body: dict[str, Any]) -> Iterator[tuple[int, str]]:
-    model = body.get("model")
-    vocab = model.get("vocab") if isinstance(model, dict) else None
-    if isinstance(vocab, dict):
-        yield from ((index, text) for text, index in vocab.items() if type(index) is int)
-    elif isinstance(vocab, list):  # Unigram: [[piece, score], ...]
-        for index, piece in enumerate(vocab):
-            if isinstance(piece, list) and piece and isinstance(piece[0], str):
-                yield index, piece[0]
-    added = body.get("added_tokens")
-    for token in added if isinstance(added, list) else ():
-        if isinstance(token, dict) and type(token.get("id")) is int and isinstance(token.get("content"), str):
-            yield token["id"], token["content"]

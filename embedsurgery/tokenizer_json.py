@@ -26,10 +26,18 @@ RESERVED = re.compile(
 )
 """Texts of tokens that model makers put aside for later."""
 
+_STARTS = ("[", "<", "m")
+"""How all of them begin, which is seen sooner."""
+
 
 def is_reserved(text: str) -> bool:
     """Whether a token stands for nothing yet and waits for a use: "[unused7]", "<|reserved_special_token_3|>"."""
     return RESERVED.fullmatch(text) is not None
+
+
+def reserved_ids(texts: Mapping[int, str]) -> tuple[int, ...]:
+    """The ids of reserved tokens, ascending."""
+    return tuple(sorted(index for index, text in texts.items() if text[:1] in _STARTS and is_reserved(text)))
 
 
 def flags(token: Token) -> dict[str, Any]:
@@ -134,7 +142,7 @@ class TokenizerJson:
     @property
     def reserved(self) -> tuple[int, ...]:
         """The ids of reserved tokens, ascending; whether one can be replaced, a change says."""
-        return tuple(sorted(index for text, index in self.ids.items() if is_reserved(text)))
+        return reserved_ids(self.texts)
 
     @property
     def unknown(self) -> int | None:
@@ -143,6 +151,14 @@ class TokenizerJson:
         if isinstance(model.get("unk_id"), int):
             return int(model["unk_id"])
         return self.ids.get(model["unk_token"]) if isinstance(model.get("unk_token"), str) else None
+
+    def at(self, where: object) -> TokenizerJson:
+        """The same content in another place, of which nothing is read again."""
+        if where == self.where:
+            return self
+        other = TokenizerJson(self.body, where)
+        vars(other).update({name: value for name, value in vars(self).items() if name != "where"})
+        return other
 
     def with_body(self, body: Mapping[str, Any]) -> TokenizerJson:
         """The same tokenizer with another content; what the two share is not read again."""

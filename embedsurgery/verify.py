@@ -31,7 +31,7 @@ from embedsurgery.stores.base import Store, rows_of
 from embedsurgery.stores.checks import digest
 from embedsurgery.stores.shards import ShardStore
 from embedsurgery.tie_flags import places
-from embedsurgery.tokenizer_files import highest_token_id
+from embedsurgery.tokenizer_reading import highest_token_id
 
 MORE_ROWS = ("mllama", "mllama_text_model", "cpmant", "moshi", "molmo2")
 """Model types whose input table has rows beyond ``vocab_size`` by design, for images or prompts."""

@@ -20,16 +20,14 @@ from embedsurgery.plan import PatchFile, Token
 from embedsurgery.tokenizer_files import (
     added_tokens,
     check_tokens,
-    disagreements,
     encode,
-    highest_token_id,
     known_tokens,
     replaceable,
     token_patches,
-    token_texts,
     vocabulary,
 )
 from embedsurgery.tokenizer_json import TokenizerJson, is_reserved
+from embedsurgery.tokenizer_reading import disagreements, highest_token_id, token_texts
 from tests.real_encoder import model_directory
 from tests.tokenizers import KINDS, files, loaded, older, saved
 

@@ -54,7 +54,7 @@ def inspect(model: Path) -> dict[str, Any]:
     from embedsurgery.names import vocabulary_sizes
     from embedsurgery.raw import ITEMSIZE
     from embedsurgery.reading import opened
-    from embedsurgery.tokenizer_files import disagreements, is_reserved, token_texts
+    from embedsurgery.tokenizer_reading import row_use
 
     graph, config = opened(model)
     tables = [
@@ -75,20 +75,11 @@ def inspect(model: Path) -> dict[str, Any]:
         {"name": v.name, "size": v.size, "tables": list(v.tables), "vectors": list(v.vectors)}
         for v in graph.vocabularies
     ]
-    texts = token_texts(model) if hub.find_id(model) is None else None
     rows = None
-    if texts is not None and graph.input is not None:
-        count = graph.table(graph.input).shape[0]
-        spare = [i for i in range(count) if i not in texts]
-        reserved = sorted(i for i, text in texts.items() if is_reserved(text))
-        used = len(texts) - len(reserved)
-        sizes = vocabulary_sizes(config)
-        rows = {
-            "used": used,
-            "reserved": reserved,
-            "spare": spare,
-            "disagreements": list(disagreements(model, count, sizes)),
-        }
+    if hub.find_id(model) is None and graph.input is not None:
+        use = row_use(model, graph.table(graph.input).shape[0], vocabulary_sizes(config))
+        rows = use and {"used": use.used, "reserved": list(use.reserved), "spare": list(use.spare),
+                        "disagreements": list(use.disagreements)}  # fmt: skip
     return {
         "model": str(model),
         "input": graph.input,

@@ -174,7 +174,7 @@ def _do(jobs: list[Job], store: Store, spill: Path, journal: Journal | None) -> 
 
 
 def _seen_again(plan: Plan, store: Store, work: Path | None) -> Store:
-    """The store after a plan is done; where that wrote rows and no file anew, headers and config need no second look."""
+    """The store after a plan is done; where that wrote rows and nothing else, headers need no second look."""
     rows = all(isinstance(edit, (SetRows, SetBlocks, SetEntries)) for edit in plan.edits)
     return store.again() if rows and isinstance(store, ShardStore) else opened(Path(store.name), work)
 

@@ -94,7 +94,7 @@ class ShardStore(Store):
         return other
 
     def again(self) -> ShardStore:
-        """The checkpoint after rows were written: its headers are what they were, and which tables are equal may not."""
+        """The checkpoint after rows were written: its headers are as they were, and which tables are equal is not."""
         return ShardStore(self.checkpoint, self.work, architectures=self._architectures)
 
     def copies(self, table: Table) -> tuple[str, ...]:

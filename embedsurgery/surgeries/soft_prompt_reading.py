@@ -22,7 +22,7 @@ from embedsurgery.raw import ITEMSIZE
 from embedsurgery.stores.shards import ShardStore
 from embedsurgery.stores.store import Store
 from embedsurgery.surgeries.soft_prompt_config import prompts_of
-from embedsurgery.tokenizer_files import token_texts
+from embedsurgery.tokenizer_reading import token_texts
 
 _CHUNK = 4096
 """Rows of the table that are looked at together."""
