@@ -8,6 +8,7 @@ import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,8 @@ from embedsurgery.raw import RawArray
 from embedsurgery.safetensors_file import TensorSource, write_file
 from embedsurgery.stores.shards import ShardStore
 from embedsurgery.surgeries.base import Base
+from embedsurgery.surgeries.soft_prompt import SoftPrompt
+from embedsurgery.surgeries.soft_prompt_config import TENSOR
 from embedsurgery.surgeries.trainable_tokens import TrainableTokens
 from tests.faults.tracer import Fault, run
 
@@ -29,12 +32,13 @@ SHARDS = {"model-00001-of-00003.safetensors": {TABLE: (ROWS, WIDTH)},
           "model-00003-of-00003.safetensors": {HEAD: (ROWS, WIDTH), "model.norm.weight": (WIDTH,)}}  # fmt: skip
 
 
-def make(folder: Path, spare: int = 0) -> Path:
-    """A checkpoint in three shards, with a tokenizer that leaves rows spare."""
+def make(folder: Path, spare: int = 0, *, tied: bool = False) -> Path:
+    """A checkpoint in three shards, with a tokenizer that leaves rows spare; a tied one has no head of its own."""
     folder.mkdir()
     random = np.random.default_rng(0)
     where = {}
-    for file, tensors in SHARDS.items():
+    for file, named in SHARDS.items():
+        tensors = {name: shape for name, shape in named.items() if name != HEAD or not tied}
         sources = {}
         for name, shape in tensors.items():
             raw = RawArray.of(random.standard_normal(shape).astype(np.float32), "BF16")
@@ -46,7 +50,7 @@ def make(folder: Path, spare: int = 0) -> Path:
     bodies = {
         "model.safetensors.index.json": {"metadata": {"total_size": total}, "weight_map": where},
         "config.json": {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": ROWS,
-                        "hidden_size": WIDTH, "tie_word_embeddings": False},
+                        "hidden_size": WIDTH, "tie_word_embeddings": tied},
         "tokenizer.json": {"version": "1.0", "added_tokens": [], "pre_tokenizer": {"type": "Whitespace"},
                            "model": {"type": "WordLevel", "vocab": texts, "unk_token": "t0"}},
     }  # fmt: skip
@@ -67,6 +71,13 @@ def adapter(base: Path, rows: list[int], value: float) -> Adapter:
     return Adapter(started.manifest, {TABLE: values}, started.surgery)
 
 
+def prompt(base: Path) -> Adapter:
+    """A soft prompt of two virtual tokens."""
+    started = SoftPrompt().start(es.SoftPromptConfig(2), ShardStore.open(base), Base())
+    values = np.linspace(-1, 1, 2 * WIDTH, dtype=np.float32).reshape(2, WIDTH)
+    return Adapter(started.manifest, {TENSOR: RawArray.of(values)}, started.surgery)
+
+
 @dataclass(frozen=True)
 class Scenario:
     """One thing that is done to a directory with a checkpoint in it.
@@ -76,12 +87,14 @@ class Scenario:
         prepare: Called once with an empty directory, to fill it.
         act: Called with the directory, or a copy of it; returns when all is done.
         target: The name in the directory that `embedsurgery recover` is then given.
+        base: Makes what a recovery must give back.
     """
 
     name: str
     prepare: Callable[[Path], None]
     act: Callable[[Path], None]
     target: str = "base"
+    base: Callable[[Path], Path] = make
 
 
 _ADAPTERS: dict[str, Adapter] = {}
@@ -96,9 +109,23 @@ def _base(spare: int = 0) -> Callable[[Path], None]:
     return prepare
 
 
-def _prepared(*steps: Callable[[Path], None], spare: int = 0) -> Callable[[Path], None]:
+def _tied(spare: int = 0) -> Callable[[Path], None]:
+    """A tied base, which a soft prompt gives a head of its own when it is baked in."""
+
     def prepare(folder: Path) -> None:
-        _base(spare)(folder)
+        base = make(folder / "base", spare, tied=True)
+        if "prompt" not in _ADAPTERS:
+            _ADAPTERS["prompt"] = prompt(base)
+            _ADAPTERS["tied"] = adapter(base, [3, 1, 4], 1.0)
+
+    return prepare
+
+
+def _prepared(
+    *steps: Callable[[Path], None], spare: int = 0, base: Callable[[int], Callable[[Path], None]] = _base
+) -> Callable[[Path], None]:
+    def prepare(folder: Path) -> None:
+        base(spare)(folder)
         for step in steps:
             step(folder)
 
@@ -111,6 +138,20 @@ def _merge(*names: str) -> Callable[[Path], None]:
 
 def _new(hardlink: bool) -> Callable[[Path], None]:
     return lambda folder: void(es.merge_checkpoint(folder / "base", _ADAPTERS["a"], folder / "out", hardlink=hardlink))
+
+
+def _bake(folder: Path) -> None:
+    es.merge_checkpoint(folder / "base", _ADAPTERS["prompt"], in_place=True, bake=es.BakeConfig("p"))
+
+
+def _bake_anew(folder: Path) -> None:
+    es.merge_checkpoint(folder / "base", _ADAPTERS["prompt"], folder / "out", bake=es.BakeConfig("p"))
+
+
+def _bake_both(folder: Path) -> None:
+    """A prompt, and then rows that both ends of what was a tie get."""
+    both = [_ADAPTERS["prompt"], _ADAPTERS["tied"]]
+    es.merge_checkpoint(folder / "base", both, in_place=True, bake=[es.BakeConfig("p"), None])
 
 
 def _grow(folder: Path) -> None:
@@ -174,6 +215,18 @@ SCENARIOS = {
         Scenario("recovery of rows", _prepared(_killed(_merge("a", "b"), "0002.part")), _recover),
         Scenario("recovery of growth", _prepared(_killed(_grow, "renam", 4)), _recover),
         Scenario("recovery just before the commit", _prepared(_killed(_grow, ".embedsurgery/done")), _recover),
+        Scenario("a prompt in place", _tied(), _bake),
+        Scenario("a prompt on spare rows in place", _tied(spare=4), _bake),
+        Scenario("a prompt and rows in place", _tied(spare=4), _bake_both),
+        Scenario("a prompt into a new directory", _tied(), _bake_anew, "out"),
+        Scenario("unmerge of a prompt in place", _prepared(_bake, base=_tied), _unmerge),
+        Scenario("unmerge of a prompt on spare rows in place", _prepared(_bake, spare=4, base=_tied), _unmerge),
+        Scenario(
+            "recovery of a prompt",
+            _prepared(_killed(_bake, "renam", 4), base=_tied),
+            _recover,
+            base=partial(make, tied=True),
+        ),
         Scenario("unmerge into a new directory", _prepared(_merge("a")), _unmerge_anew, "out"),
     )
 }

@@ -22,7 +22,7 @@ import embedsurgery as es
 from embedsurgery.checkpoint import open_checkpoint
 from embedsurgery.errors import CheckpointError, EmbedSurgeryError, UnfinishedError
 from embedsurgery.locking import segments
-from tests.faults.scenarios import SCENARIOS, Scenario, Snapshot, make
+from tests.faults.scenarios import SCENARIOS, Scenario, Snapshot
 from tests.faults.tracer import BROKEN, COUNTED, DONE, INTERRUPTED, RAISED, Fault, Outcome, run
 
 ALLOWED = (EmbedSurgeryError, OSError)
@@ -86,7 +86,7 @@ class Sweep:
         self.calls = traced.calls
         self.after = Snapshot.of(self.copy)
         if self.between:
-            make(folder / "base")
+            scenario.base(folder / "base")
             if self.after.files != {f"base/{name}": file for name, file in Snapshot.of(folder / "base").files.items()}:
                 raise RuntimeError(f"{scenario.name}: not what was there before")
 
