@@ -82,35 +82,65 @@ def open_checkpoint(directory: Path, *, unfinished: bool = False) -> Checkpoint:
         refuse_linked_state(directory)
         refuse_unfinished(directory)
     single, index = directory / SINGLE, directory / INDEX
-    config = read_json(directory / CONFIG, BOUNDS_OF_CONFIG) if (directory / CONFIG).exists() else None
+    config = read_config(directory / CONFIG) if (directory / CONFIG).exists() else None
     if single.exists() and index.exists():
         raise CheckpointError(
             "two sets of weights", where=directory, found=f"{SINGLE} beside {INDEX}",
             hint="loaders take the single file and ignore the shards: remove the one that is stale",
         )  # fmt: skip
     if index.exists():
-        location = _weight_map(index)
+        location = weight_map(index, index)
         headers = {name: read_header(directory / name) for name in dict.fromkeys(location.values())}
-        for name, file in location.items():
-            if name not in headers[file].entries:
-                raise CheckpointError("the index names a tensor that its shard does not hold", where=index,
-                                      expected=f"{name} in {file}", hint="download the checkpoint again")  # fmt: skip
-        _refuse_twice(headers, location, index)
-        return Checkpoint(directory, headers, location, config, indexed=True)
+        return indexed(directory, headers, location, config)
     file = SINGLE if single.exists() else _only_file(directory)
     header = read_header(directory / file)
     return Checkpoint(directory, {file: header}, dict.fromkeys(header.entries, file), config, indexed=False)
 
 
-def _weight_map(index: Path) -> dict[str, str]:
+def read_config(path: Path) -> dict[str, Any]:
+    """What a ``config.json`` says.
+
+    Raises:
+        CheckpointError: It is no JSON object, or too large to be a config.
+    """
+    return read_json(path, BOUNDS_OF_CONFIG)
+
+
+def weight_map(index: Path, where: Path) -> dict[str, str]:
+    """Tensor -> file of an index; all are plain names of safetensors files.
+
+    Args:
+        index: The file.
+        where: What it is called, for messages.
+
+    Raises:
+        CheckpointError: The file is none, or names others.
+    """
     body = read_json(index, BOUNDS_OF_INDEX).get("weight_map")
     if not isinstance(body, dict) or not body or not all(isinstance(v, str) for v in body.values()):
-        raise CheckpointError("the index has no weight_map of file names", where=index)
+        raise CheckpointError("the index has no weight_map of file names", where=where)
     for file in dict.fromkeys(body.values()):
         if not is_plain_name(file) or not file.endswith(".safetensors"):
-            raise CheckpointError("the index names a file outside its directory, or no safetensors file", where=index,
+            raise CheckpointError("the index names a file outside its directory, or no safetensors file", where=where,
                                   expected="a plain file name", found=repr(file)[:120])  # fmt: skip
     return body
+
+
+def indexed(
+    directory: Path, headers: Mapping[str, Header], location: Mapping[str, str], config: Mapping[str, Any] | None
+) -> Checkpoint:
+    """The checkpoint of an index and the headers of the files that it names.
+
+    Raises:
+        CheckpointError: A file does not hold a tensor that the index has it hold, or two hold one.
+    """
+    index = directory / INDEX
+    for name, file in location.items():
+        if name not in headers[file].entries:
+            raise CheckpointError("the index names a tensor that its shard does not hold", where=index,
+                                  expected=f"{name} in {file}", hint="download the checkpoint again")  # fmt: skip
+    _refuse_twice(headers, location, index)
+    return Checkpoint(directory, headers, location, config, indexed=True)
 
 
 def _refuse_twice(headers: Mapping[str, Header], location: Mapping[str, str], index: Path) -> None:

@@ -1,6 +1,7 @@
 """A model on the Hub by its headers alone: kilobytes, whatever its size.
 
-Gives the same `Checkpoint` as a directory does, from range requests; index and config come whole, into the Hub cache.
+Gives the same `Checkpoint` as a directory does, checked in the same way, from range requests; index and config come
+whole, into the Hub cache.
 """
 
 from __future__ import annotations
@@ -9,11 +10,10 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from embedsurgery.checkpoint import CONFIG, INDEX, SINGLE, Checkpoint, is_plain_name
+from embedsurgery.checkpoint import CONFIG, INDEX, SINGLE, Checkpoint, indexed, is_plain_name, read_config, weight_map
 from embedsurgery.errors import CheckpointError, HubError
 from embedsurgery.hub.client import Client, RemoteFile, Snapshot
 from embedsurgery.hub.ids import HubId
-from embedsurgery.jsonfile import read_json
 from embedsurgery.records import MERGES, RECORD
 from embedsurgery.safetensors_file import MAX_HEADER, Header, parse_header
 
@@ -38,21 +38,16 @@ def remote_checkpoint(client: Client, at: Snapshot, files: Mapping[str, RemoteFi
         CheckpointError: It has no safetensors weights, or broken ones.
     """
     where = Path(str(at))
-    config = read_json(small(client, at, files, CONFIG)) if CONFIG in files else None
+    config = read_config(small(client, at, files, CONFIG)) if CONFIG in files else None
     if SINGLE in files and INDEX in files:
         raise CheckpointError("two sets of weights", where=where, found=f"{SINGLE} beside {INDEX}",
                               hint="loaders take the single file and ignore the shards")  # fmt: skip
     if INDEX in files:
-        location = _weight_map(small(client, at, files, INDEX), where)
+        location = weight_map(small(client, at, files, INDEX), where / INDEX)
         missing = next((file for file in location.values() if file not in files), None)
         if missing is not None:
             raise CheckpointError("the index names a shard that is not there", where=where, expected=missing)
-        headers = remote_headers(client, at, dict.fromkeys(location.values()))
-        for name, file in location.items():
-            if name not in headers[file].entries:
-                raise CheckpointError("the index names a tensor that its shard does not hold", where=where / INDEX,
-                                      expected=f"{name} in {file}")  # fmt: skip
-        return Checkpoint(where, headers, location, config, indexed=True)
+        return indexed(where, remote_headers(client, at, dict.fromkeys(location.values())), location, config)
     file = SINGLE if SINGLE in files else _only_file(files, where)
     header = remote_header(client, at, file)
     return Checkpoint(where, {file: header}, dict.fromkeys(header.entries, file), config, indexed=False)
@@ -113,19 +108,6 @@ def remote_records(of: HubId) -> dict[str, Header]:
     held = (name for name in client.files(at, everything=True) if name.startswith(f"{MERGES}/"))
     names = [name for name in held if RECORD.fullmatch(name.removeprefix(f"{MERGES}/"))]
     return remote_headers(client, at, sorted(names, key=lambda name: int(Path(name).stem)))
-
-
-def _weight_map(index: Path, where: Path) -> dict[str, str]:
-    body = read_json(index).get("weight_map")
-    if not isinstance(body, dict) or not body or not all(isinstance(v, str) for v in body.values()):
-        raise CheckpointError("the index has no weight_map of file names", where=where / INDEX)
-    for file in dict.fromkeys(body.values()):
-        if not is_plain_name(file) or not file.endswith(".safetensors"):
-            raise CheckpointError(
-                "the index names a file outside its directory, or no safetensors file",
-                where=where / INDEX, expected="a plain file name", found=repr(file)[:120],
-            )  # fmt: skip
-    return body
 
 
 def _only_file(files: Mapping[str, RemoteFile], where: Path) -> str:

@@ -53,6 +53,14 @@ def test_the_graph_is_the_directorys(hub: Hub, base: Path) -> None:
     assert not [r for r in hub.seen("GET .*signature") if "range" not in r.headers]
 
 
+TWO = b'{"weight_map": {"a": "x.safetensors", "b": "y.safetensors"}}'
+
+
+def holds(*names: str) -> bytes:
+    """A safetensors file with these tensors, of a number each."""
+    return encode_header(dict.fromkeys(names, ("F32", (1,))), {}) + bytes(4 * len(names))
+
+
 @pytest.mark.parametrize(("files", "words"), [
     ({"adapter_model.safetensors": b"x"}, "an adapter, where a model"),
     ({"pytorch_model.bin": b"x"}, "pickles"),
@@ -62,6 +70,9 @@ def test_the_graph_is_the_directorys(hub: Hub, base: Path) -> None:
     ({"model.safetensors.index.json": b'{"weight_map": {"a": "../x.safetensors"}}'}, "outside its directory"),
     ({"model.safetensors.index.json": b'{"weight_map": {"a": "x.safetensors"}}'}, "a shard that is not there"),
     ({"model.safetensors.index.json": b"{}"}, "no weight_map"),
+    ({"model.safetensors.index.json": TWO, "x.safetensors": holds("a"), "y.safetensors": holds("a", "b")},
+     "two shards"),
+    ({"model.safetensors.index.json": TWO, "x.safetensors": holds("b"), "y.safetensors": holds("a")}, "does not hold"),
     ({"model.safetensors": b"x", "model.safetensors.index.json": b"{}"}, "two sets of weights"),
 ])  # fmt: skip
 def test_repositories_that_hold_no_model(hub: Hub, files: dict[str, bytes], words: str) -> None:
