@@ -80,6 +80,8 @@ class Sweep:
         self.before = Snapshot.of(self.template)
         self.between = bool(segments(self.template / "base"))  # what is done is itself a recovery
         self.fresh()
+        scenario.act(self.copy)  # here, so that what it imports is imported before a process is forked for each run
+        self.fresh()
         traced = run(lambda: scenario.act(self.copy), ())
         if traced.code != DONE:
             raise RuntimeError(f"{scenario.name}: {traced.said}")

@@ -14,6 +14,7 @@ import os
 import platform
 import signal
 import struct
+import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -127,6 +128,7 @@ def _child(function: Callable[[], None], allowed: tuple[type[BaseException], ...
     try:
         if _LIBC.ptrace(_TRACEME, 0, None, None) != 0:
             return BROKEN
+        sys.dont_write_bytecode = True  # what is imported here for the first time would be written once, and then not
         os.kill(os.getpid(), signal.SIGSTOP)
         _install_filter()
         function()
