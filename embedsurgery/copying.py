@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from embedsurgery.errors import CheckpointError
+from embedsurgery.errors import CheckpointError, named
 
 Progress = Callable[[int], None]
 """Called with the number of bytes just copied."""
@@ -148,7 +148,7 @@ def copy_file(source: Path, target: Path, progress: Progress | None = None) -> N
     """
     from shutil import copystat
 
-    with open(source, "rb", buffering=0) as a, open(target, "xb", buffering=0) as b:
+    with named(target), open(source, "rb", buffering=0) as a, open(target, "xb", buffering=0) as b:
         size = os.fstat(a.fileno()).st_size
         if not _clone(a.fileno(), b.fileno()):
             _copy_all(a.fileno(), b.fileno(), size, progress)

@@ -24,6 +24,9 @@ Each message says what failed, where, what was expected and found, and the way o
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class EmbedSurgeryError(Exception):
     """The root of the tree.
@@ -72,6 +75,17 @@ class EmbedSurgeryError(Exception):
 def printable(text: str) -> str:
     """The text with everything that a terminal might obey, or that ends a line, written as an escape."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+@contextmanager
+def named(path: object) -> Iterator[None]:
+    """Inside, errors of the operating system that name no file, as those of a write do, name this one."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
 
 
 def _rebuild(

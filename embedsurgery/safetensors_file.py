@@ -20,7 +20,7 @@ from math import prod
 from pathlib import Path
 from typing import NamedTuple, TypeGuard
 
-from embedsurgery.errors import CheckpointError
+from embedsurgery.errors import CheckpointError, named
 from embedsurgery.jsonguard import HEADER, refuse_bomb
 from embedsurgery.raw import ITEMSIZE, RawArray
 
@@ -275,7 +275,7 @@ def write_file(
     shapes: dict[str, tuple[str, tuple[int, ...]]] = {n: (tensors[n].dtype, tensors[n].shape) for n in names}
     header = encode_header(shapes if seal is None else {**shapes, seal: ("U8", (_SEAL,))}, metadata)
     digest = hashlib.sha256(header) if seal is not None else None
-    with open(path, "xb") as file:
+    with named(path), open(path, "xb") as file:
         try:
             file.write(header)
             for name in names:

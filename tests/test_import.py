@@ -6,11 +6,13 @@ import ast
 import importlib
 import inspect
 import pkgutil
+from pathlib import Path
 
 import pytest
 
 import embedsurgery as es
 from tests.conftest import ROOT, python
+from tests.faults.scenarios import adapter, make
 
 HEAVY = ("torch", "numpy", "pluggy", "click", "rich", "safetensors", "transformers", "peft", "tokenizers",
          "huggingface_hub", "embedsurgery.registry", "embedsurgery.builtin")  # fmt: skip
@@ -42,6 +44,30 @@ def test_help_loads_only_click(verb: str) -> None:
 ])  # fmt: skip
 def test_surgery_on_disk_needs_no_torch(code: str) -> None:
     assert not loaded(code).intersection({"torch", "transformers", "peft", "safetensors", "click", "rich"})
+
+
+NOT_HERE = {"torch", "transformers", "peft", "safetensors", "tokenizers", "huggingface_hub", "importlib.metadata",
+            "embedsurgery.discovery", "embedsurgery.initializers", "embedsurgery.new_tokens",
+            "embedsurgery.tokenizer_files", "embedsurgery.surgeries.soft_prompt_baking",
+            "embedsurgery.stores.grown_files", "embedsurgery.offline.adding", "embedsurgery.api"}  # fmt: skip
+"""What verbs on disk have no use for, and would take longer to load than their work takes."""
+
+
+def test_verbs_on_disk_start_lean(tmp_path: Path) -> None:
+    base = make(tmp_path / "base")
+    adapter(base, [3], 1.0).save(tmp_path / "adapter")
+    run = "import sys\nfrom embedsurgery.cli.main import main\n"
+    run += "try: main({})\nexcept SystemExit as left: assert not left.code\n"
+    verbs = (["merge", base, tmp_path / "adapter", "--in-place"], ["unmerge", base, "--in-place"], ["inspect", base],
+             ["inspect", base, "--json"], ["log", base], ["recover", base])  # fmt: skip
+    for verb in verbs:
+        done = python(run.format([str(part) for part in verb]) + "print('\\n'.join(sys.modules))")
+        assert done.returncode == 0, done.stderr
+        names = set(done.stdout.split())
+        assert "embedsurgery.registry" in names or verb[0] in ("log", "recover")
+        assert not names & NOT_HERE, verb
+        assert ("numpy" in names) is (verb[0] == "merge"), verb
+        assert ("rich" in names) is (verb[-1] == base and verb[0] == "inspect"), verb
 
 
 def test_torch_side_needs_no_transformers() -> None:

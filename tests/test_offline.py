@@ -225,8 +225,9 @@ def test_a_failure_in_the_middle_leaves_nothing(failure: str, output: str, tmp_p
                 file.truncate(last.stat().st_size - 8)
 
     full = small_files(2000) if failure == "disk full" else nullcontext()
-    with full, pytest.raises((KeyboardInterrupt, OSError, CheckpointError)):
+    with full, pytest.raises((KeyboardInterrupt, OSError, CheckpointError)) as caught:
         es.merge_checkpoint(base, adapter, tmp_path / output, progress=progress)
+    assert failure != "disk full" or "model-0000" in str(getattr(caught.value, "filename", None))
     assert listing(tmp_path) == before
 
 

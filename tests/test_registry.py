@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import sys
 from collections.abc import Callable
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -13,12 +14,14 @@ import pytest
 import torch
 
 import embedsurgery as es
+from embedsurgery.cli.verbs import VERBS
 from embedsurgery.contract import KINDS
+from embedsurgery.entry_points import plugins_at_hand
 from embedsurgery.errors import CheckpointError, ConfigError, PluginError, UnknownSurgeryError
 from embedsurgery.hookspecs import CardSection, EmbeddingModule, Hooks, UnknownModule
 from embedsurgery.initializers import BUILT_IN, NewToken, TableView, initial_rows, parse_init
 from embedsurgery.names import ARCHITECTURES, Layout
-from embedsurgery.registry import DISABLE, Registry, build, installed, registry
+from embedsurgery.registry import DISABLE, Registry, build, built_in, installed, registry
 from embedsurgery.stores.tensors import state_dict_store
 
 GOOD = """
@@ -360,6 +363,43 @@ def test_a_module_can_be_a_plugin_for_a_while(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(PluginError, match="mean"), installed(broken):
         pass
     assert registry() is before
+
+
+def test_what_is_built_in_is_the_same_without_a_look_at_plugins() -> None:
+    lazy, whole = built_in(), build([])
+    assert lazy.plugins == whole.plugins
+    for kind in KINDS:
+        name = kind.name.removeprefix("embedsurgery_")
+        one, other = getattr(lazy, name), getattr(whole, name)
+        assert list(one) == list(other)
+        assert [type(record) for record in one.values()] == [type(record) for record in other.values()]
+    assert list(lazy.commands) == list(VERBS)
+    assert all(isinstance(record.load(), click.Command) for record in lazy.commands.values())
+
+
+def test_a_plugin_on_the_path_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether its package is whole or only says so: what it is, is then asked of importlib."""
+    info = tmp_path / "some_plugin-1.0.dist-info"
+    info.mkdir()
+    monkeypatch.setattr("sys.path", [str(tmp_path), str(tmp_path / "nowhere")])
+    assert not plugins_at_hand()
+    (info / "entry_points.txt").write_text("[console_scripts]\nembedsurgery = x:y\n")
+    assert not plugins_at_hand()
+    (info / "entry_points.txt").write_text("[embedsurgery]\nx = some_plugin\n")
+    assert plugins_at_hand()
+    (info / "entry_points.txt").unlink()
+    monkeypatch.setattr("sys.meta_path", [*sys.meta_path, FindsPackages()])
+    assert plugins_at_hand()
+
+
+class FindsPackages:
+    """A finder that may know of packages that no directory shows."""
+
+    def find_distributions(self, context: object) -> list[object]:
+        return []
+
+    def find_spec(self, *_: object) -> None:
+        return None
 
 
 def test_every_hook_is_known_and_has_one_line(install: Install) -> None:

@@ -16,7 +16,7 @@ from math import prod
 from pathlib import Path
 
 from embedsurgery.copying import copy_range
-from embedsurgery.errors import CheckpointError
+from embedsurgery.errors import CheckpointError, named
 from embedsurgery.raw import ITEMSIZE
 from embedsurgery.safetensors_file import MAX_HEADER, Entry, Header, open_regular
 
@@ -89,7 +89,7 @@ def write_pieces(source: Path, target: Path, header: bytes, parts: Iterable[Piec
         FileExistsError: The target exists.
         CheckpointError: The source became shorter meanwhile.
     """
-    with open_regular(source) as old:
+    with named(target), open_regular(source) as old:
         new = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o600)
         try:
             _write(new, header)

@@ -15,6 +15,9 @@ import numpy as np
 from embedsurgery.safetensors_file import TensorSource, encode_header, write_file
 
 ROWS = 128_000
+SPARE = 16
+"""Rows without a token."""
+
 SHARD = 900_000_000
 BLOCK = 1 << 24
 TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -99,7 +102,7 @@ def make(folder: Path, size: Size, *, sparse: bool = False, text: int = 8) -> Pa
     total = 2 * sum(map(prod, size.tensors().values()))
     _write(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
     _write(folder / "config.json", size.config())
-    write_tokenizer(folder / "tokenizer.json", ROWS - 16, text)
+    write_tokenizer(folder / "tokenizer.json", ROWS - SPARE, text)
     return folder
 
 

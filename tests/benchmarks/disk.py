@@ -37,7 +37,7 @@ from embedsurgery.raw import RawArray
 from embedsurgery.stores.shards import ShardStore
 from embedsurgery.surgeries.base import Base
 from embedsurgery.surgeries.trainable_tokens import TrainableTokens
-from tests.benchmarks.checkpoints import ROWS, TABLE, Size, make
+from tests.benchmarks.checkpoints import ROWS, SPARE, TABLE, Size, make
 
 CHANGED = 100
 BIG_TOKENIZER = 200
@@ -88,14 +88,15 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, list[dict[st
     base = make(folder / "base", Size.of(int(options.gigabytes * 1e9)))
     adapter, out = str(adapt(base).save(folder / "adapter")), folder / "out"
     texts = make(folder / "texts", Size(256, 256, 1), text=BIG_TOKENIZER)
+    beyond = [part for number in range(SPARE + 1) for part in ("--token", f"<tool {number}>")]
     ways: dict[str, list[str]] = {
         "cp -r": [_CP, str(base), str(out)],
         "merge -o": [_CLI, "merge", str(base), adapter, "-o", str(out)],
         "merge -o --hardlink": [_CLI, "merge", str(base), adapter, "-o", str(out), "--hardlink"],
         "merge --in-place": [_CLI, "merge", str(base), adapter, "--in-place"],
         "unmerge --in-place": [_CLI, "unmerge", str(base), "--in-place"],
-        "tokens add -o, tables grow": [_CLI, "tokens", "add", str(base), "--token", "<tool>", "--multiple", "64000",
-                                       "-o", str(out)],
+        "tokens add -o, spare row": [_CLI, "tokens", "add", str(base), "--token", "<tool>", "-o", str(out)],
+        "tokens add -o, tables grow": [_CLI, "tokens", "add", str(base), *beyond, "-o", str(out)],
         "tokens add -o, spare row, tokenizer.json of 28 MB": [_CLI, "tokens", "add", str(texts), "--token", "<tool>",
                                                               "-o", str(out)],
     }  # fmt: skip
