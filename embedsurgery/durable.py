@@ -25,6 +25,8 @@ from types import FrameType
 
 from embedsurgery.copying import copy_file, remove_tree
 from embedsurgery.errors import CheckpointError, ConfigError, EmbedSurgeryWarning, OutputExistsError
+from embedsurgery.jsonfile import read_json
+from embedsurgery.jsonguard import NOTE
 from embedsurgery.locking import STATE_DIRECTORY
 
 _STAGING = re.compile(re.escape(STATE_DIRECTORY) + r"-[a-z0-9_]{8}")
@@ -163,7 +165,7 @@ def _was_for(hidden: Path) -> str | None:
     if set(os.listdir(hidden)) <= {_OWNER}:
         return "nothing yet"  # killed before it began, and perhaps in the middle of saying whose it is
     try:
-        body = json.loads((hidden / _OWNER).read_bytes()[:4096])
+        body = read_json(hidden / _OWNER, NOTE)
         return str(body["output"]) if body["embedsurgery"] == "staging" else None
     except (OSError, ValueError, TypeError, KeyError):
         return None

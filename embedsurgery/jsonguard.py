@@ -32,6 +32,9 @@ HEADER = Bounds(16_000_000, 400_000, 2_000_000)
 
 INDEX = Bounds(64_000_000, 1_000, 500_000)
 CONFIG = Bounds(16_000_000, 200_000, 500_000)
+NOTE = Bounds(65_536, 1_000, 10_000)
+"""Of ours: where an adapter came from, whose a hidden directory is, which merge was taken out."""
+
 TOKENIZER = Bounds(200_000_000, 5_000_000, 20_000_000)
 """Some vocabularies have half a million merges, each a list of its own."""
 

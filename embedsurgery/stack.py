@@ -15,6 +15,7 @@ from pathlib import Path
 from embedsurgery.errors import CheckpointError, PlanError
 from embedsurgery.graph import EmbeddingGraph
 from embedsurgery.jsonfile import read_json
+from embedsurgery.jsonguard import NOTE
 from embedsurgery.plan import Grow, PatchFile, Plan, SetBlocks, SetEntries, SetRows, Undo, Untie
 from embedsurgery.records import MERGES, MergeRecord, facts_of, merge_record, record_paths
 from embedsurgery.stores.base import shorten
@@ -231,7 +232,7 @@ def taken_from_under(directory: Path) -> Iterator[tuple[int, frozenset[str]]]:
         CheckpointError: A note is broken.
     """
     for number, path in sorted(tombstones(directory).items()):
-        files = read_json(path).get("files")
+        files = read_json(path, NOTE).get("files")
         if not isinstance(files, list) or not all(isinstance(f, str) for f in files):
             raise CheckpointError("a note of a merge that was taken out is broken", where=path)
         yield number, frozenset(files)

@@ -342,6 +342,33 @@ def test_an_adapter_that_lies(
     assert listing(tmp_path) == before
 
 
+NOTES: dict[str, Callable[[Path], object]] = {
+    "a FIFO": os.mkfifo,
+    "a device": lambda path: path.symlink_to("/dev/zero"),
+    "a directory": os.mkdir,
+    "huge": lambda path: path.write_text('{"repo": "' + "x" * 10_000_000 + '"}'),
+    "deep": lambda path: path.write_text("[" * 50_000),
+    "a link to nowhere": lambda path: path.symlink_to("nowhere"),
+}
+
+
+@pytest.mark.parametrize("fault", NOTES)
+def test_notes_that_nobody_needs_are_passed_over(
+    fault: str, seeds: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where an adapter came from, and whose a hidden directory beside the output is: neither is waited for."""
+    source = seeds["sharded-rows"] / ".embedsurgery/source.json"
+    owner = tmp_path / ".embedsurgery-abcdefgh/owner.json"
+    for note in (source, owner):
+        note.parent.mkdir()
+        NOTES[fault](note)
+    (owner.parent / "theirs").write_text("kept")
+    before = listing(owner.parent)
+    assert run(capsys, "merge", seeds["sharded"], seeds["sharded-rows"], "-o", tmp_path / "out") == (0, "")
+    assert listing(owner.parent) == before
+    assert es.log_checkpoint(tmp_path / "out")[0].adapter == "sharded-rows"
+
+
 # -- records -----------------------------------------------------------------------------------------------------------
 
 

@@ -5,7 +5,6 @@ Loads nothing: who is given a directory never pays for the Hub's client.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from dataclasses import dataclass
@@ -79,8 +78,13 @@ def _is_revision(text: str) -> bool:
 
 def read_source(directory: Path) -> str | None:
     """Where the adapter in a directory was pulled from, as in `Adapter.source`; None where nothing sound says so."""
+    if not os.path.lexists(directory / SOURCE):
+        return None
+    from embedsurgery.jsonfile import read_json
+    from embedsurgery.jsonguard import NOTE
+
     try:
-        body = json.loads((directory / SOURCE).read_text(encoding="utf-8"))
+        body = read_json(directory / SOURCE, NOTE)
         return str(HubId.parse(f"{body['repo']}@{body['sha']}"))
     except (OSError, ValueError, KeyError, TypeError, RecursionError):  # a note for people: never a reason to fail
         return None
