@@ -199,6 +199,18 @@ def test_growth_leaves_other_names_of_a_shard_alone(model: Path) -> None:
     assert contents(model.parent / "others") == before
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+def test_what_takes_a_files_place_has_its_owner(model: Path) -> None:
+    """Of a checkpoint that another user owns, and whose files root makes anew."""
+    for path in (model, *model.rglob("*")):
+        os.chown(path, 12345, 23456)
+    es.add_tokens_checkpoint(model, "<x>", in_place=True)
+    es.unmerge_checkpoint(model, in_place=True)
+    es.add_tokens_checkpoint(model, "<x>", in_place=True)
+    files = [path for path in model.rglob("*") if ".embedsurgery" not in path.parts]
+    assert {(path.stat().st_uid, path.stat().st_gid) for path in files} == {(12345, 23456)}
+
+
 def test_two_places_are_none(model: Path, made: dict[str, Any], tmp_path: Path) -> None:
     for options in ({"output": tmp_path / "out", "in_place": True}, {"in_place": True, "hardlink": True}, {}):
         with pytest.raises(ConfigError):

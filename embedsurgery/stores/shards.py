@@ -7,8 +7,9 @@ a journal written first. What makes files anew is imported where it is done, whi
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import copy as copied
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -263,6 +264,8 @@ class ShardStore(Store):
                 write_pieces(directory / file, new, head, parts)
             for path, data in small.items():
                 staged[directory / path] = self._write_beside(directory / path, data)
+            for path, new in staged.items():
+                self._give_owner(path, new)
             replace_files(staged, keep=self.work is None)
         except BaseException:
             for new in staged.values():
@@ -325,7 +328,9 @@ class ShardStore(Store):
         if edit.after is None:
             file.unlink(missing_ok=True)
             return
-        os.replace(self._write_beside(file, edit.after), file)
+        new = self._write_beside(file, edit.after)
+        self._give_owner(file, new)
+        os.replace(new, file)
 
     def _inside(self, path: str) -> Path:
         parts = path.split("/")
@@ -357,6 +362,16 @@ class ShardStore(Store):
             staged.unlink(missing_ok=True)
             raise
         return staged
+
+    def _give_owner(self, file: Path, new: Path) -> None:
+        """Give what takes a file's place in a checkpoint itself that file's owner and group, as far as one may."""
+        if self.work is None or not file.exists():
+            return
+        was, now = file.stat(), new.stat()
+        if (was.st_uid, was.st_gid) != (now.st_uid, now.st_gid):
+            with suppress(PermissionError):
+                os.chown(new, was.st_uid, was.st_gid)
+                os.chmod(new, stat.S_IMODE(was.st_mode))  # of which a change of owner takes a part
 
     def sync(self) -> None:
         for file in sorted(self._written):
