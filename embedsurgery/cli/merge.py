@@ -46,12 +46,14 @@ def bake_options(function: Callable[..., None]) -> Callable[..., None]:
     return function
 
 
-def bake_configs(options: dict[str, Any]) -> BakeConfig | list[BakeConfig]:
-    """What `bake_options` were given, taken out of all options."""
-    from embedsurgery.surgeries.soft_prompt_bake_config import BakeConfig
-
+def bake_configs(options: dict[str, Any]) -> BakeConfig | list[BakeConfig] | None:
+    """What `bake_options` were given, taken out of all options; None where none was."""
     names, front, after_bos = options.pop("names"), options.pop("front"), options.pop("after_bos")
     tied = "keep" if options.pop("keep_tie") else "untie"
+    if not (names or front or after_bos or tied == "keep"):
+        return None
+    from embedsurgery.surgeries.soft_prompt_bake_config import BakeConfig
+
     configs = [BakeConfig(name, front, after_bos, tied) for name in names or (None,)]  # type: ignore[arg-type]
     return configs if names else configs[0]
 

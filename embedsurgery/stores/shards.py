@@ -264,8 +264,8 @@ class ShardStore(Store):
                 write_pieces(directory / file, new, head, parts)
             for path, data in small.items():
                 staged[directory / path] = self._write_beside(directory / path, data)
-            for path, new in staged.items():
-                self._give_owner(path, new)
+            for target, made in staged.items():
+                self._give_owner(target, made)
             replace_files(staged, keep=self.work is None)
         except BaseException:
             for new in staged.values():
