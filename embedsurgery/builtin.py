@@ -44,7 +44,7 @@ def embedsurgery_initializers() -> Sequence[InitializerRecord]:
 @hookimpl
 def embedsurgery_layouts() -> Sequence[LayoutRecord]:
     """The architectures that need telling."""
-    from embedsurgery.names import ARCHITECTURES
+    from embedsurgery.architectures import ARCHITECTURES
 
     return [LayoutRecord(name, layout) for name, layout in ARCHITECTURES.items()]
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from embedsurgery.adapter import Manifest
+    from embedsurgery.architectures import Layout
     from embedsurgery.hookspecs import (
         CardSection,
         CardSectionRecord,
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
         UnknownModule,
     )
     from embedsurgery.initializers import InitializerRecord
-    from embedsurgery.names import Layout
     from embedsurgery.stores.base import Store
     from embedsurgery.surgeries.base import SurgeryRecord
 

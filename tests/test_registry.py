@@ -14,13 +14,13 @@ import pytest
 import torch
 
 import embedsurgery as es
+from embedsurgery.architectures import ARCHITECTURES, Layout
 from embedsurgery.cli.verbs import VERBS
 from embedsurgery.contract import KINDS
 from embedsurgery.entry_points import plugins_at_hand
 from embedsurgery.errors import CheckpointError, ConfigError, PluginError, UnknownSurgeryError
 from embedsurgery.hookspecs import CardSection, EmbeddingModule, Hooks, UnknownModule
 from embedsurgery.initializers import BUILT_IN, NewToken, TableView, initial_rows, parse_init
-from embedsurgery.names import ARCHITECTURES, Layout
 from embedsurgery.registry import DISABLE, Registry, build, built_in, installed, registry
 from embedsurgery.stores.tensors import state_dict_store
 
@@ -62,8 +62,10 @@ HOOK = "import embedsurgery as es\n@es.hookimpl\ndef embedsurgery_surgeries"
 
 def record(hook: str, records: str) -> str:
     """A plugin with one hook that returns these records."""
-    head = "import embedsurgery as es\nfrom embedsurgery import hookspecs as h\nfrom embedsurgery.names import Layout\n"
-    return f"{head}@es.hookimpl\ndef embedsurgery_{hook}(): return [{records}]"
+    lines = ("import embedsurgery as es", "from embedsurgery import hookspecs as h",
+             "from embedsurgery.architectures import Layout", "@es.hookimpl")  # fmt: skip
+    head = "\n".join(lines)
+    return f"{head}\ndef embedsurgery_{hook}(): return [{records}]"
 
 
 BROKEN: dict[str, tuple[str, str]] = {
