@@ -164,6 +164,7 @@ def decode(body: Mapping[str, Any], prefix: str, path: Path, entries: Mapping[st
 
 
 def _state(body: Mapping[str, Any]) -> FileState:
-    if type(body["size"]) is not int or type(body["mtime_ns"]) is not int or not 0 <= body["size"] < 2**63:
+    size, time = body["size"], body["mtime_ns"]
+    if type(size) is not int or type(time) is not int or not (0 <= size < 2**63 and -(2**63) <= time < 2**63):
         raise ValueError("the state of a file is no numbers")
-    return FileState(body["size"], str(body["head"]), body["mtime_ns"])
+    return FileState(size, str(body["head"]), time)

@@ -344,7 +344,7 @@ def test_recovery_restores_the_times_too(model: Path, made: dict[str, Any]) -> N
 
 
 @pytest.mark.parametrize(
-    "damage", ["byte", "cut", "seal", "empty", "other edits", "path", "kept", "resized", "replaced"]
+    "damage", ["byte", "cut", "seal", "empty", "other edits", "path", "kept", "time", "resized", "replaced"]
 )
 def test_a_journal_that_is_damaged_or_lies_is_not_followed(damage: str, model: Path, made: dict[str, Any]) -> None:
     interrupted(model, made["adapter"])
@@ -367,6 +367,9 @@ def test_a_journal_that_is_damaged_or_lies_is_not_followed(damage: str, model: P
             "other edits": SetRows("a", (0,), RawArray("F32", (1, 1), bytes(4))),
             "path": replace(ranges, path="../outside", chunks=lambda: iter([bytes(ranges.size)])),
             "kept": PutFile("config.json", "../../outside", state),
+            "time": replace(
+                ranges, state=replace(ranges.state, mtime_ns=10**30), chunks=lambda: iter([bytes(ranges.size)])
+            ),
         }[damage]
         (model.parent / "outside").write_bytes((model / ranges.path).read_bytes())
         part.unlink()
