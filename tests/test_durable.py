@@ -110,13 +110,13 @@ def snapshot(base: Path, cache: Path) -> Path:
 _AS_USER = """
 import os, sys
 import embedsurgery as es
-es.merge_checkpoint(*sys.argv[1:4], dry_run=True)  # imports everything while the interpreter's files can be read
-es.unmerge_checkpoint
+base, adapter, merged, back = sys.argv[1:]
+es.merge_checkpoint(base, adapter, merged + "-0")  # imports everything while the interpreter's files can be read
+es.unmerge_checkpoint(merged + "-0", back + "-0")
 if os.getuid() == 0:
     os.setgroups([])
     os.setresgid(65534, 65534, 65534)
     os.setresuid(65534, 65534, 65534)
-base, adapter, merged, back = sys.argv[1:]
 es.merge_checkpoint(base, adapter, merged)
 es.unmerge_checkpoint(merged, back)
 """
