@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,27 +14,65 @@ from safetensors.torch import load_file
 
 import embedsurgery as es
 from embedsurgery.adapter import Adapter
-from embedsurgery.errors import BaseMismatchError
+from embedsurgery.errors import BaseMismatchError, UnsupportedError
+from embedsurgery.plan import Undo
+from embedsurgery.registry import registry
 from embedsurgery.testing.base import Contract
-from embedsurgery.testing.models import TinyModel, bits, contents, every_token, state_bits, write_checkpoint
+from embedsurgery.testing.models import (
+    ROWS,
+    TOKEN_FILES,
+    TinyModel,
+    bits,
+    contents,
+    every_token,
+    live_tokenizer,
+    shared_memory,
+    state_bits,
+    texts_of,
+    write_checkpoint,
+)
 
 _CLOSE = {"F64": 1e-9, "F32": 1e-5, "F16": 2e-2, "BF16": 1e-1}
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A model with an adapter baked in.
+
+    Attributes:
+        model: The model.
+        tokenizer: Its tokenizer, which knows the adapter's tokens; None where the surgery makes none.
+        undo: What takes the adapter out of both.
+    """
+
+    model: Any
+    tokenizer: Any
+    undo: Undo
 
 
 class SurgeryContract(Contract):
     """What every surgery holds to: a subclass names a config and gets all tests.
 
+    Surgeries differ in a few things, which the class says and no test is left out for: each test then holds the
+    surgery to what is said. One that makes tokens (`Surgery.makes_tokens`) is baked in together with a tokenizer, and
+    compared by texts, before which that tokenizer puts the tokens; so it needs transformers.
+
     Attributes:
         config: What the user asks for, on a model with tables `INPUT` and, untied, `OUTPUT` of `ROWS` rows.
         dtypes: The dtypes of the base that it takes.
         ties: Whether lookup and projection are one table: the bases that it takes.
-        starts_as_base: Whether a fresh adapter changes nothing.
+        starts_as_base: Whether a fresh adapter changes nothing; else it must change something.
+        keeps_ties: Whether lookup and projection stay one table when it is baked in; else they must be two, and one
+            again when it is taken out.
+        bake: How one that makes tokens is baked in, a `BakeConfig` or None.
     """
 
     config: Any
     dtypes: ClassVar[tuple[str, ...]] = ("F32", "BF16", "F16", "F64")
     ties: ClassVar[tuple[bool, ...]] = (True, False)
     starts_as_base = True
+    keeps_ties = True
+    bake: Any = None
     parameters: ClassVar[dict[str, str]] = {"dtype": "dtypes", "tied": "ties"}
 
     # -- what a subclass may change ------------------------------------------------------------------------------
@@ -50,10 +89,14 @@ class SurgeryContract(Contract):
         """The base as a checkpoint directory."""
         return write_checkpoint(model, folder, shards=shards)
 
+    def ask(self, model: Any, ids: torch.Tensor) -> torch.Tensor:
+        """What the model gives for a batch of ids (B, T): logits (B, T, V)."""
+        logits: torch.Tensor = model(ids)
+        return logits
+
     def logits(self, model: Any) -> torch.Tensor:
         """What the model gives for a batch that holds every token."""
-        logits: torch.Tensor = model(every_token())
-        return logits
+        return self.ask(model, every_token())
 
     def change(self, attachment: Any) -> None:
         """Give every trainable tensor values that it did not start with."""
@@ -72,26 +115,50 @@ class SurgeryContract(Contract):
         attachment.detach()
         return adapter
 
-    def merged(self, model: Any, adapter: Adapter) -> Any:
+    def makes_tokens(self) -> bool:
+        """Whether the surgery becomes tokens when it is baked in."""
+        config = self.make_config(self.make_model(tied=self.ties[0]))
+        return registry().for_config(config).surgery.makes_tokens
+
+    def merge(self, model: Any, adapter: Adapter) -> Merged:
+        """Bake the adapter into the model itself."""
+        tokenizer = live_tokenizer() if self.makes_tokens() else None
+        return Merged(model, tokenizer, es.merge(model, adapter, tokenizer, bake=self.bake))
+
+    def merged(self, model: Any, adapter: Adapter) -> Merged:
         """A copy of the model with the adapter baked in."""
-        other = copy.deepcopy(model)
-        es.merge(other, adapter)
-        return other
+        return self.merge(copy.deepcopy(model), adapter)
+
+    def merged_logits(self, merged: Merged) -> torch.Tensor:
+        """What a merged model gives for the batch of `logits`, from its texts alone where the surgery makes tokens."""
+        if merged.tokenizer is None:
+            return self.logits(merged.model)
+        batch = every_token()
+        ids = torch.tensor(merged.tokenizer(texts_of(batch))["input_ids"])
+        new = ids.shape[1] - batch.shape[1]
+        assert new > 0, "the tokenizer puts no token before a text"
+        assert torch.equal(ids[:, new:], batch)
+        return self.ask(merged.model, ids)[:, new:, :ROWS]
 
     # -- the tests -----------------------------------------------------------------------------------------------
 
     def test_a_fresh_adapter_changes_nothing(self, tied: bool) -> None:
-        """A no-op at the start: attached, and merged bit for bit but for rounding."""
-        if not self.starts_as_base:
-            pytest.skip("this surgery does not start as the base")
+        """A no-op at the start, attached and merged; where the class says that it is none, the same change in both."""
         model = self.make_model(tied=tied)
         before, state = self.logits(model).detach(), state_bits(model)
         attachment = es.attach(model, self.make_config(model))
-        torch.testing.assert_close(self.logits(model).detach(), before, rtol=0, atol=1e-6)
+        live = self.logits(model).detach()
         assert state_bits(model) == state
         adapter = attachment.adapter()
         attachment.detach()
-        torch.testing.assert_close(self.logits(self.merged(model, adapter)).detach(), before, rtol=0, atol=1e-6)
+        merged = self.merged_logits(self.merged(model, adapter)).detach()
+        if self.starts_as_base:
+            torch.testing.assert_close(live, before, rtol=0, atol=1e-6)
+            torch.testing.assert_close(merged, before, rtol=0, atol=1e-6)
+        else:
+            torch.testing.assert_close(live, merged, rtol=1e-5, atol=1e-5)
+            same = torch.allclose(live, before, rtol=0, atol=1e-6)
+            assert not same, "a fresh adapter changes nothing, and starts_as_base is False"
 
     def test_gradients_are_those_of_the_merged_model(self, tied: bool) -> None:
         """Along random directions, against differences of a dense model with the adapter baked in, in fp64."""
@@ -105,7 +172,7 @@ class SurgeryContract(Contract):
 
         def loss() -> float:
             with torch.no_grad():
-                return float((self.logits(self.merged(dense, attachment.adapter())) * weights).sum())
+                return float((self.merged_logits(self.merged(dense, attachment.adapter())) * weights).sum())
 
         for parameter in attachment.parameters():
             assert parameter.grad is not None, "a trainable tensor without a gradient"
@@ -142,64 +209,94 @@ class SurgeryContract(Contract):
         assert state_bits(model) == state
 
     def test_attached_is_merged_in_memory(self, tied: bool, dtype: str) -> None:
-        """The same numbers up to one rounding, and the same bits by either way to merge."""
+        """The same numbers up to one rounding, and the same bits by either way to merge.
+
+        A surgery that makes tokens has one way, for an attachment knows no tokenizer: it refuses, and changes nothing.
+        """
         model = self.make_model(tied=tied, dtype=dtype)
-        before = self.logits(model).detach()
+        before, state = self.logits(model).detach(), state_bits(model)
         dense = copy.deepcopy(model)
         attachment = es.attach(model, self.make_config(model))
         self.change(attachment)
         live = self.logits(model).detach()
         merged = self.merged(dense, attachment.adapter())
         tolerance = _CLOSE[dtype]
-        torch.testing.assert_close(live, self.logits(merged).detach(), rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(live, self.merged_logits(merged).detach(), rtol=tolerance, atol=tolerance)
         assert not torch.allclose(live, before, rtol=tolerance, atol=tolerance), "the changed adapter changes nothing"
+        if self.makes_tokens():
+            with pytest.raises(UnsupportedError):
+                attachment.merge()
+            assert state_bits(model) == state
+            assert bits(self.logits(model)) == bits(live)
+            return
         attachment.merge()
-        assert state_bits(model) == state_bits(merged)
-        assert bits(self.logits(model)) == bits(self.logits(merged))
+        assert state_bits(model) == state_bits(merged.model)
+        assert bits(self.logits(model)) == bits(self.merged_logits(merged))
 
     @pytest.mark.parametrize("shards", [False, True], ids=["file", "shards"])
     def test_merged_on_disk_is_merged_in_memory(self, tied: bool, dtype: str, shards: bool, tmp_path: Path) -> None:
-        """The same bits, every other byte the base's; and unmerged the whole directory is the base again."""
+        """The same bits, every other byte the base's; and unmerged the whole directory is the base again.
+
+        Of a surgery that makes tokens, tokenizer and config change along, and the same texts give the same ids.
+        """
         model = self.make_model(tied=tied, dtype=dtype)
         base = self.write(model, tmp_path / "base", shards=shards)
         adapter = self.trained(model)
-        es.merge_checkpoint(base, adapter, tmp_path / "merged")
-        wanted = {name: bits(value) for name, value in self.merged(model, adapter).state_dict().items()}
+        es.merge_checkpoint(base, adapter, tmp_path / "merged", bake=self.bake)
+        merged = self.merged(model, adapter)
+        wanted = state_bits(merged.model)
         weights = [path for path in sorted((tmp_path / "merged").glob("*.safetensors"))]
         found = {name: bits(value) for path in weights for name, value in load_file(path).items()}
         assert found.keys() <= wanted.keys()
         assert {name: wanted[name] for name in found} == found
         before, after = contents(base), contents(tmp_path / "merged")
-        changed = {path for path in before if before[path] != after[path]}
+        changed = {path for path in before if before[path] != after.get(path)}
+        new = {path for path in after.keys() - before.keys() if not path.startswith(".embedsurgery/")}
         assert changed
-        assert changed <= {path.name for path in weights}
+        assert (changed | new) <= {path.name for path in weights} | (TOKEN_FILES if merged.tokenizer else set())
+        if merged.tokenizer is not None:
+            texts = texts_of(every_token())
+            on_disk = live_tokenizer(after["tokenizer.json"].decode())
+            assert on_disk(texts)["input_ids"] == merged.tokenizer(texts)["input_ids"]
         es.unmerge_checkpoint(tmp_path / "merged", tmp_path / "unmerged")
         assert contents(tmp_path / "unmerged") == before
 
     def test_undo_is_exact(self, tied: bool, dtype: str) -> None:
-        """Every bit of the model is back, by the function and by the attachment."""
+        """Every bit of the model is back, by the function and by the attachment, and the tokenizer as it was."""
         model = self.make_model(tied=tied, dtype=dtype)
-        before, outside = state_bits(model), self.logits(model).detach()
+        before, outside, ties = state_bits(model), self.logits(model).detach(), shared_memory(model)
         adapter = self.trained(model)
-        undo = es.merge(model, adapter)
+        merged = self.merge(model, adapter)
         assert state_bits(model) != before
-        es.unmerge(model, undo)
-        assert state_bits(model) == before
+        es.unmerge(model, merged.undo)
+        assert (state_bits(model), shared_memory(model)) == (before, ties)
+        assert bits(self.logits(model)) == bits(outside)
+        if merged.tokenizer is not None:
+            texts, first = texts_of(every_token()), live_tokenizer()
+            assert merged.tokenizer(texts)["input_ids"] == first(texts)["input_ids"] == every_token().tolist()
+            assert merged.tokenizer.get_vocab() == first.get_vocab()
         attachment = es.attach(model, adapter)
-        attachment.merge()
-        attachment.unmerge()
-        assert state_bits(model) == before
+        if merged.tokenizer is None:
+            attachment.merge()
+            attachment.unmerge()
+            assert state_bits(model) == before
         with attachment.disabled():
             assert bits(self.logits(model)) == bits(outside)
         attachment.detach()
         assert bits(self.logits(model)) == bits(outside)
 
     def test_ties_hold(self, tied: bool) -> None:
-        """What shared memory still does after merging, and what did not does not."""
+        """What shared memory still does after merging, and what did not does not; unless the class says otherwise."""
         model = self.make_model(tied=tied)
         owners = {name: p.data_ptr() for name, p in model.named_parameters(remove_duplicate=False)}
-        es.merge(model, self.trained(model))
-        assert {name: p.data_ptr() for name, p in model.named_parameters(remove_duplicate=False)} == owners
+        groups = shared_memory(model)
+        merged = self.merge(model, self.trained(model))
+        if self.keeps_ties or not tied:
+            assert shared_memory(model) == groups
+        else:
+            assert all(len(group) == 1 for group in shared_memory(model)), "a tie holds, and keeps_ties is False"
+        if merged.tokenizer is None:
+            assert {name: p.data_ptr() for name, p in model.named_parameters(remove_duplicate=False)} == owners
 
     def test_save_and_load(self, tied: bool, dtype: str, tmp_path: Path) -> None:
         """What was saved is loaded: the same manifest, tensors, logits, and the same files again."""
@@ -211,7 +308,7 @@ class SurgeryContract(Contract):
         assert dict(loaded.raw) == dict(adapter.raw)
         loaded.save(tmp_path / "again")
         assert contents(tmp_path / "again") == contents(tmp_path / "adapter")
-        assert state_bits(self.merged(model, loaded)) == state_bits(self.merged(model, adapter))
+        assert state_bits(self.merged(model, loaded).model) == state_bits(self.merged(model, adapter).model)
 
     def test_a_loaded_adapter_goes_on(self, tied: bool, tmp_path: Path) -> None:
         """Attached again it gives what it gave, and trains on."""
@@ -260,7 +357,7 @@ class SurgeryContract(Contract):
             loaded = es.pull(repo)
             assert loaded.source == f"{repo}@{sha}"
         assert (loaded.manifest, dict(loaded.raw)) == (adapter.manifest, dict(adapter.raw))
-        assert state_bits(self.merged(model, loaded)) == state_bits(self.merged(model, adapter))
+        assert state_bits(self.merged(model, loaded).model) == state_bits(self.merged(model, adapter).model)
 
     def in_a_cache(self, adapter: Adapter, tmp_path: Path) -> Path:
         """A snapshot of an adapter, as the Hub's cache has one."""
@@ -280,8 +377,8 @@ class SurgeryContract(Contract):
         other = self.make_model(tied=tied, seed=1)
         base = self.write(other, tmp_path / "base")
         before, files = state_bits(other), contents(base)
-        for act in (lambda: es.merge(other, adapter), lambda: es.attach(other, adapter),
-                    lambda: es.merge_checkpoint(base, adapter, tmp_path / "merged")):  # fmt: skip
+        for act in (lambda: self.merge(other, adapter), lambda: es.attach(other, adapter),
+                    lambda: es.merge_checkpoint(base, adapter, tmp_path / "merged", bake=self.bake)):  # fmt: skip
             with pytest.raises(BaseMismatchError):
                 act()
         assert state_bits(other) == before
