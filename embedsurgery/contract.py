@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from embedsurgery.errors import PluginError
@@ -65,7 +65,7 @@ def _first(*faults: tuple[bool, str]) -> str | None:
 def _surgery_fault(value: SurgeryRecord) -> str | None:
     kind: Any = value.config_class
     surgery: object = value.surgery
-    frozen = isinstance(kind, type) and is_dataclass(kind) and kind.__dataclass_params__.frozen
+    frozen = isinstance(kind, type) and getattr(getattr(kind, "__dataclass_params__", None), "frozen", False)
     sets = (value.shares_model_with, value.also_reads)
     return _texts(value, "name", "peft_type") or _first(
         (not frozen, f"config_class is no frozen dataclass: {_named(kind)}"),
