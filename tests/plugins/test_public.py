@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
+from dataclasses import is_dataclass
 from importlib import import_module
 from pathlib import Path
 
@@ -124,3 +125,18 @@ def test_what_is_private_is_seen(code: str) -> None:
 ])  # fmt: skip
 def test_what_is_not_public_is_seen(code: str) -> None:
     assert len(not_public(code)) == 1
+
+
+def test_frozen_dataclasses_go_in_and_come_out() -> None:
+    from embedsurgery.contract import KINDS
+
+    given = {"embedsurgery.hookspecs": ("UnknownModule", "EmbeddingModule", "CardSection"),
+             "embedsurgery.initializers": ("NewToken", "TableView", "Ask"),
+             "embedsurgery.surgeries.base": ("Base", "Ground", "RowOverride"),
+             "embedsurgery.adapter": ("Adapter", "Manifest", "PeftFiles", "TableRecord", "Fingerprint"),
+             "embedsurgery.plan": ("Plan", "SetRows", "SetBlocks", "SetEntries", "Grow"),
+             "embedsurgery.graph": ("EmbeddingGraph", "Table", "Site", "Vocabulary")}  # fmt: skip
+    kinds = [getattr(import_module(module), name) for module, names in given.items() for name in names]
+    for kind in (*kinds, *(hook.record for hook in KINDS)):
+        assert is_dataclass(kind)
+        assert kind.__dataclass_params__.frozen, kind  # type: ignore[attr-defined]
