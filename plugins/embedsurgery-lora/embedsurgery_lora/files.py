@@ -180,7 +180,7 @@ def from_peft(files: PeftFiles, surgery: Surgery) -> Adapter:
     if left_over:
         more = f" and {len(left_over) - 6} more" if len(left_over) > 6 else ""
         warnings.warn(f"this LoRA adapter has more than tables: {', '.join(left_over[:6])}{more} are left as they are; "
-                      "PEFT merges them, before or after", EmbedSurgeryWarning, stacklevel=5)  # fmt: skip
+                      "PEFT merges them, before or after", EmbedSurgeryWarning, stacklevel=8)  # fmt: skip
     kept = {"r": config.get("r"), "lora_alpha": config.get("lora_alpha"), "tables": kinds,
             "use_rslora": bool(config.get("use_rslora")), "left": left_over}  # fmt: skip
     manifest = Manifest(surgery.name, surgery.version, kept, tuple(records), config.get("base_model_name_or_path"),

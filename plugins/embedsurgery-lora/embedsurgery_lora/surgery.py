@@ -179,7 +179,7 @@ def _say_of_ties(adapter: Adapter, table: Table, records: Sequence[TableRecord])
         said = (
             f"{table.name} is lookup and head in one, and PEFT trained updates of {' and '.join(each)} apart: merged, "
         )
-        warnings.warn(said + "here as by PEFT, both ends have all of them", EmbedSurgeryWarning, stacklevel=5)
+        warnings.warn(said + "here as by PEFT, both ends have all of them", EmbedSurgeryWarning, stacklevel=10)
 
 
 def _blocks(table: Table, pairs: Sequence[tuple[RawArray, RawArray, float]]) -> SetBlocks:

@@ -135,8 +135,13 @@ def test_it_is_pefts_merge(kind: str, targets: list[str], options: dict[str, Any
 def test_what_peft_trained_at_one_end_of_a_tie_is_said(tmp_path: Path) -> None:
     for number, targets in enumerate((["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"])):
         base, _ = by_peft("llama-tied", tmp_path / str(number), target_modules=targets)
-        with pytest.warns(EmbedSurgeryWarning, match=rf"lookup and head in one.*{targets[0]}.*both ends"):
-            es.merge(base, es.load(tmp_path / str(number)))
+        adapter = es.load(tmp_path / str(number))
+        for act in (es.attach, es.merge):
+            with pytest.warns(EmbedSurgeryWarning, match=rf"lookup and head in one.*{targets[0]}.*both ends") as said:
+                done = act(base, adapter)
+            assert {one.filename for one in said} == {__file__}
+            if act is es.attach:
+                done.detach()
 
 
 @unchecked
