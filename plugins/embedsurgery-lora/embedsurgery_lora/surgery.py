@@ -101,7 +101,7 @@ class Lora(Surgery):
     def live(self, adapter: Adapter, located: Mapping[str, Table]) -> tuple[RowOverride, ...]:
         """Whole tables, and rows of those that train tokens."""
         overrides: list[RowOverride] = []
-        for table, records in _by_table(adapter, located):
+        for table, records in _by_table(adapter, located, 9):
             names = [record.name for record in records]
             if _how(adapter, records[0])["kind"] == TOKENS:
                 overrides.append(RowOverride(table.name, names[0], records[0].indices))
@@ -114,7 +114,7 @@ class Lora(Surgery):
     def plan(self, adapter: Adapter, located: Mapping[str, Table]) -> Plan:
         """Whole tables block by block, computed in fp32 (fp64 for an fp64 table) and rounded once; and token rows."""
         edits: list[Edit] = []
-        for table, records in _by_table(adapter, located):
+        for table, records in _by_table(adapter, located, 10):
             if _how(adapter, records[0])["kind"] == TOKENS:
                 edits.append(SetRows(table.name, records[0].indices, adapter.raw[records[0].name]))
                 continue
@@ -139,8 +139,13 @@ def _how(adapter: Adapter, record: TableRecord) -> Mapping[str, Any]:
     return how
 
 
-def _by_table(adapter: Adapter, located: Mapping[str, Table]) -> list[tuple[Table, list[TableRecord]]]:
+def _by_table(adapter: Adapter, located: Mapping[str, Table], stacklevel: int) -> list[tuple[Table, list[TableRecord]]]:
     """The records of each table; low-rank updates of both ends of a tie add up, as they do when PEFT merges them.
+
+    Args:
+        adapter: The adapter.
+        located: Table record's name -> table.
+        stacklevel: Of warnings, to point at who called embedsurgery.
 
     Raises:
         BaseMismatchError: A whole table of another shape.
@@ -163,7 +168,7 @@ def _by_table(adapter: Adapter, located: Mapping[str, Table]) -> list[tuple[Tabl
                                    where=table.name, found=f"modules_to_save: {', '.join(copies)}",
                                    hint="merge it with PEFT")  # fmt: skip
         if adapter.manifest.library_version is None and True not in kinds:
-            _say_of_ties(adapter, table, records)
+            _say_of_ties(adapter, table, records, stacklevel)
         for record in records:
             if True not in kinds and record.shape is not None and record.shape != table.shape:
                 raise BaseMismatchError("an update of a whole table of another shape", where=table.name,
@@ -172,14 +177,14 @@ def _by_table(adapter: Adapter, located: Mapping[str, Table]) -> list[tuple[Tabl
     return list(found.values())
 
 
-def _say_of_ties(adapter: Adapter, table: Table, records: Sequence[TableRecord]) -> None:
+def _say_of_ties(adapter: Adapter, table: Table, records: Sequence[TableRecord], stacklevel: int) -> None:
     """What PEFT trained at one end of a tied table is at both, here as where PEFT merges it."""
     if {"input", "output"} <= set(table.roles) and not any(_how(adapter, record).get("twins") for record in records):
         each = dict.fromkeys(f"{record.name} ({_how(adapter, record)['kind']})" for record in records)
         said = (
             f"{table.name} is lookup and head in one, and PEFT trained updates of {' and '.join(each)} apart: merged, "
         )
-        warnings.warn(said + "here as by PEFT, both ends have all of them", EmbedSurgeryWarning, stacklevel=10)
+        warnings.warn(said + "here as by PEFT, both ends have all of them", EmbedSurgeryWarning, stacklevel=stacklevel)
 
 
 def _blocks(table: Table, pairs: Sequence[tuple[RawArray, RawArray, float]]) -> SetBlocks:
