@@ -28,7 +28,7 @@ def opened(model: str | os.PathLike[str]) -> tuple[EmbeddingGraph, Mapping[str, 
     remote = hub.find_id(model)
     known = registry()
     if remote is None and not (form := known.format_of(Path(model))).fallback:
-        store = form.open(Path(model))
+        store = known.opened(form, Path(model))
         return store.graph, store.config
     checkpoint = open_checkpoint(Path(model)) if remote is None else hub.open_remote(remote)
     graph = walk_names(checkpoint.stored(), config=checkpoint.config, source=str(model),
@@ -51,13 +51,14 @@ def load(directory: str | os.PathLike[str]) -> Adapter:
 
 
 def _read(directory: str | os.PathLike[str]) -> Adapter:
-    from embedsurgery.adapter import Adapter, read_adapter_files
+    from embedsurgery.adapter import read_adapter_files
+    from embedsurgery.surgeries.answers import read
 
     files, manifest = read_adapter_files(directory)
     if manifest is None:
-        return registry().for_peft_type(files.config.get("peft_type")).surgery.from_peft(files)
+        return read(registry().for_peft_type(files.config.get("peft_type")).surgery, files, None)
     surgery = registry().named(manifest.surgery).surgery
     if manifest.surgery_version > surgery.version:
         raise AdapterError("an adapter of a newer version of its surgery", where=directory, expected=surgery.version,
                            found=manifest.surgery_version, hint="upgrade what brings the surgery")  # fmt: skip
-    return surgery.from_files(files, Adapter(manifest, {}, surgery))
+    return read(surgery, files, manifest)
