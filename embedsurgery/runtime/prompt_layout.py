@@ -49,6 +49,11 @@ class Layout:
         """Whether the flat order is that in which the model gets its tokens."""
         return self.first is None and (self.lengths is None or not self.rolled)
 
+    def is_uneven(self) -> bool:
+        """Whether texts begin at several places, prompts included; reads values back."""
+        parts = (self.first, None if self.lengths is None else self.count - self.lengths)
+        return any(part is not None and bool(part.any()) for part in parts)
+
     def sources(self, total: int, device: torch.device) -> torch.Tensor:
         """For each place of what the model gets the place in the flat order, int64 (B, N + total).
 
@@ -157,18 +162,26 @@ def along(values: torch.Tensor, index: torch.Tensor, dim: int) -> torch.Tensor:
     return values.gather(dim, index.reshape(shape).expand(sizes))
 
 
-def extended_mask(mask: torch.Tensor, layout: Layout, window: int | None = None, *, came: bool = True) -> torch.Tensor:
+def extended_mask(
+    mask: torch.Tensor, layout: Layout, window: int | None = None, *, came: bool = True, causal: bool = False
+) -> torch.Tensor:
     """An attention mask that knows the prompt.
 
+    Every token sees the prompt. The prompt sees what the first real token sees; where that is itself alone, the tokens
+    of the prompt see none behind them either.
+
     Args:
-        mask: (B, total), true at real tokens; or (B or 1, 1 or heads, Q, K), what attends to what.
+        mask: (B, total), true at real tokens; or (B or 1, 1 or heads, 1 or Q, K), what attends to what.
         layout: Where the prompt stands.
         window: How far a token sees back, where the mask is one of sliding windows.
         came: Whether the prompt comes in now; else it is in the cache, and a mask of four axes lacks its columns alone.
+        causal: Whether tokens of the model see none behind them, where a mask of four axes does not tell.
     """
     if mask.dim() == 2:
         return spread(layout.valid(mask.device), mask, layout)
     mask = mask.expand(layout.batch, *mask.shape[1:])
+    if came and mask.shape[2] == 1:  # one row for all tokens
+        mask = mask.expand(-1, -1, layout.length, -1)
     seen = attended(mask)
     rows, columns = mask.shape[2:]
     valid = layout.valid(mask.device)
@@ -177,10 +190,9 @@ def extended_mask(mask: torch.Tensor, layout: Layout, window: int | None = None,
     flat = torch.cat([before, seen], dim=3)
     if came:
         count = layout.count
-        causal = ~seen.triu(1).flatten(1).any(dim=1)[:, None, None, None]
         own = torch.ones(count, count, dtype=torch.bool, device=mask.device)
-        own = torch.where(causal, own.tril(), own) & valid[:, None, None, :]
-        real = seen.any(dim=2, keepdim=True) & ~causal
+        real, ahead = _seen_by_the_first(seen, layout, causal)
+        own = torch.where(ahead, own, own.tril()) & valid[:, None, None, :]
         top = torch.cat([own.expand(-1, mask.shape[1], -1, -1), real.expand(-1, -1, count, -1)], dim=3)
         flat = torch.cat([top, flat], dim=2)
     out = along(flat, sources, 3)
@@ -197,6 +209,28 @@ def extended_mask(mask: torch.Tensor, layout: Layout, window: int | None = None,
         base = along(base, layout.sources(rows, mask.device), 2) if came else base
         return torch.where(out, base, torch.finfo(mask.dtype).min)
     return out.to(mask.dtype)
+
+
+def _seen_by_the_first(seen: torch.Tensor, layout: Layout, causal: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """What each sample's first real token attends to behind itself, and whether such tokens do so at all.
+
+    A sample of one token does not tell: the others of its batch do, and else the model.
+
+    Args:
+        seen: bool (B, heads, L, K).
+        layout: Where the prompt stands.
+        causal: Of the model.
+
+    Returns:
+        bool (B, heads, 1, K), nothing where they do not; and bool, one for all.
+    """
+    first = first_real(seen)
+    index = first[:, None, None, None]
+    row = seen.gather(2, index.expand(-1, seen.shape[1], 1, seen.shape[3]))
+    behind = torch.arange(seen.shape[3], device=seen.device) > index
+    several = (seen.any(dim=2, keepdim=True) & behind).any()
+    ahead = (row & behind).any() | (~several & (not causal))
+    return row & ahead, ahead
 
 
 def extended_positions(positions: torch.Tensor, layout: Layout) -> torch.Tensor:

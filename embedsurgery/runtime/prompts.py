@@ -3,7 +3,7 @@
 What reads the tokens is given ids that stand for virtual tokens among the real ones, masks and positions that know
 them, and its lookup gives their vectors. So the model computes what it will when the prompt is baked into it, and
 heads, losses and poolers, which come after, get hidden states of the input's length. What a hook does to one call is
-in ``prompt_hooks.py``.
+in ``prompt_hooks.py`` and ``prompt_around.py``.
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ from torch.nn import functional as F
 from embedsurgery.adapter import Adapter
 from embedsurgery.errors import BaseMismatchError, ConfigError, UnsupportedError
 from embedsurgery.graph import EmbeddingGraph
+from embedsurgery.positions import position_limit
 from embedsurgery.raw import RawArray
 from embedsurgery.runtime.hooks import Installed, after, before, remove
+from embedsurgery.runtime.prompt_around import Decoding, Heads, Parent, later_masks
 from embedsurgery.runtime.prompt_heads import refuse_other_head
-from embedsurgery.runtime.prompt_hooks import Decoding, Heads, Parent, PromptLookup, Reading, later_masks
+from embedsurgery.runtime.prompt_hooks import PromptLookup, Reading
 from embedsurgery.runtime.prompt_layout import FIRST, Layout
 from embedsurgery.runtime.prompt_stacks import Stack, need, stacks_of
 from embedsurgery.runtime.rows import Rows
@@ -149,7 +151,7 @@ class Prompts:
         stacks = need(self.stacks, override.submodules, self.model)
         width = adapter.raw[override.tensor].shape[1]
         for stack in stacks:
-            limit = position_limit(submodule(self.model, stack.path))
+            limit = position_limit(getattr(submodule(self.model, stack.path), "config", None))
             if limit is not None and override.count >= limit:
                 raise ConfigError("the soft prompt is too long for the model's positions", where=stack.path or "model",
                                   expected=f"fewer than {limit} virtual tokens", found=override.count)  # fmt: skip
@@ -264,14 +266,6 @@ def modules_for(
     prompts = [(o, d) for o, d in zip(overrides, devices, strict=True) if isinstance(o, PromptOverride)]
     assert len(prompts) == len(overrides), "a soft prompt changes no rows"
     return [PromptEmbedding(raw[override.tensor], override, device) for override, device in prompts]
-
-
-def position_limit(module: nn.Module) -> int | None:
-    """How many positions a model has, where its config says so."""
-    config: Any = getattr(module, "config", None)
-    names: Sequence[str] = ("max_position_embeddings", "n_positions", "max_target_positions")
-    found = (getattr(config, name, None) for name in names)
-    return next((value for value in found if type(value) is int and value > 0), None)
 
 
 def _common(one: str, other: str) -> str:
