@@ -71,6 +71,7 @@ def plan_prompt(adapter: Adapter, ground: Ground) -> Plan:
     facts = {
         "name": _name(new[0]),
         "ids": [token.id for token in new],
+        "tokens": {str(token.id): token.content for token in new},
         "text": "".join(token.content for token in new),
         "front": "none" if front is None else _where(front),
         "after_bos": config.after_bos,
