@@ -275,6 +275,15 @@ def test_trained_saved_baked_and_served(kind: str, tmp_path: Path) -> None:
     assert (logits - expected).abs().max() < 1e-5 * max(1, expected.abs().max())
     assert greedy(plain, found, 30) == greedy(model, ids, 30)
     print(kind, losses[0], losses[-1], tokenizer.decode(greedy(plain, found, 4)))
+    virtual = set(report.tokens.values())
+    with torch.no_grad():
+        drawn = plain.generate(input_ids=found, attention_mask=torch.ones_like(found), do_sample=True, top_k=0,
+                               num_return_sequences=100, max_new_tokens=100, min_new_tokens=100)  # fmt: skip
+    assert drawn[:, found.shape[1] :].numel() >= 10_000
+    assert virtual.isdisjoint(drawn[:, found.shape[1] :].unique().tolist())
+    plain.generation_config = tr.GenerationConfig(pad_token_id=0)
+    assert virtual.isdisjoint(greedy(plain, found, 60))
+    assert not begun.model(tmp_path / "out").config.tie_word_embeddings
 
 
 @pytest.mark.parametrize("first", ["prompt", "rows"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -185,3 +186,34 @@ def test_a_lookup_that_gives_more_than_vectors_is_refused() -> None:
     with pytest.raises(UnsupportedError, match="gives more than vectors"):
         model(rows(4)[0][None])
     handle.remove()
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_places_of_a_picture_are_the_models_to_find(side: str, use_cache: bool) -> None:
+    """Qwen2-VL gives the parts of a picture positions in a grid, whatever the padding."""
+    import transformers as tr
+
+    sizes = {"vocab_size": 100, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "pad_token_id": 0,
+             "num_attention_heads": 2, "num_key_value_heads": 1, "bos_token_id": 1, "eos_token_id": 2,
+             "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}  # fmt: skip
+    seen = {"depth": 1, "embed_dim": 16, "hidden_size": 16, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2}
+    ends = {"image_token_id": 90, "video_token_id": 91, "vision_start_token_id": 92, "vision_end_token_id": 93}
+    torch.manual_seed(0)
+    model = tr.Qwen2VLForConditionalGeneration(tr.Qwen2VLConfig(text_config=sizes, vision_config=seen, **ends)).eval()
+    plain = copy.deepcopy(model)
+    samples = [torch.tensor([5, 6, 92, 90, 90, 90, 90, 93, 7, 8]), torch.tensor([9, 92, 90, 90, 90, 90, 93])]
+    picture, grid = torch.randn(16, 96), torch.tensor([[1, 4, 4]])
+
+    def logits(of: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return of(input_ids=ids, attention_mask=mask, mm_token_type_ids=(ids == 90).long(), use_cache=use_cache,
+                  pixel_values=picture.repeat(len(ids), 1), image_grid_thw=grid.repeat(len(ids), 1)).logits  # fmt: skip
+
+    real = torch.tensor([20, 30, 40, 50])
+    att = es.attach(model, es.SoftPromptConfig(N))
+    with torch.no_grad():
+        next(att.parameters()).copy_(plain.get_input_embeddings()(real))
+        found = unpadded(logits(model, *padded(samples, side)), samples, side)
+        for own, sample in zip(found, samples, strict=True):
+            whole = torch.cat([real, sample])[None]
+            close(own, logits(plain, whole, torch.ones_like(whole))[0, N:])
