@@ -214,7 +214,7 @@ class Prompts:
         """What stands in front of a stack now; None where nothing does.
 
         Raises:
-            AttachmentError: Prompts of one batch that keep their positions, and others that do not.
+            UnsupportedError: Prompts of one batch that keep their positions, and others that do not.
         """
         found: list[tuple[str, PromptEmbedding, int]] = []
         begin = 0
