@@ -79,7 +79,7 @@ class PromptLookup:
         if is_sharded(output):
             raise UnsupportedError("a soft prompt cannot stand before a lookup that computes on shards",
                                    where=type(module).__name__, hint="keep the lookup whole")  # fmt: skip
-        plain = self.prompts.plain
+        plain, self.prompts.plain = self.prompts.plain, 0  # of the first lookup: GPT-2 looks types up as well
         if plain and ids.shape == self.prompts.shape:
             own = self.prompts.vectors(ids[:1, :plain], output.dtype).expand(ids.shape[0], -1, -1)
             return torch.cat([own, output[:, plain:]], dim=1)
@@ -240,7 +240,8 @@ class Reading:
             make_room(cache, layout.count, length, self.window)
         self.layout = layout
         ids, _ = live.of_batch(batch)
-        plain = layout.is_plain and layout.lengths is None
+        alone = not any(given.get(name) is not None for name in _BY_TOKEN)  # that is looked up
+        plain = alone and layout.is_plain and layout.lengths is None
         if given.get("input_ids") is not None:
             given["input_ids"] = spread(ids, given["input_ids"], layout)
             self.prompts.plain = layout.count if plain else 0

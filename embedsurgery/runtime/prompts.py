@@ -114,7 +114,8 @@ class Prompts:
     Attributes:
         stacks: What of the model reads tokens.
         inside: Whether what reads tokens runs just now.
-        plain: How many virtual tokens each sample of the running stack begins with, where that is all there is to know.
+        plain: How many virtual tokens each sample begins with in the ids that the running stack looks up next, where
+            that is all there is to know; else 0.
         shape: Of the ids that the running stack was given.
         one_more: Whether the head wants an entry that predicts the first token of the input.
         kept: How many entries the head was given for the prompt, where outputs keep it.

@@ -100,6 +100,20 @@ def test_a_hole_in_the_text(kind: str, side: str) -> None:
         close(found[own.bool()], wanted[own.bool()])
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("lengths", [(7, 3, 5), (6, 6, 6)])
+def test_types_that_are_looked_up_in_the_same_table_get_no_prompt(side: str, lengths: tuple[int, ...]) -> None:
+    """As GPT-2's are: behind the prompt, whose own type is 0."""
+    model, att, plain = shared("gpt2")
+    samples = rows(*lengths)
+    ids, mask = padded(samples, side)
+    with torch.no_grad():
+        logits = model(ids, attention_mask=mask, token_type_ids=torch.full_like(ids, 9)).logits
+    for found, sample in zip(unpadded(logits, samples, side), samples, strict=True):
+        types = torch.cat([torch.zeros(N, dtype=torch.int64), torch.full_like(sample, 9)])[None]
+        close(found, alone(plain, vectors(att), sample, token_type_ids=types).logits[0, N:])
+
+
 def _cache(model: Any) -> Any:
     from transformers import DynamicCache, EncoderDecoderCache
 
