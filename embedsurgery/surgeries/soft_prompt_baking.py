@@ -39,6 +39,9 @@ from embedsurgery.tokenizer_front import MARK
 INERT = -10_000.0
 """Bias of what is never to be offered: finite in fp16 too, and the exponential of such a logit is zero."""
 
+_READ_TWICE = ("SEQ_CLS", "QUESTION_ANS")
+"""Tasks, as PEFT calls them, for which a model of encoder and decoder reads its text with both."""
+
 _BESIDE = ("embed_tokens_per_layer", "value_embeddings", "entity_embeddings")
 """Lookups that take the input's ids too, of which a soft prompt has no vectors."""
 
@@ -89,6 +92,9 @@ def _prompt(adapter: Adapter, table: Table, ground: Ground) -> np.ndarray[Any, n
         raise UnsupportedError("a prompt for the decoder cannot become text: the text is the encoder's", where=where,
                                found=f"a prompt for {' and '.join(prompts)}", expected="one for the encoder alone",
                                hint="attach it")  # fmt: skip
+    if config.get("is_encoder_decoder") is True and adapter.manifest.config.get("task_type") in _READ_TWICE:
+        raise UnsupportedError("this model gives its text to the decoder too, where the prompt was not", where=where,
+                               found=adapter.manifest.config["task_type"], hint="attach it")  # fmt: skip
     beside = [t.name for t in graph.tables if t is not table and t.name.split(".")[-2:-1][:1] and
               t.name.split(".")[-2] in _BESIDE]  # fmt: skip
     if beside:
