@@ -14,7 +14,7 @@ from torch import nn
 
 from embedsurgery.runtime.prompt_caches import is_filled
 from embedsurgery.runtime.prompt_inputs import IGNORED, first_of, has_input, is_by_token, size_of, with_front
-from embedsurgery.runtime.prompt_layout import extended_mask
+from embedsurgery.runtime.prompt_masks import extended_mask
 from embedsurgery.runtime.prompt_outputs import cut_encoder, trimmed
 from embedsurgery.runtime.prompt_stacks import Stack, can_generate
 

@@ -8,25 +8,24 @@ What comes out of a call is cut in ``prompt_outputs.py``; what stands around the
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from embedsurgery.errors import ConfigError, UnsupportedError
-from embedsurgery.positions import position_limit
 from embedsurgery.runtime.prompt_caches import Seat, check_seat, is_filled, make_room, seat_of, take_seat
 from embedsurgery.runtime.prompt_inputs import IGNORED, first_of, is_by_token, refuse_packed, size_of, without_front
 from embedsurgery.runtime.prompt_layout import (
     Layout,
     counted_positions,
-    extended_mask,
     extended_positions,
     is_virtual,
     spread,
 )
+from embedsurgery.runtime.prompt_masks import extended_mask
 from embedsurgery.runtime.prompt_outputs import caches_in, cut
+from embedsurgery.runtime.prompt_positions import Counting, learned_positions, window_of
 from embedsurgery.runtime.prompt_stacks import can_generate
 from embedsurgery.tensors import is_sharded
 
@@ -39,12 +38,6 @@ _BY_TOKEN = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids", "gl
 
 _PACKED = ("cu_seq_lens_q", "cu_seqlens", "seq_idx")
 """What says where several texts in one row begin."""
-
-_FINDS = ("create_position_ids_from_input_ids", "get_rope_index")
-"""Methods of modules that find positions for a batch, whatever its padding."""
-
-_COUNT_MASKS = frozenset({"opt"})
-"""``model_type`` of models whose positions count the tokens that the mask shows, also behind some that it hides."""
 
 _STATES = ("cache_params", "state", "mems")
 """Memory of models that have no cache of keys and values."""
@@ -90,39 +83,6 @@ class PromptLookup:
         return {**self.__dict__, "ids": None}
 
 
-@dataclass(frozen=True)
-class Counting:
-    """How a model comes by the positions of its tokens.
-
-    Attributes:
-        taken: They are among what it is given.
-        own: Where they are not given, it finds them by more than places: by the ids that are no padding, by the mask,
-            or by where pictures stand.
-        measured: It has none, and measures how far tokens lie apart.
-    """
-
-    taken: bool
-    own: bool
-    measured: bool
-
-    @classmethod
-    def of(cls, module: nn.Module, parameters: tuple[str, ...]) -> Counting:
-        """That of what reads tokens, by the parameters of its forward, and the names in it."""
-        parts = list(module.modules())
-        own = any(hasattr(part, method) for part in parts for method in _FINDS)
-        relative = any("relative" in name.rpartition(".")[2] for name, _ in module.named_modules())
-        return cls(
-            taken="position_ids" in parameters,
-            own=own or getattr(getattr(module, "config", None), "model_type", None) in _COUNT_MASKS,
-            measured=relative or any("alibi" in name for name in dir(type(module))),
-        )
-
-    @property
-    def stands(self) -> bool:
-        """Whether texts may begin at several places of one batch and still go on from a cache."""
-        return self.taken or self.measured
-
-
 class Reading:
     """What reads the tokens.
 
@@ -155,9 +115,9 @@ class Reading:
         self.counting = Counting.of(module, parameters)
         self.gives_positions = self.counting.taken and not self.counting.own
         config = getattr(module, "config", None)
-        self.window = _window(config)
+        self.window = window_of(config)
         self.uses_cache = bool(getattr(config, "use_cache", False))
-        self.limit = _learned_positions(module)
+        self.limit = learned_positions(module)
         self._forget()
 
     def _forget(self) -> None:
@@ -330,35 +290,3 @@ class Reading:
             raise ConfigError("the input and its soft prompt are longer than the model's positions",
                               where=self.stack, expected=f"{self.limit} at most",
                               found=f"{total}, {layout.count} of them virtual")  # fmt: skip
-
-
-def _learned_positions(module: nn.Module) -> int | None:
-    """How many positions a model has learned; None where it computes them for any length."""
-    limit = position_limit(getattr(module, "config", None))
-    if limit is None:
-        return None
-    near = range(limit, limit + 4)
-    learned = [part for name, part in module.named_modules() if _is_positions(name)]
-    if not any(getattr(part, "num_embeddings", -1) in near for part in learned):
-        return None
-    padded = any(getattr(part, "padding_idx", None) is not None and part.num_embeddings == limit for part in learned)
-    return (
-        limit - 2
-        if padded and any(hasattr(p, "create_position_ids_from_input_ids") for p in module.modules())
-        else limit
-    )
-
-
-def _is_positions(name: str) -> bool:
-    last = name.rpartition(".")[2].lower()
-    return "position" in last or last == "wpe"
-
-
-def _window(config: Any) -> int | None:
-    """How far the model's tokens see back, where that is one number."""
-    for name in ("sliding_window", "attention_chunk_size"):
-        with suppress(Exception):  # where it differs from layer to layer, asking raises an error of transformers' own
-            value = getattr(config, name, None)
-            if isinstance(value, int):
-                return value
-    return None

@@ -7,7 +7,7 @@ from typing import Any, TypeGuard
 import torch
 
 from embedsurgery.errors import UnsupportedError
-from embedsurgery.runtime.prompt_layout import first_real
+from embedsurgery.runtime.prompt_masks import first_real
 
 IGNORED = -100
 """The label that no loss counts."""

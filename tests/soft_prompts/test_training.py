@@ -310,7 +310,7 @@ def test_copies_have_a_prompt_of_their_own(how: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch's tracing, about itself
-@pytest.mark.parametrize("kind", ["llama", "bert-mlm"])
+@pytest.mark.parametrize("kind", ["llama", pytest.param("bert-mlm", marks=pytest.mark.sweep)])
 def test_compiled(kind: str) -> None:
     model, att = prompted(kind)
     ids, mask = padded(rows(7, 3, 5), "left")
