@@ -313,7 +313,7 @@ def test_together_with_trained_tokens(first: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("kind", "first"), [
     ("llama-tied", "rows"), ("llama-tied", "prompt"), ("llama-untied", "rows"),
-    *(pytest.param(kind, first, marks=pytest.mark.sweep) for kind in ("gpt2", "bert-mlm") for first in ("rows", "prompt")),
+    *(pytest.param(k, first, marks=pytest.mark.sweep) for k in ("gpt2", "bert-mlm") for first in ("rows", "prompt")),
     pytest.param("llama-untied", "prompt", marks=pytest.mark.sweep),
 ])  # fmt: skip
 def test_together_with_new_tokens(kind: str, first: str, tmp_path: Path) -> None:
