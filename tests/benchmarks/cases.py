@@ -82,9 +82,10 @@ def main_cases() -> list[Case]:
     """Those of the README's table."""
     cases = [_train(1024, rows, tied=tied) for tied in (True, False) for rows in (100, 10_000)]
     cases += [_train(2304, rows, repeats=7) for rows in (100, 10_000)]
-    cases += [_train(2304, 100, tied=False, repeats=7)]
+    cases += [_train(2304, rows, tied=False, repeats=7) for rows in (100, 10_000)]
+    cases += [_train(1024, 10_000, suffix="-new", consecutive=True)]
     cases += [_train(1024, rows, suffix="-answers", keep=16) for rows in (100, 10_000)]
-    cases += [_train(1024, 100, suffix="-bf16", dtype="bfloat16", repeats=7)]
+    cases += [_train(1024, rows, suffix="-bf16", dtype="bfloat16", repeats=7) for rows in (100, 10_000)]
     cases += [_train(1024, rows, suffix="-2x1024", batch=(2, 1024), repeats=5) for rows in (100, 10_000)]
     cases += [Case(f"lookup/d{width}-k{rows}-2x{length}", "lookup", 256_000, width, rows, batch=(2, length), layers=1)
               for width in (1024, 2304) for rows in (100, 10_000) for length in (128, 1024)]  # fmt: skip
