@@ -8,10 +8,10 @@ from pkgutil import iter_modules
 from typing import TYPE_CHECKING
 
 from embedsurgery import cli
+from embedsurgery.architectures import ARCHITECTURES
 from embedsurgery.checkpoint import INDEX, SINGLE
 from embedsurgery.hookspecs import CommandRecord, LayoutRecord, StoreRecord, hookimpl
 from embedsurgery.initializers import BUILT_IN, InitializerRecord
-from embedsurgery.names import ARCHITECTURES
 from embedsurgery.stores.shards import ShardStore
 from embedsurgery.surgeries.base import SurgeryRecord
 from embedsurgery.surgeries.soft_prompt import NO_ROWS, P_TUNING, PROMPT_TUNING, SoftPrompt, SoftPromptConfig

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from embedsurgery.architectures import Layout
 from embedsurgery.errors import PluginError
 from embedsurgery.hookspecs import (
     CONTRACT,
@@ -24,7 +25,6 @@ from embedsurgery.hookspecs import (
     StoreRecord,
 )
 from embedsurgery.initializers import Initializer, InitializerRecord
-from embedsurgery.names import Layout
 from embedsurgery.surgeries.base import Surgery, SurgeryRecord
 
 

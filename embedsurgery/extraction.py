@@ -23,14 +23,14 @@ from embedsurgery.jsonfile import read_json
 from embedsurgery.plan import Token, spans
 from embedsurgery.raw import EDITABLE, ITEMSIZE, RawArray
 from embedsurgery.registry import registry
-from embedsurgery.safetensors_file import Entry, open_regular, pread_exactly, read_header
+from embedsurgery.safetensors_file import open_regular, pread_exactly
 from embedsurgery.stores.base import rows_of
 from embedsurgery.stores.shards import ShardStore
 from embedsurgery.surgeries.trainable_tokens_files import OTHERS
 from embedsurgery.tokenizer_files import added_tokens, token_texts, vocabulary
 from embedsurgery.tokenizer_json import flags
+from embedsurgery.tuned import Tuned, alike, tuned_tensors
 from embedsurgery.vocabulary import NewTokens, entries_name, evidence, filler_name
-from embedsurgery.wrappers import plain_name
 
 
 @dataclass(frozen=True)
@@ -52,22 +52,6 @@ class Extraction:
     tokens: Mapping[int, str]
     left: tuple[str, ...]
     bytes: int
-
-
-@dataclass(frozen=True)
-class _Tuned:
-    """A tensor of the tuned model."""
-
-    path: Path
-    entry: Entry
-
-    def block(self, start: int, stop: int) -> RawArray:
-        """Rows of a matrix, or entries of a vector."""
-        width = self.entry.shape[1:]
-        pitch = ITEMSIZE[self.entry.dtype] * int(np.prod(width, dtype=np.int64))
-        with open_regular(self.path) as descriptor:
-            data = pread_exactly(descriptor, (stop - start) * pitch, self.entry.begin + start * pitch)
-        return RawArray(self.entry.dtype, (stop - start, *width), data)
 
 
 def extract(
@@ -110,7 +94,7 @@ def extract(
 
 def _extracted(source: Path, target: Path, threshold: float, progress: Callable[[int, int], None] | None) -> Extraction:
     store = ShardStore.open(source, architectures=registry().architectures)
-    tensors = _tensors(target)
+    tensors = tuned_tensors(target)
     pairs = _pairs(store, tensors, target)
     total = sum(t.entry.end - t.entry.begin for t in pairs.values())
     changed: dict[str, tuple[int, ...]] = {}
@@ -140,22 +124,13 @@ def _extracted(source: Path, target: Path, threshold: float, progress: Callable[
     )
 
 
-def _tensors(tuned: Path) -> dict[str, _Tuned]:
-    """Plain name -> tensor, of a checkpoint or a PEFT adapter."""
-    if os.path.exists(tuned / WEIGHTS_NAME):
-        header = read_header(tuned / WEIGHTS_NAME)
-        return {plain_name(name): _Tuned(tuned / WEIGHTS_NAME, entry) for name, entry in header.entries.items()}
-    checkpoint = ShardStore.open(tuned).checkpoint
-    return {plain_name(name): _Tuned(checkpoint.path(name), checkpoint.entry(name)) for name in checkpoint.location}
-
-
-def _pairs(store: ShardStore, tensors: Mapping[str, _Tuned], tuned: Path) -> dict[str, _Tuned]:
+def _pairs(store: ShardStore, tensors: Mapping[str, Tuned], tuned: Path) -> dict[str, Tuned]:
     """Base table's name -> the tuned tensor. Copies of a table that is tied in the base must be one."""
     pairs = {}
     for table in (t for t in store.graph.tables if t.kind == "vocabulary"):
-        found = [known for name in table.names if (known := _like(name, tensors)) is not None]
+        found = [known for name in table.names if (known := alike(name, tensors)) is not None]
         for other in found[1:]:
-            if not _equal(found[0], other):
+            if not found[0].same(other):
                 raise BaseMismatchError(
                     "tuning parted a table that is tied in the base",
                     where=other.entry.name,
@@ -185,13 +160,13 @@ def _pairs(store: ShardStore, tensors: Mapping[str, _Tuned], tuned: Path) -> dic
     return pairs
 
 
-def _refuse_one_end(table: Table, tensors: Mapping[str, _Tuned], tuned: Path) -> None:
+def _refuse_one_end(table: Table, tensors: Mapping[str, Tuned], tuned: Path) -> None:
     """Refuse a tied table of which PEFT trained a copy at one end: the other end kept the base's rows."""
     config = read_json(tuned / CONFIG_NAME) if (tuned / CONFIG_NAME).exists() else {}
     saved = config.get("modules_to_save")
     saved = [name for name in saved if isinstance(name, str)] if isinstance(saved, list) else []
     modules = list(dict.fromkeys(name.rpartition(".")[0] for name in table.names))
-    stored = [name for name in modules if _like(f"{name}.weight", tensors) is not None]
+    stored = [name for name in modules if alike(f"{name}.weight", tensors) is not None]
     copied = [name for name in stored if any(name == one or name.endswith("." + one) for one in saved)]
     if copied and len(stored) < len(modules):
         raise BaseMismatchError(
@@ -201,22 +176,7 @@ def _refuse_one_end(table: Table, tensors: Mapping[str, _Tuned], tuned: Path) ->
         )  # fmt: skip
 
 
-def _like(name: str, tensors: Mapping[str, _Tuned]) -> _Tuned | None:
-    """The tensor of this name, or the one whose name begins or ends alike: see `locate`."""
-    if name in tensors:
-        return tensors[name]
-    near = [t for other, t in tensors.items() if other.endswith("." + name) or name.endswith("." + other)]
-    return near[0] if len(near) == 1 else None
-
-
-def _equal(one: _Tuned, other: _Tuned) -> bool:
-    if (one.entry.dtype, one.entry.shape) != (other.entry.dtype, other.entry.shape):
-        return False
-    pitch = (one.entry.end - one.entry.begin) // max(1, one.entry.shape[0])
-    return all(one.block(a, b) == other.block(a, b) for a, b in spans(one.entry.shape[0], pitch))
-
-
-def _changed(store: ShardStore, table: Table, part: _Tuned, threshold: float) -> Iterator[tuple[list[int], int]]:
+def _changed(store: ShardStore, table: Table, part: Tuned, threshold: float) -> Iterator[tuple[list[int], int]]:
     """For each block the rows that differ, grown ones included, and the bytes that were read."""
     name, rows = store.copies(table)[0], table.shape[0]
     pitch = (part.entry.end - part.entry.begin) // max(1, part.entry.shape[0])
@@ -239,7 +199,7 @@ def _bytes(rows: RawArray) -> np.ndarray[tuple[int, int], np.dtype[np.uint8]]:
     return np.frombuffer(rows.data, np.uint8).reshape(rows.shape[0], -1)
 
 
-def _new_tokens(store: ShardStore, base: Path, tuned: Path, pairs: Mapping[str, _Tuned]) -> NewTokens | None:
+def _new_tokens(store: ShardStore, base: Path, tuned: Path, pairs: Mapping[str, Tuned]) -> NewTokens | None:
     """The tokens that the tuned model's tokenizer has and the base's has not."""
     main = store.graph.main_input()
     whole = store.graph.vocabulary_of(main)
@@ -274,32 +234,19 @@ def _warn_of_flags(tuned: Path, tokens: tuple[Token, ...]) -> None:
                       EmbedSurgeryWarning, stacklevel=4)  # fmt: skip
 
 
-def _left(store: ShardStore, tensors: Mapping[str, _Tuned], pairs: Mapping[str, _Tuned]) -> Iterator[str]:
+def _left(store: ShardStore, tensors: Mapping[str, Tuned], pairs: Mapping[str, Tuned]) -> Iterator[str]:
     """Other tensors of the base that were changed too, and are in no adapter of rows."""
     used = {id(part) for part in pairs.values()}
     tables = {name for table in store.graph.tables for name in table.names}
     for name in store.tensor_names():
-        part = _like(name, tensors)
+        part = alike(name, tensors)
         if part is None or id(part) in used or name in tables:
             continue
-        entry = store.checkpoint.entry(name)
-        mine = _Tuned(store.checkpoint.path(name), entry)
-        if (entry.shape, entry.dtype) != (part.entry.shape, part.entry.dtype) or not _same_bytes(mine, part):
+        if not Tuned(store.checkpoint.path(name), store.checkpoint.entry(name)).same(part):
             yield name
 
 
-def _same_bytes(one: _Tuned, other: _Tuned) -> bool:
-    with open_regular(one.path) as left, open_regular(other.path) as right:
-        for start, stop in spans(one.entry.end - one.entry.begin, 1):
-            size = stop - start
-            if pread_exactly(left, size, one.entry.begin + start) != pread_exactly(
-                right, size, other.entry.begin + start
-            ):
-                return False
-    return True
-
-
-def _strangers(tuned: Path, tensors: Mapping[str, _Tuned], store: ShardStore) -> Iterator[str]:
+def _strangers(tuned: Path, tensors: Mapping[str, Tuned], store: ShardStore) -> Iterator[str]:
     """In a PEFT adapter what is no tensor of the base: LoRA's matrices and the like."""
     if os.path.exists(tuned / WEIGHTS_NAME):
         names = list(store.tensor_names()) + [name for table in store.graph.tables for name in table.names]
@@ -311,8 +258,8 @@ def _strangers(tuned: Path, tensors: Mapping[str, _Tuned], store: ShardStore) ->
 def _adapter(
     store: ShardStore,
     base: Path,
-    tensors: Mapping[str, _Tuned],
-    pairs: Mapping[str, _Tuned],
+    tensors: Mapping[str, Tuned],
+    pairs: Mapping[str, Tuned],
     changed: Mapping[str, tuple[int, ...]],
     new: NewTokens | None,
     texts: Mapping[int, str],
@@ -327,12 +274,12 @@ def _adapter(
         if not indices:
             continue
         wide = "F64" if table.dtype == "F64" else "F32"
-        raw[name] = _taken(part, indices).to(wide)
+        raw[name] = part.rows(indices).to(wide)
         others = [i for i in union if i not in set(indices)]
         if others:
             raw[name + OTHERS] = _untrained(store, table, part, others, ids).to(wide)
         if new is not None:
-            raw[filler_name(name)] = _taken(part, (part.entry.shape[0] - 1,))
+            raw[filler_name(name)] = part.rows((part.entry.shape[0] - 1,))
         sampled = evidence(indices, new, table.shape[0]) if new is not None else ()
         projections = [t for t in store.graph.tables if "output" in t.roles and t.shape[0] == table.shape[0]]
         records.append(
@@ -364,18 +311,9 @@ def _adapter(
     return Adapter(manifest, raw, registry().named("trainable_tokens").surgery)
 
 
-def _taken(part: _Tuned, indices: Sequence[int]) -> RawArray:
-    """Rows of a tuned table, (K, D)."""
-    width = part.entry.shape[1]
-    pitch = ITEMSIZE[part.entry.dtype] * width
-    with open_regular(part.path) as descriptor:
-        data = b"".join(pread_exactly(descriptor, pitch, part.entry.begin + index * pitch) for index in indices)
-    return RawArray(part.entry.dtype, (len(indices), width), data)
-
-
-def _untrained(store: ShardStore, table: Table, part: _Tuned, indices: Sequence[int], new: Collection[int]) -> RawArray:
+def _untrained(store: ShardStore, table: Table, part: Tuned, indices: Sequence[int], new: Collection[int]) -> RawArray:
     """Rows that another table's indices name: new ones as tuned, others as the base has them, below the threshold."""
-    rows = _taken(part, indices)
+    rows = part.rows(indices)
     kept = [n for n, index in enumerate(indices) if index < table.shape[0] and index not in new]
     values = rows_of(store, table, tuple(indices[n] for n in kept)).to(rows.dtype)
     pitch = len(rows.data) // len(indices)
@@ -385,14 +323,14 @@ def _untrained(store: ShardStore, table: Table, part: _Tuned, indices: Sequence[
     return RawArray(rows.dtype, rows.shape, bytes(data))
 
 
-def _entries(store: ShardStore, tensors: Mapping[str, _Tuned], new: NewTokens) -> dict[str, RawArray]:
+def _entries(store: ShardStore, tensors: Mapping[str, Tuned], new: NewTokens) -> dict[str, RawArray]:
     """A vector's entries for the new tokens, and the last one as filler.
 
     Where the tuned model does not say, the base's own, and zeros for rows that it lacks.
     """
     raw = {}
     for name in new.vectors:
-        part = _like(name, tensors)
+        part = alike(name, tensors)
         if part is None or part.entry.shape[-1] != new.grown:
             own = store.read_vector(name)
             padded = RawArray(own.dtype, (new.grown,), own.data + bytes(ITEMSIZE[own.dtype] * (new.grown - new.rows)))

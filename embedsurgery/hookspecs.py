@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     import click
 
     from embedsurgery.adapter import Manifest
+    from embedsurgery.architectures import Layout
     from embedsurgery.initializers import InitializerRecord
-    from embedsurgery.names import Layout
     from embedsurgery.stores.base import Store
     from embedsurgery.surgeries.base import SurgeryRecord
 

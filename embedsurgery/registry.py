@@ -39,7 +39,7 @@ from embedsurgery.surgeries.base import SurgeryRecord
 
 if TYPE_CHECKING:
     from embedsurgery.adapter import Manifest
-    from embedsurgery.names import Layout
+    from embedsurgery.architectures import Layout
     from embedsurgery.stores.base import Store
 
 DISABLE = "EMBEDSURGERY_DISABLE_PLUGINS"

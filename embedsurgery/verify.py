@@ -16,12 +16,13 @@ from typing import Any
 import numpy as np
 
 from embedsurgery import hub
+from embedsurgery.architectures import is_language_model, tie_flag
 from embedsurgery.checkpoint import INDEX, Checkpoint
 from embedsurgery.errors import EmbedSurgeryError, PlanError
 from embedsurgery.graph import EmbeddingGraph
 from embedsurgery.hashes import checkpoint_files, known_hashes, sha256_of
 from embedsurgery.jsonfile import read_json
-from embedsurgery.names import is_language_model, tie_flag, vocabulary_sizes, walk_names
+from embedsurgery.names import vocabulary_sizes, walk_names
 from embedsurgery.plan import PatchFile, Plan, SetBlocks, SetRows, Untie, count_rows
 from embedsurgery.raw import EDITABLE
 from embedsurgery.records import check_written, record_paths

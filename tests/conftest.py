@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -41,6 +42,12 @@ _SLOW = ("benchmarks", "distributed", "test_demo", "test_readme", "test_generati
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Slow files first; within a file nothing moves."""
     items.sort(key=lambda item: not any(part in item.nodeid for part in _SLOW))
+
+
+def pytest_collection_finish() -> None:
+    """What thousands of collected tests and their modules take is not searched for garbage again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")

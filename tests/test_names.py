@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 
+from embedsurgery.architectures import Layout, tie_flag
 from embedsurgery.graph import EmbeddingGraph, Table
-from embedsurgery.names import Layout, Stored, tie_flag, vocabulary_sizes, walk_names
+from embedsurgery.names import Stored, vocabulary_sizes, walk_names
 
 V, D = 100, 16
 

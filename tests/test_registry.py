@@ -13,11 +13,11 @@ import pytest
 import torch
 
 import embedsurgery as es
+from embedsurgery.architectures import ARCHITECTURES, Layout
 from embedsurgery.contract import KINDS
 from embedsurgery.errors import CheckpointError, ConfigError, PluginError, UnknownSurgeryError
 from embedsurgery.hookspecs import CardSection, EmbeddingModule, Hooks, UnknownModule
 from embedsurgery.initializers import BUILT_IN, NewToken, TableView, initial_rows, parse_init
-from embedsurgery.names import ARCHITECTURES, Layout
 from embedsurgery.registry import DISABLE, Registry, build, installed, registry
 from embedsurgery.stores.tensors import state_dict_store
 
@@ -59,8 +59,10 @@ HOOK = "import embedsurgery as es\n@es.hookimpl\ndef embedsurgery_surgeries"
 
 def record(hook: str, records: str) -> str:
     """A plugin with one hook that returns these records."""
-    head = "import embedsurgery as es\nfrom embedsurgery import hookspecs as h\nfrom embedsurgery.names import Layout\n"
-    return f"{head}@es.hookimpl\ndef embedsurgery_{hook}(): return [{records}]"
+    lines = ("import embedsurgery as es", "from embedsurgery import hookspecs as h",
+             "from embedsurgery.architectures import Layout", "@es.hookimpl")  # fmt: skip
+    head = "\n".join(lines)
+    return f"{head}\ndef embedsurgery_{hook}(): return [{records}]"
 
 
 BROKEN: dict[str, tuple[str, str]] = {

@@ -13,13 +13,14 @@ from pathlib import Path
 
 import numpy as np
 
+from embedsurgery.architectures import ARCHITECTURES, Layout
 from embedsurgery.checkpoint import Checkpoint, open_checkpoint
 from embedsurgery.durable import replace_files
 from embedsurgery.errors import CheckpointError, UnsupportedError
 from embedsurgery.graph import Table, Vocabulary
 from embedsurgery.grouping import grown_graph
 from embedsurgery.jsonfile import read_small
-from embedsurgery.names import ARCHITECTURES, Layout, walk_names
+from embedsurgery.names import walk_names
 from embedsurgery.plan import AddTokens, Edit, Grow, PatchFile, Suppress, Untie, spans
 from embedsurgery.raw import ITEMSIZE, RawArray
 from embedsurgery.safetensors_file import Entry, open_regular, pread_exactly, pwrite_exactly, read_tensor

@@ -16,7 +16,7 @@ HEAD = """
 import embedsurgery as es
 from embedsurgery import hookspecs as h
 from embedsurgery.initializers import Initializer, InitializerRecord
-from embedsurgery.names import Layout
+from embedsurgery.architectures import Layout
 from embedsurgery.surgeries.base import Surgery, SurgeryRecord
 
 @es.hookimpl
