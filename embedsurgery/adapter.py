@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from embedsurgery.calling import call, check_json, wrong
 from embedsurgery.errors import AdapterError, CheckpointError
 from embedsurgery.jsonfile import read_json
 from embedsurgery.raw import RawArray
@@ -243,9 +244,10 @@ class Adapter:
 
         Raises:
             AdapterError: The directory cannot be written.
+            PluginError: Its surgery does not say what the files hold.
         """
         folder = Path(directory)
-        files = self.surgery.to_peft(self)
+        files = _files_of(self)
         metadata = {"format": "pt", METADATA_KEY: json.dumps(self.manifest.to_json(), sort_keys=True)}
         sources = {name: TensorSource.of(raw) for name, raw in files.tensors.items()}
         text = json.dumps(files.config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
@@ -256,6 +258,16 @@ class Adapter:
         except OSError as error:
             raise AdapterError("cannot write the adapter", where=folder, found=error.strerror) from error
         return folder
+
+
+def _files_of(adapter: Adapter) -> PeftFiles:
+    where = f"{adapter.surgery.name}.to_peft"
+    files = call(where, PeftFiles, adapter.surgery.to_peft, adapter)
+    for name, raw in files.tensors.items():
+        if not isinstance(raw, RawArray):
+            raise wrong(where, f"{name} as a RawArray", type(raw).__name__)
+    check_json(f"{where}: config", files.config)
+    return files
 
 
 def plainly_named(adapter: Adapter) -> Adapter:

@@ -25,6 +25,7 @@ from embedsurgery.plan import Undo
 from embedsurgery.records import check_written, written
 from embedsurgery.registry import registry
 from embedsurgery.stores.base import Store, apply, check
+from embedsurgery.surgeries.answers import read
 from embedsurgery.surgeries.base import Tokenizer
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def opened(model: str | os.PathLike[str]) -> tuple[EmbeddingGraph, Mapping[str, 
     remote = hub.find_id(model)
     known = registry()
     if remote is None and not (form := known.format_of(Path(model))).fallback:
-        store = form.open(Path(model))
+        store = known.opened(form, Path(model))
         return store.graph, store.config
     checkpoint = open_checkpoint(Path(model)) if remote is None else hub.open_remote(remote)
     graph = walk_names(checkpoint.stored(), config=checkpoint.config, source=str(model),
@@ -89,12 +90,12 @@ def load(directory: str | os.PathLike[str]) -> Adapter:
 def _read(directory: str | os.PathLike[str]) -> Adapter:
     files, manifest = read_adapter_files(directory)
     if manifest is None:
-        return registry().for_peft_type(files.config.get("peft_type")).surgery.from_peft(files)
+        return read(registry().for_peft_type(files.config.get("peft_type")).surgery, files, None)
     surgery = registry().named(manifest.surgery).surgery
     if manifest.surgery_version > surgery.version:
         raise AdapterError("an adapter of a newer version of its surgery", where=directory, expected=surgery.version,
                            found=manifest.surgery_version, hint="upgrade what brings the surgery")  # fmt: skip
-    return surgery.from_files(files, Adapter(manifest, {}, surgery))
+    return read(surgery, files, manifest)
 
 
 def merge(

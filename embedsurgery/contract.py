@@ -36,7 +36,7 @@ class HookKind:
         name: The hook's name.
         what: What each record is, for messages.
         record: The records' class.
-        sound: Whether a record of that class is whole.
+        fault: What is wrong with a record of that class; None where it is whole.
         unique: Attributes that no two records have the same: which is meant would depend on their order.
         functions: Gives a record's functions: where, found, expected.
     """
@@ -44,33 +44,69 @@ class HookKind:
     name: str
     what: str
     record: type
-    sound: Callable[[Any], bool]
+    fault: Callable[[Any], str | None]
     unique: tuple[str, ...] = ("name",)
     functions: Callable[[Any], list[tuple[str, Any, Any]]] = lambda record: []
 
 
-def _text(*values: object) -> bool:
-    return all(isinstance(value, str) and value.strip() != "" for value in values)
+def _texts(record: Any, *names: str) -> str | None:
+    """The first attribute that is no text."""
+    return next((f"{name} is no text" for name in names if not _is_text(getattr(record, name))), None)
 
 
-def _sound_surgery(value: SurgeryRecord) -> bool:
-    return (
-        _text(value.name, value.peft_type)
-        and isinstance(value.config_class, type)
-        and isinstance(value.surgery, Surgery)
-        and value.surgery.name == value.name
-        and isinstance(value.shares_model_with, frozenset)
-        and isinstance(value.also_reads, frozenset)
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and value.strip() != ""
+
+
+def _first(*faults: tuple[bool, str]) -> str | None:
+    return next((said for fault, said in faults if fault), None)
+
+
+def _surgery_fault(value: SurgeryRecord) -> str | None:
+    kind: Any = value.config_class
+    surgery: object = value.surgery
+    frozen = isinstance(kind, type) and getattr(getattr(kind, "__dataclass_params__", None), "frozen", False)
+    sets = (value.shares_model_with, value.also_reads)
+    return _texts(value, "name", "peft_type") or _first(
+        (not frozen, f"config_class is no frozen dataclass: {_named(kind)}"),
+        (not isinstance(surgery, Surgery), f"surgery is no instance of a Surgery: {_named(surgery)}"),
+        (getattr(surgery, "name", None) != value.name, f"the surgery's own name is {getattr(surgery, 'name', None)!r}"),
+        (not all(isinstance(part, frozenset) for part in sets), "shares_model_with or also_reads is no frozenset"),
     )
 
 
-def _sound_initializer(value: InitializerRecord) -> bool:
-    return (
-        _text(value.name)
-        and not any(c == ":" or c.isspace() for c in value.name)
-        and (value.argument is None or (isinstance(value.argument, str) and value.argument != ""))
-        and isinstance(value.initializer, Initializer)
+def _initializer_fault(value: InitializerRecord) -> str | None:
+    made = value.initializer
+    return _texts(value, "name") or _first(
+        (any(c == ":" or c.isspace() for c in value.name), "a colon or a space in the name"),
+        (value.argument is not None and not _is_text(value.argument), "argument is no text, nor None"),
+        (not isinstance(made, Initializer), f"initializer is no instance of an Initializer: {_named(made)}"),
     )
+
+
+def _function_fault(record: Any, *names: str) -> str | None:
+    bad = (f"{name} is no function" for name in names if not callable(getattr(record, name)))
+    return _texts(record, "name") or next(bad, None)
+
+
+def _layout_fault(value: LayoutRecord) -> str | None:
+    known = isinstance(value.layout, Layout)
+    return _texts(value, "name") or _first((not known, f"layout is no Layout: {_named(value.layout)}"))
+
+
+def _store_fault(value: StoreRecord) -> str | None:
+    plain = isinstance(value.fallback, bool)
+    return _function_fault(value, "recognises", "open") or _first((not plain, "fallback is no bool"))
+
+
+def _command_fault(value: CommandRecord) -> str | None:
+    verb = re.fullmatch(r"[a-z][a-z0-9-]*", str(value.name)) is not None
+    return _texts(value, "summary") or _function_fault(value, "load") or _first(
+        (not verb, "the name is no verb: lower-case letters, digits and hyphens"))  # fmt: skip
+
+
+def _named(value: object) -> str:
+    return value.__name__ if isinstance(value, type) else type(value).__name__
 
 
 def _methods(found: object, base: type) -> list[tuple[str, Any, Any]]:
@@ -92,25 +128,19 @@ def _section(manifest: Any) -> Any: ...
 
 
 KINDS = (
-    HookKind("embedsurgery_surgeries", "surgeries", SurgeryRecord, _sound_surgery,
+    HookKind("embedsurgery_surgeries", "surgeries", SurgeryRecord, _surgery_fault,
              ("name", "config_class", "peft_type"), lambda r: _methods(r.surgery, Surgery)),
-    HookKind("embedsurgery_initializers", "initialisers", InitializerRecord, _sound_initializer,
+    HookKind("embedsurgery_initializers", "initialisers", InitializerRecord, _initializer_fault,
              functions=lambda r: _methods(r.initializer, Initializer)),
-    HookKind("embedsurgery_classifiers", "classifiers", ClassifierRecord,
-             lambda r: _text(r.name) and callable(r.classify),
+    HookKind("embedsurgery_classifiers", "classifiers", ClassifierRecord, lambda r: _function_fault(r, "classify"),
              functions=lambda r: [(f"{r.name}.classify", r.classify, _classify)]),
-    HookKind("embedsurgery_layouts", "layouts", LayoutRecord,
-             lambda r: _text(r.name) and isinstance(r.layout, Layout)),
-    HookKind("embedsurgery_stores", "stores", StoreRecord,
-             lambda r: _text(r.name) and callable(r.recognises) and callable(r.open) and isinstance(r.fallback, bool),
+    HookKind("embedsurgery_layouts", "layouts", LayoutRecord, _layout_fault),
+    HookKind("embedsurgery_stores", "stores", StoreRecord, _store_fault,
              functions=lambda r: [(f"{r.name}.recognises", r.recognises, _recognises),
                                   (f"{r.name}.open", r.open, _open)]),
-    HookKind("embedsurgery_commands", "commands", CommandRecord,
-             lambda r: _text(r.name, r.summary) and re.fullmatch(r"[a-z][a-z0-9-]*", r.name) is not None
-             and callable(r.load),
+    HookKind("embedsurgery_commands", "commands", CommandRecord, _command_fault,
              functions=lambda r: [(f"{r.name}.load", r.load, _load)]),
-    HookKind("embedsurgery_card_sections", "card sections", CardSectionRecord,
-             lambda r: _text(r.name) and callable(r.section),
+    HookKind("embedsurgery_card_sections", "card sections", CardSectionRecord, lambda r: _function_fault(r, "section"),
              functions=lambda r: [(f"{r.name}.section", r.section, _section)]),
 )  # fmt: skip
 """Every hook of the contract."""
@@ -138,12 +168,18 @@ def check_answer(answer: Any, kind: HookKind) -> Sequence[Any]:
     Raises:
         PluginError: It shows what was found, and of functions both signatures.
     """
-    if not isinstance(answer, Sequence) or not all(isinstance(r, kind.record) and kind.sound(r) for r in answer):
+    records = answer if isinstance(answer, Sequence) and not isinstance(answer, str) else None
+    if records is None or not all(isinstance(record, kind.record) for record in records):
         raise PluginError("a hook returned the wrong thing", where=kind.name,
                           expected=f"a list of {kind.record.__name__}", found=_kinds(answer, kind))  # fmt: skip
-    for where, found, expected in (part for record in answer for part in kind.functions(record)):
+    for record in records:
+        fault = kind.fault(record)
+        if fault is not None:
+            raise PluginError("a record that is not whole", found=fault,
+                              where=f"{kind.name}: {kind.record.__name__} {record.name!r}"[:100])  # fmt: skip
+    for where, found, expected in (part for record in records for part in kind.functions(record)):
         _check_signature(where, found, inspect.signature(expected))
-    return answer
+    return records
 
 
 def _kinds(answer: object, kind: HookKind) -> str:

@@ -20,6 +20,7 @@ from embedsurgery.plan import Plan, SetRows, Undo
 from embedsurgery.planning import extend
 from embedsurgery.registry import registry
 from embedsurgery.stores.base import apply
+from embedsurgery.surgeries.answers import planned, started
 from embedsurgery.surgeries.base import Base, Tokenizer
 from embedsurgery.vocabulary import NewTokens, State
 from embedsurgery.wrappers import base_of
@@ -83,7 +84,7 @@ def attach(
     else:
         record = registry().for_config(config)
         known_base = _base(base, store.graph, tokenizer)
-        adapter = _with_disk_names(plainly_named(record.surgery.start(config, store, known_base)), known_base)
+        adapter = _with_disk_names(plainly_named(started(record.surgery, config, store, known_base)), known_base)
     try:
         attachment = attach_adapter(base, adapter, record, graph=store.graph, name=name,
                                     freeze=model if freeze else None, materialize=materialize, fresh=fresh,
@@ -111,7 +112,7 @@ def _extend(model: nn.Module, adapter: Adapter, tokenizer: Tokenizer | None, kno
                               found=", ".join(known.names), hint="attach it first, or detach() the others")  # fmt: skip
     surgery = registry().named(adapter.manifest.surgery).surgery
     new = set(adapter.manifest.new_tokens.ids)
-    rows = (_only(edit, new) for edit in surgery.plan(adapter, located).edits if isinstance(edit, SetRows))
+    rows = (_only(edit, new) for edit in planned(surgery, adapter, located).edits if isinstance(edit, SetRows))
     return apply(Plan((*edits, *(edit for edit in rows if edit.indices))), store)
 
 

@@ -13,6 +13,7 @@ from embedsurgery.graph import Table
 from embedsurgery.locate import locate
 from embedsurgery.plan import Edit, Plan
 from embedsurgery.stores.base import Store
+from embedsurgery.surgeries.answers import baked
 from embedsurgery.surgeries.base import Ground, Surgery
 from embedsurgery.vocabulary import State, extension
 
@@ -31,7 +32,7 @@ def plan_adapter(adapter: Adapter, surgery: Surgery, ground: Ground) -> Plan:
     """
     located = locate(adapter, ground.store)
     edits = extend(adapter, located, ground.store, ground.state)
-    plan = surgery.bake(adapter, replace(ground, located=located))
+    plan = baked(surgery, adapter, replace(ground, located=located))
     return Plan((*edits, *plan.edits), plan.facts)
 
 

@@ -20,6 +20,7 @@ import pluggy
 
 from embedsurgery import builtin
 from embedsurgery._version import __version__
+from embedsurgery.calling import call
 from embedsurgery.contract import KINDS, HookKind, check_answer, check_plugin, refuse_clashes
 from embedsurgery.errors import CheckpointError, ConfigError, EmbedSurgeryWarning, PluginError, UnknownSurgeryError
 from embedsurgery.hookspecs import (
@@ -176,7 +177,18 @@ class Registry:
         Raises:
             CheckpointError: Several formats do, or its files are missing or broken.
         """
-        return self.format_of(directory).open(directory)
+        return self.opened(self.format_of(directory), directory)
+
+    def opened(self, form: StoreRecord, directory: Path) -> Store:
+        """A store over a checkpoint directory, of a format that recognises it.
+
+        Raises:
+            CheckpointError: Its files are missing or broken.
+            PluginError: What opens the format fails in some other way, or gives no store.
+        """
+        from embedsurgery.stores.base import Store
+
+        return call(f"{form.name}.open", Store, form.open, directory)  # type: ignore[type-abstract]
 
 
 def _answer(record: Any, function: Any, given: object, kind: type[Any]) -> Any:

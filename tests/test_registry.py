@@ -296,10 +296,16 @@ def test_the_process_has_one_registry() -> None:
 
 OTHERS = record("classifiers", "h.ClassifierRecord('c', lambda unknown: h.EmbeddingModule('input', 'table') "
                 "if unknown.type_name == 'x.Y' else None)") + """
+from embedsurgery.stores.base import Store
+S = type("S", (Store,), dict.fromkeys(Store.__abstractmethods__))
+def open_it(directory):
+    store = S()
+    store.name = f"s {directory}"
+    return store
 @es.hookimpl
 def embedsurgery_layouts(): return [h.LayoutRecord("mymodel", Layout(head="to_vocab"))]
 @es.hookimpl
-def embedsurgery_stores(): return [h.StoreRecord("s", lambda d: (d / "s.txt").exists(), lambda d: ("s", d))]
+def embedsurgery_stores(): return [h.StoreRecord("s", lambda d: (d / "s.txt").exists(), open_it)]
 @es.hookimpl
 def embedsurgery_commands(): return [h.CommandRecord("hello", "Says hello.", lambda: "a command")]
 @es.hookimpl
@@ -317,7 +323,7 @@ def test_a_plugin_brings_everything_else(install: Install, tmp_path: Path) -> No
     assert known.classify(UnknownModule("a", "x.Z", (), torch.nn.Module())) is None
     assert known.architectures == {**ARCHITECTURES, "mymodel": Layout(head="to_vocab")}
     (tmp_path / "s.txt").touch()
-    assert known.open_store(tmp_path) == ("s", tmp_path)
+    assert known.open_store(tmp_path).name == f"s {tmp_path}"
     (tmp_path / "s.txt").unlink()
     with pytest.raises(CheckpointError, match="no safetensors weights"):
         known.open_store(tmp_path)

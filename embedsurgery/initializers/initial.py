@@ -14,6 +14,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from embedsurgery.calling import call, wrong
 from embedsurgery.errors import ConfigError, EmbedSurgeryWarning, PluginError
 from embedsurgery.initializers.base import Ask, InitializerRecord, NewToken, TableView, sound
 from embedsurgery.raw import RawArray
@@ -82,7 +83,7 @@ def with_parts(
     answers: dict[Ask, tuple[int, ...]] = {}
     done = []
     for token in tokens:
-        ask = record.initializer.ask(token, argument)
+        ask = _ask(record, token, argument)
         if ask is not None and ask not in answers:
             found = find(ask.text) if ask.single else None
             ids = tuple(encode(ask.text)) if found is None else (found,)
@@ -128,7 +129,7 @@ def initial_rows(
         return RawArray("F32", shape, b"")
     _check_parts(record, argument, view, tokens)
     streams = [_stream(seed, view.name, token) for token in tokens]
-    rows = record.initializer.rows(view, tokens, argument, streams)
+    rows: object = call(f"{record.name}.rows", object, record.initializer.rows, view, tokens, argument, streams)
     if not isinstance(rows, np.ndarray) or rows.dtype not in (np.float32, np.float64) or rows.shape != shape:
         found = f"{rows.dtype} {rows.shape}" if isinstance(rows, np.ndarray) else type(rows).__name__
         raise PluginError("an initialiser returned the wrong thing", where=record.name,
@@ -142,10 +143,17 @@ def initial_rows(
     return RawArray.of(values)
 
 
+def _ask(record: InitializerRecord, token: NewToken, argument: str | None) -> Ask | None:
+    asked: object = call(f"{record.name}.ask", object, record.initializer.ask, token, argument)
+    if asked is not None and not isinstance(asked, Ask):
+        raise wrong(f"{record.name}.ask", "an Ask, or None", type(asked).__name__)
+    return asked
+
+
 def _check_parts(record: InitializerRecord, argument: str | None, view: TableView, tokens: Sequence[NewToken]) -> None:
     """Refuse tokens without the parts that were asked for, and parts that are no known rows of the table."""
     for token in tokens:
-        ask = record.initializer.ask(token, argument)
+        ask = _ask(record, token, argument)
         if ask is None:
             continue
         if not token.parts:

@@ -228,9 +228,9 @@ def opened(directory: Path, work: Path | None = None) -> Store:
     """A store over a directory, of its format; files that are being made go into ``work`` where it is given."""
     known = registry()
     form = known.format_of(directory)
-    return (
-        ShardStore.open(directory, work, architectures=known.architectures) if form.fallback else form.open(directory)
-    )
+    if form.fallback:
+        return ShardStore.open(directory, work, architectures=known.architectures)
+    return known.opened(form, directory)
 
 
 def _refuse_new_ties(before: Store, after: Store, undo: Plan) -> None:

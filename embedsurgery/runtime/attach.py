@@ -31,7 +31,8 @@ from embedsurgery.runtime.saving import say_that_no_rows_are_saved
 from embedsurgery.runtime.sharded import Guard, save_once, set_rows
 from embedsurgery.stores.base import apply
 from embedsurgery.stores.tensors import module_store
-from embedsurgery.surgeries.base import Surgery, SurgeryRecord
+from embedsurgery.surgeries.answers import overrides_of
+from embedsurgery.surgeries.base import SurgeryRecord
 from embedsurgery.surgeries.soft_prompt import PromptOverride
 from embedsurgery.unknown_modules import Classify
 
@@ -145,7 +146,7 @@ class Attachment(Hidden):
         if adapter.manifest.surgery != member.record.name:
             raise AttachmentError("the adapter is of another surgery", where=name, expected=member.record.name,
                                   found=adapter.manifest.surgery)  # fmt: skip
-        theirs = member.record.surgery.live(adapter, locate(adapter, self._installation.store()))
+        theirs = overrides_of(member.record.surgery, adapter, locate(adapter, self._installation.store()))
         values = replacements(name, member.overrides, theirs, member.adapter, adapter)
         with torch.no_grad():
             for (_, rows), new in zip(member.pairs(), values, strict=True):
@@ -336,8 +337,7 @@ class Attachment(Hidden):
         self._not_merged("attach another adapter")
         store = self._installation.store()
         located = locate(adapter, store)
-        surgery: Surgery = record.surgery
-        overrides = self._prompts.checked(surgery.live(adapter, located), adapter)
+        overrides = self._prompts.checked(overrides_of(record.surgery, adapter, located), adapter)
         modes = self._installation.modes((o for o in overrides if not isinstance(o, PromptOverride)), materialize)
         devices = [store.tensors[o.table].device for o in overrides]
         rows = nn.ModuleList(modules_for(overrides, adapter.raw, devices))

@@ -19,6 +19,7 @@ from embedsurgery.runtime.rows import Rows
 from embedsurgery.runtime.whole_tables import overflown
 from embedsurgery.stores.base import shorten
 from embedsurgery.stores.tensor_store import TensorStore
+from embedsurgery.surgeries.answers import planned
 from embedsurgery.surgeries.base import RowOverride, SurgeryRecord
 from embedsurgery.surgeries.soft_prompt import PromptOverride
 from embedsurgery.surgeries.whole_tables import TableOverride
@@ -57,7 +58,7 @@ class Member:
 
     def plan(self) -> Plan:
         """What bakes it in as it is now."""
-        return self.record.surgery.plan(self.snapshot(), self.located)
+        return planned(self.record.surgery, self.snapshot(), self.located)
 
     def is_as_it_began(self) -> bool:
         """Whether no row has changed since it was attached."""

@@ -154,7 +154,7 @@ def _check_range(indices: tuple[int, ...], table: Table) -> None:
             f"{len(indices)} of {rows} rows of {table.name} are to be trained: past half of the vocabulary, tuning "
             "the whole embedding is the better tool",
             EmbedSurgeryWarning,
-            stacklevel=6,
+            stacklevel=7,
         )
 
 
@@ -165,7 +165,7 @@ def _random_rows(store: Store, table: Table, count: int, dtype: str) -> RawArray
     warnings.warn(
         f"init_weights=False: {count} rows of {table.name} start at random, so the model forgets these tokens",
         EmbedSurgeryWarning,
-        stacklevel=6,
+        stacklevel=7,
     )
     values = torch.randn(count, table.shape[1], dtype=torch.float32).numpy() * np.float32(table_scale(store, table))
     return RawArray.of(values).to(dtype)

@@ -9,7 +9,10 @@ from __future__ import annotations
 import pytest
 
 pytest.register_assert_rewrite(
-    "embedsurgery.testing.initializers", "embedsurgery.testing.stores", "embedsurgery.testing.surgeries"
+    "embedsurgery.testing.initializers",
+    "embedsurgery.testing.stores",
+    "embedsurgery.testing.surgeries",
+    "embedsurgery.testing.surgery_setup",
 )
 
 from embedsurgery.registry import installed as installed  # noqa: E402 - pytest must know first whose asserts to show

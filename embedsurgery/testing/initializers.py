@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+import embedsurgery as es
 from embedsurgery.initializers import NewToken, TableView, initial_rows, parse_init, with_parts
-from embedsurgery.plan import SetRows
 from embedsurgery.raw import RawArray
 from embedsurgery.registry import registry
 from embedsurgery.stores.base import Store
 from embedsurgery.stores.tensors import module_store, state_dict_store
 from embedsurgery.testing.base import Contract
-from embedsurgery.testing.models import INPUT, ROWS, WIDTH, TinyModel, bits, state_bits
+from embedsurgery.testing.models import (
+    DTYPES,
+    INPUT,
+    OUTPUT,
+    ROWS,
+    WIDTH,
+    TinyModel,
+    bits,
+    model_config,
+    state_bits,
+    tokenizer_json,
+)
 
 KNOWN = ROWS - 4
 """Rows of the kit's tables that belong to tokens; those behind them are spare, and hold what no row should start as."""
@@ -30,12 +44,14 @@ class InitializerContract(Contract):
         tokens: Texts of new tokens; sub-tokens of a text are its words, ``t0`` to ``t19``.
         ids: Their rows: by default spare ones.
         draws: Whether another seed gives other rows.
+        takes_spare_rows: Whether the rows are what lies at their ids; else nothing behind the last token counts.
     """
 
     init: str
     tokens: Sequence[str] = ("t3 t4", "t5", "t7 t8 t9")
     ids: Sequence[int] = (KNOWN, KNOWN + 1, KNOWN + 2)
     draws = False
+    takes_spare_rows = False
 
     def make_store(self, tensors: Mapping[str, torch.Tensor]) -> Store:
         """A store over the kit's tensors."""
@@ -84,11 +100,13 @@ class InitializerContract(Contract):
             np.testing.assert_allclose(alone[0], together[number], rtol=1e-5, atol=1e-6)
 
     def test_spare_rows_do_not_count(self) -> None:
-        """What training left behind the last token is in no mean and no scale."""
-        if self.init == "current":
-            pytest.skip("gives the spare rows themselves")
+        """What training left behind the last token is in no mean and no scale; or is just what the rows are."""
         few, many = (self.rows(self.make_store(self.tensors(spare))) for spare in (0.0, 1e6))
-        assert few == many
+        if self.takes_spare_rows:
+            assert not few.float32().any()
+            assert (many.float32() == 1e6).all()
+        else:
+            assert few == many
 
     def test_the_same_wherever_the_table_lies(self) -> None:
         """In a model as in a state dict."""
@@ -101,12 +119,30 @@ class InitializerContract(Contract):
     def test_each_table_in_its_own_space(self) -> None:
         """Rows of a projection come from the projection: its scale is not the lookup's."""
         tensors: dict[str, Any] = self.tensors()
-        tensors["lm_head.weight"] = tensors["lm_head.weight"] * 0
-        rows = self.rows(self.make_store(tensors), "lm_head.weight").float32()
-        if self.init != "current":
-            assert np.abs(rows).max() < 1e-6
+        tensors[OUTPUT] = tensors[OUTPUT] * 0
+        rows = self.rows(self.make_store(tensors), OUTPUT).float32()
+        assert np.abs(rows).max() < 1e-6
 
-    def test_the_rows_can_be_set(self) -> None:
-        """They are what a plan takes."""
-        rows = self.rows(self.make_store(self.tensors()))
-        assert SetRows(INPUT, tuple(self.ids), rows).rows.to("BF16").shape == rows.shape
+    @pytest.mark.parametrize("dtype", ["F32", "F16"])
+    def test_new_tokens_in_a_checkpoint_start_so(self, dtype: str, tmp_path: Path) -> None:
+        """`add_tokens_checkpoint` gives them these rows, rounded once and finite, and leaves every other row."""
+        before = {name: value.to(DTYPES[dtype]) for name, value in self.tensors().items()}
+        store, known = self.make_store(before), tokenizer_json(KNOWN)
+        places = [place for place, text in enumerate(self.tokens) if text not in known["model"]["vocab"]]
+        wanted = {table.name: self.rows(store, table.name).take(places) for table in store.graph.tables}
+        base = tmp_path / "base"
+        base.mkdir()
+        save_file(before, base / "model.safetensors", {"format": "pt"})
+        (base / "config.json").write_text(json.dumps(model_config(tied=False)))
+        (base / "tokenizer.json").write_text(json.dumps(known))
+        texts = [self.tokens[place] for place in places]
+        report = es.add_tokens_checkpoint(base, texts, tmp_path / "out", init=self.init)
+        ids = [report.tokens[text] for text in texts]
+        assert ids == list(range(KNOWN, KNOWN + len(ids)))
+        after = load_file(tmp_path / "out" / "model.safetensors")
+        for name, value in after.items():
+            rest = [row for row in range(len(value)) if name not in wanted or row not in ids]
+            assert bits(value[rest]) == bits(before[name][rest])
+            if name in wanted:
+                assert torch.isfinite(value[ids]).all()
+                assert bits(value[ids]) == wanted[name].to(dtype).data

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -13,6 +14,10 @@ from torch import nn
 ROWS, WIDTH = 24, 8
 INPUT, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 """Names of `TinyModel`'s tables, in memory and on disk."""
+
+TOKEN_FILES = {"config.json", "generation_config.json", "model.safetensors.index.json", "tokenizer.json",
+               "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"}  # fmt: skip
+"""What may change beside the weights where tokens are added."""
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -29,6 +34,7 @@ class TinyModel(nn.Module):
     def __init__(self, *, tied: bool = True, dtype: str = "F32", seed: int = 0) -> None:
         super().__init__()
         self.tied = tied
+        self.config = SimpleNamespace(**model_config(tied=tied))
         self.model = nn.Module()
         self.model.embed_tokens = nn.Embedding(ROWS, WIDTH)
         self.model.mix = nn.Linear(WIDTH, WIDTH)
@@ -59,6 +65,11 @@ class TinyModel(nn.Module):
         return logits
 
 
+def model_config(*, tied: bool) -> dict[str, Any]:
+    """What `TinyModel`'s config says, in memory and on disk."""
+    return {"architectures": ["LlamaForCausalLM"], "vocab_size": ROWS, "tie_word_embeddings": tied}
+
+
 def every_token() -> torch.Tensor:
     """A batch in which each of `TinyModel`'s tokens stands once, and some twice, int64 (2, T)."""
     ids = torch.arange(ROWS)
@@ -71,8 +82,7 @@ def write_checkpoint(model: TinyModel, folder: Path, *, shards: bool = False) ->
     tensors = {name: value.detach().clone() for name, value in model.state_dict().items()}
     if model.tied:
         del tensors[OUTPUT]
-    config = {"architectures": ["LlamaForCausalLM"], "vocab_size": ROWS, "tie_word_embeddings": model.tied}
-    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    (folder / "config.json").write_text(json.dumps(model_config(tied=model.tied), indent=2))
     (folder / "README.md").write_bytes(b"kept byte for byte\r\n")
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer_json()))
     if not shards:
@@ -87,9 +97,9 @@ def write_checkpoint(model: TinyModel, folder: Path, *, shards: bool = False) ->
     return folder
 
 
-def tokenizer_json() -> dict[str, Any]:
-    """A tokenizer of whole words that fits `TinyModel`."""
-    vocabulary = {f"t{number}": number for number in range(ROWS)}
+def tokenizer_json(words: int = ROWS) -> dict[str, Any]:
+    """A tokenizer of whole words, ``t0`` and so on, that fits `TinyModel`."""
+    vocabulary = {f"t{number}": number for number in range(words)}
     model = {"type": "WordLevel", "vocab": vocabulary, "unk_token": "t0"}
     return {
         "version": "1.0",
@@ -102,6 +112,28 @@ def tokenizer_json() -> dict[str, Any]:
         "decoder": None,
         "model": model,
     }
+
+
+def live_tokenizer(text: str | None = None) -> Any:
+    """The tokenizer of ``tokenizer_json``, or of another file's text, as transformers has it."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer.from_str(text or json.dumps(tokenizer_json()))
+    return PreTrainedTokenizerFast(tokenizer_object=inner)
+
+
+def texts_of(ids: torch.Tensor) -> list[str]:
+    """The texts of a batch (B, T) of `TinyModel`'s ids."""
+    return [" ".join(f"t{index}" for index in row) for row in ids.tolist()]
+
+
+def shared_memory(model: nn.Module) -> list[list[str]]:
+    """The names of a model's parameters, those together that are one memory."""
+    groups: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(parameter.data_ptr(), []).append(name)
+    return sorted(groups.values())
 
 
 def bits(tensor: torch.Tensor) -> bytes:

@@ -13,7 +13,7 @@ from embedsurgery.graph import Table
 from embedsurgery.hookspecs import StoreRecord
 from embedsurgery.names import Stored, walk_names
 from embedsurgery.raw import RawArray
-from embedsurgery.stores.store import Store
+from embedsurgery.stores.base import Store
 
 LIST = "tensors.json"
 _DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "int8": "I8"}

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from embedsurgery.contract import KINDS
 from embedsurgery.registry import DISABLE
 from tests.conftest import cli, contents
 
@@ -37,7 +38,86 @@ BROKEN = {
     "hook": (HEAD + "def embedsurgery_tables(): return []", "embedsurgery_tables"),
     "contract": ("embedsurgery_contract = 99" + HEAD + "def embedsurgery_stores(): return []", "99"),
 }  # fmt: skip
-GOOD = HEAD + "def embedsurgery_commands(): return [h.CommandRecord('hello', 'Says hello.', dict)]"
+SURGERY = (
+    """
+from dataclasses import dataclass
+import embedsurgery as es
+from embedsurgery.surgeries.trainable_tokens import TrainableTokens
+@dataclass(frozen=True)
+class Config: pass
+class Mine(TrainableTokens):
+    name = 'NAME'
+    def plan(self, adapter, located): return None
+"""
+    + HEAD
+    + "def embedsurgery_surgeries(): return [SurgeryRecord('NAME', Config, Mine(), 'PEFT_NAME')]"
+)
+STARTS = (
+    """
+from embedsurgery.initializers import Initializer
+class Mine(Initializer):
+    def rows(self, view, tokens, argument, streams): return None
+"""
+    + HEAD
+    + "def embedsurgery_initializers(): return [InitializerRecord('NAME', Mine())]"
+)
+OTHERS = {
+    "classifiers": "h.ClassifierRecord('NAME', lambda unknown: None)",
+    "layouts": "h.LayoutRecord('NAME', Layout())",
+    "stores": "h.StoreRecord('NAME', lambda directory: False, lambda directory: None)",
+    "commands": "h.CommandRecord('NAME', 'Does.', dict)",
+    "card_sections": "h.CardSectionRecord('NAME', lambda manifest: None)",
+}
+
+
+def _each(name: str) -> dict[str, str]:
+    """A sound plugin for each hook, which brings something of this name."""
+    others = {kind: f"{HEAD}def embedsurgery_{kind}(): return [{record}]" for kind, record in OTHERS.items()}
+    codes = {"surgeries": SURGERY, "initializers": STARTS, **others}
+    return {kind: code.replace("NAME", name) for kind, code in codes.items()}
+
+
+GOOD = {
+    "good": HEAD + "def embedsurgery_commands(): return [h.CommandRecord('hello', 'Says hello.', dict)]",
+    **{f"first-{kind}": code for kind, code in _each("first").items()},
+}
+TAKEN = {"surgeries": "trainable_tokens", "initializers": "mean", "layouts": "t5", "stores": "safetensors",
+         "commands": "unmerge", "classifiers": "first", "card_sections": "first"}  # fmt: skip
+SIGNATURES = {
+    "surgeries": ("plan(self, adapter, located)", "plan(self, adapter)", "adapter, located):", "adapter):"),
+    "initializers": ("rows(self, view, tokens, argument, streams)", "rows(self, view, tokens, argument)",
+                     "argument, streams):", "argument):"),
+    "classifiers": ("classify(unknown)", "classify()", "lambda unknown:", "lambda:"),
+    "stores": ("open(directory)", "open()", "False, lambda directory:", "False, lambda:"),
+    "commands": ("load()", "load(name)", "dict", "lambda name: 1"),
+    "card_sections": ("section(manifest)", "section()", "lambda manifest:", "lambda:"),
+}  # fmt: skip
+"""Hook whose records hold functions -> what is expected, what is found, and how the code gets so."""
+
+
+def _of_a_kind(kind: str, code: str) -> dict[str, tuple[str, str]]:
+    """What can be wrong with a plugin of one hook."""
+    hook = f"embedsurgery_{kind}"
+    found = {
+        f"import-{kind}": ("import a_library_of_nobody\n" + code, "a_library_of_nobody"),
+        f"contract-{kind}": ("embedsurgery_contract = 99\n" + code, "expected 1 to 1, found 99"),
+        f"signature-{kind}": (code.replace(f"{hook}()", f"{hook}(path)"), f"expected {hook}(), found {hook}(path)"),
+        f"answer-{kind}": (f"{HEAD}def {hook}(): return [3]", "found int"),
+        f"raises-{kind}": (f"{HEAD}def {hook}(): return 1 / 0", "ZeroDivisionError"),
+        f"taken-{kind}": (_each(TAKEN[kind])[kind], repr(TAKEN[kind])),
+    }
+    if kind in SIGNATURES:
+        right, wrong, old, new = SIGNATURES[kind]
+        found[f"function-{kind}"] = (code.replace(old, new), f"expected {right}, found {wrong}")
+    return found
+
+
+for _kind, _code in _each("x").items():
+    BROKEN |= _of_a_kind(_kind, _code)
+
+
+def test_every_hook_is_here() -> None:
+    assert {f"embedsurgery_{kind}" for kind in _each("x")} == {kind.name for kind in KINDS}
 
 
 @pytest.fixture
@@ -45,8 +125,8 @@ def environment(tmp_path: Path) -> dict[str, str]:
     """The environment of a process with all of them installed, and one that works."""
     folder = tmp_path / "installed"
     folder.mkdir()
-    for name, code in {**{name: code for name, (code, _) in BROKEN.items()}, "good": GOOD}.items():
-        module = f"embedsurgery_a_{name}"
+    for name, code in {**{name: code for name, (code, _) in BROKEN.items()}, **GOOD}.items():
+        module = f"embedsurgery_a_{name.replace('-', '_')}"
         (folder / f"{module}.py").write_text(code)
         about = folder / f"{module}-1.{len(name)}.dist-info"
         about.mkdir()
@@ -66,14 +146,16 @@ def listed(environment: dict[str, str]) -> dict[str, Any]:
 def test_each_is_reported(environment: dict[str, str]) -> None:
     body = listed(environment)
     found = {plugin["name"]: plugin for plugin in body["plugins"]}
-    assert found.keys() == {"builtin", "good", *BROKEN}
+    assert found.keys() == {"builtin", *GOOD, *BROKEN}
     for name, (_, said) in BROKEN.items():
         plugin = found[name]
         assert (plugin["distribution"], plugin["version"], plugin["hooks"]) == (f"a-{name}", f"1.{len(name)}", [])
-        assert said in plugin["error"]
-    assert found["good"]["error"] is None
+        assert said in plugin["error"], name
+    assert [name for name in GOOD if found[name]["error"] is not None] == []
     assert found["good"]["hooks"] == ["embedsurgery_commands"]
-    assert body["commands"] == ["hello"]
+    assert body["commands"] == ["first", "hello"]
+    for kind in ("stores", "layouts", "classifiers", "card_sections"):
+        assert body[kind] == [*(["safetensors"] if kind == "stores" else []), "first"]
     table = cli("plugins", env=environment)
     assert table.returncode == 0
     assert all(name in table.stdout for name in BROKEN)
@@ -98,7 +180,7 @@ def test_each_is_harmless(environment: dict[str, str], base: Path, tmp_path: Pat
 
 def test_each_can_be_blocked(environment: dict[str, str]) -> None:
     """By its name, and then it is not even imported; or all of them."""
-    body = listed({**environment, DISABLE: "import,good"})
+    body = listed({**environment, DISABLE: "import,good,first-commands"})
     found = {plugin["name"]: plugin["error"] for plugin in body["plugins"]}
     assert DISABLE in found["import"]
     assert DISABLE in found["good"]

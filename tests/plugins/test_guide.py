@@ -55,9 +55,9 @@ def test_the_guides_code_runs(tmp_path: Path) -> None:
     folder.mkdir()
     for language, code in re.findall(r"```(bash|python)\n(.*?)```", GUIDE.read_text(encoding="utf-8"), re.DOTALL):
         if language == "python":
-            name = code.partition("\n")[0].removeprefix("# ")
+            name, _, below = code.partition("\n")[0].removeprefix("# ").partition(", ")
             assert (folder / name).exists(), "the guide replaces files of the template"
-            (folder / name).write_text(code)
+            (folder / name).write_text((folder / name).read_text() + code if below else code)
             continue
         for line in code.splitlines():
             command, _, rest = line.partition(" ")
@@ -72,7 +72,9 @@ def test_the_guides_code_runs(tmp_path: Path) -> None:
             else:
                 run = environment.run("-m", command, *rest.split(), cwd=folder)
                 ran.append(run.stdout)
-    assert len(ran) == 2
+    assert len(ran) == 3
+    assert "first" in ran[1]
+    assert "The tables of a model." in ran[2]
     assert "mean-tokens" in ran[1]
     assert "MeanTokensConfig" in ran[1]
 

@@ -28,20 +28,34 @@ class TestTrainableTokensOfBothTables(SurgeryContract):
     ties = (False,)
 
 
+class TestSoftPrompt(SurgeryContract):
+    config = es.SoftPromptConfig(3)
+    starts_as_base = False  # virtual tokens are attended to, whatever they are
+    keeps_ties = False  # a head of its own gives them logits that are never picked
+
+
+class TestSoftPromptThatKeepsTies(SurgeryContract):
+    config = es.SoftPromptConfig(2, init="sample_vocab")
+    bake = es.BakeConfig(tied="keep")
+    starts_as_base = False
+    dtypes = ("F32", "BF16")
+    ties = (True,)
+
+
 def test_every_built_in_surgery_is_here() -> None:
     ours = [kind for kind in globals().values() if isinstance(kind, type) and issubclass(kind, SurgeryContract)]
     built_in = {record.config_class for record in build([]).surgeries.values()}
-    prompts = {es.SoftPromptConfig}  # baked in, it takes other input than attached: tests/soft_prompts has its own
-    assert {type(kind.config) for kind in ours if hasattr(kind, "config")} == built_in - prompts
+    assert {type(kind.config) for kind in ours if hasattr(kind, "config")} == built_in
 
 
-INITS = {"current": "", "zeros": "", "random": "draws", "mean": "", "normal": "draws", "subtokens": "",
+INITS = {"current": "takes", "zeros": "", "random": "draws", "mean": "", "normal": "draws", "subtokens": "",
          "description": "t1 t2", "copy": "t6"}  # fmt: skip
 
 
 def _contract(name: str, argument: str) -> type:
-    init = name if argument in ("", "draws") else f"{name}:{argument}"
-    return type(f"Test_{name}", (InitializerContract,), {"init": init, "draws": argument == "draws"})
+    init = name if argument in ("", "draws", "takes") else f"{name}:{argument}"
+    says = {"init": init, "draws": argument == "draws", "takes_spare_rows": argument == "takes"}
+    return type(f"Test_{name}", (InitializerContract,), says)
 
 
 globals().update({f"Test_{name}": _contract(name, argument) for name, argument in INITS.items()})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -43,7 +44,7 @@ def command(
     Each row is trained until the model's hidden states with the one new token are those with its old sub-tokens (Token
     Distillation, https://arxiv.org/abs/2505.20133). MODEL is not changed: `embedsurgery merge` bakes the adapter in.
     """
-    from embedsurgery.errors import OutputExistsError
+    from embedsurgery.errors import ConfigError, OutputExistsError
     from embedsurgery_distill.initializer import read_texts
     from embedsurgery_distill.loading import load
     from embedsurgery_distill.method import distill
@@ -51,13 +52,19 @@ def command(
     if output.exists():
         raise OutputExistsError("the output exists", where=output, hint="name a new directory")
     lines = read_texts(texts)
-    loaded, tokenizer = load(model)
-    loaded.to(device)
-    with click.progressbar(length=1000, label="distilling", file=sys.stderr) as bar:
+    watched = sys.stderr.isatty()
+    loaded, tokenizer = load(model, progress=watched)
+    try:
+        loaded.to(device)
+    except (RuntimeError, AssertionError) as error:  # torch's words for a device that is not there
+        line = str(error).partition("\n")[0]
+        raise ConfigError("the model cannot run there", where=f"--device {device}", found=line) from error
+    bar = click.progressbar(length=1000, label="distilling", file=sys.stderr)
 
-        def progress(done: int, total: int) -> None:
-            bar.update(done * 1000 // total - bar.pos)
+    def progress(done: int, total: int) -> None:
+        bar.update(done * 1000 // total - bar.pos)
 
+    with bar if watched else nullcontext():
         adapter, report = distill(
             loaded,
             tokenizer,
@@ -69,7 +76,7 @@ def command(
             layer=layer,
             held_out=held_out,
             seed=seed,
-            progress=progress if sys.stderr.isatty() else None,
+            progress=progress if watched else None,
         )
     adapter.save(output)
     if as_json:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,7 @@ def read_texts(path: str | Path) -> list[str]:
         ConfigError: It cannot be read.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError("the texts cannot be read", where=path, expected="a text a line, in UTF-8",
                           found=str(error)) from error  # fmt: skip
@@ -119,9 +120,10 @@ def _learned(
     tables = [table for table in es.walk(source.model).tables if _same_name(table.name, view.name)]
     if not tables or tables[0].shape[1] != view.shape[1]:
         return None
-    key = (tables[0].name, token.content, seed, texts)
+    lines = read_texts(texts)
+    key = (tables[0].name, token.content, seed, sha256("\n".join(lines).encode()).hexdigest())
     if key not in source.rows:
-        adapter, _ = distill(source.model, source.tokenizer, token.content, read_texts(texts),
+        adapter, _ = distill(source.model, source.tokenizer, token.content, lines,
                              **{"seed": seed, **source.options})  # fmt: skip
         records = adapter.manifest.tables
         found = {record.name: adapter.raw[record.name].float32()[0] for record in records if record.trained}

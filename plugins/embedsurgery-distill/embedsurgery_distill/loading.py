@@ -7,16 +7,18 @@ from typing import Any
 
 import transformers
 from transformers.models.auto import modeling_auto as auto
+from transformers.utils import logging
 
 from embedsurgery.errors import CheckpointError
 from embedsurgery.hub import find_id
 
 
-def load(model: str | Path) -> tuple[Any, Any]:
+def load(model: str | Path, *, progress: bool = True) -> tuple[Any, Any]:
     """A model with a head where its config says that it has one, and its tokenizer.
 
     Args:
         model: A directory, or a Hub id.
+        progress: Whether transformers may show bars.
 
     Raises:
         CheckpointError: transformers cannot load it.
@@ -25,6 +27,9 @@ def load(model: str | Path) -> tuple[Any, Any]:
     source: dict[str, Any] = {"pretrained_model_name_or_path": model}
     if remote is not None:
         source = {"pretrained_model_name_or_path": remote.repo, "revision": remote.revision or "main"}
+    shown = logging.is_progress_bar_enabled()
+    if not progress:
+        logging.disable_progress_bar()
     try:
         config = transformers.AutoConfig.from_pretrained(**source)
         asked = (config.architectures or [None])[0]
@@ -39,3 +44,6 @@ def load(model: str | Path) -> tuple[Any, Any]:
     except (OSError, ValueError) as error:
         line = str(error).strip().partition("\n")[0]
         raise CheckpointError("transformers cannot load this model", where=model, found=line) from error
+    finally:
+        if shown:
+            logging.enable_progress_bar()

@@ -10,6 +10,7 @@ of its sub-tokens, as does what a head's bias has.
 from __future__ import annotations
 
 import copy
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -95,14 +96,18 @@ def distill(
         An adapter that brings the tokens with their rows, and what was reached.
 
     Raises:
-        ConfigError: A token that exists, fewer than two texts with the tokens, or a number out of range.
+        ConfigError: A token that exists, fewer than two texts with the tokens, a number out of range, or rows that
+            are no numbers any more.
         UnsupportedError: A slow tokenizer, which does not say where its tokens end.
     """
     contents = [tokens] if isinstance(tokens, str) else list(tokens)
-    if epochs < 1 or batch_size < 1 or not 0 < held_out < 1 or learning_rate <= 0:
-        found = f"{epochs}, {batch_size}, {held_out}, {learning_rate}"
-        raise ConfigError("a number out of range", found=found,
-                          expected="epochs > 0, batch_size > 0, 0 < held_out < 1, learning_rate > 0")  # fmt: skip
+    counts = all(type(count) is int and count > 0 for count in (epochs, batch_size))
+    if not counts or type(layer) is not int or not 0 < held_out < 1 or not 0 < learning_rate < math.inf:
+        found = f"{epochs}, {batch_size}, {held_out}, {learning_rate}, {layer}"
+        raise ConfigError("a number out of range", found=found, expected="whole epochs > 0, whole batch_size > 0, "
+                          "0 < held_out < 1, learning_rate > 0 and finite, a whole layer")  # fmt: skip
+    if isinstance(texts, (str, bytes)) or not all(isinstance(text, str) for text in texts):
+        raise ConfigError("the texts are no sequence of texts", found=repr(texts)[:80], expected="a list of strings")
     if not getattr(tokenizer, "is_fast", False):
         raise UnsupportedError("a slow tokenizer does not say where its tokens end", found=type(tokenizer).__name__,
                                hint="load the fast one")  # fmt: skip
@@ -122,6 +127,9 @@ def distill(
             steps = run.train(attachment, train, epochs, batch_size, learning_rate, seed, progress)
             last = run.measure(test, batch_size)
             adapter = attachment.adapter()
+            if not math.isfinite(last[0]):
+                raise ConfigError("training ran away: the states are no numbers any more", found=f"error {last[0]}",
+                                  where=f"learning_rate {learning_rate}", hint="lower the learning rate")  # fmt: skip
         finally:
             attachment.detach()
     finally:
@@ -141,6 +149,8 @@ def _pairs(texts: Sequence[str], before: Any, after: Any, ids: set[int]) -> list
         teacher = before(text, return_offsets_mapping=True, truncation=True)
         ends = {end: n for n, (start, end) in enumerate(teacher["offset_mapping"]) if end > start}
         places = [(n, ends[e]) for n, (s, e) in enumerate(student["offset_mapping"]) if e > s and e in ends]
+        if not any(student["input_ids"][n] in ids for n, _ in places):  # the old tokens end before the word does
+            continue
         special = [[n for n, (s, e) in enumerate(one["offset_mapping"]) if e == s] for one in (student, teacher)]
         if len(special[0]) == len(special[1]):  # [CLS] and the like stand for no character
             places += zip(*special, strict=True)
@@ -189,6 +199,10 @@ class _Run:
         output = self.model(
             input_ids=ids.to(self.device), attention_mask=mask.to(self.device), output_hidden_states=True
         )
+        layers = len(output.hidden_states)
+        if not -layers <= self.layer < layers:
+            raise ConfigError("the model has no such layer", where=type(self.model).__name__, found=self.layer,
+                              expected=f"{-layers} to {layers - 1}")  # fmt: skip
         hidden = output.hidden_states[self.layer].float()
         rows = torch.tensor([row for row, place in enumerate(places) for _ in place], device=self.device)
         columns = torch.tensor([column for place in places for column in place], device=self.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ import torch
 from embedsurgery_distill import distill, teacher
 
 import embedsurgery as es
-from embedsurgery.errors import CheckpointError, ConfigError
+from embedsurgery.errors import CheckpointError, ConfigError, OutputExistsError, UnsupportedError
 from embedsurgery.registry import registry
 from embedsurgery.testing import InitializerContract, TinyModel, bits, contents, installed
 from embedsurgery.testing.models import ROWS, WIDTH, state_bits, tokenizer_json
@@ -146,12 +147,44 @@ def test_a_causal_model(tied: bool) -> None:
 def test_what_cannot_be_learned_is_refused(tiny: Any) -> None:
     model, tokenizer = tiny
     before = state_bits(model)
-    for token, texts, options in (("t3", SENTENCES, {}), ("t3 t4", ["t1 t2"], {}), ("t3 t4", SENTENCES, {"epochs": 0})):
+    numbers = ({"epochs": 0}, {"epochs": 1.5}, {"batch_size": 0}, {"held_out": 1.0}, {"held_out": float("nan")},
+               {"learning_rate": 0}, {"learning_rate": float("inf")}, {"learning_rate": float("nan")},
+               {"layer": 3}, {"layer": -4}, {"layer": "last"}, {"learning_rate": 1e38, "layer": 0})  # fmt: skip
+    words = (
+        ("t3", SENTENCES), ("t3 t4", ["t1 t2"]), ("t3 t4", SENTENCES[:1]), ("t3 t4", "t3 t4"), ("t3 t4", [1, 2]),
+        ([], SENTENCES), ("", SENTENCES), (["t3 t4"] * 2, SENTENCES), (["t3 t4", "t6 t7"], SENTENCES[:8]),
+    )  # fmt: skip
+    cases = [*((token, texts, {}) for token, texts in words), *(("t3 t4", SENTENCES, each) for each in numbers)]
+    for token, texts, options in cases:
         with pytest.raises(ConfigError):
-            distill(model, tokenizer, token, texts, **options)
+            pytest.fail(f"{distill(model, tokenizer, token, texts, **options)} of {token}, {options}")
         assert state_bits(model) == before
         assert es.attached(model) is None
         assert len(tokenizer) == ROWS
+    slow = type("Slow", (), {"is_fast": False})()
+    with pytest.raises(UnsupportedError, match="slow"):
+        distill(model, slow, "t3 t4", SENTENCES)
+
+
+def test_a_text_that_ends_within_the_word_teaches_nothing(tiny: Any) -> None:
+    """Cut at the tokenizer's length, the new token is there, and what it stands for is not."""
+    model, tokenizer = tiny
+    tokenizer.model_max_length = 4
+    with pytest.raises(ConfigError, match="too few texts"):
+        distill(model, tokenizer, "t3 t4", [f"t{n} t1 t2 t3 t4" for n in range(5, 15)])
+
+
+def test_progress_and_seed(tiny: Any) -> None:
+    """Each step is told; a seed gives the same rows to the bit, and another one others."""
+    model, tokenizer = tiny
+    told: list[tuple[int, int]] = []
+    runs = [distill(model, tokenizer, "t3 t4", SENTENCES, epochs=2, seed=seed,
+                    progress=lambda done, total: told.append((done, total))) for seed in (1, 1, 2)]  # fmt: skip
+    assert told == [(n, 12) for n in range(1, 13)] * 3
+    (one, first), (again, second), (other, third) = runs
+    assert (dict(one.raw), first) == (dict(again.raw), second)
+    assert dict(one.raw) != dict(other.raw)
+    assert (first.seed, third.seed, first.steps) == (1, 2, 12)
 
 
 @pytest.fixture
@@ -210,6 +243,71 @@ def test_as_a_command(checkpoint: Path, texts: Path, tmp_path: Path) -> None:
     es.merge_checkpoint(checkpoint, tmp_path / "one", tmp_path / "merged")
     assert es.load(tmp_path / "one").manifest.new_tokens is not None
     assert contents(checkpoint) == before
+
+
+class Terminal(io.StringIO):
+    """A standard error that somebody looks at."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("looked_at", [True, False], ids=["terminal", "pipe"])
+def test_the_command_shows_progress(
+    looked_at: bool, checkpoint: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bar on a terminal, which reaches its end; nothing in a pipe."""
+    from embedsurgery_distill.command import command
+
+    stream = Terminal() if looked_at else io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    arguments = [checkpoint, "--token", "t3 t4", "--texts", texts, "--epochs", "1", "-o", tmp_path / "out"]
+    command.main(list(map(str, arguments)), standalone_mode=False)
+    shown = stream.getvalue()
+    assert ("100%" in shown and "distilling" in shown) if looked_at else shown == "", shown
+
+
+def test_what_the_command_refuses(checkpoint: Path, texts: Path, tmp_path: Path) -> None:
+    """With one of embedsurgery's errors, or as wrong usage, and nothing is written."""
+    from click.testing import CliRunner
+    from embedsurgery_distill.command import command
+
+    (tmp_path / "empty.txt").write_text("\n \n")
+    (tmp_path / "latin.txt").write_bytes("t3 t4 \xe9".encode("latin-1"))
+    (tmp_path / "there").mkdir()
+    for more, error in (
+        (["--texts", tmp_path / "empty.txt"], ConfigError), (["--texts", tmp_path / "latin.txt"], ConfigError),
+        (["-o", tmp_path / "there"], OutputExistsError), (["--layer", "7"], ConfigError),
+        (["--device", "nowhere"], ConfigError), (["--learning-rate", "nan"], ConfigError),
+        (["--held-out", "1.5"], ConfigError), (["--texts", tmp_path / "none.txt"], SystemExit),
+        (["--epochs", "0"], SystemExit), (["--seed", "x"], SystemExit),
+    ):  # fmt: skip
+        arguments = [checkpoint, "--token", "t3 t4", "--texts", texts, "-o", tmp_path / "out", *more]
+        said = CliRunner().invoke(command, list(map(str, arguments)))
+        assert said.exit_code == (2 if error is SystemExit else 1)
+        assert isinstance(said.exception, error), said.exception
+        assert not (tmp_path / "out").exists()
+        assert list((tmp_path / "there").iterdir()) == []
+
+
+def test_texts_in_windows_lines_and_with_empty_ones(tmp_path: Path) -> None:
+    from embedsurgery_distill.initializer import read_texts
+
+    (tmp_path / "texts.txt").write_bytes("\ufeffone\r\n\r\n two \r\nthree".encode())
+    assert read_texts(tmp_path / "texts.txt") == ["one", " two ", "three"]
+
+
+def test_other_texts_in_the_same_file_teach_anew(tiny: Any, texts: Path) -> None:
+    model, tokenizer = tiny
+    rows = []
+    with installed(embedsurgery_distill), teacher(model, tokenizer, epochs=1):
+        for lines in (SENTENCES, SENTENCES, SENTENCES[:40]):
+            texts.write_text("\n".join(lines))
+            ids = es.add_tokens(model, tokenizer, "t3 t4", init=f"distill:{texts}")
+            rows.append(bits(model.model.embed_tokens.weight[ids[0]]))
+            ids.undo()
+    assert rows[0] == rows[1] != rows[2]
 
 
 @pytest.mark.parametrize(("given", "asked"), [

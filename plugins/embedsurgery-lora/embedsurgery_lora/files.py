@@ -38,6 +38,14 @@ _PAIRS = {EMBEDDING: (".lora_embedding_A", ".lora_embedding_B"), LINEAR: (".lora
 """What is ``left`` and what is ``right`` in each; of an embedding both are transposed."""
 
 
+_VARIANTS = ("use_dora", "lora_bias", "use_qalora", "use_bdlora", "alora_invocation_tokens", "kasa_config",
+             "arrow_config", "velora_config", "monteclora_config")  # fmt: skip
+"""Keys of PEFT's config that ask for another update than ``scaling * B @ A``."""
+
+_MOVED = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Beginnings of ``init_lora_weights`` that change the weights of a linear layer before training."""
+
+
 def kind_of(table: Table) -> str:
     """What PEFT makes of a table: an embedding where it is looked up, a linear layer else."""
     return EMBEDDING if "input" in table.roles else LINEAR
@@ -46,7 +54,7 @@ def kind_of(table: Table) -> str:
 def to_peft(adapter: Adapter) -> PeftFiles:
     """PEFT's config and tensors."""
     asked, tensors = adapter.manifest.config, {}
-    ranks, alphas, tokens, modules = {}, {}, {}, []
+    ranks, alphas, tokens, modules, tied = {}, {}, {}, [], False
     for record in adapter.manifest.tables:
         module, how = record.name.rpartition(".")[0], asked["tables"][record.name]
         if how["kind"] == TOKENS:
@@ -54,8 +62,10 @@ def to_peft(adapter: Adapter) -> PeftFiles:
             tokens[module] = list(record.indices)
             continue
         left, right = adapter.raw[record.name + LEFT], adapter.raw[record.name]
-        for suffix, matrix in zip(_PAIRS[how["kind"]], (left, right), strict=True):
-            tensors[_PREFIX + module + suffix] = _turned(matrix) if how["kind"] == EMBEDDING else matrix
+        for one, kind in ((module, how["kind"]), *how.get("twins", ())):
+            for suffix, matrix in zip(_PAIRS[kind], (left, right), strict=True):
+                tensors[_PREFIX + one + suffix] = _turned(matrix) if kind == EMBEDDING else matrix
+        tied = tied or bool(how.get("twins"))
         rank = right.shape[0]
         modules.append(module)
         ranks[module] = rank
@@ -66,6 +76,7 @@ def to_peft(adapter: Adapter) -> PeftFiles:
         "alpha_pattern": {m: a for m, a in alphas.items() if a != alpha},
         "base_model_name_or_path": adapter.manifest.base_model,
         "bias": "none",
+        **({"ensure_weight_tying": True} if tied else {}),
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
@@ -115,8 +126,12 @@ def from_peft(files: PeftFiles, surgery: Surgery) -> Adapter:
         AdapterError: It holds no table, or updates of a kind that are no plain LoRA.
     """
     config = files.config
-    strange = [key for key in ("use_dora", "lora_bias", "use_qalora", "use_bdlora") if config.get(key)]
+    found = _tables(files.tensors)
+    strange = [key for key in _VARIANTS if config.get(key)]
     strange += [name for name in files.tensors if "lora_magnitude_vector" in name][:1]
+    begun = str(config.get("init_lora_weights")).lower()
+    if begun.startswith(_MOVED) and any(kind == LINEAR for _, kind in found):
+        strange.append(f"init_lora_weights {begun!r}, which moved the head's own weights")
     if strange:
         raise AdapterError("a variant of LoRA that is not merged here", found=", ".join(strange), expected="plain LoRA",
                            hint="merge it with PEFT, and use embedsurgery extract on the result")  # fmt: skip
@@ -124,7 +139,11 @@ def from_peft(files: PeftFiles, surgery: Surgery) -> Adapter:
     raw: dict[str, RawArray] = {}
     kinds: dict[str, dict[str, Any]] = {}
     used: set[str] = set()
-    for module, kind in _tables(files.tensors):
+    twins = _twins(files, found) if config.get("ensure_weight_tying") else {}
+    for module, kind in found:
+        if module in twins:
+            used.update(_PREFIX + module + suffix for suffix in (*_PAIRS[kind], ".base_layer.weight"))
+            continue
         name = f"{module}.weight"
         if name in raw:
             raise AdapterError("two updates of one table", where=name, expected="a low-rank update or token rows")
@@ -135,19 +154,23 @@ def from_peft(files: PeftFiles, surgery: Surgery) -> Adapter:
             raw[name], kinds[name] = delta.to("F32"), {"kind": TOKENS}
             used.add(_PREFIX + module + _DELTA)
             continue
-        found = _pair(files.tensors, module, kind)
-        assert found is not None
-        left, right = found
+        pair = _pair(files.tensors, module, kind)
+        if pair is None:
+            raise AdapterError("the matrices of a table are missing, or do not fit each other", where=module,
+                               expected=" and ".join(suffix.lstrip(".") for suffix in _PAIRS[kind]))  # fmt: skip
+        left, right = pair
         table = Table(name, (left.shape[0], right.shape[1]), "F32")
         held = files.tensors.get(f"{_PREFIX}{module}.base_layer.weight")
         sampled, mark, dtype = sampled_rows(table), None, None
         if held is not None and held.shape == table.shape and held.dtype in EDITABLE:
             mark, dtype = Fingerprint.of(held.take(sampled)), held.dtype  # PEFT saves the base's table along
-        records.append(TableRecord(name, (), sampled, table.shape, dtype, None, mark))
+        same = [(other, other_kind) for other, other_kind in found if twins.get(other) == module]
+        aliases = tuple(f"{other}.weight" for other, _ in same)
+        records.append(TableRecord(name, aliases, sampled, table.shape, dtype, True if same else None, mark))
         raw[name + LEFT], raw[name] = left, right
-        alpha = _of_module(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
-        factor = scaling(float(alpha), right.shape[0], rslora=bool(config.get("use_rslora")))
-        kinds[name] = {"kind": kind, "scaling": factor}
+        kinds[name] = {"kind": kind, "scaling": _factor(config, module, right)}
+        if same:
+            kinds[name]["twins"] = [list(twin) for twin in same]
         used.update(_PREFIX + module + suffix for suffix in (*_PAIRS[kind], ".base_layer.weight"))
     left_over = sorted({_module_of(name) for name in files.tensors.keys() - used})
     if not records:
@@ -157,12 +180,31 @@ def from_peft(files: PeftFiles, surgery: Surgery) -> Adapter:
     if left_over:
         more = f" and {len(left_over) - 6} more" if len(left_over) > 6 else ""
         warnings.warn(f"this LoRA adapter has more than tables: {', '.join(left_over[:6])}{more} are left as they are; "
-                      "PEFT merges them, before or after", EmbedSurgeryWarning, stacklevel=5)  # fmt: skip
+                      "PEFT merges them, before or after", EmbedSurgeryWarning, stacklevel=8)  # fmt: skip
     kept = {"r": config.get("r"), "lora_alpha": config.get("lora_alpha"), "tables": kinds,
-            "use_rslora": bool(config.get("use_rslora"))}  # fmt: skip
+            "use_rslora": bool(config.get("use_rslora")), "left": left_over}  # fmt: skip
     manifest = Manifest(surgery.name, surgery.version, kept, tuple(records), config.get("base_model_name_or_path"),
                         config.get("revision"))  # fmt: skip
     return Adapter(manifest, raw, surgery)
+
+
+def _twins(files: PeftFiles, found: list[tuple[str, str]]) -> dict[str, str]:
+    """Where PEFT tied the adapters of a tied table: each further module -> the first, whose matrices it has.
+
+    PEFT's forward has the update once at each of them; its merge adds it to the one table once for each.
+    """
+    first = next((module for module, kind in found if kind == EMBEDDING), None)
+    pair = None if first is None else _pair(files.tensors, first, EMBEDDING)
+    if first is None or pair is None:
+        return {}
+    factor = _factor(files.config, first, pair[1])
+    same = (m for m, kind in found if m != first and kind != TOKENS and _pair(files.tensors, m, kind) == pair)
+    return {module: first for module in same if _factor(files.config, module, pair[1]) == factor}
+
+
+def _factor(config: Mapping[str, Any], module: str, right: RawArray) -> float:
+    alpha = _of_module(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
+    return scaling(float(alpha), right.shape[0], rslora=bool(config.get("use_rslora")))
 
 
 def _tables(tensors: Mapping[str, RawArray]) -> list[tuple[str, str]]:

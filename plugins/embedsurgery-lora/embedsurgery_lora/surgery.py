@@ -8,6 +8,7 @@ tables too (PEFT's ``trainable_token_indices``). PEFT's files are ``files.py``'s
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ import numpy as np
 
 from embedsurgery import __version__
 from embedsurgery.adapter import Adapter, Fingerprint, Manifest, PeftFiles, TableRecord
-from embedsurgery.errors import BaseMismatchError
+from embedsurgery.errors import BaseMismatchError, EmbedSurgeryWarning, UnsupportedError
 from embedsurgery.graph import Table
 from embedsurgery.plan import Edit, Plan, SetBlocks, SetRows
 from embedsurgery.raw import RawArray
@@ -100,7 +101,7 @@ class Lora(Surgery):
     def live(self, adapter: Adapter, located: Mapping[str, Table]) -> tuple[RowOverride, ...]:
         """Whole tables, and rows of those that train tokens."""
         overrides: list[RowOverride] = []
-        for table, records in _by_table(adapter, located):
+        for table, records in _by_table(adapter, located, 9):
             names = [record.name for record in records]
             if _how(adapter, records[0])["kind"] == TOKENS:
                 overrides.append(RowOverride(table.name, names[0], records[0].indices))
@@ -113,7 +114,7 @@ class Lora(Surgery):
     def plan(self, adapter: Adapter, located: Mapping[str, Table]) -> Plan:
         """Whole tables block by block, computed in fp32 (fp64 for an fp64 table) and rounded once; and token rows."""
         edits: list[Edit] = []
-        for table, records in _by_table(adapter, located):
+        for table, records in _by_table(adapter, located, 10):
             if _how(adapter, records[0])["kind"] == TOKENS:
                 edits.append(SetRows(table.name, records[0].indices, adapter.raw[records[0].name]))
                 continue
@@ -138,12 +139,19 @@ def _how(adapter: Adapter, record: TableRecord) -> Mapping[str, Any]:
     return how
 
 
-def _by_table(adapter: Adapter, located: Mapping[str, Table]) -> list[tuple[Table, list[TableRecord]]]:
+def _by_table(adapter: Adapter, located: Mapping[str, Table], stacklevel: int) -> list[tuple[Table, list[TableRecord]]]:
     """The records of each table; low-rank updates of both ends of a tie add up, as they do when PEFT merges them.
 
+    Args:
+        adapter: The adapter.
+        located: Table record's name -> table.
+        stacklevel: Of warnings, to point at who called embedsurgery.
+
     Raises:
-        BaseMismatchError: A whole table of another shape, or token rows and another update of one table.
+        BaseMismatchError: A whole table of another shape.
+        UnsupportedError: Token rows and another update of one table, or a copy of its own beside an update.
     """
+    left = adapter.manifest.config.get("left") or ()
     found: dict[str, tuple[Table, list[TableRecord]]] = {}
     for record in adapter.manifest.tables:
         table = located[record.name]
@@ -151,15 +159,32 @@ def _by_table(adapter: Adapter, located: Mapping[str, Table]) -> list[tuple[Tabl
     for table, records in found.values():
         kinds = {_how(adapter, record)["kind"] == TOKENS for record in records}
         if True in kinds and len(records) > 1:
-            raise BaseMismatchError("token rows and another update of one table", where=table.name,
-                                    expected="tables apart", found=", ".join(r.name for r in records),
-                                    hint="use the base that the adapter was trained on")  # fmt: skip
+            raise UnsupportedError("token rows and another update of one table", where=table.name,
+                                   expected="tables apart", found=", ".join(r.name for r in records),
+                                   hint="merge it with PEFT, and use embedsurgery extract on the result")  # fmt: skip
+        copies = [module for module in left if f"{module}.weight" in table.names]
+        if copies:
+            raise UnsupportedError("the adapter has a table of its own for one end of this tied one, too",
+                                   where=table.name, found=f"modules_to_save: {', '.join(copies)}",
+                                   hint="merge it with PEFT")  # fmt: skip
+        if adapter.manifest.library_version is None and True not in kinds:
+            _say_of_ties(adapter, table, records, stacklevel)
         for record in records:
             if True not in kinds and record.shape is not None and record.shape != table.shape:
                 raise BaseMismatchError("an update of a whole table of another shape", where=table.name,
                                         expected=list(record.shape), found=list(table.shape),
                                         hint="use the base that the adapter was trained on")  # fmt: skip
     return list(found.values())
+
+
+def _say_of_ties(adapter: Adapter, table: Table, records: Sequence[TableRecord], stacklevel: int) -> None:
+    """What PEFT trained at one end of a tied table is at both, here as where PEFT merges it."""
+    if {"input", "output"} <= set(table.roles) and not any(_how(adapter, record).get("twins") for record in records):
+        each = dict.fromkeys(f"{record.name} ({_how(adapter, record)['kind']})" for record in records)
+        said = (
+            f"{table.name} is lookup and head in one, and PEFT trained updates of {' and '.join(each)} apart: merged, "
+        )
+        warnings.warn(said + "here as by PEFT, both ends have all of them", EmbedSurgeryWarning, stacklevel=stacklevel)
 
 
 def _blocks(table: Table, pairs: Sequence[tuple[RawArray, RawArray, float]]) -> SetBlocks:

@@ -25,7 +25,13 @@ from safetensors.torch import load_file, save_file
 import embedsurgery as es
 from embedsurgery.cli.main import cli
 from embedsurgery.edits import BLOCK_BYTES, SetBlocks
-from embedsurgery.errors import AdapterError, BaseMismatchError, ConfigError, EmbedSurgeryWarning
+from embedsurgery.errors import (
+    AdapterError,
+    BaseMismatchError,
+    ConfigError,
+    EmbedSurgeryWarning,
+    UnsupportedError,
+)
 from embedsurgery.raw import RawArray
 from embedsurgery.stores.shards import ShardStore
 from embedsurgery.stores.tensors import module_store
@@ -39,7 +45,15 @@ tr = pytest.importorskip("transformers")
 ROWS = 24
 MODELS = {"llama": ["embed_tokens", "lm_head"], "llama-tied": ["embed_tokens"], "gpt2": ["wte"],
           "t5": ["shared", "lm_head"], "t5-tied": ["shared"]}  # fmt: skip
-unchecked = pytest.mark.filterwarnings("ignore:.*the base is not checked")  # PEFT saves no rows of GPT-2's base
+BOTH = {"llama-tied": ["embed_tokens", "lm_head"], "gpt2": ["wte", "lm_head"], "t5-tied": ["shared", "lm_head"]}
+"""Both ends of a tie, each with an update of its own."""
+
+
+def unchecked(test: Any) -> Any:
+    """PEFT saves no rows of GPT-2's base; and what it trained at one end of a tie it merges into both."""
+    for said in ("the base is not checked", "lookup and head in one"):
+        test = pytest.mark.filterwarnings(f"ignore:.*{said}")(test)
+    return test
 
 
 @pytest.fixture(autouse=True)
@@ -99,13 +113,16 @@ def same_as_peft(base: Any, wrapped: Any) -> None:
         torch.testing.assert_close(value, theirs[name], rtol=1e-6, atol=1e-6)
 
 
+RANKS = {"rank_pattern": {"shared": 2, "wte": 4, "embed_tokens": 1, "lm_head": 5}}
+ALPHAS = {"alpha_pattern": {"model.embed_tokens": 5, "sha.*": 3, "transformer.wte": 9}}
+
+
 @unchecked
-@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"alpha_pattern": {"embed_tokens": 5}},
-                                     {"rank_pattern": {"shared": 2, "wte": 4, "embed_tokens": 1}}],
-                         ids=["plain", "rslora", "alphas", "ranks"])  # fmt: skip
-@pytest.mark.parametrize("kind", MODELS)
-def test_it_is_pefts_merge(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
-    base, wrapped = by_peft(kind, tmp_path / "adapter", **options)
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, ALPHAS, RANKS, {**RANKS, **ALPHAS, "use_rslora": True}],
+                         ids=["plain", "rslora", "alphas", "ranks", "all"])  # fmt: skip
+@pytest.mark.parametrize(("kind", "targets"), [*MODELS.items(), *BOTH.items(), ("llama-tied", ["lm_head"])])
+def test_it_is_pefts_merge(kind: str, targets: list[str], options: dict[str, Any], tmp_path: Path) -> None:
+    base, wrapped = by_peft(kind, tmp_path / "adapter", target_modules=targets, **options)
     before = state_bits(base)
     adapter = es.load(tmp_path / "adapter")
     undo = es.merge(base, adapter)
@@ -113,6 +130,47 @@ def test_it_is_pefts_merge(kind: str, options: dict[str, Any], tmp_path: Path) -
     same_as_peft(base, wrapped)
     es.unmerge(base, undo)
     assert state_bits(base) == before
+
+
+def test_what_peft_trained_at_one_end_of_a_tie_is_said(tmp_path: Path) -> None:
+    for number, targets in enumerate((["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"])):
+        base, _ = by_peft("llama-tied", tmp_path / str(number), target_modules=targets)
+        adapter = es.load(tmp_path / str(number))
+        for act in (es.attach, es.merge):
+            with pytest.warns(EmbedSurgeryWarning, match=rf"lookup and head in one.*{targets[0]}.*both ends") as said:
+                done = act(base, adapter)
+            assert {one.filename for one in said} == {__file__}
+            if act is es.attach:
+                done.detach()
+
+
+@unchecked
+@pytest.mark.parametrize(("kind", "targets"), [
+    ("llama-tied", ["embed_tokens"]), ("llama-tied", BOTH["llama-tied"]), ("gpt2", BOTH["gpt2"]),
+])  # fmt: skip
+def test_one_update_for_both_ends_of_a_tie(kind: str, targets: list[str], tmp_path: Path) -> None:
+    """With ``ensure_weight_tying`` PEFT's forward has it once at each end, and its merge twice: once is merged here."""
+    base, wrapped = by_peft(kind, tmp_path / "adapter", target_modules=targets, ensure_weight_tying=True, r=2)
+    ids = torch.arange(2, ROWS).reshape(2, -1)
+    live, plain = wrapped(input_ids=ids).logits.detach(), base(input_ids=ids).logits.detach()
+    assert (live - plain).abs().max() > 0.1
+    adapter = es.load(tmp_path / "adapter")
+    attachment = es.attach(base, adapter)
+    torch.testing.assert_close(base(input_ids=ids).logits, live)
+    attachment.detach()
+    adapter.save(tmp_path / "ours")
+    theirs, ours = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("adapter", "ours"))
+    assert ours.keys() == {name for name in theirs if ".base_layer." not in name}
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+    again = es.load(tmp_path / "ours")
+    assert (again.manifest, dict(again.raw)) == (adapter.manifest, dict(adapter.raw))
+    undo = es.merge(base, again)
+    torch.testing.assert_close(base(input_ids=ids).logits, live)
+    es.unmerge(base, undo)
+    torch.testing.assert_close(base(input_ids=ids).logits, plain, rtol=0, atol=0)
+    if kind == "llama-tied":
+        with pytest.raises(BaseMismatchError, match="tied"):
+            es.merge(model_of("llama"), again)
 
 
 @unchecked
@@ -220,7 +278,14 @@ def test_token_rows_beside_other_layers(kind: str, tokens: Any, tmp_path: Path) 
 def test_what_is_no_table_or_no_plain_lora_is_refused(tmp_path: Path) -> None:
     by_peft("llama", tmp_path / "layers", target_modules=["q_proj"])
     by_peft("llama", tmp_path / "dora", use_dora=True)
-    for name, said in (("layers", "no embedding table"), ("dora", "use_dora")):
+    by_peft("llama", tmp_path / "bias", lora_bias=True, target_modules=["lm_head"])
+    by_peft("llama", tmp_path / "pissa", init_lora_weights="pissa", target_modules=["lm_head"])
+    by_peft("llama", tmp_path / "olora", init_lora_weights="olora", target_modules=["lm_head"])
+    by_peft("llama", tmp_path / "alora", alora_invocation_tokens=[3], task_type="CAUSAL_LM", target_modules=["lm_head"])
+    by_peft("llama", tmp_path / "saved", target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])
+    for name, said in (("layers", "no embedding table"), ("dora", "use_dora"), ("bias", "lora_bias"),
+                       ("pissa", "'pissa'"), ("olora", "'olora'"), ("alora", "alora_invocation_tokens"),
+                       ("saved", r"no embedding table.*lm_head, model\.embed_tokens")):  # fmt: skip
         with pytest.raises(AdapterError, match=said):
             es.load(tmp_path / name)
     base, _ = by_peft("llama", tmp_path / "good")
@@ -233,6 +298,30 @@ def test_what_is_no_table_or_no_plain_lora_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ConfigError):
             LoraTablesConfig(**wrong)
     assert base is not None
+
+
+@unchecked
+def test_copies_of_whole_tables_beside_an_update(tmp_path: Path) -> None:
+    """``modules_to_save``: named and left where the tables are apart, refused where a tie makes them one."""
+    for kind in ("llama", "llama-tied"):
+        options = {"target_modules": ["embed_tokens"], "modules_to_save": ["lm_head"]}
+        base, wrapped = by_peft(kind, tmp_path / kind, **options)
+        with pytest.warns(EmbedSurgeryWarning, match="more than tables: lm_head are left"):
+            adapter = es.load(tmp_path / kind)
+        before = state_bits(base)
+        if kind == "llama":
+            es.merge(base, adapter)
+            merged = wrapped.merge_and_unload().model.embed_tokens.weight
+            torch.testing.assert_close(base.model.embed_tokens.weight, merged)
+            assert state_bits(base)["lm_head.weight"] == before["lm_head.weight"]
+            continue
+        for act in (es.merge, es.attach):
+            with pytest.raises(UnsupportedError, match=r"a table of its own.*lm_head"):
+                act(base, adapter)
+        assert state_bits(base) == before
+    base, _ = by_peft("llama-tied", tmp_path / "rows", target_modules=["lm_head"], trainable_token_indices=[3])
+    with pytest.raises(UnsupportedError, match="token rows and another update"):
+        es.merge(base, es.load(tmp_path / "rows"))
 
 
 def test_attached_is_pefts_forward(tmp_path: Path) -> None:
@@ -265,11 +354,15 @@ def test_a_bf16_table_is_rounded_once() -> None:
     base = model_of("llama", dtype=torch.bfloat16)
     before = base.model.embed_tokens.weight.detach().clone()
     adapter = plugin.Lora().start(LoraTablesConfig(r=2, lora_alpha=4), module_store(base), Base())
-    left = torch.randn(ROWS, 2, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randint(-31, 32, s, generator=generator) / 1024 for s in ((ROWS, 2), (2, 8)))
     name = "model.embed_tokens.weight"
-    es.merge(base, replace(adapter, raw={**adapter.raw, f"{name}.left": RawArray.of(left.numpy())}))
-    wanted = before.double() + 2.0 * left.double() @ adapter.tensors[name].double()
-    torch.testing.assert_close(base.model.embed_tokens.weight.detach().double(), wanted, rtol=2**-8, atol=0)
+    raw = {f"{name}.left": RawArray.of(left.numpy()), name: RawArray.of(right.numpy())}
+    es.merge(base, replace(adapter, raw=raw))
+    exact = before.double() + 2.0 * left.double() @ right.double()
+    assert torch.equal(base.model.embed_tokens.weight.detach(), exact.to(torch.bfloat16))
+    twice = before + (2.0 * left @ right).to(torch.bfloat16)
+    assert not torch.equal(twice, exact.to(torch.bfloat16)), "a second rounding would not show"
     assert base.lm_head.weight.dtype == torch.bfloat16
 
 

@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from embedsurgery.errors import AdapterError, CheckpointError
 from embedsurgery.raw import EDITABLE, RawArray
 from embedsurgery.safetensors_file import open_regular, read_header, read_tensor
@@ -92,7 +94,10 @@ def _matrix(raw: RawArray, key: str, file: Path) -> RawArray:
     if len(shape) != 2 or 0 in shape or raw.dtype not in EDITABLE:
         raise AdapterError("a tensor that is no vectors", where=f"{file}: {key}", expected="(n, D) floats",
                            found=f"{raw!r}")  # fmt: skip
-    return RawArray(raw.dtype, shape, raw.data)
+    matrix = RawArray(raw.dtype, shape, raw.data)
+    if not np.isfinite(matrix.float32()).all():
+        raise AdapterError("a learned embedding with NaN or infinity", where=f"{file}: {key}", hint="train it again")
+    return matrix
 
 
 def _pickle(file: Path) -> AdapterError:

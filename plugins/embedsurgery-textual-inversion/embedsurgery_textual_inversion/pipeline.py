@@ -85,6 +85,8 @@ def bake(
         OutputExistsError: The output exists.
     """
     source, target = Path(pipeline), Path(output)
+    if not embeddings:
+        raise ConfigError("no learned embedding is named", where=source, expected="one file at least")
     if token is not None and len(embeddings) != 1:
         raise ConfigError("one token for several embeddings", found=f"{len(embeddings)} files", expected="one")
     read = [(read_embedding(path, token), Path(path)) for path in embeddings]
@@ -94,11 +96,14 @@ def bake(
                               hint="name the pipeline's directory")  # fmt: skip
     if target.exists():
         raise OutputExistsError("the output exists", where=target, hint="name a new directory")
+    if target.resolve().is_relative_to(source.resolve()):
+        raise ConfigError("the output lies in the pipeline that is copied", where=target, hint="name one beside it")
     given: dict[str, dict[str, int]] = {}
     with staged_directory(target) as staging:
         shutil.copytree(source, staging, symlinks=False, dirs_exist_ok=True)
+        tables = {encoder: es.walk(source / encoder).main_input() for encoder, _ in parts}
         for encoder, tokenizer in parts:
-            table = es.walk(source / encoder).main_input()
+            table = tables[encoder]
             fits = [(one, path) for one, path in read if one.of_width(table.shape[1]) is not None]
             if fits:
                 given[encoder] = _bake_one(staging / encoder, staging / tokenizer, fits)
@@ -107,6 +112,8 @@ def bake(
                 widths = ", ".join(f"{key} {list(raw.shape)}" for key, raw in one.vectors.items())
                 raise ConfigError("a learned embedding fits none of the text encoders", where=path, found=widths,
                                   hint="was it learned for this pipeline's model?")  # fmt: skip
+        for one, path in read:
+            _say_what_is_left(one, path, widths=[table.shape[1] for table in tables.values()])
     return Baked(str(target), given)
 
 
@@ -187,6 +194,20 @@ def _refuse_known(embedding: LearnedEmbedding, known: set[str], where: str) -> N
     if twice:
         raise ConfigError("the tokenizer has this token already", where=where, found=", ".join(twice[:4]),
                           hint="name another with token=")  # fmt: skip
+
+
+def _say_what_is_left(embedding: LearnedEmbedding, path: Path, widths: list[int]) -> None:
+    """Vectors for a text encoder that the pipeline does not have, and encoders that get none."""
+    held = {key: raw.shape[1] for key, raw in embedding.vectors.items()}
+    unused = [key for key, width in held.items() if width not in widths]
+    without = [width for width in widths if width not in held.values()]
+    if unused:
+        said = f"{path}: {', '.join(unused)} fits no text encoder of this pipeline, and is left"
+        warnings.warn(said, EmbedSurgeryWarning, stacklevel=3)
+    if without:
+        said = f"{path}: holds nothing for the text encoder of width {', '.join(map(str, without))}, "
+        said += f"which reads {embedding.token!r} as the words that it is spelled with"
+        warnings.warn(said, EmbedSurgeryWarning, stacklevel=3)
 
 
 def _warn_of_pooling(eos: object, where: str) -> None:

@@ -101,7 +101,9 @@ def test_what_is_no_learned_embedding_is_refused(tmp_path: Path) -> None:
     save_file({"x": vectors(2), "y": vectors(3)}, tmp_path / "two.safetensors")
     save_file({"clip_l": vectors(2, 8), "clip_g": vectors(3, 12)}, tmp_path / "uneven.safetensors")
     save_file({"x": torch.ones(2, 2, dtype=torch.int64)}, tmp_path / "numbers.safetensors")
-    for name in ("junk", "two", "uneven", "numbers", "nothing"):
+    save_file({"x": torch.tensor([[1.0, float("nan")]])}, tmp_path / "nan.safetensors")
+    torch.save({"string_to_param": {"*": vectors(2, 8)}}, tmp_path / "renamed.safetensors")
+    for name in ("junk", "two", "uneven", "numbers", "nothing", "nan", "renamed"):
         with pytest.raises(AdapterError) as caught:
             read_embedding(tmp_path / f"{name}.safetensors")
         assert name in str(caught.value)
@@ -148,7 +150,8 @@ def test_baked_into_a_pipeline(fast: bool, tmp_path: Path) -> None:
     save_file({"clip_l": vectors(2, 8), "clip_g": vectors(2, 12, seed=1)}, tmp_path / "style.safetensors")
     save_file({"<toy>": vectors(8, seed=2)}, tmp_path / "toy.safetensors")
     before = contents(base)
-    baked = bake(base, [tmp_path / "style.safetensors", tmp_path / "toy.safetensors"], tmp_path / "out")
+    with pytest.warns(EmbedSurgeryWarning, match=r"toy.safetensors: holds nothing for the text encoder of width 12"):
+        baked = bake(base, [tmp_path / "style.safetensors", tmp_path / "toy.safetensors"], tmp_path / "out")
     assert contents(base) == before
     assert baked.tokens == {"text_encoder": {"style": 11, "style_1": 12, "<toy>": 13},
                             "text_encoder_2": {"style": 11, "style_1": 12}}  # fmt: skip
@@ -190,11 +193,37 @@ def test_what_cannot_be_baked_leaves_nothing(tmp_path: Path) -> None:
         bake(tmp_path / "empty", [tmp_path / "good.safetensors"], out)
     with pytest.raises(OutputExistsError):
         bake(base, [tmp_path / "good.safetensors"], tmp_path / "empty")
+    for inside in (base / "out", base, base / "unet" / "out"):
+        with pytest.raises((ConfigError, OutputExistsError)):
+            bake(base, [tmp_path / "good.safetensors"], inside)
+    with pytest.raises(ConfigError, match="no learned embedding"):
+        bake(base, [], out)
+    with pytest.raises(ConfigError, match="twice"):
+        bake(base, [tmp_path / "good.safetensors"] * 2, out)
+    with pytest.raises(AdapterError, match="pickle"):
+        bake(base, [tmp_path / "good.pt"], out)
+    assert sorted(p.name for p in base.iterdir()) == ["model_index.json", "text_encoder", "tokenizer", "unet"]
     variant = base / "text_encoder" / "model.fp16.safetensors"
     variant.write_bytes((base / "text_encoder" / "model.safetensors").read_bytes())
     with pytest.raises(CheckpointError, match="fp16"):
         bake(base, [tmp_path / "good.safetensors"], out)
     assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == ["base", "empty"]
+
+
+def test_a_pipeline_of_one_variant_and_an_embedding_for_two_encoders(tmp_path: Path) -> None:
+    """Half-precision weights under their variant's name; what fits no encoder is said, and left."""
+    base = write_pipeline(tmp_path / "base", 8)
+    model = clip(8).half()
+    model.save_pretrained(base / "text_encoder", variant="fp16")
+    (base / "text_encoder" / "model.safetensors").unlink()
+    save_file({"clip_l": vectors(2, 8), "clip_g": vectors(2, 12)}, tmp_path / "style.safetensors")
+    with pytest.warns(EmbedSurgeryWarning, match="clip_g fits no text encoder"):
+        bake(base, [tmp_path / "style.safetensors"], tmp_path / "out")
+    merged = load_file(tmp_path / "out" / "text_encoder" / "model.fp16.safetensors")
+    (name,) = (name for name in merged if "token_embedding" in name)
+    assert torch.equal(merged[name][11:], vectors(2, 8).half())
+    read = tr.CLIPTextModel.from_pretrained(tmp_path / "out" / "text_encoder", variant="fp16")
+    assert read.get_input_embeddings().weight.shape == (13, 8)
 
 
 def test_old_clip_configs_are_warned_of(tmp_path: Path) -> None:

@@ -1,0 +1,142 @@
+"""Our own plugins, the template and the guide's code use what the guide calls public, and nothing private."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from dataclasses import is_dataclass
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from embedsurgery.plugin_template import write_plugin
+from tests.plugins.environment import ROOT
+
+GUIDE = (ROOT / "plugins" / "README.md").read_text(encoding="utf-8")
+START, END = "<!-- public -->\n", "<!-- end of public -->\n"
+
+
+def public() -> dict[str, set[str]]:
+    """Module -> its public names, as the guide has them."""
+    (part,) = re.findall(re.escape(START) + "(.*?)" + re.escape(END), GUIDE, re.DOTALL)
+    rows = [line.strip("| ").split(" | ") for line in part.splitlines()[2:]]
+    return {row[0].strip("`"): set(re.findall(r"`(\w+)`", row[1])) for row in rows}
+
+
+def sources() -> dict[str, str]:
+    """What a plugin's author reads or writes: name -> code."""
+    files = [
+        *(ROOT / "plugins").glob("embedsurgery-*/embedsurgery_*/*.py"),
+        ROOT / "tests" / "plugins" / "npy_store.py",
+    ]
+    found = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in sorted(files)}
+    blocks = re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL)
+    return found | {f"guide-{number}": code for number, code in enumerate(blocks)}
+
+
+def code_of_tests() -> dict[str, str]:
+    """The tests of our own plugins."""
+    files = sorted((ROOT / "plugins").glob("embedsurgery-*/tests/*.py"))
+    return {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in files}
+
+
+def imported(tree: ast.AST) -> Iterator[tuple[str, str | None]]:
+    """(module, name) of everything of embedsurgery's that is imported; a module as a whole has no name."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, None) for alias in node.names if alias.name.split(".")[0] == "embedsurgery")
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "embedsurgery":
+            assert node.module is not None
+            yield from ((node.module, alias.name) for alias in node.names)
+
+
+def hidden(name: str) -> bool:
+    """Whether a name is its owner's alone."""
+    return name.startswith("_") and not name.endswith("__")
+
+
+def private(tree: ast.AST) -> list[str]:
+    """What of others is used by a name with an underscore, or found past the import statement."""
+    found = [f"{module}.{name}" for module, name in imported(tree) if any(map(hidden, f"{module}.{name}".split(".")))]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and hidden(node.attr):
+            if not (isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")):
+                found.append(ast.unparse(node))
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("getattr", "setattr", "hasattr"):
+            name = node.args[1]
+            if isinstance(name, ast.Constant) and hidden(str(name.value)):
+                found.append(ast.unparse(node))
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
+            found.append(ast.unparse(node))
+    return found
+
+
+def not_public(code: str) -> list[str]:
+    """What a source imports of embedsurgery that the guide does not list."""
+    known = public()
+    asked = list(imported(ast.parse(code)))
+    return [f"{module}.{name}" for module, name in asked if name not in (*known.get(module, ()), None)
+            or (name is None and module not in known)]  # fmt: skip
+
+
+def test_what_the_guide_lists_is_there() -> None:
+    known = public()
+    assert known.keys() >= {"embedsurgery", "embedsurgery.testing", "embedsurgery.hookspecs"}
+    for module, names in known.items():
+        there = import_module(module)
+        assert there.__doc__
+        assert [name for name in names if not hasattr(there, name) or hidden(name)] == []
+    assert known["embedsurgery"] == set(import_module("embedsurgery").__all__)
+
+
+@pytest.mark.parametrize("name", sources())
+def test_a_source_uses_nothing_else(name: str) -> None:
+    code = sources()[name]
+    assert private(ast.parse(code)) == []
+    assert not_public(code) == []
+
+
+@pytest.mark.parametrize("name", code_of_tests())
+def test_a_test_uses_nothing_private(name: str) -> None:
+    assert private(ast.parse(code_of_tests()[name])) == []
+
+
+def test_the_template_uses_nothing_else(tmp_path: Path) -> None:
+    folder, files = write_plugin("row-scaling", tmp_path)
+    for file in [file for file in files if file.endswith(".py")]:
+        code = (folder / file).read_text(encoding="utf-8")
+        assert private(ast.parse(code)) == []
+        assert not_public(code) == []
+
+
+@pytest.mark.parametrize("code", [
+    "from embedsurgery.adapter import _replace", "from embedsurgery._version import x", "import embedsurgery._version",
+    "import embedsurgery as es\nes._PUBLIC", "x._member", "getattr(x, '_member')",
+    "from importlib import import_module\nimport_module('embedsurgery.walker')",
+])  # fmt: skip
+def test_what_is_private_is_seen(code: str) -> None:
+    assert len(private(ast.parse(code))) == 1
+
+
+@pytest.mark.parametrize("code", [
+    "from embedsurgery.walker import walk_module", "import embedsurgery.walker", "from embedsurgery.plan import spans",
+])  # fmt: skip
+def test_what_is_not_public_is_seen(code: str) -> None:
+    assert len(not_public(code)) == 1
+
+
+def test_frozen_dataclasses_go_in_and_come_out() -> None:
+    from embedsurgery.contract import KINDS
+
+    given = {"embedsurgery.hookspecs": ("UnknownModule", "EmbeddingModule", "CardSection"),
+             "embedsurgery.initializers": ("NewToken", "TableView", "Ask"),
+             "embedsurgery.surgeries.base": ("Base", "Ground", "RowOverride"),
+             "embedsurgery.adapter": ("Adapter", "Manifest", "PeftFiles", "TableRecord", "Fingerprint"),
+             "embedsurgery.plan": ("Plan", "SetRows", "SetBlocks", "SetEntries", "Grow"),
+             "embedsurgery.graph": ("EmbeddingGraph", "Table", "Site", "Vocabulary")}  # fmt: skip
+    kinds = [getattr(import_module(module), name) for module, names in given.items() for name in names]
+    for kind in (*kinds, *(hook.record for hook in KINDS)):
+        assert is_dataclass(kind)
+        assert kind.__dataclass_params__.frozen, kind  # type: ignore[attr-defined]
