@@ -134,9 +134,9 @@ def merge(
     if tokenizer is None:
         texts_of([part.adapter for part in asked], None)  # which says what an adapter's tokens would need
     tokens = None if tokenizer is None else partial(_known, tokenizer)
-    plans = plan_parts(asked, lambda name: registry().named(name).surgery, store, tokens, options=bake,
-                       on_conflict=on_conflict, allow_nan=allow_nan)  # fmt: skip
-    plan = plans[0] if len(plans) == 1 else together(plans)
+    planned = plan_parts(asked, lambda name: registry().named(name).surgery, store, tokens, options=bake,
+                         on_conflict=on_conflict, allow_nan=allow_nan)  # fmt: skip
+    plan = planned[0][1] if len(planned) == 1 else together([plan for _, plan in planned])
     undo = apply(plan, store)
     return MergeUndo(undo.edits, {**plan.facts, "written": written(undo, store)}, tokenizer)
 

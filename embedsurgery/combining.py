@@ -42,8 +42,11 @@ def plan_parts(
     options: Any = None,
     on_conflict: Conflict | None = None,
     allow_nan: bool = False,
-) -> list[Plan]:
-    """A plan for each part, to be applied one after another.
+) -> list[tuple[Part, Plan]]:
+    """Each part with its plan, in the order in which they are to be applied.
+
+    It is that in which they were asked for, but what brings tokens at ids of its own comes before what takes the ids
+    that follow.
 
     Args:
         asked: What to bake in.
@@ -69,6 +72,8 @@ def plan_parts(
     if len(each) != len(asked):
         raise ConfigError("not as many bake options as adapters", expected=len(asked), found=len(each))
     surgeries = [surgery_of(part.adapter.manifest.surgery) for part in asked]
+    order = _order(asked, surgeries)
+    asked, surgeries, each = [asked[n] for n in order], [surgeries[n] for n in order], [each[n] for n in order]
     asking = any(p.adapter.manifest.new_tokens or s.makes_tokens for p, s in zip(asked, surgeries, strict=True))
     texts = dict(tokens().texts) if asking and tokens is not None else None
     kinds = Counter(part.adapter.manifest.surgery for part in asked)
@@ -93,7 +98,13 @@ def plan_parts(
         plans = averaged(plans, contested, store)
     if not allow_nan:
         plans = [finite(plan, part, store) for plan, part in zip(plans, asked, strict=True)]
-    return plans
+    return list(zip(asked, plans, strict=True))
+
+
+def _order(asked: Sequence[Part], surgeries: Sequence[Surgery]) -> list[int]:
+    """Numbers of the parts: those that become tokens at any ids go behind the last that has ids of its own."""
+    last = max((n for n, part in enumerate(asked) if part.adapter.manifest.new_tokens is not None), default=-1)
+    return sorted(range(len(asked)), key=lambda n: (n > last, n < last and surgeries[n].makes_tokens))
 
 
 def _for_both(plan: Plan, parted: Mapping[str, str]) -> Plan:

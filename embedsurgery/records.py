@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,6 +19,7 @@ from embedsurgery._version import __version__
 from embedsurgery.adapter import Adapter, Fingerprint
 from embedsurgery.checkpoint import STATE_DIRECTORY
 from embedsurgery.errors import PlanError
+from embedsurgery.graph import Table
 from embedsurgery.locking import refuse_linked_state
 from embedsurgery.plan import Grow, PatchFile, Plan, SetBlocks, SetEntries, SetRows, Undo, Untie, spans
 from embedsurgery.raw import ITEMSIZE, RawArray
@@ -123,23 +124,42 @@ def tokens_facts(new: NewTokens, undo: Undo, store: Store) -> dict[str, Any]:
 
 
 def _done(undo: Undo, store: Store) -> dict[str, Any]:
-    rows: dict[str, int] = {}
+    rows: dict[str, set[int]] = {}
     base: dict[str, Any] = {}
     for edit in undo.edits:
         if isinstance(edit, SetRows):
-            rows[edit.table] = rows.get(edit.table, 0) + len(edit.indices)
+            rows.setdefault(edit.table, set()).update(edit.indices)
             base.setdefault(edit.table, _fingerprint(edit.rows))
         elif isinstance(edit, SetBlocks):
-            rows[edit.table] = edit.blocks.shape[0]
+            rows.setdefault(edit.table, set()).update(range(edit.blocks.shape[0]))
             base.setdefault(edit.table, _fingerprint(_sample(edit)))
+        elif isinstance(edit, Untie):
+            rows.setdefault(edit.head, set()).update(edit.indices)
+        elif isinstance(edit, Grow):
+            for table, last in _grown(edit, store):
+                rows.setdefault(table.name, set()).update(last)
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "version": __version__,
-        "rows": rows,
+        "rows": {table: len(indices) for table, indices in rows.items()},
         "base": base,
         "files": list(touched_files(undo, store)),
         "written": written(undo, store),
     }
+
+
+def _grown(edit: Grow, store: Store) -> Iterator[tuple[Table, range]]:
+    """The tables that the undo of a growth makes shorter, each with the rows that it takes.
+
+    Raises:
+        PlanError: The vocabulary is not there.
+    """
+    vocabulary = next((v for v in store.graph.vocabularies if edit.vocabulary in v.tables), None)
+    if vocabulary is None:
+        raise PlanError("a record of a vocabulary that is not there", where=store.name, expected=edit.vocabulary)
+    for name in vocabulary.tables:
+        table = store.graph.table(name)
+        yield table, range(table.shape[0] + edit.count, table.shape[0])
 
 
 def _fingerprint(rows: RawArray) -> dict[str, Any]:
@@ -198,6 +218,11 @@ def facts_of(path: Path, header: Header | None = None) -> Mapping[str, Any]:
     return said
 
 
+def _tokens(said: Mapping[str, Any]) -> dict[str, Any]:
+    """Id -> text of the tokens that an adapter names, and of those that a soft prompt became."""
+    return {**dict(said.get("tokens", {})), **dict(dict(said.get("prompt", {})).get("tokens", {}))}
+
+
 def merge_record(path: Path, said: Mapping[str, Any]) -> MergeRecord:
     """A record's facts by type; older versions did not write all of them.
 
@@ -210,7 +235,7 @@ def merge_record(path: Path, said: Mapping[str, Any]) -> MergeRecord:
             weight=_number(said.get("weight", 1.0)),
             base={_text(k): dict(v) for k, v in dict(said.get("base", {})).items()},
             rows={_text(k): _count(v) for k, v in dict(said.get("rows", {})).items()},
-            tokens={int(k): _text(v) for k, v in dict(said.get("tokens", {})).items()},
+            tokens={int(k): _text(v) for k, v in _tokens(said).items()},
             files=tuple(map(_text, said.get("files", ()))),
             **{
                 key: None if said.get(key) is None else _text(said[key])
@@ -261,13 +286,8 @@ def _digest(edit: object, store: Store) -> str:
         for start, stop in spans(table.shape[0], table.shape[1] * ITEMSIZE[table.dtype]):
             digest.update(store.read_block(name, start, stop).data)
     elif isinstance(edit, Grow) and edit.count < 0:
-        vocabulary = next((v for v in store.graph.vocabularies if edit.vocabulary in v.tables), None)
-        if vocabulary is None:
-            raise PlanError("a record of a vocabulary that is not there", where=store.name, expected=edit.vocabulary)
-        for name in vocabulary.tables:
-            table = store.graph.table(name)
-            last = tuple(range(table.shape[0] + edit.count, table.shape[0]))
-            digest.update(rows_of(store, table, last).data)
+        for table, last in _grown(edit, store):
+            digest.update(rows_of(store, table, tuple(last)).data)
     return digest.hexdigest()
 
 

@@ -23,7 +23,7 @@ from embedsurgery.graph import EmbeddingGraph
 from embedsurgery.hashes import checkpoint_files, known_hashes, sha256_of
 from embedsurgery.jsonfile import read_json
 from embedsurgery.names import vocabulary_sizes, walk_names
-from embedsurgery.plan import PatchFile, Plan, SetBlocks, SetRows, Untie, count_rows
+from embedsurgery.plan import PatchFile, Plan, SetRows, Untie, count_rows
 from embedsurgery.raw import EDITABLE
 from embedsurgery.records import check_written, record_paths
 from embedsurgery.registry import registry
@@ -173,8 +173,7 @@ def _records(folder: Path, store: Store) -> Iterator[Check]:
         except EmbedSurgeryError as error:
             yield Check(name, False, str(error))
             continue
-        rows = sum(len(e.indices) if isinstance(e, SetRows) else e.blocks.shape[0]
-                   for e in one.undo.edits if isinstance(e, (SetRows, SetBlocks)))  # fmt: skip
+        rows = sum(one.said.rows.values())
         detail = f"{count_rows(rows)} as written" if not one.under else f"partly under {one.overlaps}"
         yield Check(name, not bad, f"NaN or infinity in {', '.join(bad)}" if bad else detail)
 

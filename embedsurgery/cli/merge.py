@@ -128,8 +128,9 @@ def print_report(report: MergeReport, verb: str, as_json: bool) -> None:
     rows = ", ".join(f"{count_rows(count)} of {table}" for table, count in report.rows.items())
     tokens = listed_tokens(list(report.tokens.items()))
     what = "; ".join(part for part in (f"tokens {tokens}" if tokens else "", rows) if part)
-    click.echo(f"{would}{verb}: {what} in {', '.join(report.files)}")
-    for line in () if report.done else report.edits:
+    click.echo(f"{would}{verb}{': ' * bool(what)}{what} in {', '.join(report.files)}")
+    said = all(line.startswith("set ") for line in report.edits)  # by the number of rows
+    for line in () if report.done and said else report.edits:
         click.echo(f"  {line}")
     if report.undo and not report.done:
         click.echo(f"would be kept to take it out again: {size(report.undo)}")

@@ -133,9 +133,9 @@ def merged(
     directory = store.checkpoint.directory
     asked = parts(adapters, named_adapter)
     tokens = cache(partial(known_tokens, directory))
-    plans = plan_parts(asked, lambda name: registry().named(name).surgery, store, tokens, options=bake,
-                       on_conflict=on_conflict, allow_nan=allow_nan)  # fmt: skip
-    for plan, part in zip(plans, asked, strict=True):
+    planned = plan_parts(asked, lambda name: registry().named(name).surgery, store, tokens, options=bake,
+                         on_conflict=on_conflict, allow_nan=allow_nan)  # fmt: skip
+    for part, plan in planned:
         undo = apply(plan, store, spill=directory.parent)
         before, store = store, store.again()
         parted = {name for edit in undo.edits if isinstance(edit, Untie) for name in (edit.table, edit.head)}
@@ -146,4 +146,5 @@ def merged(
         record = next_record(directory)
         record.parent.mkdir(parents=True, exist_ok=True)
         replace(undo, facts={**plan.facts, **part_facts(part, undo, store, on_conflict=on_conflict)}).save(record)
-    return Merged(tuple(part.name for part in asked), tuple(line for plan in plans for line in plan.describe()))
+    edits = tuple(line for _, plan in planned for line in plan.describe())
+    return Merged(tuple(part.name for part, _ in planned), edits)

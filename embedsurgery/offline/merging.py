@@ -94,11 +94,11 @@ def merge_checkpoint(
         asked = parts(adapters, named_adapter)
         _refuse_merged(place.source, asked)
         tokens = cache(partial(known_tokens, place.source))
-        plans = plan_parts(asked, lambda name: registry().named(name).surgery, store, tokens, options=bake,
-                           on_conflict=on_conflict, allow_nan=allow_nan)  # fmt: skip
+        planned = plan_parts(asked, lambda name: registry().named(name).surgery, store, tokens, options=bake,
+                             on_conflict=on_conflict, allow_nan=allow_nan)  # fmt: skip
         jobs = [
-            Job(plan, partial(part_facts, part, on_conflict=on_conflict, hashes=hashes and part is asked[-1]))
-            for plan, part in zip(plans, asked, strict=True)
+            Job(plan, partial(part_facts, part, on_conflict=on_conflict, hashes=hashes and part is planned[-1][0]))
+            for part, plan in planned
         ]
         return write(jobs, store, place)
 

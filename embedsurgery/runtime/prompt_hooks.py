@@ -1,43 +1,43 @@
-"""What the hooks of a soft prompt do to one call: of a lookup, of what reads tokens, of a head, of a decoder.
+"""What the hooks of a soft prompt do to one call of a lookup, and of what reads the tokens.
 
 Each is a pair of hooks, of which the second runs whatever happens, so that a call that fails leaves nothing behind.
-What comes out of a call is cut in ``prompt_outputs.py``.
+What comes out of a call is cut in ``prompt_outputs.py``; what stands around these modules has hooks in
+``prompt_around.py``.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from embedsurgery.errors import ConfigError, UnsupportedError
 from embedsurgery.runtime.prompt_caches import Seat, check_seat, is_filled, make_room, seat_of, take_seat
+from embedsurgery.runtime.prompt_inputs import IGNORED, first_of, is_by_token, refuse_packed, size_of, without_front
 from embedsurgery.runtime.prompt_layout import (
     Layout,
     counted_positions,
-    extended_mask,
     extended_positions,
-    first_real,
     is_virtual,
     spread,
 )
-from embedsurgery.runtime.prompt_outputs import caches_in, cut, cut_encoder, trimmed
-from embedsurgery.runtime.prompt_stacks import Stack
+from embedsurgery.runtime.prompt_masks import extended_mask
+from embedsurgery.runtime.prompt_outputs import caches_in, cut
+from embedsurgery.runtime.prompt_positions import Counting, learned_positions, window_of
+from embedsurgery.runtime.prompt_stacks import can_generate
 from embedsurgery.tensors import is_sharded
 
 if TYPE_CHECKING:
     from embedsurgery.runtime.prompts import Live, Prompts
 
-IGNORED = -100
-"""The label that no loss counts."""
-
 _BY_TOKEN = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids", "global_attention_mask", "langs", "bbox",
              "visual_pos_masks")  # fmt: skip
 """What a model is given for each token beside ids, masks and positions; a virtual token's is 0."""
+
+_PACKED = ("cu_seq_lens_q", "cu_seqlens", "seq_idx")
+"""What says where several texts in one row begin."""
 
 _STATES = ("cache_params", "state", "mems")
 """Memory of models that have no cache of keys and values."""
@@ -64,12 +64,15 @@ class PromptLookup:
     def leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Post-hook."""
         ids, self.ids = self.ids, None
-        if ids is None or not isinstance(output, torch.Tensor):
+        if ids is None or output is None:  # it failed
             return None
+        if not isinstance(output, torch.Tensor):
+            raise UnsupportedError("a soft prompt cannot stand before a lookup that gives more than vectors",
+                                   where=type(module).__name__, found=type(output).__name__)  # fmt: skip
         if is_sharded(output):
             raise UnsupportedError("a soft prompt cannot stand before a lookup that computes on shards",
                                    where=type(module).__name__, hint="keep the lookup whole")  # fmt: skip
-        plain = self.prompts.plain
+        plain, self.prompts.plain = self.prompts.plain, 0  # of the first lookup: GPT-2 looks types up as well
         if plain and ids.shape == self.prompts.shape:
             own = self.prompts.vectors(ids[:1, :plain], output.dtype).expand(ids.shape[0], -1, -1)
             return torch.cat([own, output[:, plain:]], dim=1)
@@ -107,14 +110,14 @@ class Reading:
         self.parameters = parameters
         self.cuts = cuts
         self.labelled = module is root
-        self.generates = bool(_call(root, "can_generate")) and stack != "encoder"
-        counts = any(hasattr(part, "create_position_ids_from_input_ids") for part in module.modules())
-        self.takes_positions = "position_ids" in parameters
-        self.positions = self.takes_positions and not counts  # else the model makes its own of ids or mask
+        self.generates = can_generate(root) and stack != "encoder"
+        self.causal = any(getattr(part, "is_causal", False) is True for part in module.modules())
+        self.counting = Counting.of(module, parameters)
+        self.gives_positions = self.counting.taken and not self.counting.own
         config = getattr(module, "config", None)
-        self.window = _window(config)
+        self.window = window_of(config)
         self.uses_cache = bool(getattr(config, "use_cache", False))
-        self.limit = _learned_positions(module)
+        self.limit = learned_positions(module)
         self._forget()
 
     def _forget(self) -> None:
@@ -139,14 +142,19 @@ class Reading:
             return None
         if given.get("input_ids") is None and given.get("inputs_embeds") is None:
             return None
+        if any(given.get(name) is not None for name in _PACKED):
+            raise UnsupportedError("a soft prompt cannot stand before each of several texts in one row",
+                                   where=type(module).__name__,
+                                   found="texts told apart by their lengths, as by continuous batching",
+                                   hint="pad the texts, or bake the prompt in")  # fmt: skip
         if any(given.get(name) is not None for name in _STATES):
             raise UnsupportedError("a soft prompt cannot go on from this model's kind of memory",
                                    where=type(module).__name__, expected="past_key_values",
                                    hint="generate with use_cache=False")  # fmt: skip
         if self.prompts.kept:
-            given = _without_front(given, self.prompts.kept)
+            given = without_front(given, self.prompts.kept)
         self.live = live
-        batch, length = _size(given)
+        batch, length = size_of(given)
         if cache is not None and is_filled(cache):
             self.seat = check_seat(cache, live.names, self.stack)
             self.seat.layout = self.seat.layout.repeated(batch)
@@ -179,17 +187,21 @@ class Reading:
 
     def _begin(self, given: dict[str, Any], cache: Any, live: Live, batch: int, length: int) -> None:
         mask = given.get("attention_mask")
-        first = _first(mask)
+        first = first_of(mask)
         wants_cache = given.get("use_cache")
         wants_cache = self.uses_cache if wants_cache is None else wants_cache
-        in_place = cache is not None or (self.generates and wants_cache and self.takes_positions)
+        goes_on = (self.generates or self.causal) and wants_cache
+        in_place = cache is not None or (goes_on and self.counting.stands)
         layout = live.layout(batch, length, first, rolled=not in_place)
+        if in_place and not self.counting.own:
+            self._refuse_uneven(layout)
         self._check_length(layout, length, 0)
         if cache is not None:
             make_room(cache, layout.count, length, self.window)
         self.layout = layout
         ids, _ = live.of_batch(batch)
-        plain = layout.is_plain and layout.lengths is None
+        alone = not any(given.get(name) is not None for name in _BY_TOKEN)  # that is looked up
+        plain = alone and layout.is_plain and layout.lengths is None
         if given.get("input_ids") is not None:
             given["input_ids"] = spread(ids, given["input_ids"], layout)
             self.prompts.plain = layout.count if plain else 0
@@ -205,9 +217,9 @@ class Reading:
             given["attention_mask"] = self._mask(mask, layout, came=True)
         positions = given.get("position_ids")
         if positions is not None:
-            _refuse_packed(positions, mask)
+            refuse_packed(positions, mask)
             given["position_ids"] = extended_positions(positions, layout)
-        elif in_place and self.positions and (layout.first is not None or layout.lengths is not None):
+        elif in_place and self.gives_positions and (layout.first is not None or layout.lengths is not None):
             assert mask is not None
             device = next(iter(mask.values())).device if isinstance(mask, dict) else mask.device
             given["position_ids"] = counted_positions(layout, 0, layout.count + length, device)
@@ -216,7 +228,7 @@ class Reading:
             if isinstance(part, torch.Tensor) and part.dim() >= 2 and part.shape[1] == length:
                 given[name] = spread(part.new_zeros(layout.count, *part.shape[2:]), part, layout)
         labels = given.get("labels")
-        if self.labelled and _is_by_token(labels, batch, length):
+        if self.labelled and is_by_token(labels, batch, length):
             given["labels"] = spread(labels.new_full((layout.count,), IGNORED), labels, layout)
         if isinstance(given.get("cache_position"), torch.Tensor):
             given["cache_position"] = torch.arange(layout.count + length, device=given["cache_position"].device)
@@ -225,6 +237,7 @@ class Reading:
         layout = seat.layout
         seat.inside = True
         held = cache.get_seq_length()
+        self._refuse_uneven(layout)
         self._check_length(layout, length, held)
         mask = given.get("attention_mask")
         if mask is not None:
@@ -236,7 +249,7 @@ class Reading:
             given["attention_mask"] = self._mask(mask, layout, came=False)
         if positions is not None:
             given["position_ids"] = positions + layout.added()
-        elif self.positions and not layout.rolled and (layout.first is not None or layout.lengths is not None):
+        elif self.gives_positions and (layout.first is not None or layout.lengths is not None):
             given["position_ids"] = counted_positions(layout, held, length, ids.device)
         if isinstance(given.get("cache_position"), torch.Tensor):
             given["cache_position"] = given["cache_position"] + layout.count
@@ -259,7 +272,15 @@ class Reading:
                                    expected="a tensor of two or four axes",
                                    found=f"{kind} {type(mask).__name__} {list(getattr(mask, 'shape', ()))}".strip(),
                                    hint="give a mask of two axes")  # fmt: skip
-        return extended_mask(mask, layout, self.window if "sliding" in kind else None, came=came)
+        window = self.window if "sliding" in kind else None
+        return extended_mask(mask, layout, window, came=came, causal=self.causal)
+
+    def _refuse_uneven(self, layout: Layout) -> None:
+        """Refuse samples that begin at several places where the model counts places, whatever it is told of them."""
+        if not self.counting.stands and not torch.compiler.is_compiling() and layout.is_uneven():
+            raise UnsupportedError("this model counts positions from the batch's left edge, which is wrong for samples "
+                                   "that begin later, and it is to go on from a cache", where=self.stack,
+                                   hint="pad on the right, with prompts of one length, or use_cache=False")  # fmt: skip
 
     def _check_length(self, layout: Layout, length: int, held: Any) -> None:
         if self.limit is None or isinstance(held, torch.Tensor):
@@ -269,222 +290,3 @@ class Reading:
             raise ConfigError("the input and its soft prompt are longer than the model's positions",
                               where=self.stack, expected=f"{self.limit} at most",
                               found=f"{total}, {layout.count} of them virtual")  # fmt: skip
-
-
-class Decoding:
-    """A decoder whose encoder has a prompt: the mask of what it attends to there has to know it."""
-
-    def __init__(self, prompts: Prompts, parameters: tuple[str, ...]) -> None:
-        self.prompts = prompts
-        self.parameters = parameters
-
-    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Pre-hook."""
-        live = None if self.prompts.inside else self.prompts.of("encoder")
-        if live is None:
-            return None
-        given = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
-        states, mask = given.get("encoder_hidden_states"), given.get("encoder_attention_mask")
-        if states is None or (mask is not None and mask.shape[-1] + live.count != states.shape[1]):
-            return None  # what was encoded without a prompt
-        if mask is None and live.lengths is None:
-            return None
-        batch, length = states.shape[0], states.shape[1] - live.count
-        if mask is None:
-            mask = torch.ones(batch, length, dtype=torch.int64, device=states.device)
-        layout = live.layout(batch, length, _first(mask), rolled=True)
-        given["encoder_attention_mask"] = extended_mask(mask, layout, came=False)
-        return (), given
-
-
-class Parent:
-    """What holds encoder and decoder: its outputs tell of the encoder's, which are cut here."""
-
-    def __init__(self, prompts: Prompts, module: nn.Module) -> None:
-        self.prompts = prompts
-        self.module = (module,)
-        self.parameters = tuple(inspect.signature(module.forward).parameters)
-
-    def leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """Post-hook."""
-        live = self.prompts.of("encoder")
-        if live is None or live.keep:
-            return None
-        given = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
-        mask = given.get("attention_mask")
-        return cut_encoder(output, lambda batch, size: live.layout(batch, size - live.count, _first(mask), rolled=True))
-
-
-class Heads:
-    """The root, where it is more than what reads the tokens: its labels, and outputs that keep the prompt.
-
-    A model of language learns to say the first token after the prompt as well, so its head gets one entry more.
-    """
-
-    def __init__(self, prompts: Prompts, stack: Stack, root: nn.Module) -> None:
-        self.prompts = prompts
-        self.stack = stack
-        self.parameters = tuple(inspect.signature(root.forward).parameters)
-        self.shifts = bool(_call(root, "can_generate"))
-
-    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Pre-hook."""
-        prompts = self.prompts
-        prompts.one_more, prompts.kept = False, 0
-        live = prompts.of(self.stack.name)
-        if live is None:
-            return None
-        given = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
-        cache = given.get("past_key_values")
-        if (cache is not None and is_filled(cache)) or not _has_input(given):
-            return None
-        batch, length = _size(given)
-        labels = given.get("labels")
-        if live.keep:
-            prompts.kept = live.count
-            prompts.one_more = self.shifts and _is_by_token(labels, batch, length)
-            return (), _with_front(given, live.count, prompts.filler(), batch, length)
-        if not self.shifts or not _is_by_token(labels, batch, length):
-            return None
-        prompts.one_more = True
-        front = labels.new_full((batch, 1), IGNORED)
-        _, lengths = live.of_batch(batch)
-        if lengths is not None:  # what has no prompt has nothing that says its first token
-            first = _first(given.get("attention_mask"))
-            begin = torch.zeros_like(lengths) if first is None else first
-            bare = (lengths == 0)[:, None] & (torch.arange(length, device=labels.device) == begin[:, None])
-            labels = labels.masked_fill(bare, IGNORED)
-        given["labels"] = torch.cat([front, labels], dim=1)
-        if isinstance(given.get("logits_to_keep"), torch.Tensor) or given.get("logits_to_keep"):
-            given["logits_to_keep"] = given["logits_to_keep"] + 1
-        return (), given
-
-    def leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """Post-hook."""
-        prompts = self.prompts
-        trims = prompts.one_more and not prompts.kept
-        prompts.one_more, prompts.kept = False, 0
-        if not trims or output is None:
-            return None
-        labels = kwargs["labels"]
-        return trimmed(output, labels.shape[1])
-
-
-def later_masks(prompts: Prompts) -> Callable[..., Any]:
-    """What makes the masks of a generation before its model runs, which is too early for a prompt."""
-    return _LaterMasks(prompts)
-
-
-class _LaterMasks:
-    def __init__(self, prompts: Prompts) -> None:
-        self.prompts = prompts
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        model: Any = self.prompts.model
-        if any(self.prompts.of(stack.name) is not None for stack in self.prompts.stacks):
-            return kwargs["attention_mask"]
-        own = getattr(type(model), "create_masks_for_generate", None)
-        if own is not None:
-            return own(*args, **kwargs)
-        from transformers.masking_utils import create_masks_for_generate
-
-        return create_masks_for_generate(*args, **kwargs)
-
-
-def _has_input(given: dict[str, Any]) -> bool:
-    return given.get("input_ids") is not None or given.get("inputs_embeds") is not None
-
-
-def _size(given: dict[str, Any]) -> tuple[int, int]:
-    """B and L of what is given."""
-    tokens = given.get("input_ids")
-    tokens = given["inputs_embeds"] if tokens is None else tokens
-    return tokens.shape[0], tokens.shape[1]
-
-
-def _first(mask: Any) -> torch.Tensor | None:
-    """Where the text of each sample begins; None where a glance says that all begin at once."""
-    if isinstance(mask, dict):
-        mask = next((part for part in mask.values() if isinstance(part, torch.Tensor)), None)
-    if not isinstance(mask, torch.Tensor) or mask.dim() not in (2, 4):
-        return None
-    first = first_real(mask)
-    if first.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(first.any()):
-        return None
-    return first
-
-
-def _is_by_token(labels: Any, batch: int, length: int) -> TypeGuard[torch.Tensor]:
-    return isinstance(labels, torch.Tensor) and labels.shape == (batch, length) and not labels.is_floating_point()
-
-
-def _refuse_packed(positions: torch.Tensor, mask: Any) -> None:
-    """Refuse several texts in one row, told apart by their positions: the prompt would stand before the first alone."""
-    if mask is not None or positions.dim() != 2 or torch.compiler.is_compiling():
-        return
-    if bool((positions.diff(dim=1) != 1).any()):
-        raise UnsupportedError("a soft prompt cannot stand before each of several texts in one row",
-                               where="position_ids", expected="positions that count up",
-                               hint="pad the texts instead of packing them")  # fmt: skip
-
-
-def _with_front(given: dict[str, Any], count: int, filler: int, batch: int, length: int) -> dict[str, Any]:
-    """A head's inputs with places for the prompt, whose outputs it is going to get."""
-    out = dict(given)
-    for name, value in (("input_ids", filler + 1), ("attention_mask", 1), ("labels", IGNORED)):
-        part = given.get(name)
-        if not isinstance(part, torch.Tensor) or part.shape != (batch, length):
-            continue
-        if name != "labels" or not part.is_floating_point():
-            out[name] = torch.cat([part.new_full((batch, count), value), part], dim=1)
-    embeds = given.get("inputs_embeds")
-    if embeds is not None:
-        out["inputs_embeds"] = torch.cat([embeds.new_zeros(batch, count, embeds.shape[2]), embeds], dim=1)
-    for name in ("start_positions", "end_positions"):
-        if isinstance(given.get(name), torch.Tensor):
-            out[name] = given[name] + count
-    return out
-
-
-def _without_front(given: dict[str, Any], count: int) -> dict[str, Any]:
-    """What `_with_front` put in is taken out again where the tokens are read."""
-    out = dict(given)
-    for name in ("input_ids", "attention_mask", "inputs_embeds"):
-        part = given.get(name)
-        if isinstance(part, torch.Tensor) and part.dim() in (2, 3):
-            out[name] = part[:, count:]
-    return out
-
-
-def _learned_positions(module: nn.Module) -> int | None:
-    """How many positions a model has learned; None where it computes them for any length."""
-    from embedsurgery.runtime.prompts import position_limit
-
-    limit = position_limit(module)
-    if limit is None:
-        return None
-    near = range(limit, limit + 4)
-    learned = [part for name, part in module.named_modules() if "position" in name.lower() or name.endswith("wpe")]
-    if not any(getattr(part, "num_embeddings", -1) in near for part in learned):
-        return None
-    padded = any(getattr(part, "padding_idx", None) is not None and part.num_embeddings == limit for part in learned)
-    return (
-        limit - 2
-        if padded and any(hasattr(p, "create_position_ids_from_input_ids") for p in module.modules())
-        else limit
-    )
-
-
-def _window(config: Any) -> int | None:
-    """How far the model's tokens see back, where that is one number."""
-    for name in ("sliding_window", "attention_chunk_size"):
-        with suppress(Exception):  # where it differs from layer to layer, asking raises an error of transformers' own
-            value = getattr(config, name, None)
-            if isinstance(value, int):
-                return value
-    return None
-
-
-def _call(model: Any, method: str) -> Any:
-    function = getattr(model, method, None)
-    return function() if callable(function) else None

@@ -1,4 +1,4 @@
-"""Where virtual tokens stand in a batch, and what that means for masks, positions and all else that goes by token.
+"""Where virtual tokens stand in a batch, and what that means for positions and all else that goes by token.
 
 Each sample's prompt stands right before its first real token, so that prompt and text are as they would be alone,
 without padding. There are two ways, and both leave the order of the tokens behind the first real one as it is:
@@ -8,7 +8,8 @@ without padding. There are two ways, and both leave the order of the tokens behi
   also in models that only count, and a pooler that takes the first position finds the same as without padding.
 
 A batch in which samples have prompts of several lengths has *fillers* where a prompt is shorter than the longest; they
-are masked. Everything here is arithmetic on small integer tensors: no value is ever read back from a device.
+are masked. Everything here is arithmetic on small integer tensors: no value is read back from a device, but where an
+error has to be told from what is right (`Layout.is_uneven`).
 """
 
 from __future__ import annotations
@@ -48,6 +49,11 @@ class Layout:
     def is_plain(self) -> bool:
         """Whether the flat order is that in which the model gets its tokens."""
         return self.first is None and (self.lengths is None or not self.rolled)
+
+    def is_uneven(self) -> bool:
+        """Whether texts begin at several places, prompts included; reads values back."""
+        parts = (self.first, None if self.lengths is None else self.count - self.lengths)
+        return any(part is not None and bool(part.any()) for part in parts)
 
     def sources(self, total: int, device: torch.device) -> torch.Tensor:
         """For each place of what the model gets the place in the flat order, int64 (B, N + total).
@@ -107,25 +113,6 @@ def is_virtual(ids: torch.Tensor) -> torch.Tensor:
     return ids <= FIRST
 
 
-def first_real(mask: torch.Tensor) -> torch.Tensor:
-    """Index of the first real token of each sample, int64 (B,), 0 where none is.
-
-    Args:
-        mask: (B, L), (B, 1 or heads, Q, L): 2-D masks are true at real tokens; in others a real token is one that
-            something attends to.
-    """
-    if mask.dim() == 4:
-        mask = attended(mask).flatten(1, 2).any(dim=1)
-    return (mask != 0).to(torch.int8).argmax(dim=1)
-
-
-def attended(mask: torch.Tensor) -> torch.Tensor:
-    """A mask as bools: one that is added to scores hides what it makes far smaller than any score."""
-    if mask.is_floating_point():
-        return mask > torch.finfo(mask.dtype).min / 2
-    return mask != 0
-
-
 def spread(prefix: torch.Tensor, given: torch.Tensor, layout: Layout) -> torch.Tensor:
     """Something that goes by token, with the prompts' part, in the order in which the model gets it.
 
@@ -155,48 +142,6 @@ def along(values: torch.Tensor, index: torch.Tensor, dim: int) -> torch.Tensor:
     sizes = [*values.shape]
     sizes[dim] = index.shape[1]
     return values.gather(dim, index.reshape(shape).expand(sizes))
-
-
-def extended_mask(mask: torch.Tensor, layout: Layout, window: int | None = None, *, came: bool = True) -> torch.Tensor:
-    """An attention mask that knows the prompt.
-
-    Args:
-        mask: (B, total), true at real tokens; or (B or 1, 1 or heads, Q, K), what attends to what.
-        layout: Where the prompt stands.
-        window: How far a token sees back, where the mask is one of sliding windows.
-        came: Whether the prompt comes in now; else it is in the cache, and a mask of four axes lacks its columns alone.
-    """
-    if mask.dim() == 2:
-        return spread(layout.valid(mask.device), mask, layout)
-    mask = mask.expand(layout.batch, *mask.shape[1:])
-    seen = attended(mask)
-    rows, columns = mask.shape[2:]
-    valid = layout.valid(mask.device)
-    sources = layout.sources(max(columns, layout.length), mask.device)[:, : layout.count + columns]
-    before = valid[:, None, None, :].expand(-1, mask.shape[1], rows, -1)
-    flat = torch.cat([before, seen], dim=3)
-    if came:
-        count = layout.count
-        causal = ~seen.triu(1).flatten(1).any(dim=1)[:, None, None, None]
-        own = torch.ones(count, count, dtype=torch.bool, device=mask.device)
-        own = torch.where(causal, own.tril(), own) & valid[:, None, None, :]
-        real = seen.any(dim=2, keepdim=True) & ~causal
-        top = torch.cat([own.expand(-1, mask.shape[1], -1, -1), real.expand(-1, -1, count, -1)], dim=3)
-        flat = torch.cat([top, flat], dim=2)
-    out = along(flat, sources, 3)
-    if came:
-        out = along(out, layout.sources(rows, mask.device), 2)
-        if window is not None:
-            place = torch.arange(out.shape[3], device=mask.device)
-            out = out & (place[: out.shape[2], None] - place[None, :] < window)
-    if mask.is_floating_point():
-        base = torch.cat([mask.new_zeros(*mask.shape[:3], layout.count), mask], dim=3)
-        if came:
-            base = torch.cat([mask.new_zeros(*mask.shape[:2], layout.count, base.shape[3]), base], dim=2)
-        base = along(base, sources, 3)
-        base = along(base, layout.sources(rows, mask.device), 2) if came else base
-        return torch.where(out, base, torch.finfo(mask.dtype).min)
-    return out.to(mask.dtype)
 
 
 def extended_positions(positions: torch.Tensor, layout: Layout) -> torch.Tensor:

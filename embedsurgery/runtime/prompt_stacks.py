@@ -21,6 +21,8 @@ _REFUSED = {
     "gemma3n_text": "looks each id up in a table for each layer as well",
     "gemma4": "looks each id up in a table for each layer as well",
     "gemma4_text": "looks each id up in a table for each layer as well",
+    "cpmant": "tells padding by how many ids there are, and has a prompt of its own",
+    "ibert": "has a lookup that gives scales with its vectors",
     "instructblip": "reads its text twice",
     "instructblipvideo": "reads its text twice",
     "fsmt": "makes its masks by itself",
@@ -103,6 +105,12 @@ def _ask(model: Any, method: str) -> nn.Module | None:
         return None
     # a decoder with a head of its own, as EncoderDecoderModel has
     return _base(answer) if answer is not model else answer
+
+
+def can_generate(model: Any) -> bool:
+    """Whether a model says that it generates text, so that its head says the next token."""
+    says = getattr(model, "can_generate", None)
+    return bool(says()) if callable(says) else False
 
 
 def need(stacks: tuple[Stack, ...], names: tuple[str, ...], model: nn.Module) -> tuple[Stack, ...]:

@@ -3,7 +3,7 @@
 What reads the tokens is given ids that stand for virtual tokens among the real ones, masks and positions that know
 them, and its lookup gives their vectors. So the model computes what it will when the prompt is baked into it, and
 heads, losses and poolers, which come after, get hidden states of the input's length. What a hook does to one call is
-in ``prompt_hooks.py``.
+in ``prompt_hooks.py`` and ``prompt_around.py``.
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ from torch.nn import functional as F
 from embedsurgery.adapter import Adapter
 from embedsurgery.errors import BaseMismatchError, ConfigError, UnsupportedError
 from embedsurgery.graph import EmbeddingGraph
+from embedsurgery.positions import position_limit
 from embedsurgery.raw import RawArray
 from embedsurgery.runtime.hooks import Installed, after, before, remove
+from embedsurgery.runtime.prompt_around import Decoding, Heads, Parent, later_masks
 from embedsurgery.runtime.prompt_heads import refuse_other_head
-from embedsurgery.runtime.prompt_hooks import Decoding, Heads, Parent, PromptLookup, Reading, later_masks
+from embedsurgery.runtime.prompt_hooks import PromptLookup, Reading
 from embedsurgery.runtime.prompt_layout import FIRST, Layout
 from embedsurgery.runtime.prompt_stacks import Stack, need, stacks_of
 from embedsurgery.runtime.rows import Rows
@@ -112,7 +114,8 @@ class Prompts:
     Attributes:
         stacks: What of the model reads tokens.
         inside: Whether what reads tokens runs just now.
-        plain: How many virtual tokens each sample of the running stack begins with, where that is all there is to know.
+        plain: How many virtual tokens each sample begins with in the ids that the running stack looks up next, where
+            that is all there is to know; else 0.
         shape: Of the ids that the running stack was given.
         one_more: Whether the head wants an entry that predicts the first token of the input.
         kept: How many entries the head was given for the prompt, where outputs keep it.
@@ -149,7 +152,7 @@ class Prompts:
         stacks = need(self.stacks, override.submodules, self.model)
         width = adapter.raw[override.tensor].shape[1]
         for stack in stacks:
-            limit = position_limit(submodule(self.model, stack.path))
+            limit = position_limit(getattr(submodule(self.model, stack.path), "config", None))
             if limit is not None and override.count >= limit:
                 raise ConfigError("the soft prompt is too long for the model's positions", where=stack.path or "model",
                                   expected=f"fewer than {limit} virtual tokens", found=override.count)  # fmt: skip
@@ -212,7 +215,7 @@ class Prompts:
         """What stands in front of a stack now; None where nothing does.
 
         Raises:
-            AttachmentError: Prompts of one batch that keep their positions, and others that do not.
+            UnsupportedError: Prompts of one batch that keep their positions, and others that do not.
         """
         found: list[tuple[str, PromptEmbedding, int]] = []
         begin = 0
@@ -264,14 +267,6 @@ def modules_for(
     prompts = [(o, d) for o, d in zip(overrides, devices, strict=True) if isinstance(o, PromptOverride)]
     assert len(prompts) == len(overrides), "a soft prompt changes no rows"
     return [PromptEmbedding(raw[override.tensor], override, device) for override, device in prompts]
-
-
-def position_limit(module: nn.Module) -> int | None:
-    """How many positions a model has, where its config says so."""
-    config: Any = getattr(module, "config", None)
-    names: Sequence[str] = ("max_position_embeddings", "n_positions", "max_target_positions")
-    found = (getattr(config, name, None) for name in names)
-    return next((value for value in found if type(value) is int and value > 0), None)
 
 
 def _common(one: str, other: str) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from embedsurgery.adapter import Adapter
-from embedsurgery.config_sizes import TEXT_SECTIONS, as_mapping, named_ids
+from embedsurgery.config_sizes import as_mapping, named_ids
 from embedsurgery.errors import (
     ConfigError,
     EmbedSurgeryWarning,
@@ -29,6 +29,7 @@ from embedsurgery.initializers.methods import Mean
 from embedsurgery.lookup_scale import Scale, scale_of
 from embedsurgery.new_tokens import KnownTokens, assign_ids, check_belongs
 from embedsurgery.plan import AddTokens, Edit, Front, Grow, Plan, SetEntries, SetRows, Suppress, Token, Untie
+from embedsurgery.positions import position_limit
 from embedsurgery.raw import RawArray
 from embedsurgery.surgeries.base import Ground
 from embedsurgery.surgeries.soft_prompt_bake_config import BakeConfig, plain
@@ -38,7 +39,8 @@ from embedsurgery.tokenizer_front import MARK
 INERT = -10_000.0
 """Bias of what is never to be offered: finite in fp16 too, and the exponential of such a logit is zero."""
 
-_POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "n_ctx")
+_READ_TWICE = ("SEQ_CLS", "QUESTION_ANS")
+"""Tasks, as PEFT calls them, for which a model of encoder and decoder reads its text with both."""
 
 _BESIDE = ("embed_tokens_per_layer", "value_embeddings", "entity_embeddings")
 """Lookups that take the input's ids too, of which a soft prompt has no vectors."""
@@ -72,26 +74,12 @@ def plan_prompt(adapter: Adapter, ground: Ground) -> Plan:
     facts = {
         "name": _name(new[0]),
         "ids": [token.id for token in new],
+        "tokens": {str(token.id): token.content for token in new},
         "text": "".join(token.content for token in new),
         "front": "none" if front is None else _where(front),
         "after_bos": config.after_bos,
     }
     return Plan(edits, {"prompt": facts})
-
-
-def position_limit(config: Any) -> int | None:
-    """How many positions a model has, None where its config names no limit.
-
-    Args:
-        config: An object, a mapping, or None.
-    """
-    found = []
-    sections = [as_mapping(config)] if config is not None else []
-    for section in sections:
-        if "relative_attention_num_buckets" not in section:  # T5's n_positions limits nothing
-            found += [section[key] for key in _POSITIONS if type(section.get(key)) is int and section[key] > 0]
-        sections += [section[key] for key in TEXT_SECTIONS if isinstance(section.get(key), Mapping)]
-    return min(found, default=None)
 
 
 def _prompt(adapter: Adapter, table: Table, ground: Ground) -> np.ndarray[Any, np.dtype[np.float32]]:
@@ -104,6 +92,9 @@ def _prompt(adapter: Adapter, table: Table, ground: Ground) -> np.ndarray[Any, n
         raise UnsupportedError("a prompt for the decoder cannot become text: the text is the encoder's", where=where,
                                found=f"a prompt for {' and '.join(prompts)}", expected="one for the encoder alone",
                                hint="attach it")  # fmt: skip
+    if config.get("is_encoder_decoder") is True and adapter.manifest.config.get("task_type") in _READ_TWICE:
+        raise UnsupportedError("this model gives its text to the decoder too, where the prompt was not", where=where,
+                               found=adapter.manifest.config["task_type"], hint="attach it")  # fmt: skip
     beside = [t.name for t in graph.tables if t is not table and t.name.split(".")[-2:-1][:1] and
               t.name.split(".")[-2] in _BESIDE]  # fmt: skip
     if beside:
@@ -193,7 +184,7 @@ class _Baking:
                 yield SetEntries(name, spare, self._entries(name, len(spare)))
         yield from self._parted(tables, [*spare, *beyond])
         if any("output" in table.roles for table in tables.values()):
-            yield Suppress(tuple(token.id for token in self.new))
+            yield Suppress(tuple(sorted({*spare, *beyond})))  # what only pads the table is no token either
 
     def _tables(self) -> dict[str, Table]:
         """The vocabulary's tables, heads that earlier edits part included."""

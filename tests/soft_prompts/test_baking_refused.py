@@ -20,7 +20,7 @@ from embedsurgery.errors import (
     TableError,
     UnsupportedError,
 )
-from embedsurgery.surgeries.soft_prompt_baking import position_limit
+from embedsurgery.positions import position_limit
 from tests.conftest import cli, contents, state_bits
 from tests.soft_prompts.baked import Start, model_of, random_prompt, start
 
@@ -104,6 +104,32 @@ def test_a_prompt_for_a_decoder(kind: str, tmp_path: Path) -> None:
     for submodules in (["decoder"], ["encoder", "decoder"]):
         adapter = random_prompt(two.model(), 3, submodules=submodules)
         refused(two, UnsupportedError, "prompt for the decoder cannot become text", adapter)
+
+
+@pytest.mark.parametrize("task", ["SequenceClassification", "QuestionAnswering"])
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+def test_a_text_that_the_decoder_reads_too(kind: str, task: str, tmp_path: Path) -> None:
+    from tests.soft_prompts.baked import tokenizer_of
+
+    tokenizer = tokenizer_of(kind)
+    config = model_of(kind, max(tokenizer.get_vocab().values()) + 1).config
+    config.num_labels = 2
+    model = getattr(tr, f"{'T5' if kind == 't5' else 'Bart'}For{task}")(config)
+    adapter = random_prompt(model, 3)
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    with pytest.raises(UnsupportedError, match="gives its text to the decoder too"):
+        es.merge_checkpoint(tmp_path / "base", adapter, tmp_path / "out")
+    with pytest.raises(UnsupportedError, match="gives its text to the decoder too"):
+        es.merge(model, adapter, tokenizer)
+
+
+def test_merging_where_it_is_attached_names_the_way(begun: Start) -> None:
+    model = begun.attached()
+    before = state_bits(model)
+    with pytest.raises(UnsupportedError, match=r"embedsurgery\.merge or merge_checkpoint makes tokens of it"):
+        es.attached(model).merge()
+    assert state_bits(model) == before
 
 
 def test_whispers_only_text_is_its_decoders() -> None:

@@ -79,7 +79,17 @@ def test_the_command_line_bakes(begun: Start, tmp_path: Path) -> None:
     done = cli("merge", begun.folder, poet, "-o", tmp_path / "out", "--prompt-name", "bard", "--front", "text")
     assert done.returncode == 0, done.stderr
     assert "<|soft:bard:0|>" in done.stdout
-    assert cli("verify", tmp_path / "out").returncode == 0
+    assert "suppress 5 tokens in the generation config" in done.stdout
+    assert "give lm_head.weight a table of its own" in done.stdout
+    (record,) = json.loads(cli("log", tmp_path / "out", "--json").stdout)["merges"]
+    assert list(record["tokens"].values()) == [f"<|soft:bard:{number}|>" for number in range(5)]
+    assert set(record["rows"].values()) == {5}
+    assert len(record["rows"]) == 2
+    verified = cli("verify", tmp_path / "out")
+    assert (verified.returncode, "10 rows as written" in verified.stdout) == (0, True)
+    unmerged = cli("unmerge", tmp_path / "out", "-o", tmp_path / "bare")
+    assert unmerged.stdout.startswith("unmerged: 5 rows of ")
+    assert f"tie lm_head.weight to {begun.adapter.manifest.tables[0].name} again" in unmerged.stdout
     code = ("import sys, embedsurgery as es; es.merge_checkpoint(*sys.argv[1:4]); es.unmerge_checkpoint(sys.argv[3], "
             "sys.argv[4]); assert 'torch' not in sys.modules, 'torch'")  # fmt: skip
     ran = python(code, begun.folder, poet, tmp_path / "again", tmp_path / "back")

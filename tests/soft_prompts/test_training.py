@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 import pickle
 from pathlib import Path
 from typing import Any
@@ -154,6 +155,19 @@ def test_what_starting_refuses(tmp_path: Path) -> None:
         es.attach(tiny("llama"), es.SoftPromptConfig(N, submodules="decoder"))
 
 
+def test_code_that_comes_with_a_tokenizer_is_not_run(tmp_path: Path) -> None:
+    tokenizer().save_pretrained(tmp_path / "evil")
+    path = tmp_path / "evil" / "tokenizer_config.json"
+    evil = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", None]}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | evil))
+    ran = tmp_path / "ran"
+    (tmp_path / "evil" / "evil.py").write_text(f"open({str(ran)!r}, 'w').close()\n")
+    config = es.SoftPromptConfig(2, init="text", init_text="t7", tokenizer=str(tmp_path / "evil"))
+    with pytest.raises(ConfigError, match="the tokenizer cannot be loaded"):
+        es.attach(tiny("llama"), config)
+    assert not ran.exists()
+
+
 # -- training --------------------------------------------------------------------------------------------------------
 
 
@@ -296,7 +310,7 @@ def test_copies_have_a_prompt_of_their_own(how: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch's tracing, about itself
-@pytest.mark.parametrize("kind", ["llama", "bert-mlm"])
+@pytest.mark.parametrize("kind", ["llama", pytest.param("bert-mlm", marks=pytest.mark.sweep)])
 def test_compiled(kind: str) -> None:
     model, att = prompted(kind)
     ids, mask = padded(rows(7, 3, 5), "left")
