@@ -13,11 +13,10 @@ until a forward has shown them, reads in compiled code that no forward around th
 
 from __future__ import annotations
 
-import inspect
 import sys
 from collections.abc import Callable, Iterable
 from functools import partial
-from types import CodeType, FrameType
+from types import FrameType
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from embedsurgery.errors import UnsupportedError
 from embedsurgery.graph import Table
 from embedsurgery.runtime.copies import full_copy
 from embedsurgery.runtime.hooks import forget_compiled, tensors_in
+from embedsurgery.runtime.naming import names
 from embedsurgery.runtime.rows import Rows
 from embedsurgery.runtime.sites import held
 from embedsurgery.runtime.standin import Source, StandIn, stand_in
@@ -171,8 +171,8 @@ class StandIns(Materialised):
     Args:
         table: What it is for.
         said: Is told of the first full copy, with the function that needs it.
-        around: The modules that it is on. Where a forward of theirs names the parameter, compiled code gets a copy
-            from the start; else when an eager forward has shown that it is needed.
+        around: The modules that it is on. Where a forward of theirs names the parameter, or a function that it calls
+            does, compiled code gets a copy from the start; else when an eager forward has shown that it is needed.
     """
 
     def __init__(
@@ -186,7 +186,7 @@ class StandIns(Materialised):
         super().__init__(holders, live)
         self.table = table
         self.said = said
-        self.seen = any(_names(module.forward, name) for module in around for _, name, _ in holders)
+        self.seen = any(names(module, name) for module in around for _, name, _ in holders)
         self.copied = False
         self.source: Source | None = None
 
@@ -264,15 +264,3 @@ def _first_of(frames: list[FrameType], top: FrameType | None) -> FrameType | Non
     while top is not None and top not in frames:
         top = top.f_back
     return top
-
-
-def _names(function: Any, name: str) -> bool:
-    """Whether a function's own code has an attribute of this name."""
-    codes = [getattr(inspect.unwrap(function), "__code__", None)]
-    while codes:
-        code = codes.pop()
-        if isinstance(code, CodeType):
-            if name in code.co_names:
-                return True
-            codes += code.co_consts
-    return False

@@ -46,6 +46,8 @@ class Rows(Hidden):
         numbers: The same, to ask for one.
         sorted: The same, ascending.
         order: Position in ``values`` of each entry of ``sorted``.
+        first: The first row number where ``indices`` are consecutive numbers, ascending; else None.
+        shared: See ``picking.py``.
         samples: While a batch mixes adapters, which of its samples these rows are for, bool (B,).
         kept: Values and buffers as they were before the module went to the meta device, while it is there.
     """
@@ -55,6 +57,8 @@ class Rows(Hidden):
     numbers: Container[int]
     sorted: torch.Tensor
     order: torch.Tensor
+    first: int | None
+    shared: tuple[torch.Tensor, torch.Tensor] | None = None
     samples: torch.Tensor | None = None
     kept: tuple[torch.Tensor, ...] | None = None
 
@@ -62,6 +66,8 @@ class Rows(Hidden):
         super().__init__()
         self.values = nn.Parameter(from_raw(values).to(device))
         self.numbers = frozenset(indices)
+        consecutive = len(indices) > 0 and indices == tuple(range(indices[0], indices[0] + len(indices)))
+        self.first = indices[0] if consecutive else None
         rows = torch.tensor(indices, dtype=torch.int64, device=device)
         ascending, order = torch.sort(rows)
         self.register_buffer("indices", rows, persistent=False)
@@ -82,6 +88,7 @@ class Rows(Hidden):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Rows:
         """As the base; a stay on the meta device, where wrappers shard models without memory, loses no values."""
+        self.shared = None
         before = (self.values.detach(), self.indices, self.sorted, self.order)
         super()._apply(fn, recurse)
         if self.values.is_meta and not before[0].is_meta:
@@ -95,6 +102,9 @@ class Rows(Hidden):
         if self.values.is_meta and self.kept is not None:
             mesh = getattr(self.values, "device_mesh", None)
             self._restore(self.kept[0].device if mesh is None else torch.device(mesh.device_type))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "shared": None}
 
     def _restore(self, device: torch.device) -> None:
         if self.kept is None:

@@ -21,8 +21,9 @@ from torch.nn import functional as F
 
 from embedsurgery.errors import UnsupportedError
 from embedsurgery.graph import Site
-from embedsurgery.runtime.columns import columns
+from embedsurgery.runtime.columns import can_replace, columns, put, replaced
 from embedsurgery.runtime.mixing import Batch
+from embedsurgery.runtime.picking import shared
 from embedsurgery.runtime.rows import Rows
 from embedsurgery.runtime.sharded import on_plain, plain_rows
 from embedsurgery.runtime.whole_tables import TableRows, chosen
@@ -82,9 +83,13 @@ class Projection:
                 continue
             bias = getattr(module, "bias", None)  # a buffer or a parametrised one too
             small_bias = None if bias is None else rows_at(bias, rows.indices)
-            small = plain_rows(rows.values).to(weight.dtype)
+            small = plain_rows(shared(rows)).to(weight.dtype)
             wanted = torch.is_grad_enabled() and (hidden.requires_grad or small.requires_grad or output.requires_grad)
-            if wanted and not weight.requires_grad and not is_sharded(weight):
+            ours_alone = not weight.requires_grad and not is_sharded(weight)
+            if wanted and ours_alone and rows.samples is None and can_replace(output):
+                output = replaced(output, hidden, small, weight, rows.indices, rows.first, small_bias)
+                continue
+            if wanted and ours_alone:
                 new = change = columns(hidden, small, weight, rows.indices, small_bias).to(output.dtype)
             else:
                 new = change = F.linear(hidden, small, small_bias).to(output.dtype)
@@ -98,7 +103,7 @@ class Projection:
                 output = output.clone() if is_sharded(weight) else output  # DTensor's views refuse what follows
                 output = output.index_add_(-1, rows.indices, change)  # for its gradients
             with torch.no_grad():
-                output.index_copy_(-1, rows.indices, new)  # the exact values
+                put(output, new, rows.indices, rows.first)  # the exact values
         if output.requires_grad and not torch.compiler.is_compiling():
             assert output.grad_fn is not None  # read once: torch 2.13's register_hook on a changed view crashes else
         return output

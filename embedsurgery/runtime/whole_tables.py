@@ -16,12 +16,13 @@ from embedsurgery.adapter import Adapter
 from embedsurgery.errors import AttachmentError
 from embedsurgery.plan import SetBlocks, Undo
 from embedsurgery.raw import RawArray
+from embedsurgery.runtime.picking import picked, picks
 from embedsurgery.runtime.rows import Rows
 from embedsurgery.runtime.sharded import plain_rows
 from embedsurgery.stores.store import Store
 from embedsurgery.surgeries.base import RowOverride
 from embedsurgery.surgeries.whole_tables import TableChange, TableOverride
-from embedsurgery.tensors import from_raw, rows_at, whole
+from embedsurgery.tensors import from_raw, is_sharded, rows_at, whole
 
 
 class Companion(Rows):
@@ -103,7 +104,10 @@ def chosen(rows: Rows, ids: torch.Tensor, weight: torch.Tensor) -> tuple[torch.T
     """
     if not isinstance(rows, TableRows):
         place, ours = rows.find(ids)
-        return place, ours, plain_rows(rows.values).to(weight.dtype)
+        if is_sharded(rows.values) or not picks(rows, ids.numel()):
+            return place, ours, plain_rows(rows.values).to(weight.dtype)
+        each = torch.arange(ids.numel(), device=ids.device).reshape(ids.shape)
+        return each, ours, picked(rows, place.reshape(-1)).to(weight.dtype)
     flat = ids.reshape(-1).long()
     place = torch.arange(flat.numel(), device=ids.device).reshape(ids.shape)
     return place, torch.ones_like(ids, dtype=torch.bool), rows.rows(flat, rows_at(weight, flat))

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-VARIANTS = ("base", "embedsurgery", "peft", "full")
+VARIANTS = ("base", "floor", "embedsurgery", "peft", "full")
 BYTES = {"float32": 4, "bfloat16": 2}
 
 
@@ -25,7 +25,9 @@ class Case:
         dtype: Of the model. Rows are fp32.
         batch: Samples, and tokens of each. Under "generate": samples, and new tokens.
         keep: Where positive, logits and loss only at the last ``keep`` positions of each sample.
+        layers: Of the model.
         repeats: Measured steps of each variant.
+        consecutive: Whether the K rows are the table's last ones, as new tokens are, or spread over it.
     """
 
     name: str
@@ -39,11 +41,12 @@ class Case:
     keep: int = 0
     layers: int = 2
     repeats: int = 9
+    consecutive: bool = False
 
     @property
     def variants(self) -> tuple[str, ...]:
-        """Those that differ here: generation with a full embedding is generation with the base."""
-        return VARIANTS if self.work in ("train", "lookup") else VARIANTS[:3]
+        """Those that differ here: to generate with a full embedding, or at no cost, is to generate with the base."""
+        return VARIANTS if self.work in ("train", "lookup") else ("base", "embedsurgery", "peft")
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
@@ -61,7 +64,7 @@ class Case:
         step = 0 if self.work == "lookup" else tokens * self.vocabulary * (12 if size == 4 else 18)
         if self.work.startswith("prompt"):
             step += 0 if variant == "base" else step * self.rows // length
-        elif variant == "embedsurgery":
+        elif variant in ("embedsurgery", "floor"):
             resident, step = resident + 12 * self.rows * self.width, step + 16 * self.rows * self.width
         elif variant == "peft":
             step += 2 * table + (2 * head if self.tied else 0)
@@ -79,9 +82,10 @@ def main_cases() -> list[Case]:
     """Those of the README's table."""
     cases = [_train(1024, rows, tied=tied) for tied in (True, False) for rows in (100, 10_000)]
     cases += [_train(2304, rows, repeats=7) for rows in (100, 10_000)]
-    cases += [_train(2304, 100, tied=False, repeats=7)]
+    cases += [_train(2304, rows, tied=False, repeats=7) for rows in (100, 10_000)]
+    cases += [_train(1024, 10_000, suffix="-new", consecutive=True)]
     cases += [_train(1024, rows, suffix="-answers", keep=16) for rows in (100, 10_000)]
-    cases += [_train(1024, 100, suffix="-bf16", dtype="bfloat16", repeats=7)]
+    cases += [_train(1024, rows, suffix="-bf16", dtype="bfloat16", repeats=7) for rows in (100, 10_000)]
     cases += [_train(1024, rows, suffix="-2x1024", batch=(2, 1024), repeats=5) for rows in (100, 10_000)]
     cases += [Case(f"lookup/d{width}-k{rows}-2x{length}", "lookup", 256_000, width, rows, batch=(2, length), layers=1)
               for width in (1024, 2304) for rows in (100, 10_000) for length in (128, 1024)]  # fmt: skip

@@ -1,12 +1,14 @@
 """What a step does, counted instead of timed: the same on every machine, whatever else that is doing.
 
 Arithmetic is torch's own count of the floating-point operations of matrix products. Traffic is what the kernels read
-and write, by the sizes of their arguments and results; one that picks rows counts those alone, and views nothing.
+and write, by the sizes of their arguments and results in memory: of an expanded tensor its elements once, of a sparse
+one its indices and values. One that picks rows counts those alone, and views nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 from typing import Any
 
 import torch
@@ -30,9 +32,9 @@ class Traffic(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func.is_view:
-            return result
         name = func._schema.name.partition("::")[2]
+        if func.is_view or name == "_unsafe_view":
+            return result
         given, made = tree_leaves((args, kwargs)), tree_leaves(result)
         if name in _PICK:
             self.bytes += 2 * _size(made)
@@ -44,7 +46,14 @@ class Traffic(TorchDispatchMode):
 
 
 def _size(values: list[Any]) -> int:
-    return sum(value.numel() * value.element_size() for value in values if isinstance(value, torch.Tensor))
+    return sum(_bytes(value) for value in values if isinstance(value, torch.Tensor))
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    if tensor.is_sparse:
+        return _bytes(tensor._indices()) + _bytes(tensor._values())
+    strides = zip(tensor.shape, tensor.stride(), strict=True)
+    return prod(size for size, stride in strides if stride or not size) * tensor.element_size()
 
 
 def count(step: Callable[[], object]) -> dict[str, int]:

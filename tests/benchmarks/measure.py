@@ -113,7 +113,7 @@ def run(case: Case, variants: list[str], pool: Pool, available: int, **settings:
 
     Returns:
         The case, and for each variant its seconds, peaks, arithmetic and traffic, and their ratios to the base's; and,
-        where embedsurgery and PEFT ran side by side, how many times longer PEFT took.
+        where embedsurgery ran beside them, how many times longer PEFT took, and its ratios to the floor.
     """
     beside, left_out = groups(case, variants, available)
     found: dict[str, Any] = {}
@@ -122,6 +122,8 @@ def run(case: Case, variants: list[str], pool: Pool, available: int, **settings:
         for variant in group:
             if variant not in found:
                 found[variant] = summary(raw[variant], raw["base"])
+        if {"embedsurgery", "floor"} <= raw.keys():
+            found["embedsurgery"]["over_floor"] = _ratios(summary(raw["embedsurgery"], raw["floor"]))
         if case.repeats and {"embedsurgery", "peft"} <= raw.keys():
             for clock in ("seconds", "processor_seconds"):
                 found["embedsurgery"][f"faster_than_peft_{clock}"] = _paired(raw["peft"], raw["embedsurgery"], clock)
@@ -168,6 +170,10 @@ def summary(raw: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
         "peak_ratio": max(peak, FLOOR) / max(base_peak, FLOOR),
         "peak_ratio_without_state": max(stateless, FLOOR) / max(base_peak, FLOOR),
     }
+
+
+def _ratios(found: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in found.items() if "_ratio" in name}
 
 
 def _times(raw: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:

@@ -1,8 +1,9 @@
-"""The model of a case in one of its four variants, and the work that is timed."""
+"""The model of a case in one of its variants, and the work that is timed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,12 +32,46 @@ def build(case: Case, variant: str, device: torch.device) -> nn.Module:
         import peft
 
         wrapped = peft.get_peft_model(model, peft.TrainableTokensConfig(token_indices=token_indices(case)))
+    elif variant == "floor":
+        _put_floor(case, model)
     elif variant == "full":
         model.get_input_embeddings().weight.requires_grad_(True)
     if case.work.endswith("generate"):
         return wrapped.eval()
     model.get_input_embeddings().register_forward_hook(_require_grad)
     return wrapped.train()
+
+
+def _put_floor(case: Case, model: Any) -> None:
+    """A plain parameter of K rows beside a base that has the rows in its table already.
+
+    What K trainable rows cost however they are reached: their gradient, by one product of the head's shape (where it
+    is tied) and one sum over the lookup's tokens, and the optimizer's step. Nothing of this library has a part in it.
+    """
+    indices = torch.tensor(token_indices(case), device=model.device)
+    rows = nn.Parameter(model.get_input_embeddings().weight.detach()[indices].float())
+    model.register_parameter("floor", rows)
+
+    def add_lookup(ids: torch.Tensor, gradient: torch.Tensor) -> None:
+        ours = torch.isin(ids, indices)
+        place = torch.searchsorted(indices, ids[ours])
+        if rows.grad is None:
+            rows.grad = torch.zeros_like(rows)
+        rows.grad.index_add_(0, place, gradient[ours].to(rows.dtype))
+
+    def set_head(hidden: torch.Tensor, gradient: torch.Tensor) -> None:
+        columns = gradient.flatten(0, -2).index_select(-1, indices)
+        rows.grad = (columns.t() @ hidden.detach().flatten(0, -2)).to(rows.dtype)
+
+    def watch_lookup(module: nn.Module, args: Any, output: torch.Tensor) -> None:
+        output.requires_grad_(True).register_hook(partial(add_lookup, args[0]))
+
+    def watch_head(module: nn.Module, args: Any, output: torch.Tensor) -> None:
+        output.register_hook(partial(set_head, args[0]))
+
+    model.get_input_embeddings().register_forward_hook(watch_lookup)
+    if case.tied and case.work == "train":
+        model.get_output_embeddings().register_forward_hook(watch_head)
 
 
 def _prompted(case: Case, variant: str, model: nn.Module) -> nn.Module:
@@ -60,7 +95,9 @@ def _prompted(case: Case, variant: str, model: nn.Module) -> nn.Module:
 
 
 def token_indices(case: Case) -> list[int]:
-    """The K rows, spread over the vocabulary, the same in each process."""
+    """The K rows, spread over the vocabulary or its last, the same in each process."""
+    if case.consecutive:
+        return list(range(case.vocabulary - case.rows, case.vocabulary))
     order = torch.randperm(case.vocabulary, generator=torch.Generator().manual_seed(1))
     return sorted(order[: case.rows].tolist())
 

@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 
 from tests.benchmarks.cases import Case, choose, main_cases, sweep_cases
 from tests.benchmarks.counting import count
+from tests.benchmarks.counts import counts
 from tests.benchmarks.measure import groups, spread
 from tests.benchmarks.training import table
 
@@ -30,7 +32,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
                            "cpu", "--threads", "1", "--json", str(file)],
                           cwd=ROOT, capture_output=True, text=True, timeout=120)  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("| case | frozen base | embedsurgery | PEFT | full embedding |")
+    assert done.stdout.startswith("| case | frozen base | floor | embedsurgery | PEFT | full embedding |")
     found: dict[str, Any] = json.loads(file.read_text())
     return found
 
@@ -41,7 +43,7 @@ def test_every_kind_of_work_is_measured_for_every_variant(report: dict[str, Any]
     assert report["skipped"] == []
     for result in report["results"]:
         has_full = result["case"]["work"] in ("train", "lookup")
-        expected = {"base", "embedsurgery", "peft"} | ({"full"} if has_full else set())
+        expected = {"base", "embedsurgery", "peft"} | ({"floor", "full"} if has_full else set())
         assert set(result["variants"]) == expected
         assert result["left_out"] == []
 
@@ -75,6 +77,10 @@ def test_the_variants_do_the_same_work(report: dict[str, Any]) -> None:
         count = (5 if prompt else 20) * 64
         assert found["base"]["trained_parameters"] == found["base"]["state_bytes"] == 0
         assert found["embedsurgery"]["trained_parameters"] == found["peft"]["trained_parameters"] == count
+        if "floor" in found:
+            assert found["floor"]["trained_parameters"] == count
+            over = found["embedsurgery"]["over_floor"]
+            assert over["traffic_ratio"] == found["embedsurgery"]["traffic_bytes"] / found["floor"]["traffic_bytes"]
         assert found["embedsurgery"]["state_bytes"] == (count * 8 if work in ("train", "prompt") else 0)
 
 
@@ -90,6 +96,31 @@ def test_counts_are_exact() -> None:
     assert found["arithmetic"] == 2 * 3 * 5 * 7
     products, picked, made, put = 4 * (15 + 35 + 21), 2 * 4 * 16, 4 * 16, 3 * (16 + 4 * 16)
     assert found["traffic_bytes"] == products + picked + made + put
+
+
+def test_a_sparse_tensor_is_its_indices_and_values_and_an_expanded_one_its_elements_once() -> None:
+    table, few = torch.ones(1000, 8), torch.ones(1).expand(50)
+    sparse = torch.sparse_coo_tensor(torch.tensor([[4, 2]]), torch.ones(2, 8), (1000, 8), check_invariants=False)
+    assert count(lambda: torch.add(table, sparse))["traffic_bytes"] == 2 * 4 * 8_000 + 2 * 8 + 4 * 16
+    assert count(lambda: few + 1)["traffic_bytes"] == 4 + 4 * 50
+
+
+@pytest.mark.parametrize("work", ["train", "lookup"])
+@pytest.mark.parametrize("variant", ["base", "floor", "embedsurgery"])
+@pytest.mark.parametrize("consecutive", [False, True])
+def test_counts_without_products_are_the_same(work: str, variant: str, consecutive: bool) -> None:
+    case = Case("x", work, 2_000, 64, 100, batch=(2, 16), layers=1, consecutive=consecutive)
+    assert counts(case, variant) == counts(case, variant, dry=False)
+
+
+def test_rows_cost_what_they_must_and_a_little_more() -> None:
+    """Of every K x D that is moved beside the floor: the columns' product, the old rows, the change and its product."""
+    case = Case("x", "train", 4_000, 64, 2_000, batch=(1, 16), layers=1)
+    for one, parts in ((case, 8.5), (replace(case, consecutive=True), 6.5)):
+        ours, floor = counts(one, "embedsurgery"), counts(one, "floor")
+        moved = 4 * case.rows * case.width
+        assert ours["traffic_bytes"] - floor["traffic_bytes"] < parts * moved
+        assert ours["arithmetic"] - floor["arithmetic"] == 2 * 2 * 16 * case.rows * case.width
 
 
 @pytest.mark.sweep

@@ -7,6 +7,8 @@ machine's noise hits all alike, and reports the median and the quartiles of the 
 
 - base: every parameter frozen. The embedding's output requires a gradient, as gradient checkpointing has it, so that
   the backward runs through the whole model; this holds for all variants.
+- floor: the base with the rows in its table already, and a plain parameter of K rows beside it that gets their
+  gradient by one product and one sum, and the optimizer's step: what K trainable rows cost however they are reached.
 - embedsurgery, peft: the K rows are trained, AdamW. full: the whole embedding is, AdamW. In the cases called "prompt"
   a soft prompt of n virtual tokens is, and the base has none.
 
@@ -100,7 +102,10 @@ def _time(found: dict[str, Any], clock: str) -> str:
 
 def table(results: list[dict[str, Any]], clock: str) -> str:
     """Markdown: three lines for each case, ratios to the frozen base with their quartiles."""
-    lines = ["| case | frozen base | embedsurgery | PEFT | full embedding |", "| --- | --- | --- | --- | --- |"]
+    lines = [
+        "| case | frozen base | floor | embedsurgery | PEFT | full embedding |",
+        "| --- |" + " --- |" * len(VARIANTS),
+    ]
     median, ratio = CLOCKS[clock]
     for result in results:
         case, found = result["case"], result["variants"]
@@ -142,6 +147,8 @@ def describe(case: dict[str, Any]) -> str:
         words.append(case["dtype"])
     if not case["work"].endswith("generate"):
         words.append("{} x {:,}".format(*case["batch"]))
+    if case.get("consecutive"):
+        words.append("the last rows")
     if case["keep"]:
         words.append(f"loss over {case['keep']}")
     return ", ".join(words)

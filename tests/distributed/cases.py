@@ -13,6 +13,7 @@ from tests.conftest import VOCABULARY, tiny
 
 STEPS, BATCH, LENGTH = 3, 4, 6
 ROWS = [5, 31, 7]
+MANY = [5, 31, 7, *range(8, 24)]  # more than a process has tokens
 KINDS = ("llama-tied", "llama-untied", "gpt2", "bert")
 WRAPS = ("ddp", "fsdp-root", "fsdp-layers", "fsdp-own")
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import embedsurgery as es
-from tests.distributed.cases import KINDS, WRAPS, attached, reference
+from tests.distributed.cases import KINDS, MANY, WRAPS, attached, reference
 from tests.distributed.launch import port, run, torchrun
 
 ACCELERATE = """
@@ -71,6 +71,12 @@ def test_losses_and_rows_are_those_of_one_process(trained: list[Any], kind: str,
 
 def test_a_rank_without_a_row_of_its_own(trained: list[Any]) -> None:
     check([rank["one row"] for rank in trained], alone("llama-tied", 5))
+
+
+@pytest.mark.parametrize("kind", ["llama-tied", "llama-untied", "bert"])
+@pytest.mark.parametrize("how", ["ddp", "fsdp-root", "fsdp-layers"])
+def test_more_rows_than_a_process_has_tokens(trained: list[Any], kind: str, how: str) -> None:
+    check([rank[f"many rows {kind} {how}"] for rank in trained], alone(kind, *MANY))
 
 
 def test_a_root_that_is_sharded_again_after_its_forward(trained: list[Any]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from tests.distributed.cases import BATCH, KINDS, WRAPS, attached, train, wrap
+from tests.distributed.cases import BATCH, KINDS, MANY, WRAPS, attached, train, wrap
 
 
 def main(out: Path) -> None:
@@ -22,6 +22,9 @@ def main(out: Path) -> None:
 
     cases = {f"{kind} {how}": (kind, how, None, torch.float32, {}) for kind in KINDS for how in WRAPS}
     cases["one row"] = ("llama-tied", "fsdp-layers", [5], torch.float32, {})
+    for how in ("ddp", "fsdp-root", "fsdp-layers"):
+        for kind in ("llama-tied", "llama-untied", "bert"):
+            cases[f"many rows {kind} {how}"] = (kind, how, MANY, torch.float32, {})
     cases["bf16"] = ("llama-tied", "fsdp-layers", None, torch.bfloat16, {})
     cases["resharded"] = ("llama-tied", "fsdp-root", None, torch.float32, {"reshard_after_forward": True})
     results = {}

@@ -1,0 +1,76 @@
+"""Whether the code of a forward names a parameter: what can be known of compiled code before anything has run.
+
+What is found are names in bytecode: of the forward, of the functions that it names and of those that they name, as far
+as they are Python's and not torch's. Out of reach is what only running shows: a function in a container, a property, an
+attribute whose name is made in the forward.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from types import CodeType, FunctionType, MethodType
+from typing import Any
+
+import torch
+from torch import nn
+
+_DEPTH = 4
+_TORCH = f"{Path(torch.__file__).parent}{os.sep}"
+
+
+def names(module: nn.Module, parameter: str) -> bool:
+    """Whether a module's forward, or a function that it calls by name, has an attribute of this name.
+
+    Args:
+        module: Whose forward.
+        parameter: For instance ``weight``.
+    """
+    return _reads(module.forward, module, parameter, _DEPTH, set())
+
+
+def _reads(given: Any, module: nn.Module, parameter: str, depth: int, seen: set[int]) -> bool:
+    function = _function(given)
+    if function is None or id(function.__code__) in seen or function.__code__.co_filename.startswith(_TORCH):
+        return False
+    seen.add(id(function.__code__))
+    found = {name for code in _codes(function.__code__) for name in code.co_names}
+    if parameter in found:
+        return True
+    called = [cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell)]
+    called += [value for name in found for value in (function.__globals__.get(name), _attribute(module, name))]
+    return depth > 1 and any(_reads(one, module, parameter, depth - 1, seen) for one in called)
+
+
+def _function(given: Any) -> FunctionType | None:
+    """What is behind methods and decorators; None where it is no function of Python's."""
+    if isinstance(given, MethodType):
+        given = given.__func__
+    if not isinstance(given, FunctionType):
+        return None
+    found = inspect.unwrap(given)
+    return found if isinstance(found, FunctionType) else None
+
+
+def _attribute(module: nn.Module, name: str) -> Any:
+    """An attribute of a module or its class, without running a property."""
+    found = inspect.getattr_static(module, name, None)
+    return found.__func__ if isinstance(found, (staticmethod, classmethod)) else found
+
+
+def _is_filled(cell: Any) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018
+    except ValueError:
+        return False
+    return True
+
+
+def _codes(code: CodeType) -> Iterator[CodeType]:
+    """A code object and those of the functions that are defined in it."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _codes(constant)
