@@ -22,7 +22,7 @@ def plugins_at_hand() -> bool:
 def _names_group(folder: str) -> bool:
     try:
         with os.scandir(folder or ".") as entries:
-            found = [entry.path for entry in entries if entry.name.endswith((".dist-info", ".egg-info"))]
+            found = [entry.path for entry in entries if entry.name.lower().endswith((".dist-info", "egg-info"))]
     except OSError:
         return os.path.isfile(folder)  # a zip file of packages
     for path in found:

@@ -9,11 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from embedsurgery import hub
 from embedsurgery.errors import ConfigError, EmbedSurgeryWarning
 from embedsurgery.new_tokens import Init, plan_tokens
 from embedsurgery.offline.jobs import Job
-from embedsurgery.offline.writing import Place, opened, write
+from embedsurgery.offline.writing import opened, placed, write
 from embedsurgery.records import tokens_facts
 from embedsurgery.registry import registry
 from embedsurgery.tokenizer_files import check_tokens, known_tokens
@@ -66,24 +65,7 @@ def add_tokens_checkpoint(
         CheckpointError: The model's files are missing or broken, or have no tokenizer.
         OutputExistsError: ``output`` exists.
     """
-    if hub.find_id(model) is not None and not in_place:
-        with hub.directory(model) as folder:
-            return add_tokens_checkpoint(
-                folder,
-                tokens,
-                output,
-                init=init,
-                special=special,
-                reserved=reserved,
-                pad_to_multiple_of=pad_to_multiple_of,
-                seed=seed,
-                hashes=hashes,
-                hardlink=hardlink,
-                dry_run=dry_run,
-                progress=progress,
-            )
-    place = Place.of(model, output, in_place=in_place, hardlink=hardlink, dry_run=dry_run, progress=progress)
-    with place.held():
+    with placed(model, output, in_place=in_place, hardlink=hardlink, dry_run=dry_run, progress=progress) as place:
         store = opened(place.source)
         known = known_tokens(place.source)
         asked = plan_tokens(

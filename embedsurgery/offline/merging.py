@@ -11,12 +11,11 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from embedsurgery import hub
 from embedsurgery.adapter import Adapter
 from embedsurgery.combining import Conflict, plan_parts
 from embedsurgery.errors import BaseMismatchError
 from embedsurgery.offline.jobs import Job
-from embedsurgery.offline.writing import Place, opened, write
+from embedsurgery.offline.writing import opened, placed, write
 from embedsurgery.parts import Part, parts
 from embedsurgery.reading import load
 from embedsurgery.records import adapter_sha256, facts, facts_of, record_paths
@@ -80,13 +79,7 @@ def merge_checkpoint(
         UnfinishedError: ``base`` was being changed in place when something stopped it.
         BusyError: ``base`` is being changed in place by another process.
     """
-    if hub.find_id(base) is not None and not in_place:
-        with hub.directory(base) as folder:
-            return merge_checkpoint(folder, adapters, output, bake=bake, on_conflict=on_conflict,
-                                    allow_nan=allow_nan, hashes=hashes, hardlink=hardlink,
-                                    dry_run=dry_run, progress=progress)  # fmt: skip
-    place = Place.of(base, output, in_place=in_place, hardlink=hardlink, dry_run=dry_run, progress=progress)
-    with place.held():
+    with placed(base, output, in_place=in_place, hardlink=hardlink, dry_run=dry_run, progress=progress) as place:
         store = opened(place.source)
         asked = parts(adapters, named_adapter)
         _refuse_merged(place.source, asked)

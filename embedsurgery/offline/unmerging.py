@@ -7,11 +7,10 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from embedsurgery import hub
 from embedsurgery.errors import ConfigError
 from embedsurgery.offline.jobs import Job
 from embedsurgery.offline.report import MergeReport, Progress
-from embedsurgery.offline.writing import Place, opened, write
+from embedsurgery.offline.writing import opened, placed, write
 from embedsurgery.records import check_written
 from embedsurgery.stack import Entry, chosen, left_behind, stack
 
@@ -49,12 +48,7 @@ def unmerge_checkpoint(
     """
     if all and adapter is not None:
         raise ConfigError("all merges and one of them were asked for", found=f"all and {adapter!r}", expected="either")
-    if hub.find_id(merged) is not None and not in_place:
-        with hub.directory(merged) as folder:
-            return unmerge_checkpoint(folder, output, all=all, adapter=adapter, hardlink=hardlink, dry_run=dry_run,
-                                      progress=progress)  # fmt: skip
-    place = Place.of(merged, output, in_place=in_place, hardlink=hardlink, dry_run=dry_run, progress=progress)
-    with place.held():
+    with placed(merged, output, in_place=in_place, hardlink=hardlink, dry_run=dry_run, progress=progress) as place:
         store = opened(place.source)
         entries = stack(place.source, store.graph)
         going = chosen(entries, place.source, everything=all, adapter=adapter)

@@ -46,38 +46,6 @@ class Place:
     dry_run: bool
     progress: Progress | None
 
-    @classmethod
-    def of(
-        cls,
-        source: str | os.PathLike[str],
-        output: str | os.PathLike[str] | None,
-        *,
-        in_place: bool,
-        hardlink: bool,
-        dry_run: bool,
-        progress: Progress | None,
-    ) -> Place:
-        """The place that a caller names; whatever is there already is refused.
-
-        Raises:
-            ConfigError: No place, or two.
-            OutputExistsError: The output exists.
-        """
-        if in_place:
-            if output is not None or hardlink:
-                raise ConfigError("a change in place takes no other place", found="hardlink" if hardlink else output)
-            if hub.find_id(source) is not None:
-                raise ConfigError("a model on the Hub cannot be changed in place", found=source,
-                                  expected="a directory", hint="name an output")  # fmt: skip
-            return cls(Path(source), None, True, False, dry_run, progress)
-        if output is None:
-            if not dry_run:
-                raise ConfigError("no output to write to", expected="a new directory", hint="or in place, or a dry run")
-            return cls(Path(source), None, False, hardlink, dry_run, progress)
-        refuse_existing(Path(output))
-        refuse_inside(Path(output), Path(source))
-        return cls(Path(source), Path(output), False, hardlink, dry_run, progress)
-
     @contextmanager
     def held(self) -> Iterator[None]:
         """Inside, nobody else changes the source; in place, nobody of us reads it either.
@@ -92,6 +60,44 @@ class Place:
         with locked(self.source, shared=not alone):
             refuse_unfinished(self.source, held=alone)
             yield
+
+
+@contextmanager
+def placed(
+    model: str | os.PathLike[str],
+    output: str | os.PathLike[str] | None,
+    *,
+    in_place: bool,
+    hardlink: bool,
+    dry_run: bool,
+    progress: Progress | None,
+) -> Iterator[Place]:
+    """Inside, the place that a caller names is held, with the model of an id downloaded.
+
+    Whatever is there already is refused, and before anything is downloaded.
+
+    Raises:
+        ConfigError: No place, or two.
+        OutputExistsError: The output exists.
+        BusyError: Somebody else changes the source, or, in place, reads it.
+    """
+    target = None if output is None else Path(output)
+    if in_place:
+        if target is not None or hardlink:
+            raise ConfigError("a change in place takes no other place", found="hardlink" if hardlink else output)
+        if hub.find_id(model) is not None:
+            raise ConfigError("a model on the Hub cannot be changed in place", found=model,
+                              expected="a directory", hint="name an output")  # fmt: skip
+    elif target is not None:
+        refuse_existing(target)
+    elif not dry_run:
+        raise ConfigError("no output to write to", expected="a new directory", hint="or in place, or a dry run")
+    with hub.directory(model) as source:
+        if target is not None:
+            refuse_inside(target, source)
+        place = Place(source, target, in_place, hardlink, dry_run, progress)
+        with place.held():
+            yield place
 
 
 def write(jobs: list[Job], store: Store, place: Place) -> MergeReport:

@@ -10,7 +10,14 @@ import pytest
 
 import embedsurgery as es
 from embedsurgery.checkpoint import open_checkpoint
-from embedsurgery.errors import BaseMismatchError, CheckpointError, ConfigError, EmbedSurgeryWarning, HubError
+from embedsurgery.errors import (
+    BaseMismatchError,
+    CheckpointError,
+    ConfigError,
+    EmbedSurgeryWarning,
+    HubError,
+    OutputExistsError,
+)
 from embedsurgery.hub import open_remote, push_merged
 from embedsurgery.hub.ids import HubId
 from embedsurgery.safetensors_file import encode_header
@@ -79,6 +86,21 @@ def test_repositories_that_hold_no_model(hub: Hub, files: dict[str, bytes], word
     hub.add("team/odd", files)
     with pytest.raises(CheckpointError, match=words):
         es.walk("team/odd")
+
+
+@pytest.mark.parametrize("verb", ["merge", "unmerge", "add tokens"])
+def test_a_place_that_is_none_is_refused_before_anything_comes(hub: Hub, big: str, tmp_path: Path, verb: str) -> None:
+    (tmp_path / "there").mkdir()
+    run = {
+        "merge": lambda output: es.merge_checkpoint(big, REPO, output),
+        "unmerge": lambda output: es.unmerge_checkpoint(big, output),
+        "add tokens": lambda output: es.add_tokens_checkpoint(big, "<tool>", output),
+    }[verb]
+    with pytest.raises(OutputExistsError):
+        run(tmp_path / "there")
+    with pytest.raises(ConfigError, match="no output"):
+        run(None)
+    assert not hub.log
 
 
 def test_merge_of_ids_is_the_merge_of_directories(
