@@ -6,7 +6,7 @@ import importlib
 import itertools
 import sys
 from collections.abc import Callable
-from importlib.metadata import EntryPoint
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
 import click
@@ -385,16 +385,27 @@ def test_what_is_built_in_is_the_same_without_a_look_at_plugins() -> None:
     assert all(isinstance(record.load(), click.Command) for record in lazy.commands.values())
 
 
-def test_a_plugin_on_the_path_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "place",
+    [
+        "site/some_plugin-1.0.dist-info",
+        "site/some_plugin.egg-info",
+        "site/Some.EGG-INFO",
+        "some_plugin-1.0.egg/EGG-INFO",
+    ],
+)
+def test_a_plugin_on_the_path_is_seen(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether its package is whole or only says so: what it is, is then asked of importlib."""
-    info = tmp_path / "some_plugin-1.0.dist-info"
-    info.mkdir()
-    monkeypatch.setattr("sys.path", [str(tmp_path), str(tmp_path / "nowhere")])
+    info = tmp_path / place
+    info.mkdir(parents=True)
+    (info / ("METADATA" if place.endswith("dist-info") else "PKG-INFO")).write_text("Name: some-plugin\n")
+    monkeypatch.setattr("sys.path", [str(info.parent), str(tmp_path / "nowhere")])
     assert not plugins_at_hand()
     (info / "entry_points.txt").write_text("[console_scripts]\nembedsurgery = x:y\n")
     assert not plugins_at_hand()
     (info / "entry_points.txt").write_text("[embedsurgery]\nx = some_plugin\n")
     assert plugins_at_hand()
+    assert [point.name for point in entry_points(group="embedsurgery")] == ["x"]
     (info / "entry_points.txt").unlink()
     monkeypatch.setattr("sys.meta_path", [*sys.meta_path, FindsPackages()])
     assert plugins_at_hand()
