@@ -16,6 +16,7 @@ import embedsurgery as es
 
 V, D = 40, 8
 ROWS = {"few": [31, 4, 17], "many, in a run": list(range(20, 40)), "many, spread": list(range(39, 0, -3))}
+SLOW = pytest.mark.sweep
 IDS = torch.tensor([[4, 9, 31, 22], [17, 17, 0, 36]])
 
 
@@ -76,8 +77,8 @@ OF_INPUTS: dict[str, Of] = {
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning", "ignore:Attempted to insert a get_attr")
-@pytest.mark.parametrize("how", OF_INPUTS)
-@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("how", [pytest.param(how, marks=SLOW if how == "linearised" else ()) for how in OF_INPUTS])
+@pytest.mark.parametrize("rows", [pytest.param(rows, marks=SLOW if rows != "few" else ()) for rows in ROWS])
 @pytest.mark.parametrize("tie", [True, False])
 def test_derivatives_by_what_a_head_is_given(how: str, rows: str, tie: bool) -> None:
     model, dense, _ = pair(tie, rows)
@@ -89,7 +90,7 @@ def test_derivatives_by_what_a_head_is_given(how: str, rows: str, tie: bool) -> 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:the rows of .* are put into a full copy")
 @pytest.mark.parametrize(("functional", "materialize"), [(False, False), (True, False), (False, True), (True, True)])
-@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("rows", [pytest.param(rows, marks=SLOW if "spread" in rows else ()) for rows in ROWS])
 @pytest.mark.parametrize("tie", [True, False])
 def test_derivatives_by_the_rows(rows: str, tie: bool, functional: bool, materialize: bool) -> None:
     model, dense, indices = pair(tie, rows, functional, materialize)

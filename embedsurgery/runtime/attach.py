@@ -21,7 +21,7 @@ from embedsurgery.graph import EmbeddingGraph
 from embedsurgery.locate import locate
 from embedsurgery.plan import Plan, Undo
 from embedsurgery.runtime.installation import Installation
-from embedsurgery.runtime.loading import check_loaded, look_no_more, replacements, say_that_rows_stay
+from embedsurgery.runtime.loading import check_loaded, check_order, look_no_more, replacements, say_that_rows_stay
 from embedsurgery.runtime.members import Member, Members, is_prompt, say_what_overflows
 from embedsurgery.runtime.nesting import forget, refuse_more, refuse_part, remember
 from embedsurgery.runtime.prompt_heads import with_heads
@@ -129,12 +129,14 @@ class Attachment(Hidden):
         """
         return save_once(self.adapter(name), directory)
 
-    def restore(self, adapter: Adapter, name: str | None = None) -> None:
+    def restore(self, adapter: Adapter, name: str | None = None, *, in_order: bool = False) -> None:
         """Set an adapter's rows in place: the Parameters stay the same objects, so an optimizer's state stays theirs.
 
         Args:
             adapter: What was saved of it, with the same rows of the same tables.
             name: Which one to set; by default "default", or the only one there is.
+            in_order: Refuse the same rows in another order, too: an optimizer's state, where it comes from the same
+                checkpoint, goes by their positions.
 
         Raises:
             AttachmentError: There is none of this name, its rows are others, or the model is merged.
@@ -148,6 +150,8 @@ class Attachment(Hidden):
                                   found=adapter.manifest.surgery)  # fmt: skip
         theirs = overrides_of(member.record.surgery, adapter, locate(adapter, self._installation.store()))
         values = replacements(name, member.overrides, theirs, member.adapter, adapter)
+        if in_order:
+            check_order(name, member.overrides, theirs)
         with torch.no_grad():
             for (_, rows), new in zip(member.pairs(), values, strict=True):
                 set_rows(self.model, rows, new)
