@@ -20,6 +20,7 @@ from embedsurgery.errors import AttachmentError, UnsupportedError
 from embedsurgery.graph import EmbeddingGraph
 from embedsurgery.locate import locate
 from embedsurgery.plan import Plan, Undo
+from embedsurgery.runtime.history import is_resume
 from embedsurgery.runtime.installation import Installation
 from embedsurgery.runtime.loading import check_loaded, check_order, look_no_more, replacements, say_that_rows_stay
 from embedsurgery.runtime.members import Member, Members, is_prompt, say_what_overflows
@@ -318,6 +319,8 @@ class Attachment(Hidden):
             return
         for member in self._members.all.values():
             check_loaded(self.graph, member.adapter, member.overrides, state_dict, prefix, model)
+        if is_resume():
+            self._members.note_resume()
         if len(self._members.unstepped) < len(self.names) and not self.saved_beside:
             say_that_rows_stay()
 
