@@ -1,4 +1,4 @@
-"""Attached models below the transforms of torch.func and forward-mode derivatives: those of the model edited by hand."""
+"""Attached models below the transforms of torch.func, and forward-mode derivatives: the model's edited by hand."""
 
 from __future__ import annotations
 

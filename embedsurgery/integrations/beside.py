@@ -61,4 +61,4 @@ def check_names(attachment: Attachment, names: Sequence[str], where: str | os.Pa
     if list(names) != list(attachment.names):
         raise AttachmentError("the checkpoint's adapters were attached in another order", where=where,
                               expected=", ".join(attachment.names), found=", ".join(map(str, names)),
-                              hint="an optimizer's state goes by position: attach them in the checkpoint's order")  # fmt: skip
+                              hint="an optimizer's state goes by position: attach them in that order")  # fmt: skip

@@ -17,7 +17,7 @@ from embedsurgery.runtime.rows import Rows
 
 def is_eager() -> bool:
     """Whether operations run one by one on tensors as they are: nothing compiles, traces or transforms them."""
-    return not torch.compiler.is_compiling() and not is_transformed() and not torch._C._get_tracing_state()  # type: ignore[no-untyped-call]
+    return not torch.compiler.is_compiling() and not is_transformed() and not torch._C._get_tracing_state()
 
 
 def is_transformed() -> bool:
