@@ -25,6 +25,7 @@ from embedsurgery.runtime.mixing import Batch
 from embedsurgery.runtime.overlays import Materialised, StandIns, Uncovered
 from embedsurgery.runtime.rows import Rows
 from embedsurgery.runtime.sites import Lookup, Projection, can_override, holders
+from embedsurgery.runtime.sliced import uncover
 from embedsurgery.runtime.unchanged import Unchanged
 from embedsurgery.runtime.whole_tables import Companion
 from embedsurgery.stores.tensors import TensorStore, module_store
@@ -130,7 +131,12 @@ class Installation:
             uncovered = Uncovered(site.parameter)
             before(self._hooks, module, uncovered.enter)
             after(self._hooks, module, uncovered.leave)
-            after(self._hooks, module, (Lookup if site.role == "input" else Projection)(module, site, live, self.batch))
+            if site.role == "input":
+                after(self._hooks, module, Lookup(module, site, live, self.batch))
+                continue
+            projection = Projection(module, site, live, self.batch)
+            before(self._hooks, module, projection.enter)
+            after(self._hooks, module, projection, always=True)
 
     def refresh(self, live: Iterable[tuple[str, Rows]]) -> None:
         """Fill the lists that the hooks share.
@@ -151,6 +157,9 @@ class Installation:
         """Take away what forwards left over weights that were broken off."""
         for overlay in self._overlays:
             overlay.settle()
+        for module, hook in self._hooks:
+            if isinstance(hook, Projection):
+                uncover(module, hook.site.parameter)
 
     def store(self) -> TensorStore:
         """The model's tables, in the dtypes that they have now: the model may have been cast since."""

@@ -29,6 +29,7 @@ from embedsurgery.runtime.hooks import forget_compiled, tensors_in
 from embedsurgery.runtime.naming import names
 from embedsurgery.runtime.rows import Rows
 from embedsurgery.runtime.sites import held
+from embedsurgery.runtime.sliced import uncover
 from embedsurgery.runtime.standin import Source, StandIn, stand_in
 from embedsurgery.tensors import is_sharded
 
@@ -148,6 +149,7 @@ class Materialised:
             self.take_away()
 
     def _over(self, module: nn.Module, name: str, value: Any) -> None:
+        uncover(module, name)
         self.laid.append((module, name, module.__dict__.get(name, _ABSENT)))
         module.__dict__[name] = value
 
@@ -236,6 +238,7 @@ class Uncovered:
 
     def enter(self, module: nn.Module, *_: Any) -> None:
         """Pre-hook."""
+        uncover(module, self.parameter)
         self.before = module.__dict__.pop(self.parameter, None)
 
     def leave(self, module: nn.Module, *_: Any) -> None:

@@ -26,6 +26,7 @@ from embedsurgery.runtime.mixing import Batch
 from embedsurgery.runtime.picking import is_transformed, shared
 from embedsurgery.runtime.rows import Rows
 from embedsurgery.runtime.sharded import on_plain, plain_rows
+from embedsurgery.runtime.sliced import sliced, uncover
 from embedsurgery.runtime.whole_tables import TableRows, chosen
 from embedsurgery.tensors import is_sharded, rows_at
 from embedsurgery.wrappers import submodule
@@ -61,14 +62,27 @@ class Lookup:
 
 
 class Projection:
-    """Forward hook of a projection to logits: ``nn.Linear`` and modules that compute the same."""
+    """Forward hook of a projection to logits: ``nn.Linear`` and modules that compute the same.
+
+    Its `enter` is a pre-hook, after which many consecutive rows may be in the logits already: see ``sliced.py``.
+    """
 
     def __init__(self, module: nn.Module, site: Site, live: list[Rows], batch: Batch) -> None:
         self.site = site
         self.live = live
         self.batch = batch
 
+    def enter(self, module: nn.Module, *_: Any) -> None:
+        """Pre-hook."""
+        cover = sliced(module, held(module, self.site.parameter), self.live)
+        if cover is not None:
+            module.__dict__[self.site.parameter] = cover
+
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Also after an exception, when there is no output."""
+        cover = uncover(module, self.site.parameter)
+        if output is None or (cover is not None and cover.used):
+            return output
         if self.live and is_sharded(output):
             return on_plain(self, module, args, kwargs, output)
         for rows in self.live:

@@ -35,12 +35,13 @@ class Traffic(TorchDispatchMode):
         name = func._schema.name.partition("::")[2]
         if func.is_view or name == "_unsafe_view":
             return result
-        given, made = tree_leaves((args, kwargs)), tree_leaves(result)
+        given = tree_leaves((args, {key: value for key, value in (kwargs or {}).items() if key != "out"}))
+        made = tree_leaves(result)
         if name in _PICK:
             self.bytes += 2 * _size(made)
         elif name in _PUT:
             self.bytes += 3 * _size(given[1:])
-        elif not name.startswith(("empty", "detach", "_has_compatible")):
+        elif not name.startswith(("empty", "new_empty", "detach", "_has_compatible")):
             self.bytes += _size(given) + _size(made)
         return result
 

@@ -32,11 +32,12 @@ class Unwritten(TorchDispatchMode):
     """Gives memory that nothing was written into for each large product."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func._schema.name.partition("::")[2] in _PRODUCTS and func._overloadname == "default":
+        if func._schema.name.partition("::")[2] in _PRODUCTS and func._overloadname in ("default", "out"):
             left, right = args[-2:]
             shape = (*left.shape[:-1], right.shape[-1])
             if left.numel() + right.numel() > _SMALL:
-                return torch.empty(shape, dtype=left.dtype, device=left.device)
+                given = (kwargs or {}).get("out")
+                return torch.empty(shape, dtype=left.dtype, device=left.device) if given is None else given
         return func(*args, **(kwargs or {}))
 
 
