@@ -311,6 +311,8 @@ class Attachment(Hidden):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if self._disabled:  # the copy leaves no with-block: it is the base until something is activated
+            self._disabled, self._members.active, self._members.muted = 0, [], bool(self._undo)
         remember(self)
 
     def _before_load(self, model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
