@@ -30,6 +30,7 @@ from embedsurgery.runtime.prompts import PromptEmbedding, Prompts, modules_for
 from embedsurgery.runtime.rows import Hidden
 from embedsurgery.runtime.saving import say_that_no_rows_are_saved
 from embedsurgery.runtime.sharded import Guard, save_once, set_rows
+from embedsurgery.runtime.standing import Standing, standing
 from embedsurgery.stores.base import apply
 from embedsurgery.stores.tensors import module_store
 from embedsurgery.surgeries.answers import overrides_of
@@ -62,6 +63,7 @@ class Attachment(Hidden):
         self._members = Members()
         self._disabled = 0
         self._undo: list[Undo] = []
+        self._standing: list[list[Standing]] = []
         self._frozen: list[nn.Parameter] = []
         self.extended: list[tuple[Undo, Any]] = []
         guard = Guard(model, self._members.trained, self._members.begun)
@@ -204,6 +206,29 @@ class Attachment(Hidden):
             self._refresh()
 
     @contextmanager
+    def materialized(self) -> Iterator[None]:
+        """Inside, code outside of every forward reads ``module.weight`` with the live rows, and their gradient.
+
+        For a loop that gives ``model.lm_head.weight`` to a fused loss by itself: in a forward of the model a weight
+        is seen to be read, and needs nothing. Each read after a step makes a (V, D) copy.
+
+        Raises:
+            AttachmentError: The rows are merged, and so are in the weights.
+            UnsupportedError: A table in pieces, one that is changed as a whole, or a batch that mixes adapters.
+        """
+        self._not_merged("materialise rows")
+        shown = standing(self.model, self.graph, self._installation.live)
+        self._standing.append(shown)
+        try:
+            for part in shown:
+                part.lay()
+            yield
+        finally:
+            self._standing.remove(shown)
+            for part in shown:
+                part.take_away()
+
+    @contextmanager
     def rows(self, names: Sequence[str | None]) -> Iterator[None]:
         """Inside, each sample of the batch has an adapter of its own: equal to running each sample alone.
 
@@ -284,6 +309,8 @@ class Attachment(Hidden):
 
         A merged model keeps the rows in its weights, and the tokens.
         """
+        for part in (part for shown in self._standing for part in shown):
+            part.take_away()
         self._installation.remove()
         self._prompts.remove()
         for parameter in self._frozen:
@@ -379,6 +406,9 @@ class Attachment(Hidden):
         self._prompts.refresh((name, rows) for name, _, rows in live if isinstance(rows, PromptEmbedding))
         rows = ((override.table, rows) for _, override, rows in live if not isinstance(rows, PromptEmbedding))
         self._installation.refresh(rows)
+        for part in (part for shown in self._standing for part in shown):
+            part.take_away()
+            part.lay()
 
 
 def _key(name: str) -> str:
