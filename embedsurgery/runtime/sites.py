@@ -26,7 +26,7 @@ from embedsurgery.runtime.mixing import Batch
 from embedsurgery.runtime.picking import is_transformed, shared
 from embedsurgery.runtime.rows import Rows
 from embedsurgery.runtime.sharded import on_plain, plain_rows
-from embedsurgery.runtime.sliced import sliced, uncover
+from embedsurgery.runtime.sliced import is_sliced, sliced, uncover
 from embedsurgery.runtime.whole_tables import TableRows, chosen
 from embedsurgery.tensors import is_sharded, rows_at
 from embedsurgery.wrappers import submodule
@@ -80,8 +80,8 @@ class Projection:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Also after an exception, when there is no output."""
-        cover = uncover(module, self.site.parameter)
-        if output is None or (cover is not None and cover.used):
+        uncover(module, self.site.parameter)
+        if output is None or is_sliced(output):
             return output
         if self.live and is_sharded(output):
             return on_plain(self, module, args, kwargs, output)
