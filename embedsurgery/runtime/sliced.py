@@ -83,8 +83,10 @@ def uncover(module: nn.Module, parameter: str) -> None:
 
 def is_sliced(logits: Any) -> bool:
     """Whether logits have the rows already. They say so themselves: what lies over the weight is all threads'."""
+    if torch.compiler.is_compiling() or not isinstance(logits, torch.Tensor):
+        return False
     node: Any = _Sliced
-    return isinstance(logits, torch.Tensor) and isinstance(logits.grad_fn, node._backward_cls)
+    return isinstance(logits.grad_fn, node._backward_cls)
 
 
 def _fits(hidden: Any, cover: SlicedWeight, bias: torch.Tensor | None) -> bool:
