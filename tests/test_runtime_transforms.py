@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
+from torch.optim import swa_utils
 
 import embedsurgery as es
 
@@ -114,6 +115,24 @@ def test_derivatives_by_the_rows(rows: str, tie: bool, functional: bool, materia
         lambda f: torch.func.grad(lambda p: torch.func.jvp(f, (p,), (directions,))[1])(parts),
     ):
         torch.testing.assert_close(of(ours), of(theirs), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("average", [swa_utils.get_ema_multi_avg_fn(0.9), None], ids=["EMA", "mean"])
+@pytest.mark.parametrize("rows", ROWS)
+def test_an_average_over_parameters_and_buffers_has_the_average_rows(rows: str, average: Any) -> None:
+    model, dense, indices = pair(True, rows)
+    averaged = swa_utils.AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+    part = next(es.attached(model).parameters())
+    expected = part.detach().clone()
+    averaged.update_parameters(model)
+    for step in range(1, 4):
+        with torch.no_grad():
+            part.add_(0.5)
+        averaged.update_parameters(model)
+        expected = expected.lerp(part.detach(), 0.1 if average else 1 / (step + 1))
+    with torch.no_grad():
+        dense.embed.weight[indices] = expected
+    torch.testing.assert_close(averaged(IDS), dense(IDS), rtol=0, atol=1e-6)
 
 
 def test_a_mixed_batch_below_a_transform_is_each_sample_alone() -> None:

@@ -232,6 +232,8 @@ class Attachment(Hidden):
     def rows(self, names: Sequence[str | None]) -> Iterator[None]:
         """Inside, each sample of the batch has an adapter of its own: equal to running each sample alone.
 
+        Where parts that hold the table are checkpointed, the backward, which computes them again, belongs inside too.
+
         Args:
             names: One adapter for each sample, None for the base. Adapters may set the same rows here.
 

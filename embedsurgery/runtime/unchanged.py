@@ -52,6 +52,8 @@ class Unchanged:
                                       where=path, hint=_WAY_OUT)  # fmt: skip
         for layer in self.layers:
             layer.check(model)
+        for rows in {id(rows): rows for _, _, _, _, live in self.sizes for rows in live}.values():
+            rows.mend()
         for table, held in self.ties:
             if _parameters(held) > 1:
                 raise AttachmentError("a tied table was parted after attaching", where=" and ".join(table.names),
