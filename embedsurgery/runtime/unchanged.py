@@ -80,8 +80,8 @@ class _Layer:
         self, model: nn.Module, path: str, table: Table, holder: tuple[nn.Module, str, bool], live: list[Rows]
     ) -> None:
         self.path, self.table, self.holder, self.live = path, table, holder, live
-        self.began = bool(merged_layer(model, path))
-        self.last: bool | None = None
+        self.last = merged_layer(model, path)
+        self.began = bool(self.last)
         self.looked = False
         self.eps = 0.0
         self.sample = self._sample()
@@ -91,7 +91,7 @@ class _Layer:
         if not self.live:
             return
         now = merged_layer(model, self.path)
-        gone = now is None and (self.last is not None or (not self.looked and "peft" in sys.modules))
+        gone = now is None and (self.last is not None or self._may_have_come_and_gone())
         if (now is not None and now != self.began) or (gone and self._is_other()):
             raise AttachmentError(
                 "a PEFT layer was merged or unmerged below rows that are attached, which lose its part",
@@ -100,6 +100,10 @@ class _Layer:
                 hint="attachment.merge() before PEFT's merge_adapter() or merge_and_unload(); unload() takes LoRA off",
             )  # fmt: skip
         self.last, self.looked = now, True
+
+    def _may_have_come_and_gone(self) -> bool:
+        """Whether PEFT may have put a layer around, and taken it off, before any forward: it freezes what it meets."""
+        return not self.looked and "peft" in sys.modules and not any(r.values.requires_grad for r in self.live)
 
     def _sample(self) -> torch.Tensor | None:
         module, leaf, turned = self.holder
