@@ -51,6 +51,21 @@ def submodule(model: nn.Module, path: str) -> nn.Module:
     return module
 
 
+def merged_layer(model: nn.Module, path: str) -> bool | None:
+    """Whether the PEFT layer around a module is merged into it; None where there is no such layer.
+
+    Args:
+        model: A model, or a wrapper of it.
+        path: Of the module, from before or after PEFT put its layers in.
+    """
+    *above, leaf = [part for part in path.split(".") if part and part != "base_layer"] or [""]
+    try:
+        module = submodule(model, ".".join(above)).get_submodule(leaf)
+    except AttributeError:
+        return None
+    return None if _inside(module) is None else bool(getattr(module, "merged", False))
+
+
 def beside_base_layer(module: nn.Module) -> list[str]:
     """Names of a PEFT layer's children that are no part of the base, such as ``lora_A``."""
     return [] if _inside(module) is None else [name for name in module._modules if name != "base_layer"]

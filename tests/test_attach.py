@@ -223,6 +223,22 @@ def test_copies_of_an_attached_model_are_attached_and_apart(how: str) -> None:
     assert torch.equal(model(IDS), before)
 
 
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_a_copy_made_while_disabled_is_the_base_and_can_be_activated(how: str) -> None:
+    model = tied()
+    attachment = es.attach(model, config())
+    randomise(attachment)
+    with attachment.disabled():
+        copied = copy.deepcopy(model) if how == "deepcopy" else pickle.loads(pickle.dumps(model))
+        base = model(IDS)
+    other = es.attached(copied)
+    assert other.active == ()
+    assert torch.equal(copied(IDS), base)
+    other.activate("default")
+    assert torch.equal(copied(IDS), model(IDS))
+    assert not torch.equal(copied(IDS), base)
+
+
 def test_moving_and_casting_after_attaching() -> None:
     model = tied()
     attachment = es.attach(model, config())

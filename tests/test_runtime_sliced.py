@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import threading
 from typing import Any
 
 import pytest
@@ -277,3 +278,32 @@ def test_a_call_that_is_interrupted_is_put_right_by_the_next_use() -> None:
         use(model)
         assert model.head.weight is model.head._parameters["weight"]
         assert_dense(model, dense, rows, "last")
+
+
+def test_two_threads_in_one_head_at_once() -> None:
+    model, dense, _ = pair("last", tie=False)
+    together = threading.Barrier(2, timeout=30)
+
+    def wait(*_: Any) -> None:
+        together.wait()
+
+    model.head.register_forward_pre_hook(wait)  # both have laid their covers
+    model.head.register_forward_hook(wait, prepend=True)  # and both products are there before either is taken
+    hidden = torch.randn(3, D, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    found: list[torch.Tensor] = []
+
+    def work(one: Any) -> None:
+        given = hidden.clone().requires_grad_()
+        one.head(given).logsumexp(-1).square().sum().backward()
+        found.append(given.grad)
+
+    threads = [threading.Thread(target=work, args=(model,)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    work(dense)
+    assert len(found) == 3
+    for gradient in found[:2]:
+        torch.testing.assert_close(gradient, found[2], rtol=1e-12, atol=1e-12)
+    assert model.head.weight is model.head._parameters["weight"]

@@ -19,6 +19,7 @@ from torch import nn
 
 from embedsurgery.adapter import Adapter
 from embedsurgery.errors import AttachmentError, EmbedSurgeryWarning
+from embedsurgery.integrations.beside import check_names
 from embedsurgery.reading import load
 from embedsurgery.runtime.attach import Attachment
 
@@ -42,7 +43,8 @@ class LightningCallback(_base()):  # type: ignore[misc]
     ``trainer.fit``, ``test`` or ``predict``.
 
     Training with it raises:
-        AttachmentError: Nothing is attached; or a checkpoint that is loaded holds no rows, or those of other adapters.
+        AttachmentError: Nothing is attached; or a checkpoint that is loaded holds no rows, or those of other adapters,
+            or its adapters or rows are in another order, by which an optimizer's state goes.
     """
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -74,8 +76,9 @@ class LightningCallback(_base()):  # type: ignore[misc]
                                   found=_text(found), hint="attach the same adapters by the same names; one that was "
                                   "saved without LightningCallback holds no rows at all")  # fmt: skip
         for path, attachment in attachments.items():
+            check_names(attachment, list(saved[path]), path or type(pl_module).__name__)
             for name in attachment.names:
-                attachment.restore(_adapter(saved[path][name]), name)
+                attachment.restore(_adapter(saved[path][name]), name, in_order=True)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Lets the attachments see by themselves again."""

@@ -1,8 +1,8 @@
 """transformers' Trainer: the rows are saved in each checkpoint, and restored on resume and with the best model.
 
 A Trainer's checkpoint holds the base's state dict and the optimizer's state. Resumed without this callback, AdamW
-would go on with the moments of rows that are not there: the first optimizer step refuses that. An optimizer without
-state (SGD without momentum, ``save_only_model=True``) leaves nothing that could be seen.
+would go on with the moments of rows that are not there: the first optimizer step refuses that, and also where there
+are no moments (SGD without momentum, ``save_only_model=True``), for the Trainer is seen to load a checkpoint.
 """
 
 from __future__ import annotations

@@ -20,8 +20,9 @@ from embedsurgery.errors import AttachmentError, UnsupportedError
 from embedsurgery.graph import EmbeddingGraph
 from embedsurgery.locate import locate
 from embedsurgery.plan import Plan, Undo
+from embedsurgery.runtime.history import is_resume
 from embedsurgery.runtime.installation import Installation
-from embedsurgery.runtime.loading import check_loaded, look_no_more, replacements, say_that_rows_stay
+from embedsurgery.runtime.loading import check_loaded, check_order, look_no_more, replacements, say_that_rows_stay
 from embedsurgery.runtime.members import Member, Members, is_prompt, say_what_overflows
 from embedsurgery.runtime.nesting import forget, refuse_more, refuse_part, remember
 from embedsurgery.runtime.prompt_heads import with_heads
@@ -29,6 +30,7 @@ from embedsurgery.runtime.prompts import PromptEmbedding, Prompts, modules_for
 from embedsurgery.runtime.rows import Hidden
 from embedsurgery.runtime.saving import say_that_no_rows_are_saved
 from embedsurgery.runtime.sharded import Guard, save_once, set_rows
+from embedsurgery.runtime.standing import Standing, standing
 from embedsurgery.stores.base import apply
 from embedsurgery.stores.tensors import module_store
 from embedsurgery.surgeries.answers import overrides_of
@@ -61,6 +63,7 @@ class Attachment(Hidden):
         self._members = Members()
         self._disabled = 0
         self._undo: list[Undo] = []
+        self._standing: list[list[Standing]] = []
         self._frozen: list[nn.Parameter] = []
         self.extended: list[tuple[Undo, Any]] = []
         guard = Guard(model, self._members.trained, self._members.begun)
@@ -129,12 +132,14 @@ class Attachment(Hidden):
         """
         return save_once(self.adapter(name), directory)
 
-    def restore(self, adapter: Adapter, name: str | None = None) -> None:
+    def restore(self, adapter: Adapter, name: str | None = None, *, in_order: bool = False) -> None:
         """Set an adapter's rows in place: the Parameters stay the same objects, so an optimizer's state stays theirs.
 
         Args:
             adapter: What was saved of it, with the same rows of the same tables.
             name: Which one to set; by default "default", or the only one there is.
+            in_order: Refuse the same rows in another order, too: an optimizer's state, where it comes from the same
+                checkpoint, goes by their positions.
 
         Raises:
             AttachmentError: There is none of this name, its rows are others, or the model is merged.
@@ -148,6 +153,8 @@ class Attachment(Hidden):
                                   found=adapter.manifest.surgery)  # fmt: skip
         theirs = overrides_of(member.record.surgery, adapter, locate(adapter, self._installation.store()))
         values = replacements(name, member.overrides, theirs, member.adapter, adapter)
+        if in_order:
+            check_order(name, member.overrides, theirs)
         with torch.no_grad():
             for (_, rows), new in zip(member.pairs(), values, strict=True):
                 set_rows(self.model, rows, new)
@@ -199,8 +206,33 @@ class Attachment(Hidden):
             self._refresh()
 
     @contextmanager
+    def materialized(self) -> Iterator[None]:
+        """Inside, code outside of every forward reads ``module.weight`` with the live rows, and their gradient.
+
+        For a loop that gives ``model.lm_head.weight`` to a fused loss by itself: in a forward of the model a weight
+        is seen to be read, and needs nothing. Each read after a step makes a (V, D) copy.
+
+        Raises:
+            AttachmentError: The rows are merged, and so are in the weights.
+            UnsupportedError: A table in pieces, one that is changed as a whole, or a batch that mixes adapters.
+        """
+        self._not_merged("materialise rows")
+        shown = standing(self.model, self.graph, self._installation.live)
+        self._standing.append(shown)
+        try:
+            for part in shown:
+                part.lay()
+            yield
+        finally:
+            self._standing.remove(shown)
+            for part in shown:
+                part.take_away()
+
+    @contextmanager
     def rows(self, names: Sequence[str | None]) -> Iterator[None]:
         """Inside, each sample of the batch has an adapter of its own: equal to running each sample alone.
+
+        Where parts that hold the table are checkpointed, the backward, which computes them again, belongs inside too.
 
         Args:
             names: One adapter for each sample, None for the base. Adapters may set the same rows here.
@@ -279,6 +311,8 @@ class Attachment(Hidden):
 
         A merged model keeps the rows in its weights, and the tokens.
         """
+        for part in (part for shown in self._standing for part in shown):
+            part.take_away()
         self._installation.remove()
         self._prompts.remove()
         for parameter in self._frozen:
@@ -306,6 +340,8 @@ class Attachment(Hidden):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if self._disabled:  # the copy leaves no with-block: it is the base until something is activated
+            self._disabled, self._members.active, self._members.muted = 0, [], bool(self._undo)
         remember(self)
 
     def _before_load(self, model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
@@ -314,6 +350,8 @@ class Attachment(Hidden):
             return
         for member in self._members.all.values():
             check_loaded(self.graph, member.adapter, member.overrides, state_dict, prefix, model)
+        if is_resume():
+            self._members.note_resume()
         if len(self._members.unstepped) < len(self.names) and not self.saved_beside:
             say_that_rows_stay()
 
@@ -370,6 +408,9 @@ class Attachment(Hidden):
         self._prompts.refresh((name, rows) for name, _, rows in live if isinstance(rows, PromptEmbedding))
         rows = ((override.table, rows) for _, override, rows in live if not isinstance(rows, PromptEmbedding))
         self._installation.refresh(rows)
+        for part in (part for shown in self._standing for part in shown):
+            part.take_away()
+            part.lay()
 
 
 def _key(name: str) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from embedsurgery.errors import AttachmentError
+from embedsurgery.runtime.picking import is_transformed
 from embedsurgery.runtime.rows import Rows
 from embedsurgery.runtime.whole_tables import has_whole_tables, over, tensors_of
 
@@ -26,7 +27,7 @@ def full_copy(base: torch.Tensor, rows: Sequence[Rows]) -> torch.Tensor:
         UnsupportedError: The rows are sharded here, and a gradient is wanted.
     """
     new = [tensors_of(part) for part in rows]
-    if torch.compiler.is_compiling():  # which knows how to make the least of this
+    if torch.compiler.is_compiling() or is_transformed():  # the one makes the least of this, the other all derivatives
         for number, part in enumerate(rows):
             if part.samples is not None:  # a copy is right for some samples only: no numbers rather than wrong ones
                 new[number] = [torch.full_like(values, torch.nan) for values in new[number]]
@@ -88,6 +89,18 @@ class _WithRows(torch.autograd.Function):
         _, _, ctx.turned, count, *parts = inputs
         ctx.indices = parts[:count]
         ctx.dtypes = [part.dtype for part in parts[count:]]
+        ctx.like = output.shape, output.dtype, output.device
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: torch.Tensor | None) -> torch.Tensor:
+        shape, dtype, device = ctx.like
+        base = tangents[1]
+        made = torch.zeros(shape, dtype=dtype, device=device) if base is None else base
+        made = made.t() if ctx.turned else made
+        for i, tangent in zip(ctx.indices, tangents[4 + len(ctx.indices) :], strict=True):
+            new = made.new_zeros((i.numel(), made.shape[1])) if tangent is None else tangent.to(dtype)
+            made = made.index_copy(0, i, new)
+        return made.t() if ctx.turned else made
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:

@@ -3,11 +3,15 @@
 A state dict is always the base's, so whoever loads a checkpoint's model and optimizer gets moments that belong to
 rows which are not there. This holds in any loop, so it is looked for where any loop comes by: the first
 ``optimizer.step()``. Once an attachment's rows have been stepped it is looked at no more.
+
+An optimizer without state says nothing. There it counts that a library which resumes training has loaded a state dict.
 """
 
 from __future__ import annotations
 
+import sys
 import weakref
+from types import FrameType
 from typing import Any, Protocol
 
 import torch
@@ -40,6 +44,18 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     for members in list(_living):
         if not members.before_step(optimizer, closure):
             _living.discard(members)
+
+
+_RESUMES = frozenset({"_load_from_checkpoint", "load_accelerator_state", "restore_model"})
+"""Functions that load a state dict to go on with training: of transformers' Trainer, of Accelerate, of Lightning."""
+
+
+def is_resume() -> bool:
+    """Whether a library that resumes training is what loads a state dict just now."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code.co_name not in _RESUMES:
+        frame = frame.f_back
+    return frame is not None
 
 
 def holds(optimizer: Optimizer, parameter: nn.Parameter, closure: bool) -> bool:

@@ -58,6 +58,30 @@ def replacements(
     return values
 
 
+def check_order(name: str, ours: Sequence[RowOverride], theirs: Sequence[RowOverride]) -> None:
+    """Refuse the same rows in another order than the live ones: an optimizer's state goes by position.
+
+    Args:
+        name: The live adapter's, for messages.
+        ours: What it overrides.
+        theirs: What a saved one does.
+
+    Raises:
+        AttachmentError: The order differs.
+    """
+    found = {override.table: override for override in theirs}
+    for one in ours:
+        other = found.get(one.table, one)
+        if tuple(one.indices) != tuple(other.indices):
+            places = [i for i, (a, b) in enumerate(zip(one.indices, other.indices, strict=True)) if a != b]
+            raise AttachmentError("the checkpoint's rows are in another order than those attached",
+                                  where=f"{name}: {one.table}, positions {shorten(places)}",
+                                  expected=", ".join(str(one.indices[i]) for i in places[:8]),
+                                  found=", ".join(str(other.indices[i]) for i in places[:8]),
+                                  hint="an optimizer's state goes by position: give token_indices in the checkpoint's "
+                                  "order (a set of tokens has another one in each process)")  # fmt: skip
+
+
 def _prompt(
     name: str, ours: Sequence[RowOverride], theirs: Sequence[RowOverride], adapter: Adapter
 ) -> list[torch.Tensor]:

@@ -79,6 +79,7 @@ class Members:
         active: Names of those that are to be live.
         muted: Whether none is live just now.
         unstepped: Adapter that no optimizer here has stepped -> whether it began from a config.
+        resumed: Those of them that were there when a library loaded a state dict to go on with training.
     """
 
     def __init__(self) -> None:
@@ -86,6 +87,7 @@ class Members:
         self.active: list[str] = []
         self.muted = False
         self.unstepped: dict[str, bool] = {}
+        self.resumed: frozenset[str] = frozenset()
 
     def __getitem__(self, name: str) -> Member:
         if name not in self.all:
@@ -190,6 +192,10 @@ class Members:
         if self.unstepped:
             look_at(self)
 
+    def note_resume(self) -> None:
+        """A library that resumes training loads a state dict, which holds no rows."""
+        self.resumed = frozenset(self.unstepped)
+
     def before_step(self, optimizer: torch.optim.Optimizer, closure: bool) -> bool:
         """See `history`: refuses a forgotten resume, and returns whether there are rows that were never stepped.
 
@@ -201,10 +207,12 @@ class Members:
             rows = [part.values for _, part in member.pairs()]
             if not any(holds(optimizer, values, closure) for values in rows):
                 continue
-            if fresh and any(has_history(optimizer, values) for values in rows) and member.is_as_it_began():
+            trained = any(has_history(optimizer, values) for values in rows)
+            if fresh and (trained or name in self.resumed) and member.is_as_it_began():
                 raise AttachmentError(
-                    "the optimizer has trained these rows before, but they are as they began", where=name,
-                    expected="the rows that were trained with this optimizer's state",
+                    "the optimizer has trained these rows before, but they are as they began" if trained
+                    else "training is resumed, but these rows are as they began", where=name,
+                    expected="the rows that were trained before the checkpoint was saved",
                     found="a state dict was loaded, which is the base's and holds no rows",
                     hint="attachment.restore(embedsurgery.load(...)) after loading; with the Trainer "
                     "embedsurgery.integrations.EmbedSurgeryCallback() saves and restores them",

@@ -10,18 +10,22 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from embedsurgery.runtime.rows import Rows
 
 
 def is_eager() -> bool:
     """Whether operations run one by one on tensors as they are: nothing compiles, traces or transforms them."""
+    return not torch.compiler.is_compiling() and not is_transformed() and not torch._C._get_tracing_state()
+
+
+def is_transformed() -> bool:
+    """Whether eager operations are differentiated forwards too, or run below a transform of ``torch.func``."""
+    if torch.compiler.is_compiling():
+        return False
     functions: Any = torch._C
-    return (
-        not torch.compiler.is_compiling()
-        and functions._functorch.peek_interpreter_stack() is None
-        and not functions._get_tracing_state()
-    )
+    return forward_ad._current_level >= 0 or functions._functorch.peek_interpreter_stack() is not None
 
 
 def picks(rows: Rows, tokens: int) -> bool:

@@ -43,6 +43,7 @@ class Rows(Hidden):
         values: The rows, Parameter (K, D), fp32 (fp64 for an fp64 table): masters, rounded to the table's dtype in
             the forward.
         indices: Row numbers in the order of ``values``, int64 (K,).
+        given: The same, as they were given.
         numbers: The same, to ask for one.
         sorted: The same, ascending.
         order: Position in ``values`` of each entry of ``sorted``.
@@ -54,6 +55,7 @@ class Rows(Hidden):
 
     values: nn.Parameter
     indices: torch.Tensor
+    given: tuple[int, ...]
     numbers: Container[int]
     sorted: torch.Tensor
     order: torch.Tensor
@@ -65,7 +67,7 @@ class Rows(Hidden):
     def __init__(self, values: RawArray, indices: tuple[int, ...], device: torch.device) -> None:
         super().__init__()
         self.values = nn.Parameter(from_raw(values).to(device))
-        self.numbers = frozenset(indices)
+        self.given, self.numbers = indices, frozenset(indices)
         consecutive = len(indices) > 0 and indices == tuple(range(indices[0], indices[0] + len(indices)))
         self.first = indices[0] if consecutive else None
         rows = torch.tensor(indices, dtype=torch.int64, device=device)
@@ -73,6 +75,7 @@ class Rows(Hidden):
         self.register_buffer("indices", rows, persistent=False)
         self.register_buffer("sorted", ascending, persistent=False)
         self.register_buffer("order", order, persistent=False)
+        self._written = self._times_written()
 
     def find(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """For each token id its position in ``values`` (any valid one for a stranger), and whether it is one of ours.
@@ -86,9 +89,25 @@ class Rows(Hidden):
         place = torch.searchsorted(self.sorted, ids.contiguous()).clamp(max=self.sorted.numel() - 1)
         return self.order[place], self.sorted[place] == ids
 
+    def mend(self) -> None:
+        """Set row numbers right that something has written to: averages over a model's buffers round them down."""
+        if self.indices.is_meta or self._times_written() == self._written:
+            return
+        rows = torch.tensor(self.given, dtype=torch.int64, device=self.indices.device)
+        ascending, order = torch.sort(rows)
+        for name, right in (("indices", rows), ("sorted", ascending), ("order", order)):
+            if not torch.equal(getattr(self, name), right):
+                setattr(self, name, right)
+        self._written = self._times_written()
+
+    def _times_written(self) -> int | None:
+        """How often row numbers were changed in place; None where that is not known."""
+        numbers = (self.indices, self.sorted, self.order)
+        return None if any(part.is_inference() for part in numbers) else sum(part._version for part in numbers)
+
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Rows:
         """As the base; a stay on the meta device, where wrappers shard models without memory, loses no values."""
-        self.shared = None
+        self.shared, self._written = None, -1
         before = (self.values.detach(), self.indices, self.sorted, self.order)
         super()._apply(fn, recurse)
         if self.values.is_meta and not before[0].is_meta:
@@ -104,7 +123,7 @@ class Rows(Hidden):
             self._restore(self.kept[0].device if mesh is None else torch.device(mesh.device_type))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "shared": None}
+        return {**self.__dict__, "shared": None, "_written": -1}
 
     def _restore(self, device: torch.device) -> None:
         if self.kept is None:

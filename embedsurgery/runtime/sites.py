@@ -23,10 +23,10 @@ from embedsurgery.errors import UnsupportedError
 from embedsurgery.graph import Site
 from embedsurgery.runtime.columns import can_replace, columns, put, replaced
 from embedsurgery.runtime.mixing import Batch
-from embedsurgery.runtime.picking import shared
+from embedsurgery.runtime.picking import is_transformed, shared
 from embedsurgery.runtime.rows import Rows
 from embedsurgery.runtime.sharded import on_plain, plain_rows
-from embedsurgery.runtime.sliced import sliced, uncover
+from embedsurgery.runtime.sliced import is_sliced, sliced, uncover
 from embedsurgery.runtime.whole_tables import TableRows, chosen
 from embedsurgery.tensors import is_sharded, rows_at
 from embedsurgery.wrappers import submodule
@@ -80,8 +80,8 @@ class Projection:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Also after an exception, when there is no output."""
-        cover = uncover(module, self.site.parameter)
-        if output is None or (cover is not None and cover.used):
+        uncover(module, self.site.parameter)
+        if output is None or is_sliced(output):
             return output
         if self.live and is_sharded(output):
             return on_plain(self, module, args, kwargs, output)
@@ -98,6 +98,13 @@ class Projection:
             bias = getattr(module, "bias", None)  # a buffer or a parametrised one too
             small_bias = None if bias is None else rows_at(bias, rows.indices)
             small = plain_rows(shared(rows)).to(weight.dtype)
+            if is_transformed() and not is_sharded(weight):  # what is right for derivatives of every order and kind
+                new = F.linear(hidden, small, small_bias).to(output.dtype)
+                if rows.samples is not None:
+                    old = output.index_select(-1, rows.indices)
+                    new = torch.where(self.batch.mask(rows.samples, output), new, old)
+                output = output.index_copy(-1, rows.indices, new)
+                continue
             wanted = torch.is_grad_enabled() and (hidden.requires_grad or small.requires_grad or output.requires_grad)
             ours_alone = not weight.requires_grad and not is_sharded(weight)
             if wanted and ours_alone and rows.samples is None and can_replace(output):

@@ -33,19 +33,16 @@ class SlicedWeight(torch.Tensor):
     Attributes:
         weight: What it lies over, (V, D).
         rows: The new rows, K consecutive ones.
-        used: Whether the product was asked for, and has the rows.
     """
 
     weight: torch.Tensor
     rows: Rows
-    used: bool
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.linear and len(args) == 3 and isinstance(args[1], SlicedWeight) and _fits(*args):
             hidden, cover, bias = args
-            cover.used = True
             rows = shared(cover.rows).to(cover.weight.dtype)
             return _Sliced.apply(hidden, rows, cover.weight, cover.rows.first, bias)  # type: ignore[no-untyped-call]
         args, kwargs = tree_map(lambda one: one.weight if isinstance(one, SlicedWeight) else one, (args, kwargs))
@@ -74,17 +71,22 @@ def sliced(module: nn.Module, weight: nn.Parameter, live: list[Rows]) -> SlicedW
     if any(is_sharded(part) or part.device != weight.device for part in (rows.values, weight)):
         return None
     cover = weight.detach().as_subclass(SlicedWeight)
-    cover.weight, cover.rows, cover.used = weight, rows, False
+    cover.weight, cover.rows = weight, rows
     return cover
 
 
-def uncover(module: nn.Module, parameter: str) -> SlicedWeight | None:
+def uncover(module: nn.Module, parameter: str) -> None:
     """Take off what `sliced` gave, where that lies over a weight; it stays there if a forward is interrupted."""
-    cover = module.__dict__.get(parameter)
-    if not isinstance(cover, SlicedWeight):
-        return None
-    del module.__dict__[parameter]
-    return cover
+    if isinstance(module.__dict__.get(parameter), SlicedWeight):
+        module.__dict__.pop(parameter, None)  # another thread may have done so
+
+
+def is_sliced(logits: Any) -> bool:
+    """Whether logits have the rows already. They say so themselves: what lies over the weight is all threads'."""
+    if torch.compiler.is_compiling() or not isinstance(logits, torch.Tensor):
+        return False
+    node: Any = _Sliced
+    return isinstance(logits.grad_fn, node._backward_cls)
 
 
 def _fits(hidden: Any, cover: SlicedWeight, bias: torch.Tensor | None) -> bool:

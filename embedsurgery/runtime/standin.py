@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map
 from embedsurgery.errors import UnsupportedError
 from embedsurgery.graph import Table
 from embedsurgery.runtime.copies import full_copy, values_of, with_gradient
+from embedsurgery.runtime.picking import is_transformed
 from embedsurgery.runtime.rows import Rows
 from embedsurgery.runtime.whole_tables import chosen
 
@@ -66,7 +67,8 @@ class Source:
         self.base = base
         self.rows = rows
         self.said = said
-        self.grad = torch.is_grad_enabled() and any(p.requires_grad for p in (base, *values_of(rows)))
+        trained = is_transformed() or any(p.requires_grad for p in (base, *values_of(rows)))
+        self.grad = torch.is_grad_enabled() and trained
         self.read = False
         self.copy: torch.Tensor | None = None
 

@@ -1,11 +1,13 @@
 """Sees, before each forward of the whole model, that the modules which were hooked are still the model's own.
 
 Resizing or retying a model, and wrappers that come later, put other modules or parameters in place. Rows that are
-hooked to a module that nobody calls any more would be lost without a word.
+hooked to a module that nobody calls any more would be lost without a word. So would what a PEFT layer adds to a table's
+own rows, once it is merged into the table below ours.
 """
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -16,7 +18,8 @@ from embedsurgery.graph import Table
 from embedsurgery.runtime.rows import Rows
 from embedsurgery.runtime.sites import holders
 from embedsurgery.stores.base import shorten
-from embedsurgery.wrappers import submodule
+from embedsurgery.tensors import is_sharded
+from embedsurgery.wrappers import merged_layer, submodule
 
 _WAY_OUT = "detach(), change the model, and attach again"
 
@@ -28,6 +31,7 @@ class Unchanged:
         self.sites: list[tuple[str, nn.Module]] = []
         self.ties: list[tuple[Table, list[tuple[nn.Module, str]]]] = []
         self.sizes: list[tuple[Table, nn.Module, str, int, list[Rows]]] = []
+        self.layers: list[_Layer] = []
 
     def watch(self, model: nn.Module, table: Table, live: list[Rows]) -> None:
         """Expect the table's modules and live rows to stay, and names that share one Parameter to go on sharing it."""
@@ -35,6 +39,7 @@ class Unchanged:
         found = list(holders(model, table.names, table.transposed))
         held = [(module, leaf) for module, leaf, _ in found]
         self.sizes += [(table, module, leaf, int(turned), live) for module, leaf, turned in found[:1]]
+        self.layers += [_Layer(model, site.module, table, found[0], live) for site in table.sites]
         if len(held) > 1 and _parameters(held) == 1:
             self.ties.append((table, held))
 
@@ -45,6 +50,10 @@ class Unchanged:
             if _at(model, path) is not module:
                 raise AttachmentError("a module was replaced after attaching, so that its rows would be lost",
                                       where=path, hint=_WAY_OUT)  # fmt: skip
+        for layer in self.layers:
+            layer.check(model)
+        for rows in {id(rows): rows for _, _, _, _, live in self.sizes for rows in live}.values():
+            rows.mend()
         for table, held in self.ties:
             if _parameters(held) > 1:
                 raise AttachmentError("a tied table was parted after attaching", where=" and ".join(table.names),
@@ -57,6 +66,71 @@ class Unchanged:
                 raise AttachmentError("a table was cut after attaching, and has lost live rows", where=table.name,
                                       expected=f"{table.shape[0]} rows", found=f"{size}, without {shorten(lost)}",
                                       hint=_WAY_OUT)  # fmt: skip
+
+
+class _Layer:
+    """Sees that no PEFT layer around a site is merged into, or out of, a table after attaching.
+
+    Rows of ours are absolute: what a layer adds to all rows would be lost for them, or stay twice. Where the layer is
+    gone, a few rows of the table say whether it was merged before: they differ by more than a merge and its unmerge
+    leave.
+    """
+
+    def __init__(
+        self, model: nn.Module, path: str, table: Table, holder: tuple[nn.Module, str, bool], live: list[Rows]
+    ) -> None:
+        self.path, self.table, self.holder, self.live = path, table, holder, live
+        self.last = merged_layer(model, path)
+        self.began = bool(self.last)
+        self.looked = False
+        self.eps = 0.0
+        self.sample = self._sample()
+
+    def check(self, model: nn.Module) -> None:
+        """Raises AttachmentError where rows are live and a layer was merged since they were attached."""
+        if not self.live:
+            return
+        now = merged_layer(model, self.path)
+        gone = now is None and (self.last is not None or self._may_have_come_and_gone())
+        if (now is not None and now != self.began) or (gone and self._is_other()):
+            raise AttachmentError(
+                "a PEFT layer was merged or unmerged below rows that are attached, which lose its part",
+                where=self.path,
+                found=f"{self.table.name} with other rows than when they were attached",
+                hint="attachment.merge() before PEFT's merge_adapter() or merge_and_unload(); unload() takes LoRA off",
+            )  # fmt: skip
+        self.last, self.looked = now, True
+
+    def _may_have_come_and_gone(self) -> bool:
+        """Whether PEFT may have put a layer around, and taken it off, before any forward: it freezes what it meets."""
+        return not self.looked and "peft" in sys.modules and not any(r.values.requires_grad for r in self.live)
+
+    def _sample(self) -> torch.Tensor | None:
+        module, leaf, turned = self.holder
+        weight = module._parameters.get(leaf)
+        if weight is None or weight.is_meta or is_sharded(weight) or not weight.numel() or weight.dim() != 2:
+            return None
+        if not weight.is_floating_point():
+            return None
+        self.eps = torch.finfo(weight.dtype).eps
+        view = weight.detach().t() if turned else weight.detach()
+        size = min(view.shape[0], self.table.shape[0])
+        places = torch.arange(_SAMPLED, device=view.device) * (size - 1) // (_SAMPLED - 1)
+        return view.index_select(0, places).to(torch.promote_types(view.dtype, torch.float32))
+
+    def _is_other(self) -> bool:
+        eps, then, now = self.eps, self.sample, self._sample()
+        weight = self.holder[0]._parameters.get(self.holder[1])
+        if weight is None or weight.requires_grad:  # what trains is another at each step
+            return False
+        if now is None or then is None or eps != self.eps or now.shape != then.shape:
+            return False
+        then = then.to(now.device)
+        allowed = 8 * eps * torch.maximum(now.abs().amax(), then.abs().amax())
+        return bool(((now - then).abs() > allowed).any())
+
+
+_SAMPLED = 8
 
 
 def _parameters(held: list[tuple[nn.Module, str]]) -> int:

@@ -150,6 +150,23 @@ def test_every_adapter_of_every_model_is_saved_and_others_are_refused(tmp_path: 
         trainer(tmp_path, LightningCallback()).fit(two("c"), loader(), ckpt_path=checkpoint)
 
 
+class Stateless(Module):
+    """Trained by an optimizer that keeps nothing."""
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=3e-2)
+
+
+def test_without_the_callback_a_resume_raises_without_moments_too(tmp_path: Path) -> None:
+    made = Stateless(tiny("llama-tied"))
+    es.attach(made.model, es.TrainableTokensConfig(INDICES))
+    path = saved(tmp_path, made)
+    made = Stateless(tiny("llama-tied"))
+    es.attach(made.model, es.TrainableTokensConfig(INDICES))
+    with pytest.raises(AttachmentError, match="training is resumed, but these rows are as they began"):
+        trainer(tmp_path).fit(made, loader(), ckpt_path=path, weights_only=False)
+
+
 def test_what_would_lose_the_rows_is_said(tmp_path: Path) -> None:
     made, _ = module()
     checkpoint = str(saved(tmp_path, made))  # without the callback

@@ -13,7 +13,7 @@ import torch
 
 import embedsurgery as es
 from embedsurgery.adapter import plainly_named
-from embedsurgery.errors import BaseMismatchError, TableError, UnsupportedError
+from embedsurgery.errors import AttachmentError, BaseMismatchError, TableError, UnsupportedError
 from embedsurgery.wrappers import plain_name
 from tests.conftest import bits, logits, save, state_bits, tiny
 from tests.integrations.helpers import INDICES, batch, rows, trainer
@@ -156,8 +156,16 @@ def test_merging_unmerging_and_unloading_in_any_order(order: str, targets: tuple
     attachment.unmerge()
     assert state_bits(model) == before
     torch.testing.assert_close(logits(model), live, rtol=0, atol=1e-6)
-    if targets:
-        return  # LoRA of the table itself changes the rows' own logits once it is merged under them
+    if targets:  # LoRA of the table itself adds to the rows' own logits, and would not once it is merged under them
+        model.merge_adapter()
+        with pytest.raises(AttachmentError, match=r"a PEFT layer was merged.*attachment\.merge\(\) before PEFT's"):
+            logits(model)
+        model.unmerge_adapter()
+        torch.testing.assert_close(logits(model), live, rtol=0, atol=1e-5)
+        attachment.merge()
+        unloaded = model.merge_and_unload()
+        torch.testing.assert_close(logits(unloaded), live, rtol=0, atol=1e-5)
+        return
     unloaded = model.merge_and_unload()
     assert es.attached(unloaded) is attachment
     torch.testing.assert_close(logits(unloaded), live, rtol=0, atol=1e-5)
@@ -166,6 +174,29 @@ def test_merging_unmerging_and_unloading_in_any_order(order: str, targets: tuple
     torch.testing.assert_close(logits(unloaded), live, rtol=0, atol=1e-5)
     assert type(unloaded) is type(tiny("llama-untied"))
     assert unloaded.state_dict().keys() == tiny("llama-untied").state_dict().keys()
+
+
+@pytest.mark.parametrize("order", ["rows first", "LoRA first"])
+@pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True` and the tied_target_modules:UserWarning")
+@pytest.mark.parametrize("used", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "target"), [("llama-tied", "lm_head"), ("llama-tied", "embed_tokens"), ("llama-untied", "embed_tokens")]
+)
+def test_unloading_a_layer_of_the_table_itself(order: str, used: bool, kind: str, target: str) -> None:
+    for merge in (False, True):
+        model, _ = wrapped(order, kind, "q_proj", target)
+        if used:
+            logits(model)
+        elif order == "rows first":
+            es.attached(model).requires_grad_(False)  # as PEFT leaves them
+        if not merge:
+            logits(model.unload())
+            continue
+        unloaded = model.merge_and_unload()
+        with pytest.raises(AttachmentError, match="a PEFT layer was merged"):
+            logits(unloaded)
+        with es.attached(unloaded).disabled():
+            logits(unloaded)
 
 
 @pytest.mark.parametrize("kind", ["llama-tied", "llama-untied"])

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +13,10 @@ import torch
 
 import embedsurgery as es
 from embedsurgery.errors import AttachmentError, BaseMismatchError, EmbedSurgeryWarning
+from embedsurgery.integrations import EmbedSurgeryCallback
+from embedsurgery.integrations.beside import restore_rows, save_rows
 from tests.conftest import state_bits, tiny, trained
-from tests.integrations.helpers import INDICES, attached, batch, rows
+from tests.integrations.helpers import INDICES, attached, batch, rows, trainer
 
 TABLE = "model.embed_tokens.weight"
 MAKERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
@@ -183,3 +186,38 @@ def test_a_state_dict_loaded_over_trained_rows_warns() -> None:
     attachment.detach()
     model.load_state_dict(base)
     assert not model._load_state_dict_pre_hooks
+
+
+def ordered(names: Sequence[str], indices: Mapping[str, list[int]]) -> tuple[Any, Any]:
+    """A model with adapters that were attached in this order."""
+    model = tiny("llama-tied")
+    for name in names:
+        attachment = es.attach(model, es.TrainableTokensConfig(indices[name]), name=name)
+    return model, attachment
+
+
+@pytest.mark.parametrize("what", ["rows", "adapters"])
+def test_what_would_give_the_moments_of_a_row_to_another_is_refused(what: str, tmp_path: Path) -> None:
+    _, saved = ordered("ab", {"a": [5, 7, 9], "b": [8]})
+    save_rows(saved, tmp_path / "rows")
+    names, rows_of = ("ab", {"a": [5, 9, 7], "b": [8]}) if what == "rows" else ("ba", {"a": [5, 7, 9], "b": [8]})
+    _, other = ordered(names, rows_of)
+    kept = [p.detach().clone() for p in other.parameters()]
+    with torch.no_grad():
+        for part in saved.parameters():
+            part.add_(1.0)
+    match = r"a: model.embed_tokens.weight, positions 1, 2.*expected 9, 7, found 7, 9" if what == "rows" else "a, b"
+    with pytest.raises(AttachmentError, match=match):
+        restore_rows(other, tmp_path / "rows")
+    assert all(torch.equal(a, b) for a, b in zip(kept, other.parameters(), strict=True))
+
+
+def test_a_trainer_resumed_with_its_rows_in_another_order_is_refused(tmp_path: Path) -> None:
+    model, _ = attached()
+    trainer(model, tmp_path, callbacks=[EmbedSurgeryCallback()], max_steps=3).train()
+    model = tiny("llama-tied")
+    turned = es.attach(model, es.TrainableTokensConfig(INDICES[::-1]))
+    start = rows(turned)
+    with pytest.raises(AttachmentError, match=r"rows are in another order.*token_indices in the checkpoint's order"):
+        trainer(model, tmp_path, callbacks=[EmbedSurgeryCallback()]).train(resume_from_checkpoint=True)
+    assert torch.equal(rows(turned), start)

@@ -126,6 +126,37 @@ def test_without_the_callback_a_resume_raises_at_the_first_step(tmp_path: Path) 
 
 
 @pytest.mark.filterwarnings("ignore:the checkpoint that is saved here is the base's")
+@pytest.mark.parametrize("options", [{"optim": "sgd"}, {"save_only_model": True}], ids=str)
+def test_without_the_callback_a_resume_raises_where_there_are_no_moments(options: Any, tmp_path: Path) -> None:
+    model, attachment = attached()
+    trainer(model, tmp_path, max_steps=3, **options).train()
+    saved = attachment.adapter()
+    model, attachment = attached()
+    start = rows(attachment)
+    with pytest.raises(AttachmentError, match="training is resumed, but these rows are as they began"):
+        trainer(model, tmp_path, **options).train(resume_from_checkpoint=True)
+    assert torch.equal(rows(attachment), start)
+    for by_hand in (True, False):  # who brings the rows on another way may go on
+        model = tiny("llama-tied")
+        attachment = es.attach(model, es.TrainableTokensConfig(INDICES) if by_hand else saved)
+        if by_hand:
+            attachment.restore(saved)
+        trainer(model, tmp_path, **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+        assert not torch.equal(rows(attachment), start)
+
+
+def test_with_the_callback_a_resume_without_moments_has_the_rows(tmp_path: Path) -> None:
+    found = []
+    for resume in (None, str(tmp_path / "checkpoint-3")):
+        model, attachment = attached()
+        trained = trainer(model, tmp_path, callbacks=[EmbedSurgeryCallback()], optim="sgd")
+        trained.train(resume_from_checkpoint=resume)
+        found.append((rows(attachment), losses(trained)))
+    assert torch.equal(found[0][0], found[1][0])
+    assert found[0][1] == found[1][1]
+
+
+@pytest.mark.filterwarnings("ignore:the checkpoint that is saved here is the base's")
 def test_without_the_callback_loading_the_best_model_warns(tmp_path: Path) -> None:
     model, _ = attached()
     trained = trainer(model, tmp_path, load_best_model_at_end=True, eval_strategy="steps", eval_steps=1, save_steps=1,

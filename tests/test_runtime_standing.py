@@ -1,0 +1,105 @@
+"""Weights that are read outside of every forward, while attachment.materialized() lasts."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import embedsurgery as es
+from embedsurgery.errors import AttachmentError, UnsupportedError
+from tests.conftest import VOCABULARY, state_bits, tiny
+from tests.integrations.helpers import INDICES, attached, batch
+
+BATCH = batch()
+
+
+def loss_of(model: Any, *, labels: bool = True) -> torch.Tensor:
+    """A loop of one's own: the body, and a loss that is given the head's weight."""
+    hidden = model.model(BATCH["input_ids"])[0]
+    scores = F.linear(hidden, model.lm_head.weight)
+    return F.cross_entropy(scores[:, :-1].flatten(0, 1), BATCH["labels"][:, 1:].flatten()) if labels else scores
+
+
+@pytest.mark.parametrize("kind", ["llama-tied", "llama-untied"])
+@pytest.mark.parametrize("materialize", [False, True])
+@pytest.mark.parametrize("forwards", [False, True])
+@pytest.mark.parametrize("indices", [INDICES, list(range(4, 20))], ids=["few", "many"])
+def test_a_loop_of_ones_own_is_the_dense_models(
+    kind: str, materialize: bool, forwards: bool, indices: list[int]
+) -> None:
+    targets = ["embed_tokens"] if kind == "llama-tied" else ["embed_tokens", "lm_head"]
+    model, dense = tiny(kind), tiny(kind)
+    before = state_bits(model)
+    config = es.TrainableTokensConfig(indices, target_modules=targets)
+    attachment = es.attach(model, config, materialize=materialize)
+    weights = [dense.model.embed_tokens.weight, dense.lm_head.weight][: len(targets)]
+    ours = torch.optim.SGD(attachment.parameters(), lr=0.5)
+    with attachment.materialized():
+        for _ in range(3):
+            ours.zero_grad()
+            loss = loss_of(model)
+            loss.backward()
+            expected = loss_of(dense)
+            gradients = torch.autograd.grad(expected, weights)
+            torch.testing.assert_close(loss, expected, rtol=0, atol=1e-5)
+            for part, gradient in zip(attachment.parameters(), gradients, strict=True):
+                torch.testing.assert_close(part.grad, gradient[indices], rtol=0, atol=1e-5)
+            ours.step()
+            with torch.no_grad():
+                for weight, part in zip(weights, attachment.parameters(), strict=True):
+                    weight[indices] = part
+                torch.testing.assert_close(
+                    loss_of(model, labels=False), loss_of(dense, labels=False), rtol=0, atol=1e-5
+                )
+            if forwards:  # the model's own, between and around
+                torch.testing.assert_close(model(**BATCH).loss, dense(**BATCH).loss, rtol=0, atol=1e-5)
+        assert state_bits(model) == before
+        assert model.lm_head.weight.shape == (VOCABULARY, model.config.hidden_size)
+    assert state_bits(model) == before
+    for module in model.modules():
+        assert "weight" not in module.__dict__
+    torch.testing.assert_close(model(**BATCH).loss, dense(**BATCH).loss, rtol=0, atol=1e-5)
+
+
+def test_it_follows_what_is_live() -> None:
+    model, attachment = attached()
+    with torch.no_grad():
+        next(attachment.parameters()).add_(1.0)
+    base = tiny("llama-tied").lm_head.weight
+    with attachment.materialized():
+        live = model.lm_head.weight.clone()
+        with attachment.disabled():
+            assert torch.equal(model.lm_head.weight, base)
+        assert torch.equal(model.lm_head.weight.clone(), live)
+        assert torch.equal(live[INDICES], next(attachment.parameters()))
+        attachment.activate()
+        assert torch.equal(model.lm_head.weight, base)
+        attachment.activate("default")
+        attachment.merge()
+        assert torch.equal(model.lm_head.weight, live)
+        attachment.unmerge()
+        assert torch.equal(model.lm_head.weight.clone(), live)
+        with pytest.raises(UnsupportedError, match="cannot mix adapters here"), attachment.rows(["default", None]):
+            model.lm_head.weight.clone()
+        with pytest.raises((UnsupportedError, RuntimeError)):  # torch refuses a tensor with a gradient function first
+            copy.deepcopy(model)
+        with torch.no_grad(), attachment.disabled(), pytest.raises(UnsupportedError, match="cannot be copied while"):
+            copy.deepcopy(model)
+    with (
+        attachment.rows(["default", None]),
+        pytest.raises(UnsupportedError, match="a batch that mixes"),
+        attachment.materialized(),
+    ):
+        pass
+    assert type(model.lm_head.weight) is torch.nn.Parameter
+    attachment.merge()
+    with pytest.raises(AttachmentError, match="merged"), attachment.materialized():
+        pass
+    attachment.unmerge()
+    with attachment.materialized():
+        attachment.detach()
+        assert type(model.lm_head.weight) is torch.nn.Parameter
