@@ -119,7 +119,7 @@ _GUARDS: weakref.WeakValueDictionary[str, Guard] = weakref.WeakValueDictionary()
 
 
 def _passes(name: str) -> bool:
-    """Whether a guard has nothing to refuse: asked once, while a forward is traced, and a constant in what comes out."""
+    """Whether a guard has nothing to refuse: asked while a forward is traced, and a constant in what comes out."""
     try:
         _GUARDS[name].look()
     except UnsupportedError:
@@ -132,7 +132,7 @@ _passes._dynamo_marked_constant = True  # type: ignore[attr-defined]  # assume_c
 
 def _look_again(guard: Guard) -> None:
     """Raises out of a forward that is traced: not compiled, so that the error is ours."""
-    torch.compiler.disable(guard.look)()
+    torch.compiler.disable(guard.look)()  # type: ignore[no-untyped-call]
 
 
 def world_size() -> int:

@@ -92,6 +92,32 @@ def attached_inside_ddp(out: Path) -> None:
 
 
 @case
+def attached_to_ddp_and_compiled(out: Path) -> None:
+    model = nn.parallel.DistributedDataParallel(tiny("llama-tied"))
+    es.attach(model, config())
+    step(torch.compile(model, backend="eager"))
+
+
+@case
+def attached_after_sharding_and_compiled(out: Path) -> None:
+    model = wrap(tiny("llama-tied"), "fsdp-layers")
+    es.attach(model, config())
+    model.compile(backend="eager")
+    step(model)
+
+
+@case
+def attached_again_by_the_name_of_one_that_was_known(out: Path) -> None:
+    model = attached("llama-tied")
+    attachment = es.attach(model, es.TrainableTokensConfig([9]), name="second")
+    wrapped = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+    step(wrapped)
+    attachment.remove("second")
+    es.attach(model, es.TrainableTokensConfig([9]), name="second")
+    step(wrapped)
+
+
+@case
 def frozen_while_ddp_was_made(out: Path) -> None:
     model = tiny("llama-tied")
     attachment = es.attach(model, config(), freeze=False)
