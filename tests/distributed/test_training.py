@@ -131,6 +131,14 @@ def test_accelerate_with_fsdp2(tmp_path: Path, kind: str, efficient: str) -> Non
     assert [r["model"] for r in results] == ["FSDPLlamaForCausalLM"] * 2
     assert results[0]["fsdp"]
     assert results[0]["keys"] == sorted(attached(kind).state_dict())
+    for result in results:
+        moved, back, again, end = result["after"]
+        assert again["loss"] == moved["loss"]
+        for name, values in result["rows"].items():
+            assert torch.equal(back["rows"][name], values)
+            assert torch.equal(end["rows"][name], values)
+            assert torch.equal(again["rows"][name], moved["rows"][name])
+            assert not torch.equal(moved["rows"][name], values)
     saved = es.load(tmp_path / f"adapter-{kind}").tensors
     for name, values in alone(kind)["rows"].items():
         torch.testing.assert_close(saved[name], values, rtol=0, atol=1e-6)
