@@ -88,6 +88,9 @@ def patient(case: zoo.Case) -> Patient:
         padding = []
     unused = next(i for i in range(table.shape[0]) if i not in used and i not in padding)
     indices = list(dict.fromkeys([unused, *used[-3:], *padding]))
+    if used and len(case.name) % 2 and "Kyutai" not in case.name:  # half of the models: rows one after the other
+        start = min(used[-1], table.shape[0] - 4)
+        indices = list(range(start, start + 4))
     generator = torch.Generator().manual_seed(1)
     weight = dict(model.named_parameters(remove_duplicate=False))[table.name]
     rows = weight.detach()[indices] + 0.3 * torch.randn(len(indices), table.shape[1], generator=generator)
