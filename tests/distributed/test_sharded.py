@@ -22,6 +22,8 @@ REFUSED = {
     "ignored_by_fully_shard": DRIFT.format("fully_shard"),
     "only_the_blocks_are_sharded": DRIFT.format("fully_shard"),
     "attached_to_ddp": DRIFT.format("DistributedDataParallel"),
+    "a_prompt_attached_to_ddp": DRIFT.format("DistributedDataParallel"),
+    "a_prompt_attached_after_sharding": DRIFT.format("fully_shard"),
     "attached_inside_ddp": DRIFT.format("DistributedDataParallel"),
     "attached_to_ddp_and_compiled": DRIFT.format("DistributedDataParallel"),
     "attached_after_sharding_and_compiled": DRIFT.format("fully_shard"),

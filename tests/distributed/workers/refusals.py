@@ -85,6 +85,20 @@ def attached_to_ddp(out: Path) -> None:
 
 
 @case
+def a_prompt_attached_to_ddp(out: Path) -> None:
+    model = nn.parallel.DistributedDataParallel(tiny("llama-tied"))
+    es.attach(model, es.SoftPromptConfig(num_virtual_tokens=2))
+    step(model)
+
+
+@case
+def a_prompt_attached_after_sharding(out: Path) -> None:
+    model = wrap(tiny("llama-tied"), "fsdp-layers")
+    es.attach(model, es.SoftPromptConfig(num_virtual_tokens=2))
+    step(model)
+
+
+@case
 def attached_inside_ddp(out: Path) -> None:
     model = nn.parallel.DistributedDataParallel(tiny("llama-tied"))
     es.attach(model.module, config(), freeze=False)
