@@ -73,8 +73,8 @@ class Guard:
             raise UnsupportedError("rows are not live in the replicas that torch.nn.DataParallel makes",
                                    where=type(module).__name__, expected="DistributedDataParallel",
                                    hint="start with torchrun, or set CUDA_VISIBLE_DEVICES=0")  # fmt: skip
-        if not torch.is_grad_enabled() or isinstance(module, nn.parallel.DistributedDataParallel):
-            return  # DDP as the root is not in its forward yet: what is inside is asked there
+        if not torch.is_grad_enabled():
+            return
         if not torch.compiler.is_compiling():
             self.look()
         elif not _passes(self.name):
@@ -84,8 +84,9 @@ class Guard:
         """Raises UnsupportedError where live rows would drift apart, or a wrapper cannot train them."""
         if world_size() == 1:
             return
-        ddp = getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
-        wrapping = (id(ddp), id(type(self.model[0])))
+        root, kind = self.model[0], nn.parallel.DistributedDataParallel
+        ddp = root if isinstance(root, kind) else getattr(kind, "_active_ddp_module", None)
+        wrapping = (id(ddp), id(type(root)))
         if wrapping != self.wrapping:
             self.wrapping = wrapping
             self.seen.clear()

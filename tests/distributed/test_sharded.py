@@ -24,6 +24,7 @@ REFUSED = {
     "attached_to_ddp": DRIFT.format("DistributedDataParallel"),
     "a_prompt_attached_to_ddp": DRIFT.format("DistributedDataParallel"),
     "a_prompt_attached_after_sharding": DRIFT.format("fully_shard"),
+    "a_table_that_only_functions_read_attached_to_ddp": DRIFT.format("DistributedDataParallel"),
     "attached_inside_ddp": DRIFT.format("DistributedDataParallel"),
     "attached_to_ddp_and_compiled": DRIFT.format("DistributedDataParallel"),
     "attached_after_sharding_and_compiled": DRIFT.format("fully_shard"),
