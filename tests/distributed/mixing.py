@@ -39,7 +39,7 @@ class Mix:
 
 MIXES = {
     f"{how}, {name}": mix
-    for how in ("ddp", "fsdp-root", "fsdp-layers", "fsdp-own")
+    for how in ("ddp", "fsdp-layers", "fsdp-own")
     for name, mix in {
         "switched": Mix(how, SWITCHED, switch=True),
         "mixed": Mix(how, MIXED),

@@ -56,12 +56,11 @@ class Setup:
 
 _BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 SETUPS = {
-    "ddp, accumulated": Setup("ddp", accumulate=3),
+    "ddp, accumulated": Setup("ddp", accumulate=3, wrapper={"gradient_as_bucket_view": True}),
     "ddp, uneven": Setup("ddp", "llama-untied", sizes=(1, 4)),
     "ddp, clipped": Setup("ddp", clip=0.05),
     "ddp, looking for unused parameters": Setup("ddp", wrapper={"find_unused_parameters": True}, accumulate=2),
     "ddp, static graph": Setup("ddp", "llama-untied", wrapper={"static_graph": True}),
-    "ddp, bucket views": Setup("ddp", wrapper={"gradient_as_bucket_view": True}, accumulate=2),
     "ddp, checkpointing": Setup("ddp", checkpointing=False, accumulate=2),
     "ddp, reentrant checkpointing": Setup("ddp", checkpointing=True, wrapper={"static_graph": True}),
     "ddp, the last rows": Setup("ddp", rows=END, vocabulary=WIDE, clip=0.3),

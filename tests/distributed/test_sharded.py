@@ -10,7 +10,7 @@ import torch
 
 import embedsurgery as es
 from tests.conftest import logits, tiny
-from tests.distributed.cases import KINDS, ROWS, WRAPS, attached
+from tests.distributed.cases import CHECKPOINTED, KINDS, ROWS, WRAPS, attached
 from tests.distributed.launch import torchrun
 from tests.integrations import helpers as integrations
 
@@ -99,7 +99,7 @@ def test_all_ranks_save_and_one_writes(seen: list[Any]) -> None:
     assert "rank 0 could not write the adapter" in seen[1]["saved"]["errors"][0]
 
 
-@pytest.mark.parametrize("how", WRAPS)
+@pytest.mark.parametrize("how", CHECKPOINTED)
 def test_torchs_own_checkpoints_resume_with_the_rows_and_are_refused_without(seen: list[Any], how: str) -> None:
     for rank in seen:
         found = rank[f"checkpoint {how}"]

@@ -28,7 +28,7 @@ from embedsurgery.errors import AdapterError, AttachmentError
 from embedsurgery.integrations import EmbedSurgeryCallback
 from embedsurgery.tensors import rows_at, to_raw
 from tests.conftest import logits, tiny
-from tests.distributed.cases import KINDS, ROWS, WRAPS, attached, batch, loss_of, targets, wrap
+from tests.distributed.cases import CHECKPOINTED, KINDS, ROWS, WRAPS, attached, batch, loss_of, targets, wrap
 from tests.integrations import helpers as integrations
 
 
@@ -208,7 +208,7 @@ def main(out: Path) -> None:
     for how in WRAPS:
         results[f"restored {how}"] = restored(how, fresh)
     results["meta load"], results["meta empty"] = from_meta(True), from_meta(False)
-    for how in WRAPS:
+    for how in CHECKPOINTED:
         results[f"checkpoint {how}"] = checkpoint(how, out / f"checkpoint {how}")
     results["trainer"] = by_the_trainer(out / "trainer")
     torch.save(results, out / f"loading-{dist.get_rank()}.pt")
