@@ -155,7 +155,12 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
         deepspeed = importlib.import_module("deepspeed")
         with deepspeed.zero.GatheredParameters([tensor]):
             return tensor.detach().clone()
-    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    if not is_sharded(tensor):
+        return tensor
+    device = tensor.device_mesh.device_type  # type: ignore[attr-defined]
+    if tensor.device.type != device:  # offloaded: what gathers works on the mesh's devices only
+        tensor = tensor.to(device)
+    return tensor.full_tensor()  # type: ignore[attr-defined, no-any-return]
 
 
 def fsdp_version(module: object) -> int | None:
@@ -188,10 +193,11 @@ def rows_at(table: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     if contributes and part.numel() > 0:
         inside: Any = (mine, *(slice(a, b) for a, b in zip(starts[1:], ends[1:], strict=True)))
         found[inside] = part.index_select(0, indices[mine] - starts[0])
-    data = found.reshape(-1).view(torch.uint8)  # sums of bytes of which all but one are 0: no rounding, -0.0 is kept
+    sent = found.to(mesh.device_type)  # itself, unless the table is offloaded
+    data = sent.reshape(-1).view(torch.uint8)  # sums of bytes of which all but one are 0: no rounding, -0.0 is kept
     for axis in range(mesh.ndim):
         torch.distributed.all_reduce(data, group=mesh.get_group(axis))
-    return found
+    return sent.to(part.device)
 
 
 def part_of(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -29,7 +29,8 @@ def keep_rows(accelerator: Any) -> None:
                 save_rows(attachment, _folder(output_dir, number))
 
     def load(models: list[Any], input_dir: str) -> None:
-        for number, model in enumerate(models):
+        # of models that are sharded load_state tells its hooks nothing: it has loaded them itself
+        for number, model in enumerate(getattr(accelerator, "_models", models)):
             attachment = find(model)
             if attachment is not None:
                 restore_rows(attachment, _folder(input_dir, number))

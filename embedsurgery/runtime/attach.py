@@ -29,7 +29,7 @@ from embedsurgery.runtime.prompt_heads import with_heads
 from embedsurgery.runtime.prompts import PromptEmbedding, Prompts, modules_for
 from embedsurgery.runtime.rows import Hidden
 from embedsurgery.runtime.saving import say_that_no_rows_are_saved
-from embedsurgery.runtime.sharded import Guard, save_once, set_rows
+from embedsurgery.runtime.sharded import Guard, named_on_any_rank, save_once, set_rows
 from embedsurgery.runtime.standing import Standing, standing
 from embedsurgery.stores.base import apply
 from embedsurgery.stores.tensors import module_store
@@ -66,7 +66,7 @@ class Attachment(Hidden):
         self._standing: list[list[Standing]] = []
         self._frozen: list[nn.Parameter] = []
         self.extended: list[tuple[Undo, Any]] = []
-        guard = Guard(model, self._members.trained, self._members.begun)
+        guard = Guard(model, self._members.named, self._members.begun)
         self._installation = Installation(model, graph, guard)
         self._prompts = Prompts(model, graph, guard)
 
@@ -233,6 +233,8 @@ class Attachment(Hidden):
         """Inside, each sample of the batch has an adapter of its own: equal to running each sample alone.
 
         Where parts that hold the table are checkpointed, the backward, which computes them again, belongs inside too.
+        Ranks may name other adapters each. Where ``fully_shard`` has the rows all ranks enter together to train, and
+        the ranks tell each other the names; under DistributedDataParallel ``find_unused_parameters=True`` is needed.
 
         Args:
             names: One adapter for each sample, None for the base. Adapters may set the same rows here.
@@ -243,11 +245,14 @@ class Attachment(Hidden):
                 forward of another number of samples than there are names.
         """
         self._not_merged("mix adapters")
-        used = list(dict.fromkeys(name for name in names if name is not None))
-        pairs = [(name, *pair) for name in used for pair in self._members[name].pairs()]
-        tables = {override.table for _, override, _ in pairs if not isinstance(override, PromptOverride)}
         if not names:
             raise AttachmentError("no sample is named", expected="one adapter name, or None, for each sample")
+        here = dict.fromkeys(name for name in names if name is not None)
+        _ = [self._members[name] for name in here]
+        every = {name: [rows for _, rows in member.pairs()] for name, member in self._members.all.items()}
+        used = named_on_any_rank(self.model, here, every)
+        pairs = [(name, *pair) for name in used for pair in self._members[name].pairs()]
+        tables = {override.table for _, override, _ in pairs if not isinstance(override, PromptOverride)}
         if tables & self._installation.copied:
             raise UnsupportedError("a batch cannot mix adapters here", where=", ".join(sorted(tables)),
                                    found="a table that is overridden by a full copy of it",

@@ -71,8 +71,17 @@ def holds(optimizer: Optimizer, parameter: nn.Parameter, closure: bool) -> bool:
 
 
 def has_history(optimizer: Optimizer, parameter: nn.Parameter) -> bool:
-    """Whether an optimizer's state says that it has stepped a parameter before."""
+    """Whether an optimizer's state says that it has stepped a parameter before, with a gradient."""
     state = optimizer.state.get(parameter) or {}
-    if "step" in state:  # others of its entries may start at any value
-        return bool(state["step"] > 0)
-    return any(isinstance(value, torch.Tensor) and bool((value != 0).any()) for value in state.values())
+    if "step" in state and state["step"] != 1:  # others of its entries may start at any value
+        return bool(state["step"] > 1)
+    return any(isinstance(v, torch.Tensor) and v.dim() > 0 and bool((v != 0).any()) for v in state.values())
+
+
+def makes_state_only(optimizer: Optimizer, parameter: nn.Parameter) -> bool:
+    """Whether the step that an optimizer is about to make changes nothing.
+
+    ``torch.distributed.checkpoint`` makes one such, with rates and gradients of 0, to have a state to load into.
+    """
+    rates = [group.get("lr") for group in optimizer.param_groups if any(p is parameter for p in group["params"])]
+    return rates == [0] and parameter.grad is not None and not bool((parameter.grad != 0).any())

@@ -14,7 +14,7 @@ from embedsurgery.adapter import Adapter
 from embedsurgery.errors import AttachmentError, ConfigError, EmbedSurgeryWarning
 from embedsurgery.graph import Table
 from embedsurgery.plan import Plan, Undo
-from embedsurgery.runtime.history import has_history, holds, look_at
+from embedsurgery.runtime.history import has_history, holds, look_at, makes_state_only
 from embedsurgery.runtime.rows import Rows
 from embedsurgery.runtime.whole_tables import overflown
 from embedsurgery.stores.base import shorten
@@ -177,9 +177,9 @@ class Members:
             for override, rows in self.all[name].pairs():
                 yield name, override, rows
 
-    def trained(self) -> list[tuple[str, nn.Parameter]]:
+    def named(self) -> list[tuple[str, Rows]]:
         """The rows that are live, named by adapter and table."""
-        return [(f"{name}: {override.table}", rows.values) for name, override, rows in self.live()]
+        return [(f"{name}: {override.table}", rows) for name, override, rows in self.live()]
 
     def begun(self) -> Iterator[bytes]:
         """What the active rows were when they were attached."""
@@ -206,6 +206,8 @@ class Members:
             member = self.all[name]
             rows = [part.values for _, part in member.pairs()]
             if not any(holds(optimizer, values, closure) for values in rows):
+                continue
+            if all(makes_state_only(optimizer, values) for values in rows):
                 continue
             trained = any(has_history(optimizer, values) for values in rows)
             if fresh and (trained or name in self.resumed) and member.is_as_it_began():

@@ -109,7 +109,7 @@ class Prompts:
     Args:
         model: The attached model.
         graph: Of it.
-        guard: A pre-hook for its root.
+        guard: A pre-hook for its root and every lookup.
 
     Attributes:
         stacks: What of the model reads tokens.
@@ -177,6 +177,7 @@ class Prompts:
         before(self._hooks, model, unchanged)
         for module in {id(m): m for m in (submodule(model, path) for path in paths)}.values():
             lookup = PromptLookup(self)
+            before(self._hooks, module, self._guard)
             before(self._hooks, module, lookup.enter)
             module.register_forward_hook(lookup.leave, with_kwargs=True, always_call=True)  # after those of rows
             self._hooks.append((module, lookup.leave))

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator
+import uuid
+import weakref
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,41 +33,67 @@ _LATE = (
 class Guard:
     """Pre-hook: refuses trainable rows that a parallel wrapper does not synchronise.
 
-    Looks when the wrapping has changed since it last looked; in inference, while compiling and on one process never.
+    Looks when the wrapping has changed since it last looked; in inference and on one process never. What is compiled
+    was looked at while it was traced.
 
     Args:
         model: The attached model.
-        rows: Gives the trainable parameters of the live rows, with a name for messages.
+        rows: Gives the live rows, with a name for messages.
         start: Gives the bytes of what this rank attached, to be the same on every rank.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        rows: Callable[[], list[tuple[str, nn.Parameter]]],
+        rows: Callable[[], list[tuple[str, Rows]]],
         start: Callable[[], Iterator[bytes]],
     ) -> None:
         self.model = (model,)
         self.rows = rows
         self.start = start
         self.sharded = frozenset(name for name, p in model.named_parameters() if is_sharded(p))
-        self.seen: tuple[object, ...] = ()
+        self._begin()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key not in ("wrapping", "seen", "name")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._begin()
+
+    def _begin(self) -> None:
+        """Have seen nothing, and be found by what is traced: a copy is another one."""
+        self.wrapping: tuple[int, ...] = ()
+        self.seen: weakref.WeakSet[Rows] = weakref.WeakSet()
+        self.name = uuid.uuid4().hex
+        _GUARDS[self.name] = self
 
     def __call__(self, module: nn.Module, *_: Any) -> None:
         if getattr(module, "_is_replica", False):
             raise UnsupportedError("rows are not live in the replicas that torch.nn.DataParallel makes",
                                    where=type(module).__name__, expected="DistributedDataParallel",
                                    hint="start with torchrun, or set CUDA_VISIBLE_DEVICES=0")  # fmt: skip
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or world_size() == 1:
+        if not torch.is_grad_enabled():
             return
-        rows = [(name, p) for name, p in self.rows() if p.requires_grad]
-        ddp = getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
-        now = (id(ddp), id(type(self.model[0])), *(name for name, _ in rows))
-        if now == self.seen:
+        if not torch.compiler.is_compiling():
+            self.look()
+        elif not _passes(self.name):
+            _look_again(self)
+
+    def look(self) -> None:
+        """Raises UnsupportedError where live rows would drift apart, or a wrapper cannot train them."""
+        if world_size() == 1:
             return
-        for name, parameter in rows:
-            self._check(name, parameter, ddp)
-        self.seen = now
+        root, kind = self.model[0], nn.parallel.DistributedDataParallel
+        ddp = root if isinstance(root, kind) else getattr(kind, "_active_ddp_module", None)
+        wrapping = (id(ddp), id(type(root)))
+        if wrapping != self.wrapping:
+            self.wrapping = wrapping
+            self.seen.clear()
+        for name, rows in self.rows():
+            if rows.values.requires_grad and rows not in self.seen:
+                self._check(name, rows.values, ddp)
+                self.seen.add(rows)
 
     def _check(self, name: str, parameter: nn.Parameter, ddp: Any) -> None:
         model = self.model[0]
@@ -88,10 +116,53 @@ class Guard:
         _same_start(name, mesh, self.start())
 
 
+_GUARDS: weakref.WeakValueDictionary[str, Guard] = weakref.WeakValueDictionary()
+
+
+def _passes(name: str) -> bool:
+    """Whether a guard has nothing to refuse: asked while a forward is traced, and a constant in what comes out."""
+    try:
+        _GUARDS[name].look()
+    except UnsupportedError:
+        return False
+    return True
+
+
+_passes._dynamo_marked_constant = True  # type: ignore[attr-defined]  # assume_constant_result() loads the compiler
+
+
+def _look_again(guard: Guard) -> None:
+    """Raises out of a forward that is traced: not compiled, so that the error is ours."""
+    torch.compiler.disable(guard.look)()  # type: ignore[no-untyped-call]
+
+
 def world_size() -> int:
     """How many processes compute together."""
     ready = torch.distributed.is_available() and torch.distributed.is_initialized()
     return torch.distributed.get_world_size() if ready else 1
+
+
+def named_on_any_rank(model: nn.Module, names: Container[str], rows: Mapping[str, Iterable[Rows]]) -> list[str]:
+    """The adapters that samples of a batch have, in the order of ``rows``; where ``fully_shard`` has the rows, those
+    of the other ranks' batches as well.
+
+    What is sharded together has its gradients reduced together, so all ranks must have one for the same parameters.
+
+    Args:
+        model: The attached model.
+        names: Of this rank's samples.
+        rows: Adapter's name -> its rows, of all that are attached; the same on every rank.
+    """
+    known = list(rows)
+    wrapped = [module for module in model.modules() if fsdp_version(module) == 2]
+    meshes = (_mesh(part.values, wrapped) for parts in rows.values() for part in parts if part.values.requires_grad)
+    mesh = next((mesh for mesh in meshes if mesh is not None), None) if wrapped and torch.is_grad_enabled() else None
+    if mesh is None:
+        return [name for name in known if name in names]
+    used = torch.tensor([name in names for name in known], dtype=torch.uint8, device=mesh.device_type)
+    for axis in range(mesh.ndim):
+        torch.distributed.all_reduce(used, op=torch.distributed.ReduceOp.MAX, group=mesh.get_group(axis))
+    return [name for name, is_used in zip(known, used.tolist(), strict=True) if is_used]
 
 
 def plain_rows(values: torch.Tensor, name: str = "the rows") -> torch.Tensor:

@@ -16,6 +16,7 @@ ROWS = [5, 31, 7]
 MANY = [5, 31, 7, *range(8, 24)]  # more than a process has tokens
 KINDS = ("llama-tied", "llama-untied", "gpt2", "bert")
 WRAPS = ("ddp", "fsdp-root", "fsdp-layers", "fsdp-own")
+CHECKPOINTED = ("ddp", "fsdp-own")
 
 
 def batch(step: int) -> torch.Tensor:

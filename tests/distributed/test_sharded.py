@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,8 +10,9 @@ import torch
 
 import embedsurgery as es
 from tests.conftest import logits, tiny
-from tests.distributed.cases import KINDS, ROWS, WRAPS, attached
+from tests.distributed.cases import CHECKPOINTED, KINDS, ROWS, WRAPS, attached
 from tests.distributed.launch import torchrun
+from tests.integrations import helpers as integrations
 
 DRIFT = "UnsupportedError: trainable rows that {} does not know: they would drift apart on the ranks (default: "
 REFUSED = {
@@ -20,7 +22,15 @@ REFUSED = {
     "ignored_by_fully_shard": DRIFT.format("fully_shard"),
     "only_the_blocks_are_sharded": DRIFT.format("fully_shard"),
     "attached_to_ddp": DRIFT.format("DistributedDataParallel"),
+    "a_prompt_attached_to_ddp": DRIFT.format("DistributedDataParallel"),
+    "a_prompt_attached_after_sharding": DRIFT.format("fully_shard"),
+    "a_table_that_only_functions_read_attached_to_ddp": DRIFT.format("DistributedDataParallel"),
     "attached_inside_ddp": DRIFT.format("DistributedDataParallel"),
+    "attached_to_ddp_and_compiled": DRIFT.format("DistributedDataParallel"),
+    "attached_after_sharding_and_compiled": DRIFT.format("fully_shard"),
+    "attached_again_by_the_name_of_one_that_was_known": DRIFT.format("DistributedDataParallel").replace(
+        "default", "second"
+    ),
     "frozen_while_ddp_was_made": DRIFT.format("DistributedDataParallel"),
     "under_the_old_fsdp": "UnsupportedError: rows cannot be trained under FullyShardedDataParallel",
     "ranks_that_start_differently": "UnsupportedError: the ranks have attached different rows",
@@ -89,11 +99,37 @@ def test_all_ranks_save_and_one_writes(seen: list[Any]) -> None:
     assert "rank 0 could not write the adapter" in seen[1]["saved"]["errors"][0]
 
 
+@pytest.mark.parametrize("how", CHECKPOINTED)
+def test_torchs_own_checkpoints_resume_with_the_rows_and_are_refused_without(seen: list[Any], how: str) -> None:
+    for rank in seen:
+        found = rank[f"checkpoint {how}"]
+        assert found["resumed"] == found["expected"]
+        assert "trained these rows before" in found["forgotten"]
+        assert found["keys"] == sorted(tiny("llama-tied").state_dict())
+
+
+def test_the_trainer_on_two_processes_is_one_on_both_batches(seen: list[Any], tmp_path: Path) -> None:
+    model, attachment = integrations.attached()
+    alone = integrations.trainer(model, tmp_path, per_device_train_batch_size=4, save_strategy="no")
+    alone.train()
+    first, second = (rank["trainer"] for rank in seen)
+    assert first["losses"] == pytest.approx(integrations.losses(alone), abs=2e-6)
+    assert first["resumed losses"] == first["losses"]
+    for rank in (first, second):
+        assert rank["wrapper"] == "DistributedDataParallel"
+        torch.testing.assert_close(rank["rows"], integrations.rows(attachment), rtol=0, atol=2e-5)
+        assert torch.equal(rank["rows"], first["rows"])
+        assert torch.equal(rank["resumed rows"], first["rows"])
+        assert "trained these rows before" in rank["forgotten"]
+    assert first["written"] == ["checkpoint-3/embedsurgery/default", "checkpoint-6/embedsurgery/default"]
+    assert second["written"] == []
+
+
 def test_rows_of_any_layout_are_gathered_bit_for_bit(seen: list[Any]) -> None:
     assert [rank["bits"] for rank in seen] == [True, True]
 
 
-def test_alone_an_attachment_saves_as_its_adapter_does(tmp_path: Any) -> None:
+def test_alone_an_attachment_saves_as_its_adapter_does(tmp_path: Path) -> None:
     attachment = es.attached(attached("llama-tied"))
     assert attachment.save(tmp_path / "a") == tmp_path / "a"
     attachment.adapter().save(tmp_path / "b")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ import torch
 import embedsurgery as es
 from tests.distributed.cases import KINDS, MANY, WRAPS, attached, reference
 from tests.distributed.launch import port, run, torchrun
+from tests.distributed.mixing import MIXES, mixed
+from tests.distributed.setups import SETUPS, dense
 
 ACCELERATE = """
 compute_environment: LOCAL_MACHINE
@@ -87,6 +90,23 @@ def test_fp32_rows_over_a_bf16_base(trained: list[Any]) -> None:
     check([rank["bf16"] for rank in trained], alone("llama-tied", dtype=torch.bfloat16), loss=1e-3, rows=2e-3)
 
 
+@pytest.mark.parametrize("name", SETUPS)
+def test_in_every_way_of_training_they_are_those_of_a_dense_table(trained: list[Any], name: str) -> None:
+    setup = SETUPS[name]
+    want = dense(setup)
+    for rank in trained:
+        assert rank[name]["losses"] == pytest.approx(want["losses"], abs=setup.tolerance)
+        for got, values, first in zip(rank[name]["rows"], want["rows"], trained[0][name]["rows"], strict=True):
+            torch.testing.assert_close(got, values, rtol=0, atol=setup.tolerance)
+            assert torch.equal(got, first)
+
+
+@pytest.mark.parametrize("name", MIXES)
+def test_adapters_are_switched_and_mixed_as_in_one_process(trained: list[Any], name: str) -> None:
+    want = mixed(replace(MIXES[name], how=None), slice(None), lambda loss: loss)
+    check([rank[name] for rank in trained], want, loss=5e-6, rows=5e-6)
+
+
 @pytest.fixture(scope="module")
 def parallel(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     return torchrun("tensor_parallel", tmp_path_factory.mktemp("parallel"))
@@ -111,6 +131,14 @@ def test_accelerate_with_fsdp2(tmp_path: Path, kind: str, efficient: str) -> Non
     assert [r["model"] for r in results] == ["FSDPLlamaForCausalLM"] * 2
     assert results[0]["fsdp"]
     assert results[0]["keys"] == sorted(attached(kind).state_dict())
+    for result in results:
+        moved, back, again, end = result["after"]
+        assert again["loss"] == moved["loss"]
+        for name, values in result["rows"].items():
+            assert torch.equal(back["rows"][name], values)
+            assert torch.equal(end["rows"][name], values)
+            assert torch.equal(again["rows"][name], moved["rows"][name])
+            assert not torch.equal(moved["rows"][name], values)
     saved = es.load(tmp_path / f"adapter-{kind}").tensors
     for name, values in alone(kind)["rows"].items():
         torch.testing.assert_close(saved[name], values, rtol=0, atol=1e-6)

@@ -44,10 +44,11 @@ def steps(model: Any, optimizer: torch.optim.Optimizer, count: int, *, closure: 
 
 @pytest.mark.parametrize("kind", MAKERS)
 @pytest.mark.parametrize("closure", [False, True])
-def test_an_optimizer_that_has_trained_other_rows_is_refused(kind: str, closure: bool) -> None:
+@pytest.mark.parametrize("before", [1, 2])
+def test_an_optimizer_that_has_trained_other_rows_is_refused(kind: str, closure: bool, before: int) -> None:
     model, attachment = attached()
     optimizer = MAKERS[kind](attachment.parameters())
-    steps(model, optimizer, 2)
+    steps(model, optimizer, before)
     saved, state = attachment.adapter(), copy.deepcopy(optimizer.state_dict())
     steps(model, optimizer, 2)
 
@@ -64,6 +65,41 @@ def test_an_optimizer_that_has_trained_other_rows_is_refused(kind: str, closure:
     assert next(resumed.parameters()) is parameter
     steps(model, optimizer, 2, closure=closure)
     assert torch.equal(rows(resumed), rows(attachment))
+
+
+@pytest.mark.parametrize("kind", ["AdamW", "SGD with momentum"])
+def test_a_step_that_only_makes_a_state_is_none(kind: str) -> None:
+    def make_state(model: Any, optimizer: torch.optim.Optimizer) -> None:
+        """As torch.distributed.checkpoint does, to have a state to load into."""
+        (group,) = optimizer.param_groups
+        rate, group["lr"] = group["lr"], 0.0
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        group["lr"] = rate
+        optimizer.zero_grad()
+
+    model, attachment = attached()
+    optimizer = MAKERS[kind](attachment.parameters())
+    make_state(model, optimizer)
+    steps(model, optimizer, 1)  # a run that begins
+    state = copy.deepcopy(optimizer.state_dict())
+    model, attachment = attached()
+    optimizer = MAKERS[kind](attachment.parameters())
+    make_state(model, optimizer)
+    optimizer.load_state_dict(state)
+    with pytest.raises(AttachmentError, match="trained these rows before"):
+        steps(model, optimizer, 1)
+
+
+def test_a_first_step_at_a_rate_of_0_passes() -> None:
+    model, attachment = attached()
+    optimizer = torch.optim.AdamW(attachment.parameters(), lr=0.0)  # a warm-up begins so
+    steps(model, optimizer, 1)
+    optimizer.param_groups[0]["lr"] = 0.1
+    start = rows(attachment)
+    steps(model, optimizer, 1)
+    assert not torch.equal(rows(attachment), start)
 
 
 def test_what_is_no_forgotten_resume_passes() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from accelerate.state import AcceleratorState, DistributedType, PartialState
 from accelerate.utils import FullyShardedDataParallelPlugin
 
 import embedsurgery as es
+from embedsurgery.integrations import keep_rows
 from tests.distributed.cases import BATCH, STEPS, attached, batch, loss_of
 
 
@@ -36,8 +38,22 @@ def main(out: Path, kind: str) -> None:
         losses.append(accelerator.reduce(loss.detach(), "mean").item())
     attachment = es.attached(accelerator.unwrap_model(model))
     attachment.save(out / f"adapter-{kind}")
+    rows = attachment.adapter().tensors
+    keep_rows(accelerator)
+    accelerator.save_state(str(out / f"state-{kind}"))
+    after = []
+    for _ in range(2):
+        loss = loss_of(model, batch(STEPS)[share])
+        accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        after.append({"loss": loss.item(), "rows": attachment.adapter().tensors})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that the state dict holds no rows
+            accelerator.load_state(str(out / f"state-{kind}"))
+        after.append({"rows": attachment.adapter().tensors})
     keys = sorted(accelerator.get_state_dict(model))
-    result = {"losses": losses, "rows": attachment.adapter().tensors, "keys": keys, "model": type(model).__name__,
+    result = {"losses": losses, "rows": rows, "after": after, "keys": keys, "model": type(model).__name__,
               "type": str(accelerator.distributed_type), "fsdp": accelerator.is_fsdp2, "processes": size}  # fmt: skip
     torch.save(result, out / f"accelerate-{kind}-{rank}.pt")
     accelerator.end_training()

@@ -8,7 +8,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
@@ -17,10 +24,12 @@ from torch.utils._pytree import tree_leaves
 
 import embedsurgery as es
 from embedsurgery.adapter import Adapter
-from embedsurgery.errors import AdapterError
+from embedsurgery.errors import AdapterError, AttachmentError
+from embedsurgery.integrations import EmbedSurgeryCallback
 from embedsurgery.tensors import rows_at, to_raw
 from tests.conftest import logits, tiny
-from tests.distributed.cases import KINDS, ROWS, WRAPS, attached, batch, loss_of, targets, wrap
+from tests.distributed.cases import CHECKPOINTED, KINDS, ROWS, WRAPS, attached, batch, loss_of, targets, wrap
+from tests.integrations import helpers as integrations
 
 
 class Largest(TorchDispatchMode):
@@ -102,6 +111,78 @@ def saved(out: Path) -> dict[str, Any]:
     return {"calls": len(calls), "there": there, "errors": errors}
 
 
+def checkpoint(how: str, folder: Path) -> dict[str, Any]:
+    """Torch's own checkpoint of model and optimizer, resumed with the rows that were saved beside it, and without."""
+    model = wrap(attached("llama-tied"), how)
+    optimizer = torch.optim.AdamW(es.attached(model).parameters(), lr=1e-2)
+    steps(model, optimizer, 0, 2)
+    sharded, states = get_state_dict(inner(model), optimizer)
+    dcp.save({"model": sharded, "optimizer": states}, checkpoint_id=str(folder))
+    es.attached(model).save(folder / "rows")
+    expected = steps(model, optimizer, 2, 4)
+    found: dict[str, Any] = {"expected": expected, "keys": sorted(sharded)}
+    for name in ("resumed", "forgotten"):
+        model = tiny("llama-tied")
+        attachment = es.attach(model, es.TrainableTokensConfig(ROWS))
+        model = wrap(model, how)
+        optimizer = torch.optim.AdamW(attachment.parameters(), lr=1e-2)
+        state = dict(zip(("model", "optimizer"), get_state_dict(inner(model), optimizer), strict=True))
+        dcp.load(state, checkpoint_id=str(folder))
+        set_state_dict(inner(model), optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        if name == "resumed":
+            attachment.restore(es.load(folder / "rows"))
+        try:
+            found[name] = steps(model, optimizer, 2, 4)
+        except AttachmentError as error:
+            found[name] = str(error)
+    return found
+
+
+def inner(model: Any) -> Any:
+    """What torch.distributed.checkpoint takes: of DDP the model inside, for it knows no parameters without a key."""
+    return model.module if isinstance(model, torch.nn.parallel.DistributedDataParallel) else model
+
+
+def steps(model: Any, optimizer: torch.optim.Optimizer, first: int, last: int) -> list[float]:
+    losses = []
+    for step in range(first, last):
+        loss = loss_of(model, batch(step))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def by_the_trainer(out: Path) -> dict[str, Any]:
+    """transformers' Trainer, which wraps in DDP: trained, resumed, and resumed without the callback."""
+    options = {"ddp_backend": "gloo", "ddp_find_unused_parameters": False}
+    written: list[str] = []
+    save = Adapter.save
+    Adapter.save = lambda self, folder: (written.append(Path(folder).relative_to(out).as_posix()), save(self, folder))[
+        1
+    ]
+    try:
+        model, attachment = integrations.attached()
+        trained = integrations.trainer(model, out, callbacks=[EmbedSurgeryCallback()], **options)
+        trained.train()
+    finally:
+        Adapter.save = save
+    found = {"losses": integrations.losses(trained), "rows": integrations.rows(attachment), "written": written,
+             "wrapper": type(trained.model_wrapped).__name__}  # fmt: skip
+    model, attachment = integrations.attached()
+    half = str(out / "checkpoint-3")
+    resumed = integrations.trainer(model, out / "more", callbacks=[EmbedSurgeryCallback(half)], **options)
+    resumed.train(resume_from_checkpoint=half)
+    found |= {"resumed losses": integrations.losses(resumed), "resumed rows": integrations.rows(attachment)}
+    model, _ = integrations.attached()
+    try:
+        integrations.trainer(model, out / "no", **options).train(resume_from_checkpoint=half)
+    except AttachmentError as error:
+        found["forgotten"] = str(error)
+    return found
+
+
 def bits() -> bool:
     """Whether rows of any layout come bit for bit, -0.0 and the payloads of NaNs included."""
     size = dist.get_world_size()
@@ -127,6 +208,9 @@ def main(out: Path) -> None:
     for how in WRAPS:
         results[f"restored {how}"] = restored(how, fresh)
     results["meta load"], results["meta empty"] = from_meta(True), from_meta(False)
+    for how in CHECKPOINTED:
+        results[f"checkpoint {how}"] = checkpoint(how, out / f"checkpoint {how}")
+    results["trainer"] = by_the_trainer(out / "trainer")
     torch.save(results, out / f"loading-{dist.get_rank()}.pt")
     dist.destroy_process_group()
 

@@ -18,6 +18,18 @@ from embedsurgery.errors import EmbedSurgeryError
 from tests.conftest import tiny
 from tests.distributed.cases import ROWS, attached, batch, blocks, loss_of, wrap
 
+
+class Functional(nn.Module):
+    """A lookup whose module never runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.memory = nn.Embedding(6, 4)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return nn.functional.embedding(ids, self.memory.weight)
+
+
 CASES: dict[str, Callable[[Path], Any]] = {}
 
 
@@ -85,10 +97,57 @@ def attached_to_ddp(out: Path) -> None:
 
 
 @case
+def a_prompt_attached_to_ddp(out: Path) -> None:
+    model = nn.parallel.DistributedDataParallel(tiny("llama-tied"))
+    es.attach(model, es.SoftPromptConfig(num_virtual_tokens=2))
+    step(model)
+
+
+@case
+def a_prompt_attached_after_sharding(out: Path) -> None:
+    model = wrap(tiny("llama-tied"), "fsdp-layers")
+    es.attach(model, es.SoftPromptConfig(num_virtual_tokens=2))
+    step(model)
+
+
+@case
+def a_table_that_only_functions_read_attached_to_ddp(out: Path) -> None:
+    model = nn.parallel.DistributedDataParallel(Functional())
+    es.attach(model, es.TrainableTokensConfig([1], target_modules=["memory"]), materialize=True)
+    model(torch.tensor([[1, 2]])).sum().backward()
+
+
+@case
 def attached_inside_ddp(out: Path) -> None:
     model = nn.parallel.DistributedDataParallel(tiny("llama-tied"))
     es.attach(model.module, config(), freeze=False)
     step(model)
+
+
+@case
+def attached_to_ddp_and_compiled(out: Path) -> None:
+    model = nn.parallel.DistributedDataParallel(tiny("llama-tied"))
+    es.attach(model, config())
+    step(torch.compile(model, backend="eager"))
+
+
+@case
+def attached_after_sharding_and_compiled(out: Path) -> None:
+    model = wrap(tiny("llama-tied"), "fsdp-layers")
+    es.attach(model, config())
+    model.compile(backend="eager")
+    step(model)
+
+
+@case
+def attached_again_by_the_name_of_one_that_was_known(out: Path) -> None:
+    model = attached("llama-tied")
+    attachment = es.attach(model, es.TrainableTokensConfig([9]), name="second")
+    wrapped = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+    step(wrapped)
+    attachment.remove("second")
+    es.attach(model, es.TrainableTokensConfig([9]), name="second")
+    step(wrapped)
 
 
 @case

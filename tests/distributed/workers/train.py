@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 
 from tests.distributed.cases import BATCH, KINDS, MANY, WRAPS, attached, train, wrap
+from tests.distributed.mixing import MIXES, mixed
+from tests.distributed.setups import SETUPS, trained
 
 
 def main(out: Path) -> None:
@@ -30,6 +32,10 @@ def main(out: Path) -> None:
     results = {}
     for name, (kind, how, rows, dtype, options) in cases.items():
         results[name] = train(wrap(attached(kind, rows, dtype), how, **options), share, mean)
+    for name, setup in SETUPS.items():
+        results[name] = trained(setup, rank, mean)
+    for name, mix in MIXES.items():
+        results[name] = mixed(mix, share, mean)
     torch.save(results, out / f"train-{rank}.pt")
     dist.destroy_process_group()
 
