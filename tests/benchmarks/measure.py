@@ -7,6 +7,7 @@ import os
 import statistics
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from tests.benchmarks.cases import Case
 ROOT = Path(__file__).resolve().parents[2]
 WARM_UP = 2
 PEAKS = 2
+ROUNDS = 3
+"""How often the processes are started anew: the pages that one is given make it some per cent slower or faster."""
 FLOOR = 1 << 20
 """Peaks below this many bytes are taken as this many in ratios of peaks."""
 
@@ -118,7 +121,7 @@ def run(case: Case, variants: list[str], pool: Pool, available: int, **settings:
     beside, left_out = groups(case, variants, available)
     found: dict[str, Any] = {}
     for group in beside:
-        raw = _alternate(case, pool.take(group), settings)
+        raw = _rounds(case, pool, group, settings)
         for variant in group:
             if variant not in found:
                 found[variant] = summary(raw[variant], raw["base"])
@@ -130,8 +133,23 @@ def run(case: Case, variants: list[str], pool: Pool, available: int, **settings:
     return {"case": case.as_dict(), "variants": found, "left_out": left_out, "groups": beside}
 
 
-def _alternate(case: Case, children: dict[str, Child], settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """One round after the other, each variant one step in each, the order turning."""
+def _rounds(case: Case, pool: Pool, group: list[str], settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The case's steps, spread over processes that are started anew; counts and peaks are the first ones'."""
+    count = min(ROUNDS, case.repeats) if pool.fresh and case.repeats else 1
+    parts = [case.repeats // count + (number < case.repeats % count) for number in range(count)]
+    raw = _alternate(replace(case, repeats=parts[0]), pool.take(group), settings)
+    for part in parts[1:]:
+        again = _alternate(replace(case, repeats=part), pool.take(group), settings, timed_alone=True)
+        for variant in group:
+            for field in ("seconds", "processor_seconds"):
+                raw[variant][field] += again[variant][field]
+    return raw
+
+
+def _alternate(
+    case: Case, children: dict[str, Child], settings: dict[str, Any], *, timed_alone: bool = False
+) -> dict[str, dict[str, Any]]:
+    """One turn after the other, each variant one step in each, the order turning."""
     group = list(children)
     raw: dict[str, dict[str, Any]] = {}
     for variant, child in children.items():
@@ -147,7 +165,7 @@ def _alternate(case: Case, children: dict[str, Child], settings: dict[str, Any])
             if turn >= WARM_UP:
                 raw[variant]["seconds"].append(answer["seconds"])
                 raw[variant]["processor_seconds"].append(answer["processor_seconds"])
-    for variant, child in children.items():
+    for variant, child in () if timed_alone else children.items():
         child.send(do="count")
         raw[variant].update(child.receive())
         for _ in range(PEAKS):

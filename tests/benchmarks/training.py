@@ -3,7 +3,8 @@
 ``python -m tests.benchmarks.training [--quick] [--cases PATTERN...] [--json FILE] [--plots DIR]``
 
 Each variant of a case lives in its own process; the parent asks them in turn for one step at a time, so that the
-machine's noise hits all alike, and reports the median and the quartiles of the paired ratios to the frozen base.
+machine's noise hits all alike, and reports the median and the quartiles of the paired ratios to the frozen base. The
+processes are started anew twice in between: by the pages that it is given, one is slower than its like for life.
 
 - base: every parameter frozen. The embedding's output requires a gradient, as gradient checkpointing has it, so that
   the backward runs through the whole model; this holds for all variants.
