@@ -98,13 +98,21 @@ class Pool:
                 self.children[variant] = Child()
         return {variant: self.children[variant] for variant in variants}
 
+    def take_one(self, variants: list[str]) -> dict[str, Child]:
+        """One fresh worker for all of them."""
+        self.close()
+        child = self.children[""] = Child()
+        return dict.fromkeys(variants, child)
+
     def close(self) -> None:
         """End them all."""
         while self.children:
             self.children.popitem()[1].close()
 
 
-def run(case: Case, variants: list[str], pool: Pool, available: int, **settings: Any) -> dict[str, Any]:
+def run(
+    case: Case, variants: list[str], pool: Pool, available: int, *, together: bool = False, **settings: Any
+) -> dict[str, Any]:
     """Measure a case.
 
     Args:
@@ -112,6 +120,7 @@ def run(case: Case, variants: list[str], pool: Pool, available: int, **settings:
         variants: Of those, what fits.
         pool: Where the workers come from.
         available: Bytes of memory that may be used.
+        together: Time the steps in one process; counts and peaks are taken in processes of their own all the same.
         settings: ``device`` and ``threads``, for the workers.
 
     Returns:
@@ -121,7 +130,7 @@ def run(case: Case, variants: list[str], pool: Pool, available: int, **settings:
     beside, left_out = groups(case, variants, available)
     found: dict[str, Any] = {}
     for group in beside:
-        raw = _rounds(case, pool, group, settings)
+        raw = _rounds(case, pool, group, settings, together)
         for variant in group:
             if variant not in found:
                 found[variant] = summary(raw[variant], raw["base"])
@@ -133,13 +142,18 @@ def run(case: Case, variants: list[str], pool: Pool, available: int, **settings:
     return {"case": case.as_dict(), "variants": found, "left_out": left_out, "groups": beside}
 
 
-def _rounds(case: Case, pool: Pool, group: list[str], settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def _rounds(
+    case: Case, pool: Pool, group: list[str], settings: dict[str, Any], together: bool
+) -> dict[str, dict[str, Any]]:
     """The case's steps, spread over processes that are started anew; counts and peaks are the first ones'."""
     count = min(ROUNDS, case.repeats) if pool.fresh and case.repeats else 1
     parts = [case.repeats // count + (number < case.repeats % count) for number in range(count)]
+    if together and case.repeats:
+        parts = [0, case.repeats]
     raw = _alternate(replace(case, repeats=parts[0]), pool.take(group), settings)
     for part in parts[1:]:
-        again = _alternate(replace(case, repeats=part), pool.take(group), settings, timed_alone=True)
+        children = pool.take_one(group) if together else pool.take(group)
+        again = _alternate(replace(case, repeats=part), children, settings, timed_alone=True)
         for variant in group:
             for field in ("seconds", "processor_seconds"):
                 raw[variant][field] += again[variant][field]
@@ -153,23 +167,24 @@ def _alternate(
     group = list(children)
     raw: dict[str, dict[str, Any]] = {}
     for variant, child in children.items():
-        child.send(do="build", case=case.as_dict(), variant=variant, **settings)
+        beside = child is children[group[0]] and variant != group[0]
+        child.send(do="build", case=case.as_dict(), variant=variant, beside=beside, **settings)
     for variant, child in children.items():
         raw[variant] = {**child.receive(), "seconds": [], "processor_seconds": [], "peaks": [], "values": []}
     for turn in range(WARM_UP + case.repeats if case.repeats else 1):  # one finds out what the first step does beside
         first = turn % len(group)
         for variant in group[first:] + group[:first]:
-            children[variant].send(do="step")
+            children[variant].send(do="step", variant=variant)
             answer = children[variant].receive()
             raw[variant]["values"].append(answer["value"])
             if turn >= WARM_UP:
                 raw[variant]["seconds"].append(answer["seconds"])
                 raw[variant]["processor_seconds"].append(answer["processor_seconds"])
     for variant, child in () if timed_alone else children.items():
-        child.send(do="count")
+        child.send(do="count", variant=variant)
         raw[variant].update(child.receive())
         for _ in range(PEAKS):
-            child.send(do="peak")
+            child.send(do="peak", variant=variant)
             raw[variant]["peaks"].append(child.receive()["peak_bytes"])
     return raw
 

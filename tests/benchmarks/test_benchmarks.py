@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from tests.benchmarks.cases import Case, choose, main_cases, sweep_cases
+from tests.benchmarks.cases import Case, choose, main_cases, quick_cases, sweep_cases
 from tests.benchmarks.counting import count
 from tests.benchmarks.counts import counts
-from tests.benchmarks.measure import groups, spread
+from tests.benchmarks.measure import Pool, groups, run, spread
 from tests.benchmarks.training import table
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,7 +30,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     file = tmp_path_factory.mktemp("benchmark") / "report.json"
     done = subprocess.run([sys.executable, "-m", "tests.benchmarks.training", "--quick", "--repeats", "2", "--device",
                            "cpu", "--threads", "1", "--json", str(file)],
-                          cwd=ROOT, capture_output=True, text=True, timeout=120)  # fmt: skip
+                          cwd=ROOT, capture_output=True, text=True, timeout=300)  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("| case | frozen base | floor | embedsurgery | PEFT | full embedding |")
     found: dict[str, Any] = json.loads(file.read_text())
@@ -46,6 +46,21 @@ def test_every_kind_of_work_is_measured_for_every_variant(report: dict[str, Any]
         expected = {"base", "embedsurgery", "peft"} | ({"floor", "full"} if has_full else set())
         assert set(result["variants"]) == expected
         assert result["left_out"] == []
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("together", [False, True])
+def test_steps_are_timed_in_processes_started_anew_or_in_one(together: bool) -> None:
+    case = replace(choose(quick_cases(), ["train/quick"])[0], repeats=4)
+    pool = Pool(fresh=True)
+    try:
+        found = run(case, ["base", "embedsurgery"], pool, 1 << 40, together=together, device="cpu", threads=1)
+    finally:
+        pool.close()
+    for one in found["variants"].values():
+        assert len(one["seconds"]) == len(one["processor_seconds"]) == case.repeats
+        assert len(one["peaks"]) == 2
+    assert found["variants"]["embedsurgery"]["traffic_ratio"] > 1
 
 
 @pytest.mark.sweep

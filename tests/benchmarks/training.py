@@ -5,6 +5,7 @@
 Each variant of a case lives in its own process; the parent asks them in turn for one step at a time, so that the
 machine's noise hits all alike, and reports the median and the quartiles of the paired ratios to the frozen base. The
 processes are started anew twice in between: by the pages that it is given, one is slower than its like for life.
+``--together`` times them in one process instead, which needs the memory of all and is the steadier.
 
 - base: every parameter frozen. The embedding's output requires a gradient, as gradient checkpointing has it, so that
   the backward runs through the whole model; this holds for all variants.
@@ -78,7 +79,8 @@ def _measure(case: Case, options: argparse.Namespace, pool: Pool, device: str, r
         case = Case(**{**case.as_dict(), "repeats": options.repeats})
     free = available_memory(device)
     try:
-        result = run(case, wanted, pool, int(free * 0.9), device=device, threads=options.threads)
+        result = run(case, wanted, pool, int(free * 0.9), device=device, threads=options.threads,
+                     together=options.together)  # fmt: skip
     except RuntimeError as error:  # a worker that the system killed for want of memory is one
         pool.close()
         report["skipped"].append({"case": case.name, "why": str(error)})
@@ -221,6 +223,8 @@ def _parser() -> argparse.ArgumentParser:
                         help="shown in the table and the plots; processor time, best with --threads 1, is the steadier "
                              "one on a machine that does other work")  # fmt: skip
     parser.add_argument("--threads", type=int, default=0, help="of each process; by default torch's choice")
+    parser.add_argument("--together", action="store_true",
+                        help="time the variants in one process, which has the same pages for all")  # fmt: skip
     parser.add_argument("--device", help="cpu or cuda; by default cuda where there is one")
     parser.add_argument("--json", metavar="FILE", help="write everything that was measured")
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""A long-lived process that holds one variant of one case and does a step whenever it is told to.
+"""A long-lived process that holds variants of one case, as a rule one, and does a step whenever it is told to.
 
 Lines of JSON in on stdin, one line of JSON back on stdout for each. What libraries print goes to stderr.
 """
@@ -35,8 +35,7 @@ class Worker:
 
     def __init__(self) -> None:
         self.device = torch.device("cpu")
-        self.model: Any = None
-        self.step: Callable[[], float] = lambda: 0.0
+        self.steps: dict[str, Callable[[], float]] = {}
         self.loaded = 0
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -45,37 +44,40 @@ class Worker:
             if request["threads"]:
                 torch.set_num_threads(request["threads"])
             case = Case(**{**request["case"], "batch": tuple(request["case"]["batch"])})
+            if not request["beside"]:
+                self.steps.clear()
             return self._build(case, request["variant"], request["device"])
+        step = self.steps[request["variant"]]
         if request["do"] == "count":
-            return dict(count(self.step))
-        return self._timed() if request["do"] == "step" else self._peak()
+            return dict(count(step))
+        return self._timed(step) if request["do"] == "step" else self._peak(step)
 
     def _build(self, case: Case, variant: str, device: str) -> dict[str, Any]:
         self.device = torch.device(device)
-        self.model, self.step = None, lambda: 0.0
+        self.steps.pop(variant, None)
         # A tiny one first: the pages of the libraries' code, and their thread pools, are no part of a step's memory.
         tiny = replace(case, vocabulary=500, width=256, rows=10, batch=(1, 16), keep=0, layers=1)
         work(tiny, build(tiny, variant, self.device), self.device)()
-        self.model = build(case, variant, self.device)
-        self.step = work(case, self.model, self.device)
+        model = build(case, variant, self.device)
+        self.steps[variant] = work(case, model, self.device)
         _release()
         self.loaded = self._held()
-        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         return {"loaded_bytes": self.loaded, "trained_parameters": trained, "threads": torch.get_num_threads(),
-                "state_bytes": state_bytes(case, self.model)}  # fmt: skip
+                "state_bytes": state_bytes(case, model)}  # fmt: skip
 
-    def _timed(self) -> dict[str, Any]:
+    def _timed(self, step: Callable[[], float]) -> dict[str, Any]:
         gc.collect()
         start, processor = time.perf_counter(), time.process_time()
-        value = self.step()
+        value = step()
         self._wait()
         return {"seconds": time.perf_counter() - start, "processor_seconds": time.process_time() - processor,
                 "value": value}  # fmt: skip
 
-    def _peak(self) -> dict[str, Any]:
+    def _peak(self, step: Callable[[], float]) -> dict[str, Any]:
         _release(exact=True)
         self._reset_peak()
-        self.step()
+        step()
         self._wait()
         cuda = self.device.type == "cuda"
         peak = torch.cuda.max_memory_allocated(self.device) if cuda else _status("VmHWM")
