@@ -80,6 +80,7 @@ dataset = [{"input_ids": ids, "labels": ids} for ids in torch.randint(0, 40, (16
     assert (tmp_path / "out/checkpoint-6/embedsurgery/default/adapter_model.safetensors").exists()
 
 
+@pytest.mark.sweep
 def test_teach_a_real_encoder(tmp_path: Path) -> None:
     run(section("Teach a real encoder a new word"), tmp_path)
 

@@ -241,7 +241,9 @@ def test_torch_func() -> None:
 
 @pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*should not be instantiated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # both are dynamo's own doing
-@pytest.mark.parametrize("indices", [SPREAD, RUN], ids=["spread", "run"])
+@pytest.mark.parametrize(
+    "indices", [pytest.param(SPREAD, id="spread", marks=pytest.mark.sweep), pytest.param(RUN, id="run")]
+)
 def test_compiled_for_fewer_and_more_tokens_than_rows(indices: list[int]) -> None:
     from torch._dynamo.testing import CompileCounterWithBackend
 

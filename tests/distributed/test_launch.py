@@ -23,6 +23,7 @@ def torchrun(folder: Path, code: str, seconds: float) -> None:
          str(port()), str(folder / "worker.py"), str(folder / "pids")], seconds)  # fmt: skip
 
 
+@pytest.mark.sweep
 def test_workers_that_hang_are_ended(tmp_path: Path) -> None:
     (tmp_path / "pids").mkdir()
     with pytest.raises(AssertionError, match=r"(?s)it hangs.*asleep"):
@@ -32,6 +33,7 @@ def test_workers_that_hang_are_ended(tmp_path: Path) -> None:
     assert not [pid for pid in pids if Path("/proc", pid).exists()]
 
 
+@pytest.mark.sweep
 def test_workers_that_fail_are_quoted(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="no such thing"):
         torchrun(tmp_path, "raise SystemExit('no such thing')", seconds=60)
