@@ -47,6 +47,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.sweep
 def test_what_people_come_for(demo: Path) -> None:
     blocks = section("What people come for")
     assert [language for language, _ in blocks] == [
