@@ -16,7 +16,8 @@ from torch.utils.checkpoint import checkpoint
 import embedsurgery as es
 from embedsurgery.runtime.sliced import SlicedWeight
 from tests.test_runtime_columns import Calls
-from tests.test_runtime_picking import Model, expected, step
+from tests.test_runtime_picking import expected, step
+from tests.test_runtime_picking import pair as attached_and_edited
 
 V, D = 60, 8
 RUNS = {"first": range(12), "middle": range(20, 32), "last": range(48, 60), "all": range(60)}
@@ -25,22 +26,8 @@ IDS = torch.tensor([[4, 25, 31], [47, 59, 59]])
 
 
 def pair(run: str = "last", dtype: torch.dtype = torch.float64, **kind: bool) -> tuple[Any, Any, list[Any]]:
-    """An attached model with random rows, whose body trains too, the one that is edited by hand, and the rows."""
-    torch.manual_seed(0)
-    model = Model(**kind).to(dtype)
-    dense = copy.deepcopy(model)
-    dense.embed.padding_idx = None
-    model.requires_grad_(False)
-    model.body.requires_grad_(True)
-    indices = list(RUNS[run])
-    targets = ["embed"] if kind.get("tie", True) else ["embed", "head"]
-    attachment = es.attach(model, es.TrainableTokensConfig(indices, target_modules=targets), freeze=False)
-    rows = list(attachment.parameters())
-    with torch.no_grad():
-        for part, module in zip(rows, (dense.embed, dense.head), strict=False):
-            part.normal_()
-            module.weight[indices] = part.to(dtype)
-    return model, dense, rows
+    """As there, with the rows of a run."""
+    return attached_and_edited(list(RUNS[run]), dtype, **kind)
 
 
 def loss(one: Any) -> torch.Tensor:

@@ -39,6 +39,7 @@ def restore_rows(attachment: Attachment, folder: Path) -> None:
         AttachmentError: There are other adapters than those attached, they are for other rows, or adapters or rows are
             in another order, by which an optimizer's state goes.
         AdapterError: A file is missing or broken.
+        CheckpointError: What says their order is broken.
     """
     found = sorted(unquote(path.parent.name) for path in folder.glob(f"*/{WEIGHTS_NAME}"))
     if found != sorted(attachment.names):
@@ -47,7 +48,8 @@ def restore_rows(attachment: Attachment, folder: Path) -> None:
                               hint="attach the same adapters by the same names; one that was saved without the "
                               "integration holds no rows at all")  # fmt: skip
     if (folder / _ORDER).exists():
-        check_names(attachment, read_json(folder / _ORDER).get("adapters", []), folder)
+        names = read_json(folder / _ORDER).get("adapters")
+        check_names(attachment, names if isinstance(names, list) else [], folder)
     for name in attachment.names:
         attachment.restore(load(folder / quote(name, safe="")), name, in_order=True)
 
@@ -60,5 +62,5 @@ def check_names(attachment: Attachment, names: Sequence[str], where: str | os.Pa
     """
     if list(names) != list(attachment.names):
         raise AttachmentError("the checkpoint's adapters were attached in another order", where=where,
-                              expected=", ".join(attachment.names), found=", ".join(map(str, names)),
+                              expected=", ".join(attachment.names), found=", ".join(map(str, names)) or "none",
                               hint="an optimizer's state goes by position: attach them in that order")  # fmt: skip

@@ -24,13 +24,13 @@ from embedsurgery.runtime.history import is_resume
 from embedsurgery.runtime.installation import Installation
 from embedsurgery.runtime.loading import check_loaded, check_order, look_no_more, replacements, say_that_rows_stay
 from embedsurgery.runtime.members import Member, Members, is_prompt, say_what_overflows
+from embedsurgery.runtime.mixing import each_its_own
 from embedsurgery.runtime.nesting import forget, refuse_more, refuse_part, remember
 from embedsurgery.runtime.prompt_heads import with_heads
 from embedsurgery.runtime.prompts import PromptEmbedding, Prompts, modules_for
 from embedsurgery.runtime.rows import Hidden
 from embedsurgery.runtime.saving import say_that_no_rows_are_saved
 from embedsurgery.runtime.sharded import Guard, named_on_any_rank, save_once, set_rows
-from embedsurgery.runtime.standing import Standing, standing
 from embedsurgery.stores.base import apply
 from embedsurgery.stores.tensors import module_store
 from embedsurgery.surgeries.answers import overrides_of
@@ -63,7 +63,6 @@ class Attachment(Hidden):
         self._members = Members()
         self._disabled = 0
         self._undo: list[Undo] = []
-        self._standing: list[list[Standing]] = []
         self._frozen: list[nn.Parameter] = []
         self.extended: list[tuple[Undo, Any]] = []
         guard = Guard(model, self._members.named, self._members.begun)
@@ -98,13 +97,19 @@ class Attachment(Hidden):
         Raises:
             AttachmentError: A name that is not attached, rows of a table in two of the adapters, two soft prompts, or
                 a merged model.
+            UnsupportedError: Inside `materialized`, an adapter that this cannot show.
         """
         self._not_merged("activate adapters")
         if len(set(names)) != len(names):
             raise AttachmentError("an adapter is named twice", found=", ".join(names))
         self._members.check_disjoint(names)
-        self._members.active = list(names)
-        self._refresh()
+        before, self._members.active = self._members.active, list(names)
+        try:
+            self._refresh()
+        except UnsupportedError:  # what materialized() cannot show
+            self._members.active = before
+            self._refresh()
+            raise
 
     def adapter(self, name: str | None = None) -> Adapter:
         """A snapshot of an adapter's rows as they are now; further training does not change it.
@@ -217,16 +222,8 @@ class Attachment(Hidden):
             UnsupportedError: A table in pieces, one that is changed as a whole, or a batch that mixes adapters.
         """
         self._not_merged("materialise rows")
-        shown = standing(self.model, self.graph, self._installation.live)
-        self._standing.append(shown)
-        try:
-            for part in shown:
-                part.lay()
+        with self._installation.shown():
             yield
-        finally:
-            self._standing.remove(shown)
-            for part in shown:
-                part.take_away()
 
     @contextmanager
     def rows(self, names: Sequence[str | None]) -> Iterator[None]:
@@ -258,22 +255,14 @@ class Attachment(Hidden):
                                    found="a table that is overridden by a full copy of it",
                                    hint="run the samples of each adapter by themselves")  # fmt: skip
         batch = self._installation.batch
-        held = [(rows, rows.samples, getattr(rows, "names", None)) for _, _, rows in pairs]
         outside = (self._members.active, batch.mixed)
         self._members.active, batch.mixed = used, True
-        self._refresh()
         try:
-            for name, _, rows in pairs:
-                rows.samples = torch.tensor([other == name for other in names], device=rows.indices.device)
-                if isinstance(rows, PromptEmbedding):
-                    rows.names = tuple(names)
-            yield
+            self._refresh()
+            with each_its_own([(name, rows) for name, _, rows in pairs], names):
+                yield
         finally:
             self._members.active, batch.mixed = outside
-            for rows, samples, of in held:
-                rows.samples = samples
-                if isinstance(rows, PromptEmbedding):
-                    rows.names = of or ()
             self._refresh()
 
     # -- merging -------------------------------------------------------------------------------------------------
@@ -316,8 +305,6 @@ class Attachment(Hidden):
 
         A merged model keeps the rows in its weights, and the tokens.
         """
-        for part in (part for shown in self._standing for part in shown):
-            part.take_away()
         self._installation.remove()
         self._prompts.remove()
         for parameter in self._frozen:
@@ -413,9 +400,6 @@ class Attachment(Hidden):
         self._prompts.refresh((name, rows) for name, _, rows in live if isinstance(rows, PromptEmbedding))
         rows = ((override.table, rows) for _, override, rows in live if not isinstance(rows, PromptEmbedding))
         self._installation.refresh(rows)
-        for part in (part for shown in self._standing for part in shown):
-            part.take_away()
-            part.lay()
 
 
 def _key(name: str) -> str:

@@ -46,16 +46,22 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             _living.discard(members)
 
 
-_RESUMES = frozenset({"_load_from_checkpoint", "load_accelerator_state", "restore_model"})
-"""Functions that load a state dict to go on with training: of transformers' Trainer, of Accelerate, of Lightning."""
+_RESUMES = frozenset({
+    ("transformers", "_load_from_checkpoint"), ("accelerate", "load_accelerator_state"),
+    ("lightning", "restore_model"), ("pytorch_lightning", "restore_model"),
+})  # fmt: skip
+"""The libraries' functions that load a state dict to go on with training."""
 
 
 def is_resume() -> bool:
     """Whether a library that resumes training is what loads a state dict just now."""
     frame: FrameType | None = sys._getframe()
-    while frame is not None and frame.f_code.co_name not in _RESUMES:
+    while frame is not None:
+        package = str(frame.f_globals.get("__name__")).partition(".")[0]
+        if (package, frame.f_code.co_name) in _RESUMES:
+            return True
         frame = frame.f_back
-    return frame is not None
+    return False
 
 
 def holds(optimizer: Optimizer, parameter: nn.Parameter, closure: bool) -> bool:

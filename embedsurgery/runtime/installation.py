@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -26,6 +27,7 @@ from embedsurgery.runtime.overlays import Materialised, StandIns, Uncovered
 from embedsurgery.runtime.rows import Rows
 from embedsurgery.runtime.sites import Lookup, Projection, can_override, holders
 from embedsurgery.runtime.sliced import uncover
+from embedsurgery.runtime.standing import Standing, standing
 from embedsurgery.runtime.unchanged import Unchanged
 from embedsurgery.runtime.whole_tables import Companion
 from embedsurgery.stores.tensors import TensorStore, module_store
@@ -57,6 +59,7 @@ class Installation:
         self._guard = guard
         self._unchanged = Unchanged()
         self._overlays: list[Materialised] = []
+        self._standing: list[list[Standing]] = []
         self._hooks: Installed = []
 
     def modes(self, overrides: Iterable[RowOverride], materialize: bool) -> dict[str, list[bool]]:
@@ -152,6 +155,23 @@ class Installation:
         self.settle()
         for overlay in self._overlays:
             overlay.refresh()
+        for shown in (one for parts in self._standing for one in parts):
+            shown.take_away()
+            shown.lay()
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """Inside, code outside of every forward reads the tables' weights with the live rows."""
+        parts = standing(self._model[0], self._graph, self.live)
+        self._standing.append(parts)
+        try:
+            for part in parts:
+                part.lay()
+            yield
+        finally:
+            self._standing.remove(parts)
+            for part in parts:
+                part.take_away()
 
     def settle(self) -> None:
         """Take away what forwards left over weights that were broken off."""

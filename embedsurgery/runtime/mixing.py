@@ -7,6 +7,8 @@ was given is remembered while it runs, and a tensor whose first axis is not its 
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import accumulate
 from operator import mul
 from typing import Any
@@ -16,6 +18,7 @@ from torch import nn
 
 from embedsurgery.errors import UnsupportedError
 from embedsurgery.runtime.hooks import tensors_in
+from embedsurgery.runtime.rows import Rows
 
 
 class Batch:
@@ -78,3 +81,22 @@ class Batch:
 
     def __getstate__(self) -> dict[str, Any]:
         return {"mixed": False, "sizes": frozenset(), "squares": []}
+
+
+@contextmanager
+def each_its_own(rows: Sequence[tuple[str, Rows]], names: Sequence[str | None]) -> Iterator[None]:
+    """Inside, rows are for those samples of a batch that name their adapter.
+
+    Args:
+        rows: Adapter's name and rows.
+        names: The adapter of each sample.
+    """
+    outside = [(part, part.samples, part.names) for _, part in rows]
+    try:
+        for own, part in rows:
+            part.samples = torch.tensor([name == own for name in names], device=part.indices.device)
+            part.names = tuple(names)
+        yield
+    finally:
+        for part, samples, before in outside:
+            part.samples, part.names = samples, before

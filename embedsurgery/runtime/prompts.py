@@ -44,10 +44,7 @@ class PromptEmbedding(Rows):
         count: n.
         stacks: Names of the stacks that they stand in front of, in the order of their rows.
         keep: Whether outputs keep the prompt's positions.
-        names: While a batch mixes adapters, the adapter of each sample.
     """
-
-    names: tuple[str | None, ...] = ()
 
     def __init__(self, values: RawArray, override: PromptOverride, device: torch.device) -> None:
         super().__init__(values, (), device)

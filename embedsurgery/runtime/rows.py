@@ -50,6 +50,7 @@ class Rows(Hidden):
         first: The first row number where ``indices`` are consecutive numbers, ascending; else None.
         shared: See ``picking.py``.
         samples: While a batch mixes adapters, which of its samples these rows are for, bool (B,).
+        names: While a batch mixes adapters, the adapter of each sample.
         kept: Values and buffers as they were before the module went to the meta device, while it is there.
     """
 
@@ -62,6 +63,7 @@ class Rows(Hidden):
     first: int | None
     shared: tuple[torch.Tensor, torch.Tensor] | None = None
     samples: torch.Tensor | None = None
+    names: tuple[str | None, ...] = ()
     kept: tuple[torch.Tensor, ...] | None = None
 
     def __init__(self, values: RawArray, indices: tuple[int, ...], device: torch.device) -> None:

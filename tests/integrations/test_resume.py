@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import embedsurgery as es
-from embedsurgery.errors import AttachmentError, BaseMismatchError, EmbedSurgeryWarning
+from embedsurgery.errors import AttachmentError, BaseMismatchError, EmbedSurgeryError, EmbedSurgeryWarning
 from embedsurgery.integrations import EmbedSurgeryCallback
 from embedsurgery.integrations.beside import restore_rows, save_rows
 from tests.conftest import state_bits, tiny, trained
@@ -246,6 +246,27 @@ def test_what_would_give_the_moments_of_a_row_to_another_is_refused(what: str, t
     with pytest.raises(AttachmentError, match=match):
         restore_rows(other, tmp_path / "rows")
     assert all(torch.equal(a, b) for a, b in zip(kept, other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"adapters": 5}', '{"adapters": {}}', "{}"])
+def test_a_broken_order_is_refused(text: str, tmp_path: Path) -> None:
+    _, attachment = attached()
+    save_rows(attachment, tmp_path)
+    (tmp_path / "order.json").write_text(text)
+    with pytest.raises(EmbedSurgeryError, match="order"):
+        restore_rows(attachment, tmp_path)
+
+
+def test_a_function_of_ones_own_that_is_called_as_a_librarys_is_no_resume() -> None:
+    model, attachment = attached()
+
+    def restore_model() -> None:
+        model.load_state_dict(tiny("llama-tied").state_dict())
+
+    start = rows(attachment)
+    restore_model()
+    steps(model, torch.optim.SGD(attachment.parameters(), lr=0.1), 1)
+    assert not torch.equal(rows(attachment), start)
 
 
 def test_a_trainer_resumed_with_its_rows_in_another_order_is_refused(tmp_path: Path) -> None:

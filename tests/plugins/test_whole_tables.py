@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import embedsurgery as es
 from embedsurgery.adapter import Adapter, Fingerprint, Manifest, PeftFiles, TableRecord
-from embedsurgery.errors import AttachmentError, EmbedSurgeryWarning
+from embedsurgery.errors import AttachmentError, EmbedSurgeryWarning, UnsupportedError
 from embedsurgery.graph import Table
 from embedsurgery.plan import Plan
 from embedsurgery.raw import RawArray
@@ -261,6 +261,19 @@ def test_compiled() -> None:
     torch.testing.assert_close(found.detach(), wanted)
     found.sum().backward()
     assert all(p.grad is not None for p in attachment.parameters())
+
+
+def test_what_cannot_be_shown_outside_of_the_forwards_is_not_activated_there() -> None:
+    model, attachment, wanted = attached()
+    attachment.activate()
+    base = model(every_token())
+    with attachment.materialized():
+        with pytest.raises(UnsupportedError, match="changed as a whole"):
+            attachment.activate("default")
+        assert attachment.active == ()
+        assert torch.equal(model(every_token()), base)
+    attachment.activate("default")
+    torch.testing.assert_close(model(every_token()).detach(), wanted)
 
 
 def test_a_merged_model_is_copied_and_pickled() -> None:
