@@ -30,6 +30,9 @@ path with this word. A vision tower's config may name a vocabulary too (Llava's 
 OTHER_TOKENS = re.compile(r"(?:^|[._])(entity|qformer|protein|talker|word_timestamp)(?=[._]|$)")
 """Parts of paths and keys that have tokens of their own, which only by chance are as many as the text's."""
 
+SHORTER_HEADS = ("unpadded_vocab_size", "output_vocab_size")
+"""Keys of a config that say of how many tokens, its first ones, a head gives logits, whatever rows it has on disk."""
+
 LONGER_INPUTS = ("mllama", "mllama_text_model")
 """Model types whose input has rows beyond the vocabulary that new tokens do not move: theirs have ids of their own."""
 
@@ -144,9 +147,10 @@ def obstacle(config: Mapping[str, Any], names: Collection[str], sizes: Collectio
     """What a config says that keeps a vocabulary from growing at its end; None where nothing does.
 
     Rows for something else lie behind the tokens' (Idefics, Molmo2, Moshi, CPM-Ant), so that an id there would mean two
-    things; all ids from one on are taken for images or sounds (Gemma 3n); a second model with the same vocabulary
-    judges the text, and would judge it differently with more tokens (BLT's patcher); or the config counts other rows
-    than there are, so that it cannot be said what it should count.
+    things; all ids from one on are taken for images or sounds (Gemma 3n); the head gives the first tokens alone
+    (Inkling 2, pruned heads of Apertus 1.5), so that the model would never say a new one; a second model with the same
+    vocabulary judges the text, and would judge it differently with more tokens (BLT's patcher); or the config counts
+    other rows than there are, so that it cannot be said what it should count.
 
     Args:
         config: The whole config.
@@ -160,6 +164,9 @@ def obstacle(config: Mapping[str, Any], names: Collection[str], sizes: Collectio
             return f"{where}additional_vocab_size = {extra}"
         if type(offset) is int and offset > 0:
             return f"{where}vocab_offset = {offset}"
+        for key in SHORTER_HEADS:
+            if type(section.get(key)) is int:
+                return f"{where}{key} = {section[key]}"
     if isinstance(config.get("patcher_config"), Mapping):
         return "a patcher, whose patches depend on how many tokens there are"
     if len(set(sizes)) > 1 and config.get("model_type") not in LONGER_INPUTS:

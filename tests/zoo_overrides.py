@@ -116,6 +116,7 @@ KINDS: dict[str, str] = {
 VARIANTS: dict[str, dict[str, Any]] = {"IBertForMaskedLM[quant]": {"quant_mode": True}}
 UNBUILDABLE: dict[str, str] = {
     "InklingForConditionalGeneration": "its vision tower plans its scales with scipy, which is not installed",
+    "Llama4ForConditionalGeneration": "its forward asks its text model's output for images, and fails (transformers 5.24)",
     "PI0ForConditionalGeneration": "a robot policy: its forward gives velocities of actions, no logits",
     "Qwen2_5OmniForConditionalGeneration": "has no forward: it generates only; its thinker is covered",
     "Qwen3OmniMoeForConditionalGeneration": "has no forward: it generates only; its thinker is covered",
@@ -167,6 +168,13 @@ _ASSISTANT_UNIFIED = {
 _MAMBA2 = {"mamba_d_head": 16, "mamba_n_heads": HEADS, "mamba_n_groups": 1, "mamba_expand": 2}
 
 CONFIGS: dict[str, dict[str, Any]] = {
+    "Apertus1p5Config": {
+        "image_token_id": 61,
+        "audio_token_id": 62,
+        "image_token_offset": 63,
+        "audio_token_offset": 71,
+    },
+    "Apertus1p5VisionTokenizerConfig": {"base_channels": 32, "channel_multiplier": (1, 1), "codebook_size": 8},
     "BailingHybridConfig": _LINEAR_FULL,
     "BambaConfig": {**_MAMBA2, "attn_layer_indices": [1]},
     "Blip2Config": {"image_token_index": 61},
@@ -207,6 +215,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]},
         "moe_intermediate_size": [24, 24],
     },
+    "DoryConfig": {"num_hidden_layers": 3, "n_input_layers": 1, "n_output_layers": 1},
     "EsmcConfig": _ALL_HEADS,
     "EsmConfig": {"vocab_size": VOCABULARY, "pad_token_id": 1, "mask_token_id": 61},
     "EvollaConfig": {
@@ -258,8 +267,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "GraniteMoeHybridConfig": {**_MAMBA2, **_LINEAR_FULL},
     "HunYuanDenseV1Config": {"head_dim": HEAD},
     "HunYuanMoEV1Config": {"head_dim": HEAD},
+    "HYV4VLTextConfig": {"rope_parameters": {**_MROPE["rope_parameters"], "mrope_section": [1, 1, 0]}},
     "HunYuanVLTextConfig": {"head_dim": HEAD, **_MROPE},
     "HunYuanVLVisionConfig": {"max_image_size": 64, "max_vit_seq_len": 64, "img_max_token_num": 64},
+    "Inkling2TextConfig": {"unpadded_vocab_size": VOCABULARY},
+    "Inkling2LoopTextConfig": {"unpadded_vocab_size": VOCABULARY},
     "InstructBlipConfig": {"image_token_index": 61},
     "InstructBlipQFormerConfig": {"vocab_size": 61},
     "InstructBlipVideoConfig": {"video_token_index": 61},
@@ -391,6 +403,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_conv_pos_embeddings": 16,
         "num_conv_pos_embedding_groups": 4,
     },
+    "WavTokenizerEncoderConfig": {"codebook_dim": HIDDEN, "codebook_size": 8},
     "WhisperConfig": {"begin_suppress_tokens": [1, 2]},
     "xLSTMConfig": {"hidden_size": 128, "embedding_dim": 128},
     "XmodConfig": {"default_language": "en_XX"},

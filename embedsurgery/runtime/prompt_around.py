@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from embedsurgery.runtime.prompt_caches import is_filled
+from embedsurgery.runtime.prompt_caches import cache_of, is_filled
 from embedsurgery.runtime.prompt_inputs import IGNORED, first_of, has_input, is_by_token, size_of, with_front
 from embedsurgery.runtime.prompt_masks import extended_mask
 from embedsurgery.runtime.prompt_outputs import cut_encoder, trimmed
@@ -86,7 +86,7 @@ class Heads:
         if live is None:
             return None
         given = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
-        cache = given.get("past_key_values")
+        cache = cache_of(given)
         if (cache is not None and is_filled(cache)) or not has_input(given):
             return None
         batch, length = size_of(given)

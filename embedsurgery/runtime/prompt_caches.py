@@ -7,6 +7,7 @@ becomes an object of a subclass of its own class, and remembers where the prompt
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,9 @@ from embedsurgery.errors import AttachmentError, UnsupportedError
 from embedsurgery.runtime.prompt_layout import Layout
 
 ROOM = "_embedsurgery_room"
+
+_NAMES = ("cache", "past_key_values")
+"""What forwards call their cache: transformers since 5.24, and before."""
 
 
 @dataclass
@@ -90,6 +94,11 @@ def _again(plain: type) -> Any:
     return object.__new__(_class_of(plain))
 
 
+def cache_of(given: Mapping[str, Any]) -> Any:
+    """The cache among what a forward is given, by name; None where there is none."""
+    return next((given[name] for name in _NAMES if given.get(name) is not None), None)
+
+
 def seat_of(cache: Any) -> Seat | None:
     """What a cache knows of a prompt in it; None for an empty one, or one that was filled without."""
     return cache.prompt_seat if isinstance(cache, Prompted) else None
@@ -111,12 +120,12 @@ def is_filled(cache: Any) -> bool:
     if seat_of(cache) is not None:
         return True
     if not hasattr(cache, "get_seq_length"):
-        raise UnsupportedError("a soft prompt needs a cache that says its length", where="past_key_values",
+        raise UnsupportedError("a soft prompt needs a cache that says its length", where="the cache",
                                expected="a Cache of transformers", found=type(cache).__name__)  # fmt: skip
     try:
         return bool((cache.get_seq_length() or 0) > 0)  # some say None as long as they are empty
     except ValueError as error:  # what keeps states alone has no length
-        raise UnsupportedError("a soft prompt cannot go on from this model's kind of memory", where="past_key_values",
+        raise UnsupportedError("a soft prompt cannot go on from this model's kind of memory", where="the cache",
                                found=type(cache).__name__, hint="generate with use_cache=False") from error  # fmt: skip
 
 
@@ -160,6 +169,6 @@ def make_room(cache: Any, count: int, length: int, window: int | None) -> None:
             layer.max_cache_len = min(grown, max(window, size)) if layer.is_sliding and window else grown
             setattr(layer, ROOM, count)
         elif size < count + length and not layer.is_sliding:
-            raise UnsupportedError("a static cache without room for the soft prompt", where="past_key_values",
+            raise UnsupportedError("a static cache without room for the soft prompt", where="the cache",
                                    expected=f"max_cache_len of {count + length} or more", found=size,
                                    hint="make it longer, or give it before its memory is allocated")  # fmt: skip

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from embedsurgery.errors import ConfigError, UnsupportedError
-from embedsurgery.runtime.prompt_caches import Seat, check_seat, is_filled, make_room, seat_of, take_seat
+from embedsurgery.runtime.prompt_caches import Seat, cache_of, check_seat, is_filled, make_room, seat_of, take_seat
 from embedsurgery.runtime.prompt_inputs import IGNORED, first_of, is_by_token, refuse_packed, size_of, without_front
 from embedsurgery.runtime.prompt_layout import (
     Layout,
@@ -134,7 +134,7 @@ class Reading:
         if self.prompts.inside:  # a module around this one has seen to it
             return None
         given = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
-        cache = given.get("past_key_values")
+        cache = cache_of(given)
         live = self.prompts.of(self.stack)
         if live is None:
             if seat_of(cache) is not None:
@@ -149,7 +149,7 @@ class Reading:
                                    hint="pad the texts, or bake the prompt in")  # fmt: skip
         if any(given.get(name) is not None for name in _STATES):
             raise UnsupportedError("a soft prompt cannot go on from this model's kind of memory",
-                                   where=type(module).__name__, expected="past_key_values",
+                                   where=type(module).__name__, expected="a cache of keys and values",
                                    hint="generate with use_cache=False")  # fmt: skip
         if self.prompts.kept:
             given = without_front(given, self.prompts.kept)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 V, D, PAD = 60, 16, 0
 CAUSAL = ("llama", "gpt2", "opt", "gemma3", "qwen2")
@@ -14,6 +16,13 @@ EACH_CAUSAL = ("llama", "gpt2", "gemma3", *(pytest.param(kind, marks=pytest.mark
 """All of them, for parametrizing: those that are built like another wait for the sweep."""
 ENCODERS = ("bert-cls", "bert-mlm", "roberta-tok", "bert-qa", "bert")
 TWO = ("t5", "bart")
+CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
+"""What forwards and outputs of this transformers call their cache."""
+
+
+def cache_in(output: Any) -> Any:
+    """The cache that came out of a model."""
+    return getattr(output, CACHE)
 
 
 def _config(name: str, **more: Any) -> Any:

@@ -59,13 +59,15 @@ def both(kind: str, ours: Any, peft_model: Any) -> None:
             ours(ids, attention_mask=mask, labels=labels).loss, peft_model(ids, attention_mask=mask, labels=labels).loss
         )
     if kind in (*CAUSAL, "t5", "bart"):
+        right = {"use_cache": False}  # under transformers 5.24 PEFT 0.21.2 puts its prompt in again before each token
         for options in ({}, {"num_beams": 2}):
             given = {"input_ids": samples[0][None], "attention_mask": mask[:1], "max_new_tokens": 6, **options}
-            assert torch.equal(ours.generate(**given, do_sample=False), peft_model.generate(**given, do_sample=False))
+            found = ours.generate(**given, do_sample=False)
+            assert torch.equal(found, peft_model.generate(**given, **right, do_sample=False))
         torch.manual_seed(1)
         drawn = ours.generate(**given, do_sample=True, top_k=5)
         torch.manual_seed(1)
-        assert torch.equal(drawn, peft_model.generate(**given, do_sample=True, top_k=5))
+        assert torch.equal(drawn, peft_model.generate(**given, **right, do_sample=True, top_k=5))
 
 
 @pytest.mark.parametrize("kind", KINDS)

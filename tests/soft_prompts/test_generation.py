@@ -12,7 +12,7 @@ import torch
 
 import embedsurgery as es
 from embedsurgery.errors import AttachmentError, UnsupportedError
-from tests.soft_prompts.models import EACH_CAUSAL, PAD, V, padded, rows, tiny
+from tests.soft_prompts.models import CACHE, EACH_CAUSAL, PAD, V, cache_in, padded, rows, tiny
 from tests.soft_prompts.prompted import N, alone, close, embedded, prompted, randomise, shared, vectors
 
 MORE, END = 6, 2
@@ -96,21 +96,21 @@ def test_going_on_from_a_cache(kind: str, static: bool) -> None:
     def fresh() -> Any:
         cache = StaticCache(config=model.config, max_cache_len=6 + 3 + MORE) if static else None
         with torch.no_grad():
-            return model(first[None], past_key_values=cache, use_cache=True).past_key_values
+            return cache_in(model(first[None], **{CACHE: cache}, use_cache=True))
 
     cache = fresh()
     assert int(cache.get_seq_length()) == 6
     whole = torch.cat([first, second])[None]
-    out = model.generate(whole, past_key_values=cache, max_new_tokens=MORE, do_sample=False)
+    out = model.generate(whole, **{CACHE: cache}, max_new_tokens=MORE, do_sample=False)
     same_until_the_end(out[0, 9:].tolist(), wanted)
     cache = fresh()
-    out = model.generate(second[None], attention_mask=torch.ones(1, 9), past_key_values=cache, max_new_tokens=MORE,
+    out = model.generate(second[None], attention_mask=torch.ones(1, 9), **{CACHE: cache}, max_new_tokens=MORE,
                          do_sample=False)  # fmt: skip
     same_until_the_end(out[0, 3:].tolist(), wanted)
     cache, ids, found = fresh(), second[None], []
     for _ in range(MORE):
         with torch.no_grad():
-            logits = model(ids, past_key_values=cache).logits
+            logits = model(ids, **{CACHE: cache}).logits
         assert logits.shape[1] == ids.shape[1]
         ids = logits[:, -1:].argmax(-1)
         found.append(ids.item())
@@ -130,10 +130,10 @@ def test_a_loop_by_hand_over_a_padded_batch(kind: str) -> None:
             next_ids = out.logits[:, -1:].argmax(-1)
             samples = [torch.cat([s, n]) for s, n in zip(samples, next_ids, strict=True)]
             mask = torch.cat([mask, torch.ones(3, 1, dtype=mask.dtype)], dim=1)
-            out = model(next_ids, attention_mask=mask, past_key_values=out.past_key_values)
+            out = model(next_ids, attention_mask=mask, **{CACHE: cache_in(out)})
             for logits, sample in zip(out.logits, samples, strict=True):
                 close(logits[0], alone(plain, vectors(att), sample).logits[0, -1])
-            assert out.past_key_values.get_seq_length() == 8 + step
+            assert cache_in(out).get_seq_length() == 8 + step
 
 
 def test_a_cache_keeps_what_it_knows() -> None:
@@ -141,25 +141,39 @@ def test_a_cache_keeps_what_it_knows() -> None:
     samples = rows(7, 3)
     ids, mask = padded(samples, "left")
     with torch.no_grad():
-        cache = model(ids, attention_mask=mask, use_cache=True).past_key_values
+        cache = cache_in(model(ids, attention_mask=mask, use_cache=True))
         token, more = torch.tensor([[9], [9]]), torch.cat([mask, torch.ones(2, 1, dtype=mask.dtype)], 1)
-        wanted = model(token, attention_mask=more, past_key_values=copy.deepcopy(cache)).logits
+        wanted = model(token, attention_mask=more, **{CACHE: copy.deepcopy(cache)}).logits
         again = pickle.loads(pickle.dumps(cache))
-        assert torch.equal(model(token, attention_mask=more, past_key_values=again).logits, wanted)
+        assert torch.equal(model(token, attention_mask=more, **{CACHE: again}).logits, wanted)
         turned = copy.deepcopy(cache)
         turned.reorder_cache(torch.tensor([1, 0]))
-        close(model(token, attention_mask=more.flip(0), past_key_values=turned).logits, wanted.flip(0))
+        close(model(token, attention_mask=more.flip(0), **{CACHE: turned}).logits, wanted.flip(0))
         twice = copy.deepcopy(cache)
         twice.batch_repeat_interleave(2)
-        out = model(token.repeat(2, 1), attention_mask=more.repeat_interleave(2, 0), past_key_values=twice).logits
+        out = model(token.repeat(2, 1), attention_mask=more.repeat_interleave(2, 0), **{CACHE: twice}).logits
         close(out, wanted.repeat_interleave(2, 0))
         one = copy.deepcopy(cache)
         one.batch_select_indices(torch.tensor([1]))
-        close(model(token[1:], attention_mask=more[1:], past_key_values=one).logits, wanted[1:])
+        close(model(token[1:], attention_mask=more[1:], **{CACHE: one}).logits, wanted[1:])
         cache.crop(-2)
         assert cache.get_seq_length() == 5
         cache.reset()
         assert cache.get_seq_length() == 0
+
+
+@pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated")
+def test_a_cache_by_the_name_that_it_had_before() -> None:
+    """transformers renamed ``past_key_values`` to ``cache`` in 5.24, and takes both."""
+    model, _ = prompted("llama")
+    (ids,) = rows(5)
+    token = torch.tensor([[9]])
+    with torch.no_grad():
+        cache = cache_in(model(ids[None], use_cache=True))
+        wanted = model(token, **{CACHE: copy.deepcopy(cache)}).logits
+        assert torch.equal(model(token, past_key_values=copy.deepcopy(cache)).logits, wanted)
+    found = model.generate(torch.cat([ids, token[0]])[None], past_key_values=cache, max_new_tokens=1, do_sample=False)
+    assert found[0, -1] == wanted[0, -1].argmax()
 
 
 def test_a_cache_of_another_prompt_is_refused() -> None:
@@ -167,19 +181,19 @@ def test_a_cache_of_another_prompt_is_refused() -> None:
     (ids,) = rows(5)
     token = torch.tensor([[9]])
     with torch.no_grad():
-        cache = model(ids[None], use_cache=True).past_key_values
+        cache = cache_in(model(ids[None], use_cache=True))
         with att.disabled(), pytest.raises(AttachmentError, match="filled under another soft prompt"):
-            model(token, past_key_values=copy.deepcopy(cache))
+            model(token, **{CACHE: copy.deepcopy(cache)})
         with att.disabled():
-            bare = model(ids[None], use_cache=True).past_key_values
-            model(token, past_key_values=copy.deepcopy(bare))
+            bare = cache_in(model(ids[None], use_cache=True))
+            model(token, **{CACHE: copy.deepcopy(bare)})
         with pytest.raises(AttachmentError, match="found none"):
-            model(token, past_key_values=bare)
+            model(token, **{CACHE: bare})
         randomise(es.attach(model, es.SoftPromptConfig(2), name="b"))
         with pytest.raises(AttachmentError, match="expected b, found default"):
-            model(token, past_key_values=cache)
+            model(token, **{CACHE: cache})
         att.activate("default")
-        assert model(token, past_key_values=cache).logits.shape == (1, 1, V)
+        assert model(token, **{CACHE: cache}).logits.shape == (1, 1, V)
 
 
 def test_a_static_cache_that_cannot_grow_is_refused() -> None:
@@ -189,7 +203,7 @@ def test_a_static_cache_that_cannot_grow_is_refused() -> None:
     cache = StaticCache(config=model.config, max_cache_len=6)
     cache.early_initialization(1, 1, 8, torch.float32, torch.device("cpu"))
     with pytest.raises(UnsupportedError, match="without room for the soft prompt"):
-        model(rows(5)[0][None], past_key_values=cache)
+        model(rows(5)[0][None], **{CACHE: cache})
 
 
 @pytest.mark.parametrize("kind", ["llama", "t5"])

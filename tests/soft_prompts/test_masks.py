@@ -10,7 +10,7 @@ import torch
 
 import embedsurgery as es
 from embedsurgery.errors import UnsupportedError
-from tests.soft_prompts.models import TWO, padded, rows, tiny, unpadded
+from tests.soft_prompts.models import CACHE, TWO, cache_in, padded, rows, tiny, unpadded
 from tests.soft_prompts.prompted import N, alone, close, embedded, prompted, randomise, shared, vectors
 
 LENGTHS = (7, 3, 5, 1)
@@ -136,7 +136,7 @@ def test_a_decoder_goes_on_from_a_batch_that_is_padded_on_the_left(kind: str, gi
         own = {name: value[number : number + 1] for name, value in encoded.items()}
         return plain(**own, decoder_inputs_embeds=embeds).logits[0, N:]
 
-    cache = {"past_key_values": _cache(model)} if given else {}
+    cache = {CACHE: _cache(model)} if given else {}
     with torch.no_grad():
         if kind == "bart" and given:
             with pytest.raises(UnsupportedError, match="counts positions from the batch's left edge"):
@@ -145,7 +145,7 @@ def test_a_decoder_goes_on_from_a_batch_that_is_padded_on_the_left(kind: str, gi
         out = model(**encoded, decoder_input_ids=ids, decoder_attention_mask=mask, use_cache=True, **cache)
         for number, (found, sample) in enumerate(zip(unpadded(out.logits, samples, "left"), samples, strict=True)):
             close(found, expected(number, sample))
-        later = {"decoder_input_ids": token, "past_key_values": out.past_key_values,
+        later = {"decoder_input_ids": token, CACHE: cache_in(out),
                  "decoder_attention_mask": torch.cat([mask, mask.new_ones(3, 1)], dim=1)}  # fmt: skip
         if kind == "bart":
             with pytest.raises(UnsupportedError, match="counts positions from the batch's left edge"):
@@ -166,7 +166,7 @@ def test_a_model_without_a_head_goes_on_from_its_cache(kind: str) -> None:
         out = model(ids, attention_mask=mask, use_cache=True)
         states = out.last_hidden_state
         later = torch.cat([mask, mask.new_ones(3, 1)], dim=1)
-        more = model(token, attention_mask=later, past_key_values=out.past_key_values).last_hidden_state
+        more = model(token, attention_mask=later, **{CACHE: cache_in(out)}).last_hidden_state
         for number, (found, sample) in enumerate(zip(unpadded(states, samples, "left"), samples, strict=True)):
             whole = embedded(plain, vectors(att), torch.cat([sample, token[number]]))
             wanted = plain(inputs_embeds=whole).last_hidden_state[0, N:]
