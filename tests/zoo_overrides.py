@@ -116,7 +116,7 @@ KINDS: dict[str, str] = {
 VARIANTS: dict[str, dict[str, Any]] = {"IBertForMaskedLM[quant]": {"quant_mode": True}}
 UNBUILDABLE: dict[str, str] = {
     "InklingForConditionalGeneration": "its vision tower plans its scales with scipy, which is not installed",
-    "Llama4ForConditionalGeneration": "its forward asks its text model's output for images, and fails (transformers 5.24)",
+    "Llama4ForConditionalGeneration": "its forward asks a text output for images, and fails (transformers 5.24)",
     "PI0ForConditionalGeneration": "a robot policy: its forward gives velocities of actions, no logits",
     "Qwen2_5OmniForConditionalGeneration": "has no forward: it generates only; its thinker is covered",
     "Qwen3OmniMoeForConditionalGeneration": "has no forward: it generates only; its thinker is covered",
