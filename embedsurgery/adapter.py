@@ -243,10 +243,13 @@ class Adapter:
             The directory.
 
         Raises:
-            AdapterError: The directory cannot be written.
+            AdapterError: The directory cannot be written, or is a model's.
             PluginError: Its surgery does not say what the files hold.
         """
         folder = Path(directory)
+        if (folder / "config.json").exists():
+            raise AdapterError("the directory is a model's, which would be loaded as an adapter from then on",
+                               where=folder, found="config.json", hint="save into a directory of its own")  # fmt: skip
         files = _files_of(self)
         metadata = {"format": "pt", METADATA_KEY: json.dumps(self.manifest.to_json(), sort_keys=True)}
         sources = {name: TensorSource.of(raw) for name, raw in files.tensors.items()}
@@ -306,6 +309,8 @@ def read_adapter_files(directory: str | os.PathLike[str]) -> tuple[PeftFiles, Ma
     folder = Path(directory)
     if not os.path.exists(folder / WEIGHTS_NAME):
         hint = "an adapter is a directory with adapter_config.json and adapter_model.safetensors"
+        if os.path.exists(folder) and not os.path.isdir(folder):
+            raise AdapterError("a file, where an adapter's directory was expected", where=folder, hint=hint)
         if not os.path.isdir(folder):
             raise AdapterError("no such adapter directory", where=folder, hint="give the directory it was saved to")
         if (folder / "config.json").exists():

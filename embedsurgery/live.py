@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from embedsurgery.adapter import Adapter, plainly_named
 from embedsurgery.api import refuse_attached, refuse_other, store_of, texts_of
-from embedsurgery.errors import AttachmentError, EmbedSurgeryError
+from embedsurgery.errors import AttachmentError, ConfigError, EmbedSurgeryError
 from embedsurgery.graph import EmbeddingGraph
 from embedsurgery.locate import locate
 from embedsurgery.new_tokens import AddedTokens, Init, plan_tokens
@@ -58,7 +58,7 @@ def attach(
         The model's one attachment; a second call adds a named adapter to it.
 
     Raises:
-        TokenIndexError, TableError: The config does not fit the model.
+        TokenIndexError, TableError, ConfigError: The config does not fit the model, or is none.
         BaseMismatchError: The adapter was made from another base.
         UnsupportedError: A table that cannot be overridden.
         AttachmentError: The name is taken, or rows overlap another active adapter's.
@@ -67,6 +67,10 @@ def attach(
     from embedsurgery.stores.tensors import module_store
 
     refuse_other(model)
+    if tokenizer is not None and not hasattr(tokenizer, "convert_ids_to_tokens"):
+        raise ConfigError("not a tokenizer", where="tokenizer", expected="a tokenizer of transformers",
+                          found=f"{type(tokenizer).__name__} {str(tokenizer)[:80]!r}",
+                          hint="AutoTokenizer.from_pretrained(...) gives one")  # fmt: skip
     known = find(model)
     base = base_of(model) if known is None else known.model
     if known is not None and known.merged:

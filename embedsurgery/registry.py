@@ -6,6 +6,7 @@ is asked for: a merge that starts in a quarter of a second has no time for what 
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -94,8 +95,15 @@ class Registry:
         for record in self.surgeries.values():
             if type(config) is record.config_class:
                 return record
-        raise ConfigError("not a config of any surgery, nor an Adapter", found=type(config).__name__,
-                          expected=", ".join(r.config_class.__name__ for r in self.surgeries.values()))  # fmt: skip
+        kind, ours = type(config), [r.config_class for r in self.surgeries.values()]
+        alike = next((one for one in ours if one.__name__ == kind.__name__), None)
+        hint = None
+        if alike is not None:
+            hint = f"this one is {kind.__module__.partition('.')[0]}'s; take {alike.__module__.partition('.')[0]}'s own"
+        elif isinstance(config, (str, os.PathLike)):
+            hint = "embedsurgery.load(directory) reads an adapter"
+        raise ConfigError("not a config of any surgery, nor an Adapter", found=f"{kind.__module__}.{kind.__qualname__}",
+                          expected=", ".join(one.__name__ for one in ours), hint=hint)  # fmt: skip
 
     def named(self, name: str) -> SurgeryRecord:
         """The surgery of this name.

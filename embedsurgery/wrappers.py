@@ -72,8 +72,14 @@ def beside_base_layer(module: nn.Module) -> list[str]:
 
 
 def base_of(model: nn.Module) -> nn.Module:
-    """The model inside a ``PeftModel``, which keeps its class there and outlives it; any other model itself."""
+    """The model inside a ``PeftModel``, which keeps its class there and outlives it, or inside what ``torch.compile``
+    gave, which runs it; any other model itself.
+    """
     peft = sys.modules.get("peft")
-    while peft is not None and isinstance(model, (peft.PeftModel, peft.PeftMixedModel)):
-        model = model.get_base_model()
-    return model
+    while True:
+        if peft is not None and isinstance(model, (peft.PeftModel, peft.PeftMixedModel)):
+            model = model.get_base_model()
+        elif type(model).__name__ == "OptimizedModule" and (inside := model._modules.get("_orig_mod")) is not None:
+            model = inside
+        else:
+            return model

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from embedsurgery.errors import ConfigError
 from embedsurgery.integrations.beside import DIRECTORY, restore_rows, save_rows
 from embedsurgery.runtime.attach import find
 
@@ -19,8 +20,14 @@ def keep_rows(accelerator: Any) -> None:
         accelerator: An ``accelerate.Accelerator``. Call this once for it, in the run that saves and in the one
             that loads.
 
+    Raises:
+        ConfigError: It is no Accelerator.
+
     Loading then raises what `embedsurgery.integrations.beside.restore_rows` raises.
     """
+    if not hasattr(accelerator, "register_save_state_pre_hook"):
+        raise ConfigError("not an Accelerator", where="keep_rows", expected="accelerate.Accelerator",
+                          found=type(accelerator).__name__)  # fmt: skip
 
     def save(models: list[Any], weights: list[Any], output_dir: str) -> None:
         for number, model in enumerate(models):

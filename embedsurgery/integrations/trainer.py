@@ -35,8 +35,12 @@ class EmbedSurgeryCallback(TrainerCallback, ExportableState):  # type: ignore[mi
         resume_from_checkpoint: The checkpoint that ``train`` resumes from, where it lies elsewhere.
 
     Training with it raises:
-        AttachmentError: Nothing is attached; or the checkpoint's rows are not found, or are of other adapters.
+        AttachmentError: Nothing is attached, or it is merged; or the checkpoint's rows are not found, or are of other
+            adapters.
     """
+
+    restores_rows = True
+    """Says so to what sees the Trainer load a state dict."""
 
     def __init__(self, resume_from_checkpoint: str | None = None) -> None:
         self.resume_from_checkpoint = resume_from_checkpoint
@@ -51,6 +55,9 @@ class EmbedSurgeryCallback(TrainerCallback, ExportableState):  # type: ignore[mi
     ) -> None:
         """Restores the rows when training resumes."""
         attachment = _attachment(kwargs["model"])
+        if attachment.merged:
+            raise AttachmentError("the rows are merged into the weights, so that none can be trained",
+                                  where="trainer.train()", hint="attachment.unmerge() first")  # fmt: skip
         attachment.saved_beside = True
         if state.global_step > 0:
             restore_rows(attachment, self._resumed(args, state))

@@ -20,7 +20,7 @@ from embedsurgery.errors import AttachmentError, UnsupportedError
 from embedsurgery.graph import EmbeddingGraph
 from embedsurgery.locate import locate
 from embedsurgery.plan import Plan, Undo
-from embedsurgery.runtime.history import is_resume
+from embedsurgery.runtime.history import is_restored, is_resume
 from embedsurgery.runtime.installation import Installation
 from embedsurgery.runtime.loading import check_loaded, check_order, look_no_more, replacements, say_that_rows_stay
 from embedsurgery.runtime.members import Member, Members, is_prompt, say_what_overflows
@@ -100,6 +100,9 @@ class Attachment(Hidden):
             UnsupportedError: Inside `materialized`, an adapter that this cannot show.
         """
         self._not_merged("activate adapters")
+        if any(not isinstance(name, str) for name in names):
+            raise AttachmentError("not an adapter's name", found=", ".join(map(repr, names)),
+                                  expected='names one by one: activate("a", "b")')  # fmt: skip
         if len(set(names)) != len(names):
             raise AttachmentError("an adapter is named twice", found=", ".join(names))
         self._members.check_disjoint(names)
@@ -234,7 +237,8 @@ class Attachment(Hidden):
         the ranks tell each other the names; under DistributedDataParallel ``find_unused_parameters=True`` is needed.
 
         Args:
-            names: One adapter for each sample, None for the base. Adapters may set the same rows here.
+            names: One adapter for each sample, None for the base. Adapters may set the same rows here. Without
+                gradients a batch may hold each sample n times together, as generation has it for its beams.
 
         Raises:
             AttachmentError: A name that is not attached, or a merged model.
@@ -242,7 +246,10 @@ class Attachment(Hidden):
                 forward of another number of samples than there are names.
         """
         self._not_merged("mix adapters")
-        if not names:
+        if isinstance(names, str) or any(not isinstance(name, str) for name in names if name is not None):
+            raise AttachmentError("not a list of adapters' names", found=repr(names),
+                                  expected='one name, or None, for each sample: ["a", None]')  # fmt: skip
+        if len(names) == 0:
             raise AttachmentError("no sample is named", expected="one adapter name, or None, for each sample")
         here = dict.fromkeys(name for name in names if name is not None)
         _ = [self._members[name] for name in here]
@@ -312,6 +319,7 @@ class Attachment(Hidden):
         self._frozen = []
         merged = bool(self._undo)
         self._members.clear()
+        self.rows_of.clear()  # so that an optimizer of them is refused by torch, not left without effect
         self._undo = []
         model = self.model
         look_no_more(model, self._before_load, self._before_save)
@@ -344,7 +352,7 @@ class Attachment(Hidden):
             check_loaded(self.graph, member.adapter, member.overrides, state_dict, prefix, model)
         if is_resume():
             self._members.note_resume()
-        if len(self._members.unstepped) < len(self.names) and not self.saved_beside:
+        if len(self._members.unstepped) < len(self.names) and not self.saved_beside and not is_restored():
             say_that_rows_stay()
 
     def _before_save(self, *_: Any) -> None:

@@ -55,13 +55,26 @@ _RESUMES = frozenset({
 
 def is_resume() -> bool:
     """Whether a library that resumes training is what loads a state dict just now."""
+    return _resuming() is not None
+
+
+def is_restored() -> bool:
+    """Whether it is a Trainer with a callback that restores the rows once the state dict is loaded."""
+    frame = _resuming()
+    trainer = None if frame is None else frame.f_locals.get("self")
+    callbacks = getattr(getattr(trainer, "callback_handler", None), "callbacks", ())
+    return any(getattr(type(callback), "restores_rows", False) for callback in callbacks)
+
+
+def _resuming() -> FrameType | None:
+    """The library's function that resumes, while it runs."""
     frame: FrameType | None = sys._getframe()
     while frame is not None:
         package = str(frame.f_globals.get("__name__")).partition(".")[0]
         if (package, frame.f_code.co_name) in _RESUMES:
-            return True
+            return frame
         frame = frame.f_back
-    return False
+    return None
 
 
 def holds(optimizer: Optimizer, parameter: nn.Parameter, closure: bool) -> bool:

@@ -137,7 +137,7 @@ def say_that_rows_stay() -> None:
     """Warn that a state dict was loaded, and that trained rows are as they were."""
     warnings.warn(
         "a state dict is the base's: loading one leaves the trained rows as they are; attachment.restore() sets them, "
-        "and embedsurgery.integrations does it for the Trainer",
+        "and embedsurgery.integrations does it for the Trainer, Lightning and Accelerate",
         EmbedSurgeryWarning,
         stacklevel=3,
     )

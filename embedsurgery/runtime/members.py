@@ -140,7 +140,9 @@ class Members:
                 twice = [i for i in indices if i in rows]
                 if twice:
                     raise AttachmentError("two active adapters set the same rows", where=override.table,
-                                          expected="disjoint rows", hint="activate one of them at a time",
+                                          expected="disjoint rows",
+                                          hint="activate one of them at a time; before attaching another one, "
+                                          "activate() takes all off",
                                           found=f"{rows[twice[0]]} and {name} both set {shorten(twice)}")  # fmt: skip
                 rows.update(dict.fromkeys(indices, name))
 

@@ -34,6 +34,7 @@ class Batch:
 
     def _forget(self) -> None:
         self.sizes: frozenset[int] = frozenset()
+        self.firsts: frozenset[int] = frozenset()
         self.squares: list[torch.Tensor] = []
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -41,6 +42,7 @@ class Batch:
         if not self.mixed or torch.compiler.is_compiling():
             return
         given = list(tensors_in((args, kwargs)))
+        self.firsts = frozenset(tensor.shape[0] for tensor in given if tensor.dim())
         self.sizes = frozenset(size for tensor in given for size in accumulate(tensor.shape, mul))
         self.squares = [t for t in given if t.dim() == 2 and t.shape[0] == t.shape[1] and not t.is_floating_point()]
 
@@ -51,6 +53,8 @@ class Batch:
 
     def mask(self, samples: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
         """The mask of samples spread over a tensor whose first axis holds each sample once, or n times together.
+
+        Only generation gives a model each sample n times, for its beams: in training there is a name for each.
 
         Args:
             samples: bool (B,).
@@ -64,6 +68,8 @@ class Batch:
         """
         count, known = (tensor.shape[0] if tensor.dim() else 0), samples.numel()
         fits = count % known == 0 and (count == known or not self.sizes or count in self.sizes)
+        if torch.is_grad_enabled() and self.firsts and known not in self.firsts:
+            fits = False
         if not tensor.dim() or not fits or self._is_turned(tensor):
             raise UnsupportedError("the batch is not that of att.rows()", where="first axis of a site's tensor",
                                    expected=f"{known} samples, or each of them as many times",
@@ -80,7 +86,7 @@ class Batch:
         return any(torch.equal(given.t(), ids) for given in same)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"mixed": False, "sizes": frozenset(), "squares": []}
+        return {"mixed": False, "sizes": frozenset(), "firsts": frozenset(), "squares": []}
 
 
 @contextmanager

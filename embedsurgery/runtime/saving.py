@@ -9,8 +9,12 @@ from types import FrameType
 
 from embedsurgery.errors import EmbedSurgeryWarning
 
-_WRITERS = frozenset({"save_pretrained"})
-"""Functions that ask for a state dict to write a checkpoint of the model; others may want it for anything."""
+_WRITERS = frozenset({"save_pretrained", "get_state_dict"})
+"""Functions that ask for a state dict to write a checkpoint of the model (the second is Accelerate's); others may want
+it for anything."""
+
+_RESUMABLE = "save_state"
+"""Accelerate's, of whose checkpoints a resume without the rows is seen."""
 
 
 def say_that_no_rows_are_saved(names: Sequence[str]) -> None:
@@ -27,12 +31,15 @@ def say_that_no_rows_are_saved(names: Sequence[str]) -> None:
     else:
         return
     writer = frame.f_code
+    above = frame.f_back
+    if above is not None and above.f_code.co_name == _RESUMABLE:
+        return
     while frame.f_back is not None and frame.f_code is writer:
         frame = frame.f_back
     warnings.warn_explicit(
         f"the checkpoint that is saved here is the base's, without the rows of {', '.join(names)}: attachment.merge() "
-        "first puts them in, attachment.save(directory) writes them by themselves; with the Trainer "
-        "embedsurgery.integrations.EmbedSurgeryCallback() does",
+        "first puts them in, attachment.save(directory) writes them by themselves; in embedsurgery.integrations "
+        "EmbedSurgeryCallback() does so in each checkpoint of a Trainer, and keep_rows(accelerator) in save_state()",
         EmbedSurgeryWarning, frame.f_code.co_filename, frame.f_lineno,
         registry=frame.f_globals.setdefault("__warningregistry__", {}),
     )  # fmt: skip

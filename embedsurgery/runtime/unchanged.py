@@ -8,12 +8,13 @@ own rows, once it is merged into the table below ours.
 from __future__ import annotations
 
 import sys
+import warnings
 from typing import Any
 
 import torch
 from torch import nn
 
-from embedsurgery.errors import AttachmentError
+from embedsurgery.errors import AttachmentError, EmbedSurgeryWarning
 from embedsurgery.graph import Table
 from embedsurgery.runtime.rows import Rows
 from embedsurgery.runtime.sites import holders
@@ -32,6 +33,7 @@ class Unchanged:
         self.ties: list[tuple[Table, list[tuple[nn.Module, str]]]] = []
         self.sizes: list[tuple[Table, nn.Module, str, int, list[Rows]]] = []
         self.layers: list[_Layer] = []
+        self.trained = False
 
     def watch(self, model: nn.Module, table: Table, live: list[Rows]) -> None:
         """Expect the table's modules and live rows to stay, and names that share one Parameter to go on sharing it."""
@@ -52,6 +54,9 @@ class Unchanged:
                                       where=path, hint=_WAY_OUT)  # fmt: skip
         for layer in self.layers:
             layer.check(model)
+        if not self.trained and model.training and torch.is_grad_enabled():
+            self.trained = True
+            self._say_if_frozen(model)
         for rows in {id(rows): rows for _, _, _, _, live in self.sizes for rows in live}.values():
             rows.mend()
         for table, held in self.ties:
@@ -66,6 +71,15 @@ class Unchanged:
                 raise AttachmentError("a table was cut after attaching, and has lost live rows", where=table.name,
                                       expected=f"{table.shape[0]} rows", found=f"{size}, without {shorten(lost)}",
                                       hint=_WAY_OUT)  # fmt: skip
+
+    def _say_if_frozen(self, model: nn.Module) -> None:
+        """Warn, at the first forward that may train, where PEFT has frozen the rows beside layers of its own."""
+        live = [rows for _, _, _, _, part in self.sizes for rows in part]
+        layers = [module for module in model.modules() if hasattr(type(module), "get_base_layer")]
+        if live and layers and not any(rows.values.requires_grad for rows in live):
+            warnings.warn("every row is frozen, so that none will be trained: PEFT freezes what it does not know; "
+                          "attachment.unfreeze() makes them trainable again", EmbedSurgeryWarning,
+                          stacklevel=4)  # fmt: skip
 
 
 class _Layer:
