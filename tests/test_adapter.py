@@ -55,6 +55,17 @@ def test_save_and_load(indices: Any, dtype: torch.dtype, tmp_path: Path) -> None
     same(copy.deepcopy(adapter), adapter)
 
 
+def test_a_models_directory_takes_no_adapter_and_a_file_is_none(tmp_path: Path) -> None:
+    adapter = trained(tiny("llama-tied"), INDICES)
+    tiny("llama-tied").save_pretrained(tmp_path)
+    before = contents(tmp_path)
+    with pytest.raises(AdapterError, match="the directory is a model's"):
+        adapter.save(tmp_path)
+    assert contents(tmp_path) == before
+    with pytest.raises(AdapterError, match="a file, where an adapter's directory was expected"):
+        es.load(tmp_path / "config.json")
+
+
 def test_a_manifest_is_equal_by_value(tmp_path: Path) -> None:
     adapter = trained(tiny("llama-tied"), INDICES)
     assert es.load(adapter.save(tmp_path)).manifest == adapter.manifest

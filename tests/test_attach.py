@@ -468,3 +468,23 @@ def test_a_transposed_head_is_overridden_and_written(tmp_path: object) -> None:
     attachment.merge()
     assert torch.equal(model.head.weight[:, [3, 5]], rows.detach().t())
     torch.testing.assert_close(model(IDS), live)
+
+
+def test_what_is_detached_has_nothing_to_train() -> None:
+    model = Plain()
+    attachment = es.attach(model, config(4))
+    attachment.detach()
+    assert list(attachment.parameters()) == []
+    with pytest.raises(ValueError, match="empty parameter list"):
+        torch.optim.AdamW(attachment.parameters())
+
+
+def test_a_path_is_no_tokenizer_and_no_config() -> None:
+    import peft
+
+    with pytest.raises(ConfigError, match=r"not a tokenizer.*found str 'base'.*from_pretrained"):
+        es.attach(Plain(), config(4), tokenizer="base")
+    with pytest.raises(ConfigError, match=r"not a config of any surgery.*load\(directory\) reads an adapter"):
+        es.attach(Plain(), "my-adapter")
+    with pytest.raises(ConfigError, match=r"found peft\..*TrainableTokensConfig.*take embedsurgery's own"):
+        es.attach(Plain(), peft.TrainableTokensConfig(token_indices=[4]))

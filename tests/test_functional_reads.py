@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import types
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -480,6 +482,37 @@ def test_compiled_before_an_eager_forward_has_shown_it(kind: type[Reader]) -> No
     if kind is not Boxed:  # the code says so
         torch.testing.assert_close(first, edited(IDS), rtol=1e-13, atol=1e-13)
     model(IDS)  # shows it, and what was compiled before is compiled again
+    torch.testing.assert_close(compiled(IDS), edited(IDS), rtol=1e-13, atol=1e-13)
+    compiled(IDS).square().sum().backward()
+    edited(IDS).square().sum().backward()
+    torch.testing.assert_close(rows.grad, gradients(edited)[0], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*should not be instantiated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+@pytest.mark.filterwarnings("ignore:.*full copy of the table:embedsurgery.errors.EmbedSurgeryWarning")
+@pytest.mark.parametrize("wraps", [False, True])
+@pytest.mark.parametrize("when", ["before attaching", "after"])
+def test_a_forward_that_was_replaced_is_looked_at_when_it_is_traced(when: str, wraps: bool) -> None:
+    """As TRL replaces the forward of a model by one with a fused loss."""
+
+    def replace(model: Any) -> None:
+        def forward(self: Any, ids: torch.Tensor) -> torch.Tensor:
+            return F.linear(self.embed(ids), self.head.weight)
+
+        found = functools.wraps(type(model).forward)(forward) if wraps else forward
+        model.forward = types.MethodType(found, model)
+
+    torch._dynamo.reset()
+    made = reader("")
+    made.read = lambda m, ids: m.head(m.embed(ids))
+    if when == "before attaching":
+        replace(made)
+    model, edited, (rows,) = attached(made)
+    compiled = torch.compile(model, backend="aot_eager")
+    if when == "after":
+        replace(model)
+    replace(edited)
     torch.testing.assert_close(compiled(IDS), edited(IDS), rtol=1e-13, atol=1e-13)
     compiled(IDS).square().sum().backward()
     edited(IDS).square().sum().backward()

@@ -135,6 +135,29 @@ def test_compiled_before_attaching_and_through_every_switch() -> None:
     assert all(not torch.equal(one, base) for one in seen)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+@pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("warmed", [False, True])
+def test_attached_to_what_compile_gave_it_is_the_model_inside(warmed: bool) -> None:
+    model, dense = tiny("gpt2"), tiny("gpt2")
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager")
+    if warmed:
+        compiled(input_ids=IDS, use_cache=False)
+    attachment = es.attach(compiled, es.TrainableTokensConfig([7, 5]))
+    assert es.attached(compiled) is es.attached(model) is attachment
+    assert attachment.model is model
+    (rows,) = attachment.parameters()
+    with torch.no_grad():
+        rows.add_(1.0)
+        dense.get_input_embeddings().weight[[7, 5]] = rows
+    found, wanted = (one(input_ids=IDS, use_cache=False).logits for one in (compiled, dense))
+    torch.testing.assert_close(found, wanted)
+    found.square().sum().backward()
+    wanted.square().sum().backward()
+    torch.testing.assert_close(rows.grad, dense.get_input_embeddings().weight.grad[[7, 5]], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_mixed_batch_is_each_sample_alone(kind: str) -> None:
     model, _ = attached(kind, name="a")
@@ -178,6 +201,27 @@ def test_gradients_of_a_mixed_batch_are_those_of_the_samples() -> None:
     torch.testing.assert_close(rows.grad, mixed)
 
 
+def test_what_would_outlast_a_block_is_refused_inside() -> None:
+    model, _ = attached("llama-tied", name="a")
+    attachment = es.attached(model)
+    es.attach(model, es.TrainableTokensConfig([9]), name="b")
+    before = state_bits(model)
+    inside = {
+        "attach another adapter": lambda: es.attach(model, es.TrainableTokensConfig([10]), name="c"),
+        "detach": attachment.detach,
+        "merge": attachment.merge,
+        "activate adapters": lambda: attachment.activate("b"),
+        "remove an adapter": lambda: attachment.remove("a"),
+    }
+    for what, call in inside.items():
+        with attachment.rows(["a", None]), pytest.raises(AttachmentError, match=f"cannot {what} inside"):
+            call()
+    with attachment.disabled(), pytest.raises(AttachmentError, match=r"cannot merge inside attachment.disabled\(\)"):
+        attachment.merge()
+    assert attachment.active == attachment.names == ("a", "b")
+    assert state_bits(model) == before
+
+
 def test_mixed_batches_that_do_not_fit() -> None:
     model, _ = attached("llama-tied", name="a")
     attachment = es.attached(model)
@@ -188,6 +232,19 @@ def test_mixed_batches_that_do_not_fit() -> None:
     with pytest.raises(UnsupportedError, match="3 samples"), attachment.rows(["a", None, "a"]):
         model(input_ids=IDS)
     assert attachment.active == ("a",)
+    four = torch.cat([IDS, IDS.flip(0)])
+    for names in (["a"], ["a", None]):  # fewer names than samples, of which only generation has each several times
+        with pytest.raises(UnsupportedError, match=f"expected {len(names)} samples"), attachment.rows(names):
+            model(input_ids=four)
+    with torch.no_grad(), attachment.rows(["a", None]):
+        beams = model(input_ids=four).logits
+    with attachment.disabled():
+        assert torch.equal(model(input_ids=four[2:]).logits, beams[2:])
+    for wrong in ("a", [["a"]], [1, 2]):
+        with pytest.raises(AttachmentError, match="not a list of adapters' names"), attachment.rows(wrong):
+            pass
+    with pytest.raises(AttachmentError, match=r"names one by one: activate\(\"a\", \"b\"\)"):
+        attachment.activate(["a", "b"])
     with attachment.rows(["a", None]):
         outer = model(input_ids=IDS).logits
         with attachment.rows([None, "a"]):

@@ -103,3 +103,47 @@ def test_it_follows_what_is_live() -> None:
     with attachment.materialized():
         attachment.detach()
         assert type(model.lm_head.weight) is torch.nn.Parameter
+
+
+def test_blocks_in_blocks_uncover_what_they_found() -> None:
+    model, attachment = attached("llama-untied")
+    es.attach(model, es.TrainableTokensConfig([9, 11]), name="b")
+    attachment.activate("default")
+    (own, other), base = attachment.parameters(), tiny("llama-untied").model.embed_tokens.weight
+    with torch.no_grad():
+        own.fill_(1.0)
+        other.fill_(2.0)
+
+    def shown(*names: str) -> bool:
+        weight = model.model.embed_tokens.weight.detach()
+        wanted = base.detach().clone()
+        for name in names:
+            wanted[INDICES if name == "default" else [9, 11]] = 1.0 if name == "default" else 2.0
+        return torch.equal(weight, wanted)
+
+    with attachment.materialized():
+        with attachment.materialized():
+            assert shown("default")
+            with attachment.disabled():
+                assert shown()
+            assert shown("default")
+            attachment.activate("b")
+            assert shown("b")
+        assert shown("b")
+        attachment.activate("default", "b")
+        assert shown("default", "b")
+    assert shown()
+    with attachment.materialized(), attachment.materialized():
+        attachment.detach()
+        assert shown()
+    assert type(model.model.embed_tokens.weight) is torch.nn.Parameter
+
+
+def test_a_table_that_is_attached_inside_is_shown_too() -> None:
+    model, attachment = attached("llama-untied")
+    with attachment.materialized():
+        es.attach(model, es.TrainableTokensConfig([9], target_modules=["lm_head"]), name="b")
+        with torch.no_grad():
+            list(attachment.parameters())[1].fill_(2.0)
+        assert torch.equal(model.lm_head.weight[9].detach(), torch.full((model.config.hidden_size,), 2.0))
+    assert torch.equal(model.lm_head.weight, tiny("llama-untied").lm_head.weight)

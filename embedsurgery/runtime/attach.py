@@ -29,7 +29,7 @@ from embedsurgery.runtime.nesting import forget, refuse_more, refuse_part, remem
 from embedsurgery.runtime.prompt_heads import with_heads
 from embedsurgery.runtime.prompts import PromptEmbedding, Prompts, modules_for
 from embedsurgery.runtime.rows import Hidden
-from embedsurgery.runtime.saving import say_that_no_rows_are_saved
+from embedsurgery.runtime.saving import refuse_to_be_hashed, say_that_no_rows_are_saved
 from embedsurgery.runtime.sharded import Guard, named_on_any_rank, save_once, set_rows
 from embedsurgery.stores.base import apply
 from embedsurgery.stores.tensors import module_store
@@ -96,10 +96,11 @@ class Attachment(Hidden):
 
         Raises:
             AttachmentError: A name that is not attached, rows of a table in two of the adapters, two soft prompts, or
-                a merged model.
+                a merged model; or inside `rows`.
             UnsupportedError: Inside `materialized`, an adapter that this cannot show.
         """
         self._not_merged("activate adapters")
+        self._not_mixed("activate adapters")
         if any(not isinstance(name, str) for name in names):
             raise AttachmentError("not an adapter's name", found=", ".join(map(repr, names)),
                                   expected='names one by one: activate("a", "b")')  # fmt: skip
@@ -173,9 +174,10 @@ class Attachment(Hidden):
         """Take an adapter off; the last one detaches the model.
 
         Raises:
-            AttachmentError: There is none of this name, or the model is merged.
+            AttachmentError: There is none of this name, the model is merged, or inside `rows`.
         """
         self._not_merged("remove an adapter")
+        self._not_mixed("remove an adapter")
         if self.names == (name,):
             self.detach()
             return
@@ -281,10 +283,13 @@ class Attachment(Hidden):
             The undo, which `unmerge` uses, and which `embedsurgery.unmerge` takes as well.
 
         Raises:
-            AttachmentError: Merged already, or no adapter is live.
+            AttachmentError: Merged already, no adapter is live, or inside `rows` or `disabled`.
             UnsupportedError: A table whose rows cannot be written, for instance one that is sharded.
         """
         self._not_merged("merge")
+        self._not_mixed("merge")
+        if self._disabled:
+            raise AttachmentError("cannot merge inside attachment.disabled()", hint="leave the with-block first")
         if not self.active:
             raise AttachmentError("no adapter is active", hint="activate one before merging")
         self._installation.check_unchanged()
@@ -311,7 +316,11 @@ class Attachment(Hidden):
         """Take every adapter off and restore what was trainable, and take out the tokens that an adapter brought.
 
         A merged model keeps the rows in its weights, and the tokens.
+
+        Raises:
+            AttachmentError: Inside `rows`.
         """
+        self._not_mixed("detach")
         self._installation.remove()
         self._prompts.remove()
         for parameter in self._frozen:
@@ -357,8 +366,10 @@ class Attachment(Hidden):
 
     def _before_save(self, *_: Any) -> None:
         """Before a state dict is made: it will hold no rows."""
-        if self.active and not self._undo and not self.saved_beside:
-            say_that_no_rows_are_saved(self.active)
+        if self.active and not self._members.muted:
+            refuse_to_be_hashed(self.active)
+            if not self.saved_beside:
+                say_that_no_rows_are_saved(self.active)
 
     def _add(
         self,
@@ -373,6 +384,7 @@ class Attachment(Hidden):
         """Put one more adapter on the model; everything that can fail comes before anything changes."""
         self._members.check_new(name, record)
         self._not_merged("attach another adapter")
+        self._not_mixed("attach another adapter")
         store = self._installation.store()
         located = locate(adapter, store)
         overrides = self._prompts.checked(overrides_of(record.surgery, adapter, located), adapter)
@@ -401,6 +413,10 @@ class Attachment(Hidden):
     def _not_merged(self, what: str) -> None:
         if self._undo:
             raise AttachmentError(f"cannot {what} while the rows are merged into the weights", hint="unmerge() first")
+
+    def _not_mixed(self, what: str) -> None:
+        if self._installation.batch.mixed:
+            raise AttachmentError(f"cannot {what} inside attachment.rows()", hint="leave the with-block first")
 
     def _refresh(self) -> None:
         self._members.muted = bool(self._disabled or self._undo)

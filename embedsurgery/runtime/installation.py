@@ -118,6 +118,8 @@ class Installation:
         for module, _, _ in sites.values():
             before(self._hooks, module, self._guard)
         self._unchanged.watch(model, table, live)
+        for parts in self._standing:
+            parts += standing(model, self._graph, {table.name: live})
         forget_compiled()
         held = list(holders(model, table.names, table.transposed))
         if not all(modes):
@@ -155,9 +157,11 @@ class Installation:
         self.settle()
         for overlay in self._overlays:
             overlay.refresh()
-        for shown in (one for parts in self._standing for one in parts):
-            shown.take_away()
-            shown.lay()
+        shown = [one for parts in self._standing for one in parts]
+        for one in reversed(shown):  # each keeps what it was laid over
+            one.take_away()
+        for one in shown:
+            one.lay()
 
     @contextmanager
     def shown(self) -> Iterator[None]:
@@ -170,7 +174,7 @@ class Installation:
             yield
         finally:
             self._standing.remove(parts)
-            for part in parts:
+            for part in reversed(parts):
                 part.take_away()
 
     def settle(self) -> None:

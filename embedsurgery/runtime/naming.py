@@ -32,26 +32,27 @@ def names(module: nn.Module, parameter: str) -> bool:
 
 
 def _reads(given: Any, module: nn.Module, parameter: str, depth: int, seen: set[int]) -> bool:
-    function = _function(given)
-    if function is None or id(function.__code__) in seen or function.__code__.co_filename.startswith(_TORCH):
-        return False
-    seen.add(id(function.__code__))
-    found = {name for code in _codes(function.__code__) for name in code.co_names}
-    if parameter in found:
-        return True
-    called = [cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell)]
-    called += [value for name in found for value in (function.__globals__.get(name), _attribute(module, name))]
-    return depth > 1 and any(_reads(one, module, parameter, depth - 1, seen) for one in called)
+    for function in reversed(list(_functions(given))):  # what is wrapped first, while the depth is whole
+        if id(function.__code__) in seen or function.__code__.co_filename.startswith(_TORCH):
+            continue
+        seen.add(id(function.__code__))
+        found = {name for code in _codes(function.__code__) for name in code.co_names}
+        if parameter in found:
+            return True
+        called = [cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell)]
+        called += [value for name in found for value in (function.__globals__.get(name), _attribute(module, name))]
+        if depth > 1 and any(_reads(one, module, parameter, depth - 1, seen) for one in called):
+            return True
+    return False
 
 
-def _function(given: Any) -> FunctionType | None:
-    """What is behind methods and decorators; None where it is no function of Python's."""
+def _functions(given: Any) -> Iterator[FunctionType]:
+    """A function of Python's behind a method, and what it says that it wraps: a decorator may read as well."""
     if isinstance(given, MethodType):
         given = given.__func__
-    if not isinstance(given, FunctionType):
-        return None
-    found = inspect.unwrap(given)
-    return found if isinstance(found, FunctionType) else None
+    while isinstance(given, FunctionType):
+        yield given
+        given = getattr(given, "__wrapped__", None)
 
 
 def _attribute(module: nn.Module, name: str) -> Any:

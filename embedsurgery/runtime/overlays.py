@@ -14,6 +14,8 @@ until a forward has shown them, reads in compiled code that no forward around th
 from __future__ import annotations
 
 import sys
+import uuid
+import weakref
 from collections.abc import Callable, Iterable
 from functools import partial
 from types import FrameType
@@ -175,6 +177,7 @@ class StandIns(Materialised):
         said: Is told of the first full copy, with the function that needs it.
         around: The modules that it is on. Where a forward of theirs names the parameter, or a function that it calls
             does, compiled code gets a copy from the start; else when an eager forward has shown that it is needed.
+            Forwards are looked at when they are traced: libraries replace them after attaching.
     """
 
     def __init__(
@@ -188,16 +191,27 @@ class StandIns(Materialised):
         super().__init__(holders, live)
         self.table = table
         self.said = said
-        self.seen = any(names(module, name) for module in around for _, name, _ in holders)
+        self.around = list(around)
+        self.seen = False
         self.copied = False
         self.source: Source | None = None
+        self._begin()
+
+    def _begin(self) -> None:
+        """Be found by what is traced: a copy is another one."""
+        self.key = uuid.uuid4().hex
+        _STAND_INS[self.key] = self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._begin()
 
     def lay(self) -> None:
         parts = [*(rows.values for rows in self.live), *(held(m, n) for m, n, _ in self.holders)]
         if any(is_sharded(part) or hasattr(part, "ds_id") for part in parts):
             return
         if torch.compiler.is_compiling():
-            if self.seen:
+            if self.seen or _is_named(self.key):
                 super().lay()
             return
         if torch._C._get_tracing_state():
@@ -227,6 +241,18 @@ class StandIns(Materialised):
         if whole and not self.copied:
             self.copied = True
             self.said(self.table, function)
+
+
+_STAND_INS: weakref.WeakValueDictionary[str, StandIns] = weakref.WeakValueDictionary()
+
+
+def _is_named(key: str) -> bool:
+    """Whether a forward names a weight: asked while one is traced, and a constant in what comes out."""
+    one = _STAND_INS[key]
+    return any(names(module, name) for module in one.around for _, name, _ in one.holders)
+
+
+_is_named._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as in sharded.py
 
 
 class Uncovered:

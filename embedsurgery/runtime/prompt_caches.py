@@ -55,6 +55,12 @@ class Prompted:
         super().reset()  # type: ignore[misc]
         self.prompt_seat = None
 
+    def crop(self, size: int) -> None:
+        """As the cache does: to a length of text, as transformers 4 has it, or without the last ``-size`` tokens."""
+        if self.prompt_seat is not None and not self.prompt_seat.inside and size > 0:
+            size += self.prompt_seat.layout.count
+        super().crop(size)  # type: ignore[misc]
+
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """As the cache does."""
         super().reorder_cache(beam_idx)  # type: ignore[misc]

@@ -24,7 +24,7 @@ from embedsurgery.runtime.prompt_layout import (
     spread,
 )
 from embedsurgery.runtime.prompt_masks import extended_mask
-from embedsurgery.runtime.prompt_outputs import caches_in, cut
+from embedsurgery.runtime.prompt_outputs import caches_in, cut, kept
 from embedsurgery.runtime.prompt_positions import Counting, learned_positions, window_of
 from embedsurgery.runtime.prompt_stacks import can_generate
 from embedsurgery.tensors import is_sharded
@@ -124,9 +124,10 @@ class Reading:
         self.layout: Layout | None = None
         self.live: Live | None = None
         self.seat: Seat | None = None
+        self.asked: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "layout": None, "live": None, "seat": None}
+        return {**self.__dict__, "layout": None, "live": None, "seat": None, "asked": None}
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Pre-hook: the prompt comes in, or is in the cache already."""
@@ -166,7 +167,7 @@ class Reading:
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Post-hook."""
-        layout, live, seat = self.layout, self.live, self.seat
+        layout, live, seat, asked = self.layout, self.live, self.seat, self.asked
         self._forget()
         if live is None:
             return None
@@ -183,7 +184,8 @@ class Reading:
                     take_seat(cache, layout, live.names)
         if not self.cuts:
             return None
-        return cut(output, layout, keep=live.keep, one_more=self.prompts.one_more)
+        found = cut(output, layout, keep=live.keep, one_more=self.prompts.one_more)
+        return found if asked is None else kept(found, asked)
 
     def _begin(self, given: dict[str, Any], cache: Any, live: Live, batch: int, length: int) -> None:
         mask = given.get("attention_mask")
@@ -199,6 +201,9 @@ class Reading:
         if cache is not None:
             make_room(cache, layout.count, length, self.window)
         self.layout = layout
+        asked = given.get("logits_to_keep")
+        if isinstance(asked, torch.Tensor) or (asked and not (layout.is_plain and layout.lengths is None)):
+            self.asked = given.pop("logits_to_keep")  # by places in the text, which stands elsewhere in this module
         ids, _ = live.of_batch(batch)
         alone = not any(given.get(name) is not None for name in _BY_TOKEN)  # that is looked up
         plain = alone and layout.is_plain and layout.lengths is None

@@ -99,6 +99,26 @@ def cut_encoder(output: Any, layout_of: Callable[[int, int], Layout]) -> Any:
                              "encoder_attentions": both, "cross_attentions": along(3)})  # fmt: skip
 
 
+def kept(output: Any, places: Any) -> Any:
+    """Outputs with the logits of some places alone, as ``logits_to_keep`` asks for them.
+
+    Args:
+        output: A ModelOutput, or a tuple, whose logits are (B, length, V).
+        places: How many of the last ones; or int64 (k,), which.
+    """
+    which = places if isinstance(places, torch.Tensor) else slice(-places, None)
+
+    def change(value: Any) -> Any:
+        return value[:, which] if isinstance(value, torch.Tensor) and value.dim() == 3 else value
+
+    if isinstance(output, Mapping):
+        return _changed(output, {"logits": change})
+    if not isinstance(output, tuple):
+        return change(output)
+    logits = next((n for n, value in enumerate(output) if getattr(value, "dim", int)() == 3), len(output))
+    return (*output[:logits], *map(change, output[logits : logits + 1]), *output[logits + 1 :])
+
+
 def trimmed(output: Any, length: int) -> Any:
     """A head's outputs without the entry in front that says the input's first token.
 

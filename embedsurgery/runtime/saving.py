@@ -1,4 +1,4 @@
-"""Says that the checkpoint which is being written holds no rows: a state dict is always the base's."""
+"""Looks at what asks for a state dict, which is always the base's: a checkpoint that is written so holds no rows."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Sequence
 from types import FrameType
 
-from embedsurgery.errors import EmbedSurgeryWarning
+from embedsurgery.errors import EmbedSurgeryWarning, UnsupportedError
 
 _WRITERS = frozenset({"save_pretrained", "get_state_dict"})
 """Functions that ask for a state dict to write a checkpoint of the model (the second is Accelerate's); others may want
@@ -15,6 +15,31 @@ it for anything."""
 
 _RESUMABLE = "save_state"
 """Accelerate's, of whose checkpoints a resume without the rows is seen."""
+
+
+_HASHES = ("trl", "hash_module")
+
+
+def refuse_to_be_hashed(names: Sequence[str]) -> None:
+    """Refuse what takes a hash of the state dict for one of the model: other rows would be the same model to it.
+
+    Args:
+        names: The adapters that are live.
+
+    Raises:
+        UnsupportedError: TRL does so, to find log-probabilities that it computed before.
+    """
+    frame: FrameType | None = sys._getframe()
+    for _ in range(6):
+        frame = frame.f_back if frame is not None else None
+        if frame is None:
+            return
+        if (str(frame.f_globals.get("__name__")).partition(".")[0], frame.f_code.co_name) == _HASHES:
+            raise UnsupportedError("TRL finds the reference log-probabilities of a model by a hash of its state dict, "
+                                   "which holds no rows, and would take those of other rows for these",
+                                   where="precompute_ref_log_probs", found=f"live rows of {', '.join(names)}",
+                                   hint="leave precompute_ref_log_probs False, or merge the rows of a reference model "
+                                   "into it")  # fmt: skip
 
 
 def say_that_no_rows_are_saved(names: Sequence[str]) -> None:

@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch.utils.data import DataLoader
 
 import embedsurgery as es
-from embedsurgery.errors import AttachmentError
+from embedsurgery.errors import AttachmentError, ConfigError, EmbedSurgeryWarning
 from embedsurgery.integrations import keep_rows
 from tests.conftest import state_bits, tiny
 from tests.integrations.helpers import INDICES, attached, examples, rows
@@ -122,3 +122,16 @@ def test_a_state_without_the_rows_is_refused(make: Any, tmp_path: Path) -> None:
     with pytest.raises(AttachmentError, match="expected default, found none"):
         accelerator.load_state(str(tmp_path / "state"))
     assert torch.equal(rows(resumed), tiny("llama-tied").get_input_embeddings().weight[INDICES])
+
+
+def test_a_state_dict_that_is_to_be_written_is_said_to_be_the_bases(tmp_path: Path) -> None:
+    accelerator, model, _, _, _ = prepared()
+    for write in (accelerator.get_state_dict, lambda one: accelerator.save_model(one, tmp_path / "model")):
+        with pytest.warns(EmbedSurgeryWarning, match="the base's, without the rows of default"):
+            write(model)
+    accelerator.save_state(str(tmp_path / "state"))  # a resume from it without the rows is seen
+
+
+def test_only_an_accelerator_keeps_rows() -> None:
+    with pytest.raises(ConfigError, match=r"not an Accelerator.*found LlamaForCausalLM"):
+        keep_rows(tiny("llama-tied"))

@@ -13,7 +13,7 @@ import torch
 
 import embedsurgery as es
 from embedsurgery.adapter import plainly_named
-from embedsurgery.errors import AttachmentError, BaseMismatchError, TableError, UnsupportedError
+from embedsurgery.errors import AttachmentError, BaseMismatchError, EmbedSurgeryWarning, TableError, UnsupportedError
 from embedsurgery.wrappers import plain_name
 from tests.conftest import bits, logits, save, state_bits, tiny
 from tests.integrations.helpers import INDICES, batch, rows, trainer
@@ -86,6 +86,21 @@ def test_freezing_is_what_was_asked_for() -> None:
     attachment.detach()
     assert all(p.requires_grad for p in lora_parameters(model).values())
     assert [p.requires_grad for p in model.parameters()].count(True) == 4
+
+
+def test_rows_that_peft_froze_are_said_at_the_first_forward_that_trains() -> None:
+    base = tiny("llama-tied")
+    attachment = es.attach(base, CONFIG)
+    model = peft.get_peft_model(base, lora())
+    model.eval()(**batch())  # a warning would be an error
+    model.train()
+    with torch.no_grad():
+        model(**batch())
+    with pytest.warns(EmbedSurgeryWarning, match=r"every row is frozen.*unfreeze"):
+        model(**batch())
+    model(**batch())  # once
+    attachment.unfreeze()
+    assert any(p.requires_grad for p in attachment.parameters())
 
 
 @pytest.mark.parametrize("order", ["rows first", "LoRA first"])

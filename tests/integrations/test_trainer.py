@@ -234,6 +234,26 @@ def test_no_attachment_and_frozen_rows_are_said(tmp_path: Path) -> None:
         trainer(model, tmp_path, callbacks=[EmbedSurgeryCallback()], max_steps=1).train()
 
 
+@pytest.mark.filterwarnings("ignore:the checkpoint that is saved here is the base's")
+def test_a_resume_in_the_same_process_warns_where_the_rows_stay(tmp_path: Path) -> None:
+    model, attachment = attached()
+    kept = trainer(model, tmp_path, callbacks=[EmbedSurgeryCallback()])
+    kept.train()
+    last = rows(attachment)
+    kept.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))  # a warning would be an error here
+    assert torch.equal(rows(attachment), last)
+    forgot = trainer(model, tmp_path)
+    with pytest.warns(EmbedSurgeryWarning, match="leaves the trained rows as they are"):
+        forgot.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+
+
+def test_merged_rows_are_not_trained(tmp_path: Path) -> None:
+    model, attachment = attached()
+    attachment.merge()
+    with pytest.raises(AttachmentError, match=r"merged into the weights.*unmerge\(\) first"):
+        trainer(model, tmp_path, callbacks=[EmbedSurgeryCallback()]).train()
+
+
 def test_gradients_accumulate_over_batches(tmp_path: Path) -> None:
     found = []
     for options in (

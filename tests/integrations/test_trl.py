@@ -16,7 +16,7 @@ import transformers as tr
 import trl
 
 import embedsurgery as es
-from embedsurgery.errors import EmbedSurgeryWarning
+from embedsurgery.errors import EmbedSurgeryWarning, UnsupportedError
 from embedsurgery.integrations import EmbedSurgeryCallback
 from tests.conftest import state_bits, tiny, write_tokenizer
 from tests.integrations.helpers import INDICES, losses, rows
@@ -61,8 +61,15 @@ def test_sft_trains_the_rows_and_resumes(kind: str, tmp_path: Path) -> None:
     assert len(runs[0][1]) == 4
 
 
-@pytest.mark.parametrize("kind", ["llama-tied", "llama-untied"])
-def test_the_numbers_are_those_of_a_loop_of_ones_own_on_the_dense_model(kind: str, tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+@pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("kind", "compiled"), [("llama-tied", False), ("llama-untied", False), ("llama-tied", True), ("llama-untied", True)]
+)
+def test_the_numbers_are_those_of_a_loop_of_ones_own_on_the_dense_model(
+    kind: str, compiled: bool, tmp_path: Path
+) -> None:
+    torch._dynamo.reset()
     model = tiny(kind)
     targets = ["embed_tokens"] if kind == "llama-tied" else ["embed_tokens", "lm_head"]
     attachment = es.attach(model, es.TrainableTokensConfig(INDICES, target_modules=targets))
@@ -72,7 +79,8 @@ def test_the_numbers_are_those_of_a_loop_of_ones_own_on_the_dense_model(kind: st
         for part, weight in zip(attachment.parameters(), weights, strict=True):
             part.normal_(std=0.3)
             weight[INDICES] = part
-    trained = sft(model, tmp_path, {"optim": "sgd", "lr_scheduler_type": "constant"})
+    more = {"torch_compile": True, "torch_compile_backend": "eager"} if compiled else {}
+    trained = sft(model, tmp_path, {"optim": "sgd", "lr_scheduler_type": "constant", **more})
     seen: list[dict[str, torch.Tensor]] = []
     collate = trained.data_collator
     trained.data_collator = lambda items: seen.append(collate(items)) or seen[-1]
@@ -115,3 +123,18 @@ def test_sft_that_wraps_an_attached_model_freezes_the_rows_and_it_is_said(tmp_pa
     attachment.unfreeze()
     trained.train()
     assert ((rows(attachment) - start).abs().amax(dim=1) > 0.02).all()
+
+
+def test_a_hash_of_the_model_that_knows_no_rows_is_refused() -> None:
+    """By it TRL finds log-probabilities of a reference that it computed before (``precompute_ref_log_probs``)."""
+    from trl.trainer.utils import hash_module
+
+    model = tiny("llama-tied")
+    base = hash_module(model)
+    attachment = es.attach(model, es.TrainableTokensConfig(INDICES))
+    with pytest.raises(UnsupportedError, match=r"state dict, which holds no rows.*precompute_ref_log_probs"):
+        hash_module(model)
+    with attachment.disabled():
+        assert hash_module(model) == base
+    attachment.merge()
+    hash_module(model)

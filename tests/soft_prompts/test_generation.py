@@ -12,6 +12,8 @@ import torch
 
 import embedsurgery as es
 from embedsurgery.errors import AttachmentError, UnsupportedError
+from embedsurgery.runtime.prompt_caches import seat_of, take_seat
+from tests import zoo
 from tests.soft_prompts.models import CACHE, EACH_CAUSAL, PAD, V, cache_in, padded, rows, tiny
 from tests.soft_prompts.prompted import N, alone, close, embedded, prompted, randomise, shared, vectors
 
@@ -50,6 +52,58 @@ def test_greedy_in_a_padded_batch(kind: str, cache: str | None) -> None:
     assert torch.equal(out[:, : ids.shape[1]], ids)
     for found, sample in zip(new(out, ids.shape[1]), samples, strict=True):
         same_until_the_end(found, expected(plain, vectors(att), sample))
+
+
+@pytest.mark.parametrize("name", ["Llama4ForCausalLM", "MllamaForCausalLM"])
+def test_logits_to_keep_of_a_model_that_is_one_module_with_its_head(name: str) -> None:
+    """Its logits come from where the prompt's places are cut, and are counted in the text."""
+    (case,) = (case for case in zoo.cases() if case.name == name)
+    model, plain = zoo.build(case), zoo.build(case)
+    att = randomise(es.attach(model, es.SoftPromptConfig(N)))
+    samples = [sample.clamp(min=12) for sample in rows(7, 3, 5)]
+    wanted = [alone(plain, vectors(att), sample).logits[0, N:] for sample in samples]
+    for side in ("left", "right"):
+        ids, mask = padded(samples, side)
+        for last in (1, 3, torch.tensor([6, 2])):
+            with torch.no_grad():
+                given = {"attention_mask": mask, "use_cache": False, "logits_to_keep": last}
+                found = [model(ids, **given).logits, model(ids, **given, return_dict=False)[0]]
+            places = last if isinstance(last, torch.Tensor) else torch.arange(7 - last, 7)
+            for logits in found:
+                assert logits.shape[1] == len(places)
+                for number, sample in enumerate(samples):
+                    begin = 7 - len(sample) if side == "left" else 0
+                    for column, place in enumerate(places.tolist()):
+                        if mask[number, place]:
+                            close(logits[number, column], wanted[number][place - begin])
+
+
+def test_a_cropped_cache_keeps_its_prompt() -> None:
+    model, att, plain = shared("llama")
+    (ids,) = rows(8)
+    with torch.no_grad():
+        cache = cache_in(model(ids[None], use_cache=True))
+        cache.crop(-2)
+        assert cache.get_seq_length() == 6
+        logits = model(ids[None, 6:], **{CACHE: cache}).logits
+    close(logits[0], alone(plain, vectors(att), ids).logits[0, N + 6 :])
+
+
+@pytest.mark.parametrize(("size", "cropped"), [(6, 6 + N), (-2, -2)])
+def test_a_cache_is_cropped_to_a_length_of_text(size: int, cropped: int) -> None:
+    """As transformers 4 does it; transformers 5 crops by a number of tokens."""
+
+    class Cache:
+        def crop(self, size: int) -> None:
+            self.size = size
+
+    model, _, _ = shared("llama")
+    with torch.no_grad():
+        seat = seat_of(cache_in(model(rows(8)[0][None], use_cache=True)))
+    cache: Any = Cache()
+    take_seat(cache, seat.layout, seat.names)
+    cache.crop(size)
+    assert cache.size == cropped
 
 
 @pytest.mark.parametrize("kind", EACH_CAUSAL)

@@ -56,6 +56,7 @@ def main(out: Path, kind: str) -> None:
     result = {"losses": losses, "rows": rows, "after": after, "keys": keys, "model": type(model).__name__,
               "type": str(accelerator.distributed_type), "fsdp": accelerator.is_fsdp2, "processes": size}  # fmt: skip
     torch.save(result, out / f"accelerate-{kind}-{rank}.pt")
+    accelerator.wait_for_everyone()  # a rank that takes its group down under the other one may abort
     accelerator.end_training()
 
 
