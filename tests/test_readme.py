@@ -67,18 +67,11 @@ def test_what_people_come_for(demo: Path) -> None:
     run(blocks, demo)
 
 
-def test_train_with_the_trainer(tmp_path: Path) -> None:
-    """The section's ``model`` and ``dataset`` are the reader's; here they are small."""
-    ours = """
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
-torch.manual_seed(0)
-model = LlamaForCausalLM(LlamaConfig(vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
-                                     num_attention_heads=2, bos_token_id=1, eos_token_id=2))
-dataset = [{"input_ids": ids, "labels": ids} for ids in torch.randint(0, 40, (16, 8)).tolist()]
-"""
-    run([("python", ours), *section("Train with the Trainer")], tmp_path)
-    assert (tmp_path / "out/checkpoint-6/embedsurgery/default/adapter_model.safetensors").exists()
+@pytest.mark.sweep
+def test_train_with_the_trainer(demo: Path) -> None:
+    run(section("Train with the Trainer, TRL or Accelerate"), demo)
+    for rows in ("out/checkpoint-6/embedsurgery/default", "state/embedsurgery/default", "my-zorbl"):
+        assert (demo / rows / "adapter_model.safetensors").exists()
 
 
 @pytest.mark.sweep
