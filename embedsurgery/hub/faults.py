@@ -72,10 +72,11 @@ def explained(error: BaseException, where: str, doing: str) -> HubError:
         return _answered(error, where, what)
     if isinstance(error, (OfflineModeIsEnabled, LocalEntryNotFoundError, RevisionResolutionError)):
         return HubError(what, where=where, found="offline, and not in the Hub cache",
-                        hint="unset HF_HUB_OFFLINE and try again")  # fmt: skip
+                        hint="check the name (nor is it a directory here), or unset HF_HUB_OFFLINE")  # fmt: skip
     if isinstance(error, (httpx2.ConnectError, httpx2.ConnectTimeout)):
         return HubError(what, where=where, found="the Hub cannot be reached",
-                        hint="check the connection, the name server and HF_ENDPOINT")  # fmt: skip
+                        hint="if a directory is meant, there is none of this name; else check the connection, the name "
+                        "server and HF_ENDPOINT")  # fmt: skip
     if isinstance(error, (httpx2.HTTPError, ConnectionError)):
         return HubError(what, where=where, found=f"the connection broke ({type(error).__name__})", hint=_AGAIN)
     if isinstance(error, LocalTokenNotFoundError):

@@ -91,7 +91,8 @@ class Members:
 
     def __getitem__(self, name: str) -> Member:
         if name not in self.all:
-            raise AttachmentError("no such adapter", where=name, found=", ".join(self.all) or "none attached")
+            raise AttachmentError("no such adapter", where=name, found=", ".join(self.all) or "none attached",
+                                  hint="name one of them" if self.all else None)  # fmt: skip
         return self.all[name]
 
     def default(self, name: str | None) -> str:
