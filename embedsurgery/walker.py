@@ -67,7 +67,8 @@ def walk_module(model: nn.Module, classify: Classify | None = None) -> Embedding
             continue
         memory = _view(module.weight, transposed)
         shared = memory in found
-        if not shared and id(module) not in outputs and not _looks_like_head(module, transposed, found):
+        guessed = not shared and id(module) not in outputs
+        if guessed and (not _looks_like_head(module, transposed, found) or _goes_on(name, module, modules)):
             continue
         known = headless and any(t.kind == "vocabulary" for t in found.values())
         table = _table_at(found, module.weight, transposed=transposed)
@@ -197,7 +198,7 @@ def _looks_like_head(module: nn.Module, transposed: bool, found: dict[Memory, _F
 
     A square weight proves nothing, nor does a module that is not known to be a plain projection.
     """
-    if not (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"):
+    if not _is_plain(module):
         return False
     weight = _weight(module)
     assert weight is not None
@@ -206,6 +207,33 @@ def _looks_like_head(module: nn.Module, transposed: bool, found: dict[Memory, _F
     return rows != columns and any(
         t.memory.shape[0] == rows and any(site.role == "input" for site in t.sites) for t in known
     )
+
+
+def _goes_on(name: str, module: nn.Module, modules: list[tuple[str, nn.Module]]) -> bool:
+    """Whether what a module puts out are hidden states, though there be as many as tokens: the inner half of an MLP.
+
+    Then another projection takes them up in the same numbered part (``layers.3``), which nothing does with logits.
+    """
+    parents = name.split(".")[:-1]
+    while parents and not parents[-1].isdecimal():
+        parents.pop()
+    part = ".".join((*parents, ""))
+    width = _widths(module)[1]
+    return bool(parents) and any(
+        other.startswith(part) and _is_plain(m) and _widths(m)[0] == width != _widths(m)[1] for other, m in modules
+    )
+
+
+def _is_plain(module: nn.Module) -> bool:
+    return _weight(module) is not None and (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D")
+
+
+def _widths(module: nn.Module) -> tuple[int, int]:
+    """Of a plain projection: how many features it takes, and how many it gives."""
+    weight = _weight(module)
+    assert weight is not None
+    given, taken = weight.shape if isinstance(module, nn.Linear) else weight.t().shape
+    return taken, given
 
 
 def _has_columns(module: nn.Module, found: dict[Memory, _Found]) -> bool:

@@ -1,4 +1,4 @@
-"""The walker on module trees that never heard of transformers, where every memory is laid out by hand."""
+"""The walker on module trees whose memory is laid out by hand, and on models that look like what they are not."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 import embedsurgery as es
@@ -172,6 +173,30 @@ def test_vocabularies_group_tables_with_their_vectors() -> None:
     assert (vocabulary.name, vocabulary.tables, vocabulary.vectors, vocabulary.size) == (
         "embed.weight", ("embed.weight",), ("head.bias",), V,
     )  # fmt: skip
+
+
+SIZES: dict[str, dict[str, int]] = {
+    "Llama": {"intermediate_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4},
+    "Bert": {"intermediate_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4},
+    "GPT2": {"n_inner": 64, "n_embd": 32, "n_layer": 2, "n_head": 4},
+    "T5": {"d_ff": 64, "d_model": 32, "num_layers": 2, "num_heads": 4, "d_kv": 8},
+}
+
+
+@pytest.mark.parametrize("kind", ["Model", "ForSequenceClassification"])
+@pytest.mark.parametrize("name", SIZES)
+def test_as_many_features_as_tokens_make_no_head(name: str, kind: str) -> None:
+    config = getattr(transformers, f"{name}Config")(vocab_size=64, pad_token_id=0, **SIZES[name])
+    graph = es.walk(getattr(transformers, f"{name}{kind}")(config))
+    (vocabulary,) = graph.vocabularies
+    assert vocabulary.tables == (graph.input,)
+    assert [site for table in graph.tables for site in table.sites if site.role == "output"] == []
+
+
+def test_heads_in_a_list_are_heads() -> None:
+    model = Plain()
+    model.head = nn.ModuleList(nn.Linear(D, V) for _ in range(2))
+    assert [t.name for t in es.walk(model).tables if "output" in t.roles] == ["head.0.weight", "head.1.weight"]
 
 
 @pytest.mark.parametrize("dtype", ["F64", "F32", "F16", "BF16"])
