@@ -16,8 +16,8 @@ it for anything."""
 _RESUMABLE = "save_state"
 """Accelerate's, of whose checkpoints a resume without the rows is seen."""
 
-
 _HASHES = ("trl", "hash_module")
+"""The package and its function that takes a hash of a state dict."""
 
 
 def refuse_to_be_hashed(names: Sequence[str]) -> None:
