@@ -3,6 +3,10 @@
 Arithmetic is torch's own count of the floating-point operations of matrix products. Traffic is what the kernels read
 and write, by the sizes of their arguments and results in memory: of an expanded tensor its elements once, of a sparse
 one its indices and values. One that picks rows counts those alone, and views nothing.
+
+What a kernel writes is what it makes and what its schema says that it changes, once, whether it returns that or, as the
+fused optimizers do, nothing. What it changes counts as read, too, for a schema does not tell ``copy_`` and ``zero_``,
+which only write, from ``add_``; results that it is given to fill (``out=``) do not.
 """
 
 from __future__ import annotations
@@ -35,15 +39,34 @@ class Traffic(TorchDispatchMode):
         name = func._schema.name.partition("::")[2]
         if func.is_view or name == "_unsafe_view":
             return result
-        given = tree_leaves((args, {key: value for key, value in (kwargs or {}).items() if key != "out"}))
-        made = tree_leaves(result)
+        read, written = _read_and_written(func._schema, name, args, kwargs or {}, result)
         if name in _PICK:
-            self.bytes += 2 * _size(made)
+            self.bytes += 2 * _size(written)
         elif name in _PUT:
-            self.bytes += 3 * _size(given[1:])
+            self.bytes += 3 * _size(read[1:])
         elif not name.startswith(("empty", "new_empty", "detach", "_has_compatible")):
-            self.bytes += _size(given) + _size(made)
+            self.bytes += _size(read) + _size(written)
         return result
+
+
+def _read_and_written(
+    schema: Any, name: str, args: Any, kwargs: dict[str, Any], result: Any
+) -> tuple[list[Any], list[Any]]:
+    """The leaves of a kernel's arguments and results by what happens to them, those that it changes in both."""
+    values = dict(zip((argument.name for argument in schema.arguments), args, strict=False)) | kwargs
+    given = [argument for argument in schema.arguments if argument.name in values]
+    changed = {argument.name for argument in given if _is_written(argument)}
+    if name.startswith("_fused_") and values.get("grad_scale") is None:
+        changed.discard("grads")  # which are marked for the sake of scaled ones: those are written back unscaled
+    read = [values[argument.name] for argument in given if not argument.is_out]
+    results = result if len(schema.returns) > 1 else (result,)
+    made = [one for one, returned in zip(results, schema.returns, strict=False) if not _is_written(returned)]
+    return tree_leaves(read), tree_leaves(([values[key] for key in changed], made))
+
+
+def _is_written(argument: Any) -> bool:
+    """Whether a schema marks an argument as changed, or a result as an argument that was."""
+    return argument.alias_info is not None and bool(argument.alias_info.is_write)
 
 
 def _size(values: list[Any]) -> int:

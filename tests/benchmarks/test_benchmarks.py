@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,36 @@ def test_a_sparse_tensor_is_its_indices_and_values_and_an_expanded_one_its_eleme
     sparse = torch.sparse_coo_tensor(torch.tensor([[4, 2]]), torch.ones(2, 8), (1000, 8), check_invariants=False)
     assert count(lambda: torch.add(table, sparse))["traffic_bytes"] == 2 * 4 * 8_000 + 2 * 8 + 4 * 16
     assert count(lambda: few + 1)["traffic_bytes"] == 4 + 4 * 50
+
+
+def test_what_a_kernel_changes_is_written_once_whether_it_returns_that_or_not() -> None:
+    a, b, few, most = torch.ones(50, 20), torch.ones(50, 20), torch.ones(20), torch.ones(20, dtype=torch.long)
+    kernels: list[tuple[Callable[[], object], int]] = [  # and reads + writes
+        (lambda: torch.mm(a, b.t()), 4 * (2 * 1000 + 2500)),
+        (lambda: torch.add(a, b, out=b), 4 * (2 + 1) * 1000),
+        (lambda: torch.max(a, 0, out=(few, most)), 4 * 1000 + (4 + 8) * 20),
+        (lambda: torch.index_select(few, 0, most[:5], out=torch.empty(5)), 4 * (5 + 5)),
+        (lambda: a.add_(b), 4 * (2 + 1) * 1000),
+        (lambda: a.copy_(b), 4 * (2 + 1) * 1000),
+        (lambda: a.zero_(), 4 * (1 + 1) * 1000),
+        (lambda: torch._foreach_add_([a, few], [b, few]), 4 * (2 + 1) * 1020),
+        (lambda: torch._foreach_add([a, few], [b, few]), 4 * (2 + 1) * 1020),
+    ]
+    assert [count(kernel)["traffic_bytes"] for kernel, _ in kernels] == [moved for _, moved in kernels]
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_the_fused_optimizer_writes_the_parameter_and_its_moments(scaled: bool) -> None:
+    parameter = torch.nn.Parameter(torch.ones(1000))
+    parameter.grad = torch.ones(1000)
+    optimizer = torch.optim.AdamW([parameter], fused=True)
+    if scaled:  # as torch.amp.GradScaler does
+        optimizer.grad_scale, optimizer.found_inf = torch.ones(()), torch.zeros(())  # type: ignore[attr-defined]
+    optimizer.step()
+    reads, writes = 4 * 1000, 3 * 1000  # parameter, gradient and two moments; all but the gradient
+    steps = (1 + 1) + 1  # their count is counted up, then read
+    scale = 1000 + 2 + (2 + 1) if scaled else 0  # the gradient unscaled, two scalars, a step taken back where it is inf
+    assert count(optimizer.step)["traffic_bytes"] == 4 * (reads + writes + steps + scale)
 
 
 @pytest.mark.parametrize("work", ["train", "lookup"])
