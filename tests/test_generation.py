@@ -356,3 +356,109 @@ def test_a_module_replaced_after_attaching_is_refused() -> None:
     model.model.embed_tokens = copy.deepcopy(model.model.embed_tokens)
     with pytest.raises(AttachmentError, match=r"model\.embed_tokens"):
         model(input_ids=IDS)
+
+
+def test_as_many_chosen_tokens_as_samples_are_refused() -> None:
+    """Both are of the first sample, and nothing about them says so: ModernBERT keeps the labelled tokens alone."""
+    import transformers as tr
+
+    config = tr.ModernBertConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        sparse_prediction=True, pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    model = tr.ModernBertForMaskedLM(config).eval()
+    attachment = es.attach(model, es.TrainableTokensConfig([7]), name="a")
+    labels = torch.full_like(IDS, -100)
+    labels[0, :2] = 7
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad), attachment.rows(["a", None]):
+            with pytest.raises(UnsupportedError, match=r"2 samples.*\[2, 40\]"):
+                model(input_ids=IDS, labels=labels)
+            assert model(input_ids=IDS).logits.shape[0] == 2
+
+
+@pytest.mark.parametrize("first", ["samples", "tokens"])
+def test_a_lookup_of_ids_in_one_axis(first: str) -> None:
+    class Flat(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.head = torch.nn.Embedding(40, 4), torch.nn.Linear(4, 40)
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            if first == "samples":
+                return self.head(self.embed(ids.flatten()).view(*ids.shape, -1))
+            return self.head(self.embed(ids.t().flatten()).view(*ids.t().shape, -1).transpose(0, 1))
+
+    torch.manual_seed(0)
+    model = Flat()
+    attachment = es.attach(model, es.TrainableTokensConfig([7], target_modules=["embed"]), name="a")
+    with torch.no_grad():
+        next(attachment.parameters()).fill_(1.0)
+    ids = torch.tensor([[7, 7, 3], [7, 2, 3]])
+    alone = model(ids)[0]
+    with attachment.disabled():
+        plain = model(ids)[1]
+    with attachment.rows(["a", None]):
+        if first == "tokens":
+            with pytest.raises(UnsupportedError, match="where the model puts other things first"):
+                model(ids)
+            return
+        found = model(ids)
+    assert torch.equal(found[0], alone)
+    assert torch.equal(found[1], plain)
+
+
+def test_tying_after_attaching_is_refused_and_undone_goes_on() -> None:
+    model, merged = attached("llama-untied")
+    logits, own = merged(input_ids=IDS).logits, model.lm_head.weight
+    model.lm_head.weight = model.model.embed_tokens.weight
+    with pytest.raises(AttachmentError, match=r"two tables were tied after attaching.*detach\(\)"):
+        model(input_ids=IDS)
+    model.lm_head.weight = own
+    torch.testing.assert_close(model(input_ids=IDS).logits, logits)
+
+
+def test_an_attachment_is_no_part_of_a_container() -> None:
+    """As a SentenceTransformer is, whose parts are saved one by one."""
+    import transformers as tr
+
+    config = tr.BertConfig(vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                           intermediate_size=16, max_position_embeddings=16)  # fmt: skip
+
+    class First(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.auto_model = tr.BertModel(config)
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.auto_model(input_ids=ids).last_hidden_state
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(First(), torch.nn.Linear(16, 4)).eval()
+    merged = copy.deepcopy(model)
+    attachment = es.attach(model, es.TrainableTokensConfig([7, 5]))
+    with torch.no_grad():
+        (rows,) = attachment.parameters()
+        rows.add_(1.0)
+        merged[0].auto_model.embeddings.word_embeddings.weight[[7, 5]] = rows
+    assert len(model) == 2
+    assert es.attached(model) is es.attached(model[0]) is attachment
+    assert any(parameter is rows for parameter in model.parameters())
+    torch.testing.assert_close(model(IDS), merged(IDS))
+    copied = copy.deepcopy(model)
+    torch.testing.assert_close(copied(IDS), merged(IDS))
+    assert es.attached(copied) is not attachment
+    attachment.detach()
+    assert not any(module._state_dict_pre_hooks or module._load_state_dict_pre_hooks for module in model.modules())
+    assert es.attached(model) is None
+    assert state_bits(model) != state_bits(merged)
+
+
+def test_what_saves_a_part_of_the_attached_module_is_told_that_it_is_the_base(tmp_path: Path) -> None:
+    model, _ = attached("llama-tied")
+    es.attached(model).detach()
+    around = torch.nn.ModuleDict({"language": model})
+    es.attach(around, es.TrainableTokensConfig([7]))
+    with pytest.warns(EmbedSurgeryWarning, match="without the rows of default"):
+        model.save_pretrained(tmp_path)

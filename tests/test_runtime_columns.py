@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import embedsurgery as es
+from embedsurgery.errors import EmbedSurgeryWarning
 from embedsurgery.runtime.columns import columns
 from tests.test_walker import Conv1D as walker_Conv1D
 
@@ -241,3 +243,72 @@ def test_a_mixed_batch_copies_no_logits() -> None:
         base = model(IDS)
     assert torch.equal(mixed[1], base[1])
     torch.testing.assert_close(mixed[0], model(IDS)[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_one_position_by_itself(head: str) -> None:
+    model, dense, _ = pair(head)
+    hidden = torch.randn(D, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    given = [hidden.clone().requires_grad_() for _ in range(2)]
+    found, wanted = model.head(given[0]), dense.head(given[1])
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    found.square().sum().backward()
+    wanted.square().sum().backward()
+    torch.testing.assert_close(given[0].grad, given[1].grad, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("size", [float("nan"), float("inf"), 3e4, 1e3])
+@pytest.mark.parametrize("second", [False, True])
+def test_old_rows_that_would_drown_the_gradient(size: float, dtype: torch.dtype, second: bool) -> None:
+    """Spare rows of a table may hold anything; as the only adapter's, or as those of one that comes later."""
+    torch.manual_seed(0)
+    model = Dense(nn.Linear(D, V, bias=False), True).to(dtype)
+    with torch.no_grad():
+        model.embed.weight[INDICES[0]] = size
+    dense = copy.deepcopy(model)
+    model.requires_grad_(False)
+    model.body.requires_grad_(True)
+    if second:
+        es.attach(model, es.TrainableTokensConfig([9]), name="first", freeze=False)
+    with pytest.warns(EmbedSurgeryWarning, match=r"full copy.* old rows of head \(Linear\) are no numbers, or far"):
+        attachment = es.attach(model, es.TrainableTokensConfig(INDICES), freeze=False)
+    rows = attachment.rows_of["adapter_default"][0].values
+    with torch.no_grad():
+        rows.normal_()
+        dense.embed.weight[INDICES] = rows.to(dtype)
+    ids = torch.tensor([[4, 17, 5], [31, 9, 2]])
+    for one in (model, dense):
+        F.cross_entropy(one(ids).flatten(0, 1).float(), ids.flip(0).flatten()).backward()
+    assert torch.equal(model(ids), dense(ids))
+    assert torch.equal(model.body.weight.grad, dense.body.weight.grad)
+
+
+def test_old_rows_of_a_usual_size_cost_no_copy() -> None:
+    torch.manual_seed(0)
+    model = Dense(nn.Linear(D, V, bias=False), True)
+    with torch.no_grad():
+        model.embed.weight[INDICES[0]] *= 10
+        model.embed.weight[INDICES[1]] = 0
+        model.embed.weight[9] = float("nan")  # what nobody trains
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        es.attach(model, es.TrainableTokensConfig(INDICES))
+
+
+def test_a_second_adapter_that_asks_for_a_full_copy_gets_one() -> None:
+    model, dense, _ = pair("tied")
+    attachment = es.attach(model, es.TrainableTokensConfig([9]), name="second", materialize=True, freeze=False)
+    assert attachment._installation.copied == {"embed.weight"}
+    more = attachment.rows_of["adapter_second"][0].values
+    with torch.no_grad():
+        more.normal_()
+        dense.embed.weight[9] = more[0]
+    ids = torch.tensor([[4, 17, 9], [31, 9, 2]])
+    torch.testing.assert_close(model(ids), dense(ids), rtol=1e-12, atol=1e-12)
+    parts = (model, model.embed, model.body, model.head)
+    hooks = [list(module._forward_hooks) for module in parts]
+    third = es.attach(model, es.TrainableTokensConfig([11]), name="third", freeze=False)
+    assert [list(module._forward_hooks) for module in parts] == hooks  # it has what it needs
+    third.detach()
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())

@@ -283,3 +283,28 @@ def test_nothing_is_made_that_need_not_be(kind: str, indices: list[int]) -> None
     assert [name for name, size in seen if size == rows and name != "index_add_"] == (
         [] if indices is RUN else ["index_select", "sub"]  # the change from the old rows to the new
     )
+
+
+@pytest.mark.parametrize("indices", [SPREAD, RUN], ids=["spread", "run"])
+def test_values_that_are_set_to_another_part_of_one_memory(indices: list[int]) -> None:
+    model, dense, (rows,) = pair(indices)
+    both = torch.randn(2, *rows.shape, dtype=rows.dtype, generator=torch.Generator().manual_seed(2))
+    for values in both:
+        rows.data = values
+        dense.embed.weight.data[indices] = values
+        rows.grad = None
+        torch.testing.assert_close(step(model, _of_logits), step(dense, _of_logits), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(rows.grad, expected(dense, indices)[0], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("indices", [SPREAD, SPREAD[:2]], ids=["more rows than tokens", "fewer"])
+def test_several_gradients_at_once(indices: list[int]) -> None:
+    model, dense, (rows,) = pair(indices)
+    several = torch.randn(2, *IDS.shape, V, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    (found,) = torch.autograd.grad(model(IDS), rows, several, is_grads_batched=True)
+    (wanted,) = torch.autograd.grad(dense(IDS), dense.embed.weight, several, is_grads_batched=True)
+    torch.testing.assert_close(found, wanted[:, indices], rtol=1e-12, atol=1e-12)
+
+
+def _of_logits(one: Any) -> torch.Tensor:
+    return one(IDS).logsumexp(-1).square().sum()

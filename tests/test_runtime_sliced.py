@@ -294,3 +294,23 @@ def test_two_threads_in_one_head_at_once() -> None:
     for gradient in found[:2]:
         torch.testing.assert_close(gradient, found[2], rtol=1e-12, atol=1e-12)
     assert model.head.weight is model.head._parameters["weight"]
+
+
+@pytest.mark.parametrize("run", ["last", "middle"])
+@pytest.mark.parametrize("how", ["before ours", "of all modules"])
+def test_a_hook_that_comes_first_and_gives_another_tensor(how: str, run: str) -> None:
+    model, dense, rows = pair(run)
+
+    def another(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        return output.clone()
+
+    if how == "before ours":
+        for one in (model, dense):
+            one.head.register_forward_hook(another, prepend=True)
+        assert_dense(model, dense, rows, run)
+        return
+    handle = torch.nn.modules.module.register_module_forward_hook(another)
+    try:
+        assert_dense(model, dense, rows, run)
+    finally:
+        handle.remove()

@@ -147,3 +147,44 @@ def test_a_table_that_is_attached_inside_is_shown_too() -> None:
             list(attachment.parameters())[1].fill_(2.0)
         assert torch.equal(model.lm_head.weight[9].detach(), torch.full((model.config.hidden_size,), 2.0))
     assert torch.equal(model.lm_head.weight, tiny("llama-untied").lm_head.weight)
+
+
+@pytest.mark.parametrize("write", ["add_", "data.add_", "data ="])
+def test_it_sees_rows_however_they_are_written(write: str) -> None:
+    model, attachment = attached()
+    (rows,) = attachment.parameters()
+    with attachment.materialized():
+        for _ in range(2):
+            assert torch.equal(model.lm_head.weight[INDICES].clone(), rows)
+            assert torch.equal((model.lm_head.weight * 1.0)[INDICES], rows)
+            if write == "data =":
+                rows.data = rows.data + 1.0
+            elif write == "data.add_":
+                rows.data.add_(1.0)
+            else:
+                with torch.no_grad():
+                    rows.add_(1.0)
+
+
+def test_rows_that_are_frozen_when_it_begins_and_unfrozen_inside() -> None:
+    model, attachment = attached()
+    (rows,) = attachment.parameters()
+    rows.requires_grad_(False)
+    with attachment.materialized():
+        assert not (model.lm_head.weight * 1.0).requires_grad
+        attachment.unfreeze()
+        (model.lm_head.weight * 1.0).sum().backward()
+    assert torch.equal(rows.grad, torch.ones_like(rows))
+
+
+@pytest.mark.parametrize("path", ["model.embed_tokens", "lm_head", ""])
+def test_a_call_that_fails_takes_nothing_away(path: str) -> None:
+    model, attachment = attached()
+    with torch.no_grad():
+        next(attachment.parameters()).add_(1.0)
+    with attachment.materialized():
+        shown = (model.lm_head.weight * 1.0).detach()
+        with pytest.raises((IndexError, RuntimeError)):
+            model.get_submodule(path)(torch.full((1, 3), 10**6))
+        for weight in (model.lm_head.weight, model.model.embed_tokens.weight):
+            assert torch.equal((weight * 1.0).detach(), shown)

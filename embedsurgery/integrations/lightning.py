@@ -6,6 +6,7 @@ A LightningModule's state dict is the base's, and holds no rows. What is put bes
 
 from __future__ import annotations
 
+import sys
 import tempfile
 import warnings
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ from embedsurgery.errors import AttachmentError, EmbedSurgeryWarning
 from embedsurgery.integrations.beside import check_names
 from embedsurgery.reading import load
 from embedsurgery.runtime.attach import Attachment
+from embedsurgery.runtime.frames import of_library
 
 KEY = "embedsurgery"
 """In a checkpoint: path of an attached model in the LightningModule -> adapter's name -> file name -> bytes, uint8."""
@@ -50,7 +52,7 @@ class LightningCallback(_base()):  # type: ignore[misc]
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Tells the attachments that their rows are cared for, and of checkpoints that will hold none."""
         for attachment in _attachments(pl_module).values():
-            attachment.saved_beside = True
+            attachment.saved_beside = of_library(sys._getframe(1))
         if any(getattr(callback, "save_weights_only", False) for callback in trainer.checkpoint_callbacks):
             warnings.warn("a checkpoint with save_weights_only=True holds no rows: Lightning asks no callback for it",
                           EmbedSurgeryWarning, stacklevel=2)  # fmt: skip

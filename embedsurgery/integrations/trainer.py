@@ -8,6 +8,7 @@ are no moments (SGD without momentum, ``save_only_model=True``), for the Trainer
 from __future__ import annotations
 
 import json
+import sys
 import uuid
 import warnings
 from pathlib import Path
@@ -20,6 +21,7 @@ from embedsurgery.errors import AttachmentError, CheckpointError, EmbedSurgeryWa
 from embedsurgery.integrations.beside import DIRECTORY, restore_rows, save_rows
 from embedsurgery.jsonfile import read_json
 from embedsurgery.runtime.attach import Attachment, find
+from embedsurgery.runtime.frames import of_library
 
 _RUN = "run.json"
 
@@ -58,7 +60,7 @@ class EmbedSurgeryCallback(TrainerCallback, ExportableState):  # type: ignore[mi
         if attachment.merged:
             raise AttachmentError("the rows are merged into the weights, so that none can be trained",
                                   where="trainer.train()", hint="attachment.unmerge() first")  # fmt: skip
-        attachment.saved_beside = True
+        attachment.saved_beside = of_library(sys._getframe(1))
         if state.global_step > 0:
             restore_rows(attachment, self._resumed(args, state))
         self.run = uuid.uuid4().hex

@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from embedsurgery.errors import AttachmentError, UnsupportedError
 from embedsurgery.graph import EmbeddingGraph
 from embedsurgery.locate import locate
 from embedsurgery.plan import Plan, Undo
+from embedsurgery.runtime.beside_peft import Switch
+from embedsurgery.runtime.frames import run_here
 from embedsurgery.runtime.history import is_restored, is_resume
 from embedsurgery.runtime.installation import Installation
 from embedsurgery.runtime.loading import check_loaded, check_order, look_no_more, replacements, say_that_rows_stay
@@ -49,14 +52,12 @@ class Attachment(Hidden):
     the state dict.
 
     Attributes:
-        saved_beside: Whether something saves the rows beside each state dict of the model and restores them with it,
-            as the integrations do, so that loading a state dict alone is no matter.
         extended: What takes out the tokens that attaching an adapter brought, each with the tokenizer.
     """
 
     def __init__(self, model: nn.Module, graph: EmbeddingGraph) -> None:
         super().__init__()
-        self.saved_beside = False
+        self._beside: bool | FrameType = False
         self.rows_of = nn.ModuleDict()
         self.graph = graph
         self._model = (model,)  # in a tuple, so that the parent is not registered as its own child's child
@@ -65,9 +66,10 @@ class Attachment(Hidden):
         self._undo: list[Undo] = []
         self._frozen: list[nn.Parameter] = []
         self.extended: list[tuple[Undo, Any]] = []
-        guard = Guard(model, self._members.named, self._members.begun)
-        self._installation = Installation(model, graph, guard)
-        self._prompts = Prompts(model, graph, guard)
+        self._switch = Switch(model, self._members.named, self._refresh)
+        guards = (self._switch, Guard(model, self._members.named, self._members.begun))
+        self._installation = Installation(model, graph, guards)
+        self._prompts = Prompts(model, graph, guards)
 
     # -- what is on the model ------------------------------------------------------------------------------------
 
@@ -75,6 +77,21 @@ class Attachment(Hidden):
     def model(self) -> nn.Module:
         """The model that this is attached to."""
         return self._model[0]
+
+    @property
+    def saved_beside(self) -> bool:
+        """Whether something saves the rows beside each state dict of the model and restores them with it.
+
+        So do the integrations, and loading a state dict alone is no matter then. Set to a frame, it holds for as long
+        as that runs, in its own thread: a training may be interrupted without a word.
+        """
+        if isinstance(self._beside, FrameType) and not run_here([self._beside]):
+            self._beside = False
+        return bool(self._beside)
+
+    @saved_beside.setter
+    def saved_beside(self, value: bool | FrameType) -> None:
+        self._beside = value
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -331,8 +348,10 @@ class Attachment(Hidden):
         self.rows_of.clear()  # so that an optimizer of them is refused by torch, not left without effect
         self._undo = []
         model = self.model
-        look_no_more(model, self._before_load, self._before_save)
-        model._modules.pop(CHILD, None)
+        for module in list(model.modules()):
+            look_no_more(module, self._before_load, self._before_save)
+            if module._modules.get(CHILD) is self:
+                module._modules.pop(CHILD)
         forget(self)
         while self.extended and not merged:  # when nothing of the attachment holds a table any more
             undo, tokenizer = self.extended.pop()
@@ -346,6 +365,9 @@ class Attachment(Hidden):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}: {m.record.name}" for name, m in self._members.all.items())
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_beside": self._beside is True}  # type: ignore[no-untyped-call]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -420,7 +442,7 @@ class Attachment(Hidden):
 
     def _refresh(self) -> None:
         self._members.muted = bool(self._disabled or self._undo)
-        live = list(self._members.live())
+        live = [] if self._switch.off else list(self._members.live())
         self._prompts.refresh((name, rows) for name, _, rows in live if isinstance(rows, PromptEmbedding))
         rows = ((override.table, rows) for _, override, rows in live if not isinstance(rows, PromptEmbedding))
         self._installation.refresh(rows)
@@ -428,6 +450,25 @@ class Attachment(Hidden):
 
 def _key(name: str) -> str:
     return f"adapter_{name}"
+
+
+def _places(model: nn.Module, graph: EmbeddingGraph) -> tuple[nn.Module, nn.Module]:
+    """The module to put an attachment in, and the one that writes checkpoints.
+
+    They are the model, unless that is a container, of whose parts an attachment would be one more (a
+    SentenceTransformer is an ``nn.Sequential``), or something around the model of transformers that is saved.
+    """
+    steps = [model]
+    for part in graph.tables[0].names[0].split(".")[:-1] if graph.tables else ():
+        below = steps[-1]._modules.get(part)
+        if below is None:  # a name goes around wrappers
+            break
+        steps.append(below)
+    containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+    held = next((step for step in steps if not isinstance(step, containers)), model)
+    saves = next((step for step in steps if hasattr(step, "save_pretrained") and hasattr(step, "base_model_prefix")),
+                 model)  # fmt: skip
+    return held, saves
 
 
 def find(model: nn.Module) -> Attachment | None:
@@ -477,8 +518,10 @@ def attach_adapter(
         refuse_more(given or freeze or model, attachment.model, classify)
     attachment._add(name, adapter, record, freeze=freeze, materialize=materialize, fresh=fresh)
     if first:
-        model.add_module(CHILD, attachment)
+        held, saves = _places(model, graph)
+        held.add_module(CHILD, attachment)
         model.register_load_state_dict_pre_hook(attachment._before_load)  # type: ignore[no-untyped-call]
-        model.register_state_dict_pre_hook(attachment._before_save)  # type: ignore[no-untyped-call]
+        for module in {id(m): m for m in (model, saves)}.values():
+            module.register_state_dict_pre_hook(attachment._before_save)  # type: ignore[no-untyped-call]
         remember(attachment)
     return attachment

@@ -65,7 +65,7 @@ def replaced(
     # Of a view that is changed, autograd copies the gradient twice: so what it is a view of is changed.
     whole, shape = logits._base, logits.shape
     assert whole is not None
-    flat = _Replaced.apply(whole, hidden.flatten(0, -2), rows, weight, indices, start, bias)  # type: ignore[no-untyped-call]
+    flat = _Replaced.apply(whole, hidden.reshape(-1, hidden.shape[-1]), rows, weight, indices, start, bias)  # type: ignore[no-untyped-call]
     return flat.view(shape)  # type: ignore[no-any-return]
 
 

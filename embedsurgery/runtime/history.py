@@ -47,7 +47,8 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 
 
 _RESUMES = frozenset({
-    ("transformers", "_load_from_checkpoint"), ("accelerate", "load_accelerator_state"),
+    ("transformers", "_load_from_checkpoint"), ("sentence_transformers", "_load_from_checkpoint"),
+    ("accelerate", "load_accelerator_state"),
     ("lightning", "restore_model"), ("pytorch_lightning", "restore_model"),
 })  # fmt: skip
 """The libraries' functions that load a state dict to go on with training."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +25,7 @@ from embedsurgery.runtime.hooks import Installed, after, before, forget_compiled
 from embedsurgery.runtime.mixing import Batch
 from embedsurgery.runtime.overlays import Materialised, StandIns, Uncovered
 from embedsurgery.runtime.rows import Rows
-from embedsurgery.runtime.sites import Lookup, Projection, can_override, holders
+from embedsurgery.runtime.sites import Lookup, Projection, can_override, drown, holders
 from embedsurgery.runtime.sliced import uncover
 from embedsurgery.runtime.standing import Standing, standing
 from embedsurgery.runtime.unchanged import Unchanged
@@ -42,7 +42,7 @@ class Installation:
     Args:
         model: The attached model.
         graph: Of it.
-        guard: A pre-hook for its root and every site.
+        guards: Pre-hooks for its root and every site.
 
     Attributes:
         live: Table's name -> the rows that are live for it.
@@ -50,17 +50,18 @@ class Installation:
         batch: What the model is given while a batch mixes adapters.
     """
 
-    def __init__(self, model: nn.Module, graph: EmbeddingGraph, guard: Callable[..., Any]) -> None:
+    def __init__(self, model: nn.Module, graph: EmbeddingGraph, guards: Sequence[Callable[..., Any]]) -> None:
         self.live: dict[str, list[Rows]] = {}
         self.copied: set[str] = set()
         self.batch = Batch()
         self._model = (model,)  # as in the attachment
         self._graph = graph
-        self._guard = guard
+        self._guards = guards
         self._unchanged = Unchanged()
         self._overlays: list[Materialised] = []
         self._standing: list[list[Standing]] = []
         self._hooks: Installed = []
+        self._installed: dict[str, list[bool]] = {}
 
     def modes(self, overrides: Iterable[RowOverride], materialize: bool) -> dict[str, list[bool]]:
         """For each table, and each of its sites, whether rows can be overridden there, or need a full copy.
@@ -96,30 +97,59 @@ class Installation:
             weight = module._parameters[site.parameter]
             assert weight is not None
             rows = torch.tensor(override.indices, dtype=torch.int64, device=weight.device)
-            modes.append(not materialize and can_override(module, site, rows))
+            drowns = not materialize and drown(module, site, rows)
+            modes.append(not materialize and not drowns and can_override(module, site, rows))
             if not modes[-1] and not materialize:
-                why.append(f"of what {site.module or 'the model'} ({type(module).__name__}) computes")
-        if why and override.table not in self.live:
+                where = f"{site.module or 'the model'} ({type(module).__name__})"
+                why.append(f"old rows of {where} are no numbers, or far larger than its others, which would be left in "
+                           "gradients" if drowns else f"of what {where} computes")  # fmt: skip
+        known = self._installed.get(override.table)
+        if known is not None and all(can for can, could in zip(modes, known, strict=True) if could):
+            why = []  # as it is already
+        if why:
             warnings.warn(_costs(table, f"because {' and '.join(why)}"), EmbedSurgeryWarning, stacklevel=6)
         return modes
 
     def install(self, table: Table, modes: list[bool]) -> None:
-        """Put the hooks for a table on its sites, unless they are there."""
-        if table.name in self.live:
+        """Put the hooks for a table on its sites, unless they are there and do for these rows too.
+
+        Args:
+            table: What rows are for.
+            modes: What `modes` says of its sites for them.
+        """
+        known = self._installed.get(table.name)
+        if known is not None:
+            modes = [could and can for could, can in zip(known, modes, strict=True)]
+            if modes == known:
+                return
+        self._installed[table.name] = modes
+        if known is None:
+            self._put(table)
             return
-        model, live = self._model[0], self.live.setdefault(table.name, [])
+        remove(self._hooks)  # all of them, for they stand in an order
+        self._overlays.clear()
+        self._unchanged = Unchanged()
+        for name in self._installed:
+            self._put(self._graph.table(name))
+
+    def _put(self, table: Table) -> None:
+        model, live, modes = self._model[0], self.live.setdefault(table.name, []), self._installed[table.name]
         sites = {id(module): (module, site, can) for site, can in zip(table.sites, modes, strict=True)
                  for module in (submodule(model, site.module),)}  # fmt: skip
         if not self._unchanged.sites:
-            before(self._hooks, model, self._guard)
+            for guard in self._guards:
+                before(self._hooks, model, guard)
             before(self._hooks, model, self._unchanged)
+            self._unchanged.keep_apart(model, self._graph)
             before(self._hooks, model, self.batch.enter)
             after(self._hooks, model, self.batch.leave, always=True)
         for module, _, _ in sites.values():
-            before(self._hooks, module, self._guard)
+            for guard in self._guards:
+                before(self._hooks, module, guard)
         self._unchanged.watch(model, table, live)
         for parts in self._standing:
-            parts += standing(model, self._graph, {table.name: live})
+            if all(part.table.name != table.name for part in parts):
+                parts += standing(model, self._graph, {table.name: live})
         forget_compiled()
         held = list(holders(model, table.names, table.transposed))
         if not all(modes):
@@ -128,14 +158,15 @@ class Installation:
             self._overlay(Materialised(held, live), _around(model, table))
             return
         around = [module for module in _around(model, table) if id(module) not in sites]
-        self._overlay(StandIns(table, held, live, _say, around), around)
+        overlay = StandIns(table, held, live, _say, around)
+        self._overlay(overlay, around)
         for module, site, can in sites.values():
             if not can:
                 self._overlay(Materialised([(module, site.parameter, site.transposed)], live), [module])
                 continue
-            uncovered = Uncovered(site.parameter)
+            uncovered = Uncovered(site.parameter, overlay)
             before(self._hooks, module, uncovered.enter)
-            after(self._hooks, module, uncovered.leave)
+            after(self._hooks, module, uncovered.leave, always=True)
             if site.role == "input":
                 after(self._hooks, module, Lookup(module, site, live, self.batch))
                 continue

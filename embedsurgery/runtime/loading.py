@@ -121,7 +121,7 @@ def check_loaded(
         if held is None or held.requires_grad or not whole or given.shape != held.shape:
             continue
         view = given.detach().t() if name in table.transposed else given.detach()
-        indices = list(override.indices or record.evidence)
+        indices = list(record.sampled or override.indices or record.evidence)  # new rows tell nothing of a base
         rows = to_raw(view.index_select(0, torch.tensor(indices, device=view.device)))
         if not record.fingerprint.matches(rows):
             raise BaseMismatchError(

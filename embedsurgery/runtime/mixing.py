@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
+from math import prod
 from operator import mul
 from typing import Any
 
@@ -35,7 +36,8 @@ class Batch:
     def _forget(self) -> None:
         self.sizes: frozenset[int] = frozenset()
         self.firsts: frozenset[int] = frozenset()
-        self.squares: list[torch.Tensor] = []
+        self.tokens: frozenset[int] = frozenset()
+        self.texts: list[torch.Tensor] = []
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Pre-hook of the model."""
@@ -44,7 +46,9 @@ class Batch:
         given = list(tensors_in((args, kwargs)))
         self.firsts = frozenset(tensor.shape[0] for tensor in given if tensor.dim())
         self.sizes = frozenset(size for tensor in given for size in accumulate(tensor.shape, mul))
-        self.squares = [t for t in given if t.dim() == 2 and t.shape[0] == t.shape[1] and not t.is_floating_point()]
+        self.texts = [t for t in given if t.dim() == 2 and t.dtype in (torch.int64, torch.int32)]
+        by_token = self.texts or [tensor for tensor in given if tensor.dim()]
+        self.tokens = frozenset(prod(tensor.shape[:2]) for tensor in by_token)
 
     def leave(self, *_: Any) -> None:
         """Post-hook of the model."""
@@ -70,6 +74,8 @@ class Batch:
         fits = count % known == 0 and (count == known or not self.sizes or count in self.sizes)
         if torch.is_grad_enabled() and self.firsts and known not in self.firsts:
             fits = False
+        if self.tokens and tensor.dim() == (2 if tensor.is_floating_point() else 1) and count not in self.tokens:
+            fits = False  # some of the tokens, of nobody knows which samples
         if not tensor.dim() or not fits or self._is_turned(tensor):
             raise UnsupportedError("the batch is not that of att.rows()", where="first axis of a site's tensor",
                                    expected=f"{known} samples, or each of them as many times",
@@ -79,14 +85,18 @@ class Batch:
         return samples.repeat_interleave(count // known).reshape(-1, *[1] * (tensor.dim() - 1))
 
     def _is_turned(self, ids: torch.Tensor) -> bool:
-        """Whether as many tokens as samples, whose shape tells nothing, have come with the tokens first."""
-        same = [given for given in self.squares if given.shape == ids.shape]
-        if ids.is_floating_point() or any(torch.equal(given, ids) for given in same):
+        """Whether ids whose shape tells nothing have come with the tokens first: in one axis, or as many as samples."""
+        if ids.is_floating_point() or ids.dim() > 2:
             return False
-        return any(torch.equal(given.t(), ids) for given in same)
+        same = [
+            text for text in self.texts if text.numel() == ids.numel() and (ids.dim() == 1 or text.is_same_size(ids))
+        ]
+        if any(torch.equal(text.reshape(ids.shape), ids) for text in same):
+            return False
+        return any(torch.equal(text.t().reshape(ids.shape), ids) for text in same)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"mixed": False, "sizes": frozenset(), "firsts": frozenset(), "squares": []}
+        return {"mixed": False, "sizes": frozenset(), "firsts": frozenset(), "tokens": frozenset(), "texts": []}
 
 
 @contextmanager

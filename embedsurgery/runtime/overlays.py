@@ -14,6 +14,7 @@ until a forward has shown them, reads in compiled code that no forward around th
 from __future__ import annotations
 
 import sys
+import threading
 import uuid
 import weakref
 from collections.abc import Callable, Iterable
@@ -27,19 +28,22 @@ from torch import nn
 from embedsurgery.errors import UnsupportedError
 from embedsurgery.graph import Table
 from embedsurgery.runtime.copies import full_copy
+from embedsurgery.runtime.frames import first_of, run
 from embedsurgery.runtime.hooks import forget_compiled, tensors_in
 from embedsurgery.runtime.naming import names
 from embedsurgery.runtime.rows import Rows
 from embedsurgery.runtime.sites import held
 from embedsurgery.runtime.sliced import uncover
-from embedsurgery.runtime.standin import Source, StandIn, stand_in
+from embedsurgery.runtime.standin import Bare, Source, StandIn, stand_in
 from embedsurgery.tensors import is_sharded
 
 Holder = tuple[nn.Module, str, bool]
 """A module, the name of its parameter, and whether that is stored (D, V)."""
 
 _ABSENT: Any = object()
-_BACKWARD: Any = object()
+
+_OF_A_CALL = frozenset({"lock", "frames", "outermost", "calls", "laid", "covers", "trains", "source", "bare"})
+"""Attributes that are of the calls which run just now, and so not of a copy."""
 
 
 class Materialised:
@@ -60,14 +64,16 @@ class Materialised:
         self.holders = holders
         self.live = live
         self.unpadded: list[nn.Module] = []
+        self.lock = threading.RLock()
         self._forget()
 
     def _forget(self) -> None:
-        self.outermost: nn.Module | None = None
+        self.frames: list[FrameType] = []  # of each thread's outermost call, and of backwards
+        self.outermost: nn.Module | None = None  # of compiled code, whose frames are not seen
         self.calls = 0
-        self.traced = False
-        self.frames: list[FrameType] = []
         self.laid: list[tuple[nn.Module, str, Any]] = []  # module, attribute, what it was before
+        self.covers: list[tuple[nn.Module, str, Any]] = []  # module, attribute, what it is now
+        self.trains = False
 
     def refresh(self) -> None:
         """To be called when other rows are live: a padding row of ours has a gradient, any other has none."""
@@ -77,50 +83,89 @@ class Materialised:
 
     def enter(self, module: nn.Module, *_: Any) -> None:
         """Pre-hook."""
-        tracing = torch.compiler.is_compiling()
-        if (self.outermost is not None or self.laid) and self._was_broken_off(module, tracing):
+        if torch.compiler.is_compiling():
+            self._enter_traced(module)
+            return
+        with self.lock:
+            if (self.frames or self.laid) and self._was_broken_off(module, tracing=False):
+                self.take_away()
+            if not self.frames:
+                if not self.live:
+                    return
+                self.trains = torch.is_grad_enabled()
+                self.lay()
+            frame = sys._getframe(2)  # above it torch's inner function, and its outer one
+            if first_of(self.frames, frame) is None:
+                self.frames.append(frame)
+            self._share()
+
+    def leave(self, module: nn.Module, *given: Any) -> None:
+        """Post-hook, also after an exception; one without its pre-hook is no matter."""
+        if torch.compiler.is_compiling():
+            self._leave_traced(module)
+            return
+        with self.lock:
+            own = (sys._getframe(1), sys._getframe(2))  # after an exception the outer function calls this itself
+            frame = next((frame for frame in own if frame in self.frames), None)
+            if frame is None:
+                return
+            self.frames.remove(frame)
+            again = torch.is_grad_enabled() and self.was_read()
+            covers = self.covers if again else []
+            if not self.frames and not self.calls:
+                self.take_away()
+        for tensor in tensors_in(given[-1]) if again else ():
+            if tensor.grad_fn is not None:
+                tensor.register_hook(partial(self._begin_backward, covers))  # type: ignore[no-untyped-call]
+
+    def _enter_traced(self, module: nn.Module) -> None:
+        if (self.outermost is not None or self.laid) and self._was_broken_off(module, tracing=True):
             self.take_away()
         if self.outermost is None:
             if not self.live:
                 return
             self.lay()
-            self.outermost, self.traced = module, tracing
+            self.outermost = module
         if module is self.outermost:
             self.calls += 1
-            if not tracing:
-                self.frames.append(sys._getframe(2))
 
-    def leave(self, module: nn.Module, *given: Any) -> None:
-        """Post-hook, also after an exception; one without its pre-hook is no matter."""
-        if module is not self.outermost:
-            return
-        self.calls -= 1
-        if self.calls == 0:
-            again = torch.is_grad_enabled() and not torch.compiler.is_compiling() and self.was_read()
-            covers = [(m, name, m.__dict__[name]) for m, name, _ in self.laid if name in m.__dict__] if again else []
-            self.take_away()
-            for tensor in tensors_in(given[-1]) if again else ():
-                if tensor.grad_fn is not None:
-                    tensor.register_hook(partial(self._begin_backward, covers))  # type: ignore[no-untyped-call]
-        elif self.frames:
-            self.frames.remove(_first_of(self.frames, sys._getframe()) or self.frames[-1])
+    def _leave_traced(self, module: nn.Module) -> None:
+        if module is self.outermost:
+            self.calls -= 1
+            if self.calls == 0:
+                self.take_away()
 
     def was_read(self) -> bool:
         """Whether something may have read what was laid."""
         return True
 
+    def _share(self) -> None:
+        """See that what is laid is right for a call inside: one that wants gradients, where the first did not."""
+        if self.laid and torch.is_grad_enabled() and not self.trains:
+            self.trains, before = True, self.laid
+            self.covers = []
+            self.lay()  # over what is there, which another thread may be about to read
+            self.laid = before
+
     def _begin_backward(self, covers: list[tuple[nn.Module, str, Any]], _: torch.Tensor) -> None:
         running = _backward()
-        if self.outermost is None and not self.laid and running is not None:
-            for module, name, value in covers:
-                self._over(module, name, value)
-            self.outermost, self.frames = _BACKWARD, [running]
-            engine: Any = torch.autograd.Variable._execution_engine
-            engine.queue_callback(self._end_backward)
+        with self.lock:
+            inside = self.outermost is not None or first_of(self.frames, sys._getframe()) is not None
+            if running is None or running in self.frames or inside:
+                return
+            if not self.laid:
+                for module, name, value in covers:
+                    self._over(module, name, value)
+            self.frames.append(running)
+        engine: Any = torch.autograd.Variable._execution_engine
+        engine.queue_callback(partial(self._end_backward, running))
 
-    def _end_backward(self) -> None:
-        if self.outermost is _BACKWARD:
-            self.take_away()
+    def _end_backward(self, running: FrameType) -> None:
+        with self.lock:
+            if running in self.frames:
+                self.frames.remove(running)
+                if not self.frames and not self.calls:
+                    self.take_away()
 
     def lay(self) -> None:
         """Lay the copy over the weights."""
@@ -153,18 +198,24 @@ class Materialised:
     def _over(self, module: nn.Module, name: str, value: Any) -> None:
         uncover(module, name)
         self.laid.append((module, name, module.__dict__.get(name, _ABSENT)))
+        self.covers.append((module, name, value))
         module.__dict__[name] = value
 
     def _was_broken_off(self, module: nn.Module | None, tracing: bool) -> bool:
         """Whether the call that laid what is there does not run any more."""
-        if self.traced:  # its frames are not seen
+        if self.outermost is not None:
             return module is self.outermost
-        if tracing or _first_of(self.frames, sys._getframe()) is not None:
+        if tracing or first_of(self.frames, sys._getframe()) is not None:
             return False
-        return all(_first_of(self.frames, top) is None for top in sys._current_frames().values())  # of all threads
+        return not run(self.frames)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "outermost": None, "calls": 0, "traced": False, "frames": [], "laid": []}
+        return {name: value for name, value in self.__dict__.items() if name not in _OF_A_CALL}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.lock = threading.RLock()
+        self._forget()
 
 
 class StandIns(Materialised):
@@ -195,6 +246,7 @@ class StandIns(Materialised):
         self.seen = False
         self.copied = False
         self.source: Source | None = None
+        self.bare = Bare()
         self._begin()
 
     def _begin(self) -> None:
@@ -203,7 +255,8 @@ class StandIns(Materialised):
         _STAND_INS[self.key] = self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        super().__setstate__(state)
+        self.source, self.bare = None, Bare()
         self._begin()
 
     def lay(self) -> None:
@@ -218,7 +271,7 @@ class StandIns(Materialised):
             return
         module, name, transposed = self.holders[0]
         base = held(module, name)
-        self.source = Source(self.table, base.t() if transposed else base, tuple(self.live), self.note)
+        self.source = Source(self.table, base.t() if transposed else base, tuple(self.live), self.note, self.bare)
         made: dict[int, StandIn] = {}
         for module, name, transposed in self.holders:
             weight = held(module, name)
@@ -229,6 +282,15 @@ class StandIns(Materialised):
     def take_away(self) -> None:
         super().take_away()
         self.source = None
+
+    def is_shared(self) -> bool:
+        """Whether other calls run inside: then what stands in must stay, and a site has its own weight for itself."""
+        return len(self.frames) > 1
+
+    def _share(self) -> None:
+        if self.is_shared():  # with one that began alone, and may have uncovered a weight
+            for module, name, cover in self.covers:
+                module.__dict__.setdefault(name, cover)
 
     def was_read(self) -> bool:
         return self.source is not None and self.source.read
@@ -256,19 +318,39 @@ _is_named._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as in 
 
 
 class Uncovered:
-    """Pre and post hooks of a site: while it runs it has its own weight, whatever stands in for that."""
+    """Pre and post hooks of a site: while it runs it has its own weight, whatever stands in for that.
 
-    def __init__(self, parameter: str) -> None:
+    Args:
+        parameter: Name of the weight.
+        overlay: What lays stand-ins over it.
+    """
+
+    def __init__(self, parameter: str, overlay: StandIns) -> None:
         self.parameter = parameter
+        self.overlay = overlay
         self.before: Any = None
 
     def enter(self, module: nn.Module, *_: Any) -> None:
         """Pre-hook."""
         uncover(module, self.parameter)
-        self.before = module.__dict__.pop(self.parameter, None)
+        if torch.compiler.is_compiling():
+            self.before = module.__dict__.pop(self.parameter, None)
+            return
+        with self.overlay.lock:
+            self.overlay.bare.begin(sys._getframe(2))
+            shared = self.overlay.is_shared()
+            self.before = None if shared else module.__dict__.pop(self.parameter, None)
 
     def leave(self, module: nn.Module, *_: Any) -> None:
         """Post-hook."""
+        if not torch.compiler.is_compiling():
+            with self.overlay.lock:
+                self.overlay.bare.end(sys._getframe())
+                self._cover(module)
+            return
+        self._cover(module)
+
+    def _cover(self, module: nn.Module) -> None:
         if self.before is not None:
             module.__dict__[self.parameter] = self.before
             self.before = None
@@ -279,17 +361,12 @@ class Uncovered:
 
 def _backward() -> FrameType | None:
     """The frame that called autograd's engine, which may have other threads run its hooks."""
-    for top in (sys._getframe(), *sys._current_frames().values()):
-        frame: FrameType | None = top
-        while frame is not None:
-            if frame.f_code.co_name == "_engine_run_backward":
-                return frame
-            frame = frame.f_back
-    return None
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code.co_name != _ENGINE:
+        frame = frame.f_back
+    if frame is not None:
+        return frame
+    return next((top for top in sys._current_frames().values() if top.f_code.co_name == _ENGINE), None)  # it waits
 
 
-def _first_of(frames: list[FrameType], top: FrameType | None) -> FrameType | None:
-    """The first of some frames on a stack, from its top."""
-    while top is not None and top not in frames:
-        top = top.f_back
-    return top
+_ENGINE = "_engine_run_backward"

@@ -63,7 +63,18 @@ def _is_current(rows: Rows) -> bool:
         return False
     node: Any = rows.shared[0].grad_fn
     leads_to = getattr(node.next_functions[0][0], "variable", None)
-    return leads_to is rows.values and torch._C._is_alias_of(rows.shared[0], rows.values)  # type: ignore[attr-defined]
+    return leads_to is rows.values and _lies(rows.shared[0]) == _lies(rows.values)
+
+
+def _is_batched(gradient: torch.Tensor) -> bool:
+    """Whether it is several at once, of ``torch.func.vmap`` or ``torch.autograd.grad(is_grads_batched=True)``."""
+    functions: Any = torch._C._functorch
+    return bool(functions.is_batchedtensor(gradient) or functions.is_legacy_batchedtensor(gradient))
+
+
+def _lies(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Where a tensor's numbers lie: ``.data`` may be set to other ones, also in the same memory."""
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
 class _Shared(torch.autograd.Function):
@@ -95,6 +106,6 @@ class _Picked(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         gradient = gradients[0].to_dense() if gradients[0].is_sparse else gradients[0]
         (place,) = ctx.saved_tensors
-        if torch.is_grad_enabled():  # a gradient of the gradient will be asked for
+        if torch.is_grad_enabled() or _is_batched(gradient):  # sparse tensors have no derivatives
             return gradient.new_zeros(ctx.shape).index_add(0, place, gradient), None
         return torch.sparse_coo_tensor(place.unsqueeze(0), gradient, ctx.shape, check_invariants=False), None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,7 +32,7 @@ class Decoding:
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Pre-hook."""
-        live = None if self.prompts.inside else self.prompts.of("encoder")
+        live = None if self.prompts.reads.now() is not None else self.prompts.of("encoder")
         if live is None:
             return None
         given = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
@@ -66,6 +67,19 @@ class Parent:
         return cut_encoder(output, lambda batch, size: live.layout(batch, size - live.count, first, rolled=True))
 
 
+@dataclass(eq=False)
+class Front:
+    """One call of the root, while it runs.
+
+    Attributes:
+        kept: How many entries the head was given for the prompt, where outputs keep it.
+        one_more: Whether the head wants an entry that predicts the first token of the input.
+    """
+
+    kept: int = 0
+    one_more: bool = False
+
+
 class Heads:
     """The root, where it is more than what reads the tokens: its labels, and outputs that keep the prompt.
 
@@ -81,7 +95,9 @@ class Heads:
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Pre-hook."""
         prompts = self.prompts
-        prompts.one_more, prompts.kept = False, 0
+        left = prompts.fronts.now()
+        if left is not None:  # by compiled code that was broken off
+            prompts.fronts.end(left)
         live = prompts.of(self.stack.name)
         if live is None:
             return None
@@ -92,12 +108,11 @@ class Heads:
         batch, length = size_of(given)
         labels = given.get("labels")
         if live.keep:
-            prompts.kept = live.count
-            prompts.one_more = self.shifts and is_by_token(labels, batch, length)
+            prompts.fronts.begin(Front(live.count, self.shifts and is_by_token(labels, batch, length)))
             return (), with_front(given, live.count, prompts.filler(), batch, length)
         if not self.shifts or not is_by_token(labels, batch, length):
             return None
-        prompts.one_more = True
+        prompts.fronts.begin(Front(one_more=True))
         front = labels.new_full((batch, 1), IGNORED)
         _, lengths = live.of_batch(batch)
         if lengths is not None:  # what has no prompt has nothing that says its first token
@@ -112,10 +127,11 @@ class Heads:
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Post-hook."""
-        prompts = self.prompts
-        trims = prompts.one_more and not prompts.kept
-        prompts.one_more, prompts.kept = False, 0
-        if not trims or output is None:
+        front = self.prompts.fronts.now()
+        if front is None:
+            return None
+        self.prompts.fronts.end(front)
+        if front.kept or output is None:
             return None
         labels = kwargs["labels"]
         return trimmed(output, labels.shape[1])

@@ -8,6 +8,7 @@ What comes out of a call is cut in ``prompt_outputs.py``; what stands around the
 from __future__ import annotations
 
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -43,28 +44,59 @@ _STATES = ("cache_params", "state", "mems")
 """Memory of models that have no cache of keys and values."""
 
 
+@dataclass(eq=False)
+class Call:
+    """One call of what reads the tokens, while it runs.
+
+    Attributes:
+        reading: Whose it is.
+        live: What stands in front of it.
+        layout: Where, if the prompt came in just now.
+        seat: Of the cache that the prompt is in already.
+        asked: The caller's ``logits_to_keep``, where that is seen to here.
+        plain: How many virtual tokens each sample begins with in the ids that are looked up next, where that is all
+            there is to know; else 0.
+        shape: Of the ids that the stack was given.
+        ids: What a lookup was given that runs just now.
+    """
+
+    reading: Reading
+    live: Live
+    layout: Layout | None = None
+    seat: Seat | None = None
+    asked: Any = None
+    plain: int = 0
+    shape: tuple[int, ...] = ()
+    ids: torch.Tensor | None = None
+
+
 class PromptLookup:
     """A lookup inside a stack that runs: real ids go their way, and virtual ones become the prompt's vectors."""
 
     def __init__(self, prompts: Prompts) -> None:
         self.prompts = prompts
-        self.ids: torch.Tensor | None = None
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Pre-hook: the lookup gets some real id in the place of a virtual one."""
-        self.ids = None
+        call = self.prompts.reads.now()
+        if call is None:
+            return None
+        call.ids = None
         name = None if args else next(iter(kwargs), None)
         ids = args[0] if name is None and args else kwargs.get(name or "")
-        if not self.prompts.inside or not isinstance(ids, torch.Tensor) or ids.is_floating_point():
+        if not isinstance(ids, torch.Tensor) or ids.is_floating_point():
             return None
-        self.ids = ids
+        call.ids = ids
         real = ids.masked_fill(is_virtual(ids), 0)
         return ((real, *args[1:]), kwargs) if name is None else (args, {**kwargs, name: real})
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Post-hook."""
-        ids, self.ids = self.ids, None
-        if ids is None or output is None:  # it failed
+        call = self.prompts.reads.now()
+        if call is None or call.ids is None:
+            return None
+        ids, call.ids = call.ids, None
+        if output is None:  # it failed
             return None
         if not isinstance(output, torch.Tensor):
             raise UnsupportedError("a soft prompt cannot stand before a lookup that gives more than vectors",
@@ -72,15 +104,12 @@ class PromptLookup:
         if is_sharded(output):
             raise UnsupportedError("a soft prompt cannot stand before a lookup that computes on shards",
                                    where=type(module).__name__, hint="keep the lookup whole")  # fmt: skip
-        plain, self.prompts.plain = self.prompts.plain, 0  # of the first lookup: GPT-2 looks types up as well
-        if plain and ids.shape == self.prompts.shape:
+        plain, call.plain = call.plain, 0  # of the first lookup: GPT-2 looks types up as well
+        if plain and ids.shape == call.shape:
             own = self.prompts.vectors(ids[:1, :plain], output.dtype).expand(ids.shape[0], -1, -1)
             return torch.cat([own, output[:, plain:]], dim=1)
         own = self.prompts.vectors(ids, output.dtype)
         return torch.where(is_virtual(ids).unsqueeze(-1), own, output)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "ids": None}
 
 
 class Reading:
@@ -118,22 +147,14 @@ class Reading:
         self.window = window_of(config)
         self.uses_cache = bool(getattr(config, "use_cache", False))
         self.limit = learned_positions(module)
-        self._forget()
-
-    def _forget(self) -> None:
-        self.layout: Layout | None = None
-        self.live: Live | None = None
-        self.seat: Seat | None = None
-        self.asked: Any = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "layout": None, "live": None, "seat": None, "asked": None}
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Pre-hook: the prompt comes in, or is in the cache already."""
-        self._forget()
-        if self.prompts.inside:  # a module around this one has seen to it
-            return None
+        around = self.prompts.reads.now()
+        if around is not None:
+            if around.reading is not self:  # a module around this one has seen to it
+                return None
+            self.prompts.reads.end(around)  # compiled code that was broken off
         given = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
         cache = cache_of(given)
         live = self.prompts.of(self.stack)
@@ -152,42 +173,43 @@ class Reading:
             raise UnsupportedError("a soft prompt cannot go on from this model's kind of memory",
                                    where=type(module).__name__, expected="a cache of keys and values",
                                    hint="generate with use_cache=False")  # fmt: skip
-        if self.prompts.kept:
-            given = without_front(given, self.prompts.kept)
-        self.live = live
+        front = self.prompts.fronts.now()
+        if front is not None and front.kept:
+            given = without_front(given, front.kept)
+        call = Call(self, live)
+        self.prompts.reads.begin(call)
         batch, length = size_of(given)
         if cache is not None and is_filled(cache):
-            self.seat = check_seat(cache, live.names, self.stack)
-            self.seat.layout = self.seat.layout.repeated(batch)
-            self._go_on(given, cache, self.seat, length)
+            call.seat = check_seat(cache, live.names, self.stack)
+            call.seat.layout = call.seat.layout.repeated(batch)
+            self._go_on(given, cache, call.seat, length)
         else:
-            self._begin(given, cache, live, batch, length)
-        self.prompts.inside = True
+            self._begin(given, cache, call, batch, length)
         return (), given
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Post-hook."""
-        layout, live, seat, asked = self.layout, self.live, self.seat, self.asked
-        self._forget()
-        if live is None:
+        call = self.prompts.reads.now()
+        if call is None or call.reading is not self:
             return None
-        self.prompts.inside, self.prompts.plain = False, 0
-        if seat is not None:
-            seat.inside = False
-        if layout is None:
-            return None
-        if output is None:  # it failed
+        self.prompts.reads.end(call)
+        if call.seat is not None:
+            call.seat.inside = False
+        layout = call.layout
+        if layout is None or output is None:  # it failed
             return None
         for cache in caches_in(output):
             with suppress(UnsupportedError):  # one without a length is refused when it comes back
                 if seat_of(cache) is None and is_filled(cache):
-                    take_seat(cache, layout, live.names)
+                    take_seat(cache, layout, call.live.names)
         if not self.cuts:
             return None
-        found = cut(output, layout, keep=live.keep, one_more=self.prompts.one_more)
-        return found if asked is None else kept(found, asked)
+        front = self.prompts.fronts.now()
+        found = cut(output, layout, keep=call.live.keep, one_more=front is not None and front.one_more)
+        return found if call.asked is None else kept(found, call.asked)
 
-    def _begin(self, given: dict[str, Any], cache: Any, live: Live, batch: int, length: int) -> None:
+    def _begin(self, given: dict[str, Any], cache: Any, call: Call, batch: int, length: int) -> None:
+        live = call.live
         mask = given.get("attention_mask")
         first = first_of(mask)
         wants_cache = given.get("use_cache")
@@ -200,17 +222,17 @@ class Reading:
         self._check_length(layout, length, 0)
         if cache is not None:
             make_room(cache, layout.count, length, self.window)
-        self.layout = layout
+        call.layout = layout
         asked = given.get("logits_to_keep")
         if isinstance(asked, torch.Tensor) or (asked and not (layout.is_plain and layout.lengths is None)):
-            self.asked = given.pop("logits_to_keep")  # by places in the text, which stands elsewhere in this module
+            call.asked = given.pop("logits_to_keep")  # by places in the text, which stands elsewhere in this module
         ids, _ = live.of_batch(batch)
         alone = not any(given.get(name) is not None for name in _BY_TOKEN)  # that is looked up
         plain = alone and layout.is_plain and layout.lengths is None
         if given.get("input_ids") is not None:
             given["input_ids"] = spread(ids, given["input_ids"], layout)
-            self.prompts.plain = layout.count if plain else 0
-            self.prompts.shape = given["input_ids"].shape
+            call.plain = layout.count if plain else 0
+            call.shape = given["input_ids"].shape
         if given.get("inputs_embeds") is not None:
             embeds = given["inputs_embeds"]
             own = self.prompts.vectors(ids.to(embeds.device), embeds.dtype)

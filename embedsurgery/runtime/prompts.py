@@ -21,10 +21,11 @@ from embedsurgery.errors import BaseMismatchError, ConfigError, UnsupportedError
 from embedsurgery.graph import EmbeddingGraph
 from embedsurgery.positions import position_limit
 from embedsurgery.raw import RawArray
+from embedsurgery.runtime.frames import Calls
 from embedsurgery.runtime.hooks import Installed, after, before, remove
-from embedsurgery.runtime.prompt_around import Decoding, Heads, Parent, later_masks
+from embedsurgery.runtime.prompt_around import Decoding, Front, Heads, Parent, later_masks
 from embedsurgery.runtime.prompt_heads import refuse_other_head
-from embedsurgery.runtime.prompt_hooks import PromptLookup, Reading
+from embedsurgery.runtime.prompt_hooks import Call, PromptLookup, Reading
 from embedsurgery.runtime.prompt_layout import FIRST, Layout
 from embedsurgery.runtime.prompt_stacks import Stack, need, stacks_of
 from embedsurgery.runtime.rows import Rows
@@ -106,29 +107,22 @@ class Prompts:
     Args:
         model: The attached model.
         graph: Of it.
-        guard: A pre-hook for its root and every lookup.
+        guards: Pre-hooks for its root and every lookup.
 
     Attributes:
         stacks: What of the model reads tokens.
-        inside: Whether what reads tokens runs just now.
-        plain: How many virtual tokens each sample begins with in the ids that the running stack looks up next, where
-            that is all there is to know; else 0.
-        shape: Of the ids that the running stack was given.
-        one_more: Whether the head wants an entry that predicts the first token of the input.
-        kept: How many entries the head was given for the prompt, where outputs keep it.
+        reads: What reads tokens and runs just now.
+        fronts: The root, where it runs just now and its head sees to the prompt.
     """
 
-    def __init__(self, model: nn.Module, graph: EmbeddingGraph, guard: Callable[..., Any]) -> None:
+    def __init__(self, model: nn.Module, graph: EmbeddingGraph, guards: Sequence[Callable[..., Any]]) -> None:
         self._model = (model,)  # as in the attachment
-        self._guard = guard
+        self._guards = guards
         self.stacks: tuple[Stack, ...] = stacks_of(model, graph)
         self._live: list[tuple[str, PromptEmbedding]] = []
         self._hooks: Installed = []
-        self.inside = False
-        self.plain = 0
-        self.shape: tuple[int, ...] = ()
-        self.one_more = False
-        self.kept = 0
+        self.reads: Calls[Call] = Calls()
+        self.fronts: Calls[Front] = Calls()
 
     @property
     def model(self) -> nn.Module:
@@ -170,11 +164,13 @@ class Prompts:
         unchanged = Unchanged()
         watched = (*paths, *(path for stack in self.stacks for path, _ in stack.levels))
         unchanged.sites = [(path, submodule(model, path)) for path in watched]
-        before(self._hooks, model, self._guard)
+        for guard in self._guards:
+            before(self._hooks, model, guard)
         before(self._hooks, model, unchanged)
         for module in {id(m): m for m in (submodule(model, path) for path in paths)}.values():
             lookup = PromptLookup(self)
-            before(self._hooks, module, self._guard)
+            for guard in self._guards:
+                before(self._hooks, module, guard)
             before(self._hooks, module, lookup.enter)
             module.register_forward_hook(lookup.leave, with_kwargs=True, always_call=True)  # after those of rows
             self._hooks.append((module, lookup.leave))
@@ -199,8 +195,8 @@ class Prompts:
     def refresh(self, live: Iterable[tuple[str, PromptEmbedding]]) -> None:
         """Say which prompts are live."""
         self._live = list(live)
-        self.plain = self.kept = 0
-        self.inside = self.one_more = False
+        self.reads.settle()
+        self.fronts.settle()
 
     def remove(self) -> None:
         """Take everything off."""

@@ -26,7 +26,7 @@ from embedsurgery.runtime.mixing import Batch
 from embedsurgery.runtime.picking import is_transformed, shared
 from embedsurgery.runtime.rows import Rows
 from embedsurgery.runtime.sharded import on_plain, plain_rows
-from embedsurgery.runtime.sliced import is_sliced, sliced, uncover
+from embedsurgery.runtime.sliced import sliced, uncover, was_sliced
 from embedsurgery.runtime.whole_tables import TableRows, chosen
 from embedsurgery.tensors import is_sharded, rows_at
 from embedsurgery.wrappers import submodule
@@ -45,8 +45,9 @@ class Lookup:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if self.live and is_sharded(output):
             return on_plain(self, module, args, kwargs, output)
-        if self.live and not torch.compiler.is_compiling() and type(module).forward is not nn.Embedding.forward:
-            self.twin = _twin(module, self.parameter)  # as the module is now: its mode, scale and the like
+        twin = self.twin
+        if self.live and not torch.compiler.is_compiling():
+            twin = _twin(module, self.parameter)  # as the module is now (its mode, scale and the like); of this call
         for rows in self.live:
             ids, args_of, kwargs_of = _split_ids(args, kwargs)
             if not isinstance(ids, torch.Tensor) or ids.is_floating_point():
@@ -56,7 +57,7 @@ class Lookup:
             place, ours, small = chosen(rows, ids, held(module, self.parameter))
             if rows.samples is not None:
                 ours = ours & self.batch.mask(rows.samples, ids)
-            new = _call(self.twin, self.parameter, small, args_of(place), kwargs_of(place))
+            new = _call(twin, self.parameter, small, args_of(place), kwargs_of(place))
             output = torch.where(ours.unsqueeze(-1), new, output)
         return output
 
@@ -74,6 +75,7 @@ class Projection:
 
     def enter(self, module: nn.Module, *_: Any) -> None:
         """Pre-hook."""
+        was_sliced()  # what a forward that was broken off has left
         cover = sliced(module, held(module, self.site.parameter), self.live)
         if cover is not None:
             module.__dict__[self.site.parameter] = cover
@@ -81,7 +83,7 @@ class Projection:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Also after an exception, when there is no output."""
         uncover(module, self.site.parameter)
-        if output is None or is_sliced(output):
+        if was_sliced() or output is None:
             return output
         if self.live and is_sharded(output):
             return on_plain(self, module, args, kwargs, output)
@@ -142,8 +144,6 @@ def can_override(module: nn.Module, site: Site, indices: torch.Tensor) -> bool:
         if type(module).forward is nn.Embedding.forward and not _is_wrapped(module):
             return True
     if site.role == "output":
-        if not _all_finite(module, site, indices):
-            return False  # 0 * NaN in the gradient of a column that is replaced
         if type(module).forward is nn.Linear.forward and not _is_wrapped(module) and not site.transposed:
             return True
         if type(module).forward is not nn.Linear.forward and type(module).__name__ != "Conv1D":
@@ -192,13 +192,33 @@ def held(module: nn.Module, parameter: str) -> nn.Parameter:
     return value
 
 
-def _all_finite(module: nn.Module, site: Site, indices: torch.Tensor) -> bool:
-    """Whether the rows that are replaced are numbers: spare rows of a table may never have been initialised."""
+def drown(module: nn.Module, site: Site, indices: torch.Tensor) -> bool:
+    """Whether what a head's rows hold that are replaced would be left in the gradient of its input.
+
+    The gradient of a column that is replaced is what came through the old row, and the change from it. Where the old
+    row is no number, or far larger than the rows of the table are, the sum is not what the new row gives. Spare rows
+    of a table may never have been initialised.
+    """
     weight = held(module, site.parameter).detach()
-    if weight.device.type == "meta" or not weight.is_floating_point():
+    if site.role != "output" or weight.device.type == "meta" or not weight.is_floating_point():
+        return False
+    table = weight.t() if site.transposed else weight
+    old = rows_at(table, indices)
+    if not bool(torch.isfinite(old).all()):
         return True
-    rows = rows_at(weight.t() if site.transposed else weight, indices)
-    return bool(torch.isfinite(rows).all())
+    some = torch.arange(0, table.shape[0], max(table.shape[0] // _SAMPLE, 1), device=indices.device)
+    others = rows_at(table, some[~torch.isin(some, indices)])
+    sizes = others[torch.isfinite(others).all(dim=1)].abs().amax(dim=1).float()
+    usual = float(sizes.median()) if sizes.numel() else 0.0
+    return usual > 0 and float(old.abs().max()) > _FAR * usual
+
+
+_SAMPLE = 256
+"""Rows of a table that tell of what size its rows are."""
+
+_FAR = 64
+"""How many times a usual row's largest entry makes a row far larger: what is left of it is then of the size of one
+rounding in bfloat16, and of far less than one in fp32."""
 
 
 def _is_wrapped(module: nn.Module) -> bool:

@@ -7,6 +7,7 @@ The module itself still runs: what lies over its weight while it does answers it
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,6 +28,14 @@ _ALIGNED = 8
 """Columns of logits at whose multiples an accelerator's products begin at full speed."""
 
 
+class _Here(threading.local):
+    sliced = False
+
+
+_here = _Here()
+"""Whether this thread's head has been given what lies over a weight."""
+
+
 class SlicedWeight(torch.Tensor):
     """Is a weight for everything but the one ``F.linear`` that a plain head calls.
 
@@ -44,6 +53,7 @@ class SlicedWeight(torch.Tensor):
         if func is F.linear and len(args) == 3 and isinstance(args[1], SlicedWeight) and _fits(*args):
             hidden, cover, bias = args
             rows = shared(cover.rows).to(cover.weight.dtype)
+            _here.sliced = True
             return _Sliced.apply(hidden, rows, cover.weight, cover.rows.first, bias)  # type: ignore[no-untyped-call]
         args, kwargs = tree_map(lambda one: one.weight if isinstance(one, SlicedWeight) else one, (args, kwargs))
         return func(*args, **kwargs)
@@ -81,12 +91,15 @@ def uncover(module: nn.Module, parameter: str) -> None:
         module.__dict__.pop(parameter, None)  # another thread may have done so
 
 
-def is_sliced(logits: Any) -> bool:
-    """Whether logits have the rows already. They say so themselves: what lies over the weight is all threads'."""
-    if torch.compiler.is_compiling() or not isinstance(logits, torch.Tensor):
+def was_sliced() -> bool:
+    """Whether a head that has just run here has the rows in its logits already; asked once for each run.
+
+    Neither what lies over the weight says so, which is all threads', nor the logits, which a hook may have changed.
+    """
+    if torch.compiler.is_compiling():
         return False
-    node: Any = _Sliced
-    return isinstance(logits.grad_fn, node._backward_cls)
+    found, _here.sliced = _here.sliced, False
+    return found
 
 
 def _fits(hidden: Any, cover: SlicedWeight, bias: torch.Tensor | None) -> bool:

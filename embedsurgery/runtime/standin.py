@@ -7,7 +7,10 @@ run twice, and one that reads nothing pays for nothing.
 
 from __future__ import annotations
 
+import sys
+import threading
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import torch
@@ -17,6 +20,7 @@ from torch.utils._pytree import tree_map
 from embedsurgery.errors import UnsupportedError
 from embedsurgery.graph import Table
 from embedsurgery.runtime.copies import full_copy, values_of, with_gradient
+from embedsurgery.runtime.frames import first_of
 from embedsurgery.runtime.picking import is_transformed
 from embedsurgery.runtime.rows import Rows
 from embedsurgery.runtime.whole_tables import chosen
@@ -50,6 +54,30 @@ _CHANGE = frozenset(
 """Functions that write into their first argument."""
 
 
+class Bare(threading.local):
+    """The sites of a table that run in this thread just now: to them a stand-in is the weight that it stands for."""
+
+    def __init__(self) -> None:
+        self.frames: list[FrameType] = []
+
+    def begin(self, frame: FrameType) -> None:
+        """A site runs in a frame."""
+        self.frames = [one for one in self.frames if first_of([one], frame) is not None]  # others were broken off
+        self.frames.append(frame)
+
+    def end(self, top: FrameType) -> None:
+        """The innermost site on a stack has run."""
+        frame = first_of(self.frames, top)
+        if frame is not None:
+            self.frames.remove(frame)
+
+    def runs(self) -> bool:
+        """Whether one does; in compiled code a site has its weight uncovered."""
+        if torch.compiler.is_compiling():
+            return False
+        return bool(self.frames) and first_of(self.frames, sys._getframe()) is not None
+
+
 class Source:
     """Where stand-ins of one table take their values from, for one forward.
 
@@ -58,22 +86,29 @@ class Source:
         base: The weight, (V, D).
         rows: What is live.
         said: Is told of each function that reads, and whether it needs the whole table.
+        bare: Of the table.
     """
 
     def __init__(
-        self, table: Table, base: torch.Tensor, rows: tuple[Rows, ...], said: Callable[[Any, bool], None]
+        self,
+        table: Table,
+        base: torch.Tensor,
+        rows: tuple[Rows, ...],
+        said: Callable[[Any, bool], None],
+        bare: Bare,
     ) -> None:
         self.table = table
         self.base = base
         self.rows = rows
         self.said = said
-        trained = is_transformed() or any(p.requires_grad for p in (base, *values_of(rows)))
-        self.grad = torch.is_grad_enabled() and trained
+        self.bare = bare
+        self.trained = is_transformed() or any(p.requires_grad for p in (base, *values_of(rows)))
+        self.grad = torch.is_grad_enabled() and self.trained
         self.read = False
-        self.copy: torch.Tensor | None = None
+        self.copies: dict[int, tuple[bool, torch.Tensor]] = {}
 
     def whole(self, function: Any) -> torch.Tensor:
-        """The full copy, (V, D), made when it is first asked for.
+        """The full copy, (V, D), made when this thread first asks for it, or first for one with gradients.
 
         Args:
             function: What reads it, for messages.
@@ -81,11 +116,15 @@ class Source:
         Raises:
             UnsupportedError: The batch mixes adapters, and the copy is the same for all samples.
         """
-        if self.copy is None:
+        grad = self.grad or (torch.is_grad_enabled() and self.trained)
+        thread = 0 if torch.compiler.is_compiling() else threading.get_ident()
+        has, copy = self.copies.get(thread, (False, None))
+        if copy is None or (grad and not has):
             self._begin(function, True)
-            with torch.set_grad_enabled(self.grad):  # the first reader may not want the gradient that a later one does
-                self.copy = full_copy(self.base, self.rows)
-        return self.copy
+            with torch.set_grad_enabled(grad):  # the first reader may not want the gradient that a later one does
+                copy = full_copy(self.base, self.rows)
+            self.copies[thread] = grad, copy
+        return copy
 
     def take(self, ids: torch.Tensor, function: Any, padding_idx: int | None = None) -> torch.Tensor:
         """Rows of the table, ids' shape and (D,), without a copy of it.
@@ -130,6 +169,9 @@ class StandIn(torch.Tensor):
         if args and isinstance(args[0], StandIn) and _name(func) in _CHANGE:
             raise UnsupportedError("the model changes a table in its forward", where=args[0].source.table.name,
                                    found=_name(func), hint="change it before attaching")  # fmt: skip
+        if any(isinstance(one, StandIn) and one.source.bare.runs() for one in (*args, *kwargs.values())):
+            args, kwargs = tree_map(_bared, (args, kwargs))
+            return func(*args, **kwargs)
         if func is F.embedding and _is_plain_lookup(args, kwargs):
             return args[1].source.take(args[0], func, kwargs.get("padding_idx"))
         if func is torch.Tensor.__getitem__ and isinstance(args[0], StandIn) and not args[0].turned:
@@ -152,6 +194,12 @@ def stand_in(weight: torch.Tensor, turned: bool, source: Source) -> StandIn:
     made = with_gradient(weight.detach(), weight, source.rows, turned).as_subclass(StandIn)
     made.source, made.turned = source, turned
     return made
+
+
+def _bared(value: Any) -> Any:
+    if not isinstance(value, StandIn):
+        return value
+    return value.source.base.t() if value.turned else value.source.base
 
 
 def _is_plain_lookup(args: Any, kwargs: dict[str, Any]) -> bool:

@@ -52,7 +52,7 @@ class Standing(StandIns):
                                    found=found, hint="read it in the forward of the model")  # fmt: skip
         module, name, transposed = self.holders[0]
         base = held(module, name)
-        source = _Following(self.table, base.t() if transposed else base, tuple(self.live), _say_nothing)
+        source = _Following(self.table, base.t() if transposed else base, tuple(self.live), _say_nothing, self.bare)
         made: dict[int, StandIn] = {}
         with torch.enable_grad():
             for module, name, transposed in self.holders:
@@ -67,17 +67,25 @@ class Standing(StandIns):
 
 
 class _Following(Source):
-    """A source that outlives steps of an optimizer."""
+    """A source that outlives steps of an optimizer, of which some write where no version counts it: ``.data``."""
 
     seen: Any = None
+    values: list[torch.Tensor]
 
     def whole(self, function: Any) -> torch.Tensor:
-        now = (torch.is_grad_enabled(), [(id(rows.values), rows.values._version) for rows in self.rows],
-               self.base._version)  # fmt: skip
-        if now != self.seen:
-            self.copy, self.seen = None, now
+        rows = [rows.values for rows in self.rows]
+        now = (torch.is_grad_enabled(), [(id(one), one._version, one.requires_grad) for one in rows],
+               self.base._version, self.base.data_ptr())  # fmt: skip
+        if now != self.seen or not all(map(_equal, rows, self.values)):
+            self.copies.clear()
+            self.seen = now
+            self.values = [one.detach().clone() for one in rows]
             self.grad = torch.is_grad_enabled()
         return super().whole(function)
+
+
+def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.dtype == other.dtype and one.device == other.device and torch.equal(one, other)
 
 
 def standing(model: nn.Module, graph: EmbeddingGraph, live: Mapping[str, list[Rows]]) -> list[Standing]:

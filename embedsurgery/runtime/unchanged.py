@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from embedsurgery.errors import AttachmentError, EmbedSurgeryWarning
-from embedsurgery.graph import Table
+from embedsurgery.graph import EmbeddingGraph, Table
 from embedsurgery.runtime.rows import Rows
 from embedsurgery.runtime.sites import holders
 from embedsurgery.stores.base import shorten
@@ -33,6 +33,7 @@ class Unchanged:
         self.ties: list[tuple[Table, list[tuple[nn.Module, str]]]] = []
         self.sizes: list[tuple[Table, nn.Module, str, int, list[Rows]]] = []
         self.layers: list[_Layer] = []
+        self.apart: list[tuple[str, nn.Module, str]] = []
         self.trained = False
 
     def watch(self, model: nn.Module, table: Table, live: list[Rows]) -> None:
@@ -44,6 +45,11 @@ class Unchanged:
         self.layers += [_Layer(model, site.module, table, found[0], live) for site in table.sites]
         if len(held) > 1 and _parameters(held) == 1:
             self.ties.append((table, held))
+
+    def keep_apart(self, model: nn.Module, graph: EmbeddingGraph) -> None:
+        """Expect the tables of a model to stay several Parameters."""
+        self.apart = [(table.name, module, leaf) for table in graph.tables
+                      for module, leaf, _ in list(holders(model, table.names, table.transposed))[:1]]  # fmt: skip
 
     def __call__(self, model: nn.Module, *_: Any) -> None:
         if torch.compiler.is_compiling():
@@ -63,6 +69,7 @@ class Unchanged:
             if _parameters(held) > 1:
                 raise AttachmentError("a tied table was parted after attaching", where=" and ".join(table.names),
                                       expected="one parameter", found=_parameters(held), hint=_WAY_OUT)  # fmt: skip
+        self._check_apart()
         for table, module, leaf, axis, live in self.sizes:
             weight = module._parameters.get(leaf)
             size = weight.shape[axis] if weight is not None and weight.dim() == 2 else table.shape[0]
@@ -70,6 +77,16 @@ class Unchanged:
             if lost:
                 raise AttachmentError("a table was cut after attaching, and has lost live rows", where=table.name,
                                       expected=f"{table.shape[0]} rows", found=f"{size}, without {shorten(lost)}",
+                                      hint=_WAY_OUT)  # fmt: skip
+
+    def _check_apart(self) -> None:
+        ours = {id(module._parameters.get(leaf)): table.name for table, module, leaf, _, live in self.sizes if live}
+        for name, module, leaf in self.apart:
+            weight = module._parameters.get(leaf)
+            table = None if weight is None else ours.get(id(weight))
+            if table not in (None, name):
+                raise AttachmentError("two tables were tied after attaching, of which one's rows would be the other's",
+                                      where=f"{table} and {name}", expected="two parameters", found="one",
                                       hint=_WAY_OUT)  # fmt: skip
 
     def _say_if_frozen(self, model: nn.Module) -> None:

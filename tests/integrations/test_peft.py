@@ -301,3 +301,42 @@ def test_a_compiled_model_is_named_as_its_base() -> None:
     adapter = es.attach(model, CONFIG).adapter()
     assert adapter.manifest.tables[0].names == (TABLE, "lm_head.weight")
     assert plainly_named(adapter).raw == adapter.raw
+
+
+@pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("order", ["rows first", "LoRA first"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_where_peft_is_off_the_rows_are_too(order: str, compiled: bool) -> None:
+    """TRL takes its reference so, and PEFT's own trained tokens are off as well."""
+    model, attachment = wrapped(order)
+    with torch.no_grad():
+        for parameter in attachment.parameters():
+            parameter.add_(1.0)
+    inputs = {"input_ids": batch()["input_ids"]}
+    base, run = tiny("llama-tied"), torch.compile(model, backend="eager") if compiled else model
+    live = model(**inputs).logits
+    for _ in range(2):
+        with model.disable_adapter():
+            assert torch.equal(run(**inputs).logits, base(**inputs).logits)
+            copied = copy.deepcopy(model)
+            assert torch.equal(copied(**inputs).logits, base(**inputs).logits)
+        torch.testing.assert_close(run(**inputs).logits, live)
+    assert attachment.active == ("default",)
+    with attachment.disabled():
+        assert not torch.equal(model(**inputs).logits, live)
+
+
+@pytest.mark.parametrize("order", ["prompt first", "LoRA first"])
+def test_where_peft_is_off_a_soft_prompt_is_too(order: str) -> None:
+    model = tiny("llama-tied")
+    if order == "prompt first":
+        es.attach(model, es.SoftPromptConfig(3))
+    model = peft.get_peft_model(model, lora())
+    if order == "LoRA first":
+        es.attach(model, es.SoftPromptConfig(3), freeze=False)
+    inputs = {"input_ids": batch()["input_ids"]}
+    base = tiny("llama-tied")
+    assert not torch.allclose(model(**inputs).logits, base(**inputs).logits)
+    with model.disable_adapter():
+        assert torch.equal(model(**inputs).logits, base(**inputs).logits)
+    assert not torch.allclose(model(**inputs).logits, base(**inputs).logits)

@@ -15,7 +15,7 @@ import embedsurgery as es
 from embedsurgery.errors import AttachmentError, BaseMismatchError, EmbedSurgeryError, EmbedSurgeryWarning
 from embedsurgery.integrations import EmbedSurgeryCallback
 from embedsurgery.integrations.beside import restore_rows, save_rows
-from tests.conftest import state_bits, tiny, trained
+from tests.conftest import state_bits, tiny, trained, write_tokenizer
 from tests.integrations.helpers import INDICES, attached, batch, rows, trainer
 
 TABLE = "model.embed_tokens.weight"
@@ -278,3 +278,68 @@ def test_a_trainer_resumed_with_its_rows_in_another_order_is_refused(tmp_path: P
     with pytest.raises(AttachmentError, match=r"rows are in another order.*token_indices in the checkpoint's order"):
         trainer(model, tmp_path, callbacks=[EmbedSurgeryCallback()]).train(resume_from_checkpoint=True)
     assert torch.equal(rows(turned), start)
+
+
+def with_new_tokens(folder: Path, spare: int, kind: str = "llama-tied") -> tuple[Any, Any, Any]:
+    """A model and its tokenizer with two new tokens, whose rows are attached; with so many spare rows before."""
+    import transformers as tr
+
+    write_tokenizer(folder)
+    tokenizer = tr.PreTrainedTokenizerFast(
+        tokenizer_file=str(folder / "tokenizer.json"), pad_token="t0", eos_token="t2"
+    )
+    model = tiny(kind)
+    torch.manual_seed(0)
+    model.resize_token_embeddings(len(tokenizer) + spare, mean_resizing=False)
+    ids = es.add_tokens(model, tokenizer, ["<a>", "<b>"], init="mean")
+    return model, es.attach(model, es.TrainableTokensConfig(ids), tokenizer=tokenizer), ids
+
+
+@pytest.mark.parametrize("kind", ["llama-tied", "llama-untied"])
+@pytest.mark.parametrize("spare", [0, 8])
+def test_new_tokens_resume_and_get_their_best_rows_back(spare: int, kind: str, tmp_path: Path) -> None:
+    """Their rows in a checkpoint are as they were added, which no fingerprint of the base knows."""
+    runs = []
+    for resume in (None, str(tmp_path / "out/checkpoint-3")):
+        model, attachment, ids = with_new_tokens(tmp_path, spare, kind)
+        model.load_state_dict(model.state_dict())
+        more = {
+            "eval_strategy": "steps",
+            "eval_steps": 3,
+            "load_best_model_at_end": True,
+            "metric_for_best_model": "loss",
+        }
+        trained = trainer(model, tmp_path / "out", callbacks=[EmbedSurgeryCallback()], **more)
+        for example in trained.train_dataset:
+            example["input_ids"][2] = example["labels"][2] = ids[0]
+        trained.train(resume_from_checkpoint=resume)
+        runs.append([parameter.detach().clone() for parameter in attachment.parameters()])
+    assert all(map(torch.equal, *runs))
+    other, again, _ = with_new_tokens(tmp_path, spare, kind)
+    assert not torch.equal(next(again.parameters()), runs[0][0])
+    with torch.no_grad():
+        other.model.embed_tokens.weight[4] += 1.0
+    with pytest.raises(BaseMismatchError, match="not those that the attached adapter was made from"):
+        again.model.load_state_dict(other.state_dict())
+
+
+def test_a_training_that_was_interrupted_cares_for_no_rows_any_more(tmp_path: Path) -> None:
+    model, attachment = attached()
+    trained = trainer(model, tmp_path, callbacks=[EmbedSurgeryCallback()])
+    step = trained.training_step
+
+    def interrupted(*given: Any, **more: Any) -> Any:
+        assert attachment.saved_beside
+        assert not copy.deepcopy(attachment).saved_beside
+        if trained.state.global_step == 2:
+            raise KeyboardInterrupt
+        return step(*given, **more)
+
+    trained.training_step = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        trained.train()
+    assert not attachment.saved_beside
+    with pytest.warns(EmbedSurgeryWarning, match="without the rows of default"):
+        model.save_pretrained(tmp_path / "saved")
+    with pytest.warns(EmbedSurgeryWarning, match="leaves the trained rows as they are"):
+        model.load_state_dict(model.state_dict())

@@ -5,6 +5,7 @@ It patches the model's forward with a fused loss, which reads the head's weight 
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -138,3 +139,52 @@ def test_a_hash_of_the_model_that_knows_no_rows_is_refused() -> None:
         assert hash_module(model) == base
     attachment.merge()
     hash_module(model)
+
+
+def dpo(model: Any, folder: Path, **options: Any) -> Any:
+    """A DPOTrainer of three steps on pairs that hold the trained tokens."""
+    write_tokenizer(folder)
+    tokenizer = tr.PreTrainedTokenizerFast(
+        tokenizer_file=str(folder / "tokenizer.json"), pad_token="t0", eos_token="t2"
+    )
+    pairs = {"prompt": ["t8 t5 t9"] * 8, "chosen": ["t7 t5 t10"] * 8, "rejected": ["t11 t12 t5"] * 8}
+    args = trl.DPOConfig(
+        output_dir=str(folder / "out"), max_steps=3, per_device_train_batch_size=4, learning_rate=5e-2,
+        logging_steps=1, report_to=[], use_cpu=True, disable_tqdm=True, bf16=False, dataloader_pin_memory=False,
+        seed=3, save_strategy="no", max_length=16, gradient_checkpointing=False,
+    )  # fmt: skip
+    return trl.DPOTrainer(model=model, args=args, processing_class=tokenizer,
+                          train_dataset=datasets.Dataset.from_dict(pairs), **options)  # fmt: skip
+
+
+def test_the_reference_of_dpo_has_no_rows(tmp_path: Path) -> None:
+    """With LoRA by the trainer the reference is the base, as it is where a copy of it is given."""
+    found = []
+    for how in ("a copy", "LoRA by the trainer"):
+        model = tiny("llama-tied")
+        attachment = es.attach(model, es.TrainableTokensConfig(INDICES))
+        more: dict[str, Any] = {"ref_model": copy.deepcopy(model)}
+        if how == "LoRA by the trainer":
+            more = {"peft_config": peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")}
+        trained = dpo(model, tmp_path, **more)
+        attachment.unfreeze()
+        for name, parameter in trained.model.named_parameters():
+            parameter.requires_grad_("embedsurgery" in name)  # the policy is apart from its reference by the rows alone
+        trained.train()
+        found.append([(log["loss"], log["rewards/margins"]) for log in trained.state.log_history if "loss" in log])
+    assert found[0] == found[1]
+    assert found[0][0][1] == 0.0
+    assert found[0][-1][1] > 0.01
+
+
+def test_a_reference_that_would_have_the_rows_is_refused(tmp_path: Path) -> None:
+    model = peft.get_peft_model(
+        tiny("llama-tied"), peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    )
+    attachment = es.attach(model, es.TrainableTokensConfig(INDICES), freeze=False)
+    start = rows(attachment)
+    with pytest.raises(
+        UnsupportedError, match=r"copy of the LoRA for its reference.*ref_model=copy\.deepcopy\(model\)"
+    ):
+        dpo(model, tmp_path).train()
+    assert torch.equal(rows(attachment), start)
