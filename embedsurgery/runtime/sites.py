@@ -197,7 +197,8 @@ def drown(module: nn.Module, site: Site, indices: torch.Tensor) -> bool:
 
     The gradient of a column that is replaced is what came through the old row, and the change from it. Where the old
     row is no number, or far larger than the rows of the table are, the sum is not what the new row gives. Spare rows
-    of a table may never have been initialised.
+    of a table may never have been initialised. Of a sharded table other rows are not asked for, which would go round
+    all ranks.
     """
     weight = held(module, site.parameter).detach()
     if site.role != "output" or weight.device.type == "meta" or not weight.is_floating_point():
@@ -206,6 +207,8 @@ def drown(module: nn.Module, site: Site, indices: torch.Tensor) -> bool:
     old = rows_at(table, indices)
     if not bool(torch.isfinite(old).all()):
         return True
+    if is_sharded(table):
+        return False
     some = torch.arange(0, table.shape[0], max(table.shape[0] // _SAMPLE, 1), device=indices.device)
     others = rows_at(table, some[~torch.isin(some, indices)])
     sizes = others[torch.isfinite(others).all(dim=1)].abs().amax(dim=1).float()

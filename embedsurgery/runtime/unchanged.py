@@ -20,7 +20,7 @@ from embedsurgery.runtime.rows import Rows
 from embedsurgery.runtime.sites import holders
 from embedsurgery.stores.base import shorten
 from embedsurgery.tensors import is_sharded
-from embedsurgery.wrappers import merged_layer, submodule
+from embedsurgery.wrappers import base_layer, merged_layer, submodule
 
 _WAY_OUT = "detach(), change the model, and attach again"
 
@@ -34,7 +34,7 @@ class Unchanged:
         self.sizes: list[tuple[Table, nn.Module, str, int, list[Rows]]] = []
         self.layers: list[_Layer] = []
         self.apart: list[tuple[str, nn.Module, str]] = []
-        self.trained = False
+        self.looked = self.trained = False
 
     def watch(self, model: nn.Module, table: Table, live: list[Rows]) -> None:
         """Expect the table's modules and live rows to stay, and names that share one Parameter to go on sharing it."""
@@ -60,7 +60,11 @@ class Unchanged:
                                       where=path, hint=_WAY_OUT)  # fmt: skip
         for layer in self.layers:
             layer.check(model)
-        if not self.trained and model.training and torch.is_grad_enabled():
+        trains = model.training and torch.is_grad_enabled()
+        if not self.looked or (trains and not self.trained):
+            self.looked = True
+            self._check_tokens_of_peft(model)
+        if trains and not self.trained:
             self.trained = True
             self._say_if_frozen(model)
         for rows in {id(rows): rows for _, _, _, _, live in self.sizes for rows in live}.values():
@@ -78,6 +82,22 @@ class Unchanged:
                 raise AttachmentError("a table was cut after attaching, and has lost live rows", where=table.name,
                                       expected=f"{table.shape[0]} rows", found=f"{size}, without {shorten(lost)}",
                                       hint=_WAY_OUT)  # fmt: skip
+
+    def _check_tokens_of_peft(self, model: nn.Module) -> None:
+        """Refuse, at the first forward and at the first that may train, rows that PEFT's layers replace by theirs."""
+        layers: list[Any] = [
+            m for m in model.modules() if hasattr(m, "trainable_tokens_delta") and hasattr(m, "token_indices")
+        ]
+        for table, module, _, _, live in self.sizes:
+            found: set[int] = set()
+            for layer in layers:
+                if base_layer(layer) is module:
+                    found.update(*(layer.token_indices.get(name, ()) for name in layer.active_adapters))
+            both = sorted(n for n in found if any(n in rows.numbers for rows in live))
+            if both:
+                raise AttachmentError("PEFT's trainable tokens and attached rows are for the same tokens",
+                                      where=f"{table.name}, rows {shorten(both)}",
+                                      hint="give each token to one of them")  # fmt: skip
 
     def _check_apart(self) -> None:
         ours = {id(module._parameters.get(leaf)): table.name for table, module, leaf, _, live in self.sizes if live}

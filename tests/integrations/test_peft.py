@@ -340,3 +340,22 @@ def test_where_peft_is_off_a_soft_prompt_is_too(order: str) -> None:
     with model.disable_adapter():
         assert torch.equal(model(**inputs).logits, base(**inputs).logits)
     assert not torch.allclose(model(**inputs).logits, base(**inputs).logits)
+
+
+@pytest.mark.filterwarnings("ignore:the rows of .* full copy")
+@pytest.mark.parametrize("order", ["rows first", "PEFT first"])
+@pytest.mark.parametrize("tokens", [[INDICES[0], 4], [3, 4]])
+@pytest.mark.parametrize("kind", ["llama-tied", "llama-untied"])
+def test_tokens_that_peft_trains_too(kind: str, tokens: list[int], order: str) -> None:
+    model = tiny(kind)
+    if order == "rows first":
+        es.attach(model, CONFIG)
+    model = peft.get_peft_model(model, peft.TrainableTokensConfig(token_indices=tokens))
+    if order == "PEFT first":
+        es.attach(model, CONFIG, freeze=False)
+    es.attached(model).unfreeze()
+    if tokens == [3, 4]:
+        assert model(**batch()).loss.isfinite()
+        return
+    with pytest.raises(AttachmentError, match=r"same tokens.*row.* 5.*give each token to one of them"):
+        model(**batch())
