@@ -224,3 +224,28 @@ def test_a_head_that_is_sliced_in_one_thread_is_not_in_another() -> None:
 
     assert together(lambda: work(True), lambda: work(False)) == []
     assert wrong == []
+
+
+def test_one_is_broken_off_while_another_runs() -> None:
+    """What stood in for the weight is gone when the last that runs has ended."""
+    model, edited, _ = attached(reader(""))
+    came, go = threading.Event(), threading.Event()
+
+    def read(m: Any, ids: torch.Tensor) -> torch.Tensor:
+        if threading.current_thread() is threading.main_thread():
+            raise KeyboardInterrupt
+        came.set()
+        assert go.wait(30)
+        return F.linear(m.embed(ids), m.head.weight)
+
+    model.read, edited.read = read, READS["reads the weight"]
+    found: list[torch.Tensor] = []
+    other = threading.Thread(target=lambda: found.append(model(IDS)))
+    other.start()
+    assert came.wait(30)
+    with pytest.raises(KeyboardInterrupt):
+        model(IDS)
+    go.set()
+    other.join(30)
+    torch.testing.assert_close(found[0], edited(IDS), rtol=1e-12, atol=1e-12)
+    assert model.head.weight is model.head._parameters["weight"]

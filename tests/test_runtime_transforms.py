@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.optim import swa_utils
 
 import embedsurgery as es
+from tests.conftest import tiny
 
 V, D = 40, 8
 ROWS = {"few": [31, 4, 17], "many, in a run": list(range(20, 40)), "many, spread": list(range(39, 0, -3))}
@@ -146,3 +147,43 @@ def test_a_mixed_batch_below_a_transform_is_each_sample_alone() -> None:
     torch.testing.assert_close(mixed[1:], base, rtol=1e-10, atol=1e-10)
     alone = OF_INPUTS["reverse over forward"](dense, x[:1], direction[:1])
     torch.testing.assert_close(mixed[:1], alone, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.filterwarnings("ignore:.*searchsorted.*non-contiguous:UserWarning")
+def test_models_that_are_stacked() -> None:
+    """``torch.func.stack_module_state`` and a vmap over it: an ensemble of attached models."""
+    models, edited = [], []
+    for seed in range(2):
+        model = tiny("llama-tied", seed=seed)
+        attachment = es.attach(model, es.TrainableTokensConfig([5, 7]))
+        with torch.no_grad():
+            (rows,) = attachment.parameters()
+            rows.add_(seed + 1.0)
+            edited.append(tiny("llama-tied", seed=seed))
+            edited[-1].model.embed_tokens.weight[[5, 7]] = rows
+        models.append(model)
+    parameters, buffers = torch.func.stack_module_state(models)
+    inputs = {"input_ids": torch.tensor([[5, 9, 7, 3]]), "use_cache": False}
+
+    def run(parameters: Any, buffers: Any) -> torch.Tensor:
+        return torch.func.functional_call(models[0], (parameters, buffers), (), inputs).logits
+
+    found = torch.func.vmap(run)(parameters, buffers)
+    for logits, one in zip(found, edited, strict=True):
+        torch.testing.assert_close(logits, one(**inputs).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
+@pytest.mark.parametrize("materialize", [False, True])
+def test_a_traced_model(materialize: bool) -> None:
+    model = torch.nn.Sequential(torch.nn.Embedding(40, 8), torch.nn.Linear(8, 8), torch.nn.Linear(8, 40))
+    merged = copy.deepcopy(model)
+    attachment = es.attach(model, es.TrainableTokensConfig([5, 7], target_modules=["0", "2"]), materialize=materialize)
+    with torch.no_grad():
+        for rows, place in zip(attachment.parameters(), (0, 2), strict=True):
+            rows.add_(1.0)
+            merged[place].weight[[5, 7]] = rows
+    ids = torch.tensor([[5, 9, 7, 3]])
+    traced = torch.jit.trace(model, (ids,), check_trace=False)
+    torch.testing.assert_close(traced(ids.flip(1)), merged(ids.flip(1)))

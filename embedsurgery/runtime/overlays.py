@@ -89,6 +89,8 @@ class Materialised:
         with self.lock:
             if (self.frames or self.laid) and self._was_broken_off(module, tracing=False):
                 self.take_away()
+            if self.outermost is not None:  # compiled code around has seen to it
+                return
             if not self.frames:
                 if not self.live:
                     return
@@ -112,8 +114,7 @@ class Materialised:
             self.frames.remove(frame)
             again = torch.is_grad_enabled() and self.was_read()
             covers = self.covers if again else []
-            if not self.frames and not self.calls:
-                self.take_away()
+            self._end()
         for tensor in tensors_in(given[-1]) if again else ():
             if tensor.grad_fn is not None:
                 tensor.register_hook(partial(self._begin_backward, covers))  # type: ignore[no-untyped-call]
@@ -164,8 +165,12 @@ class Materialised:
         with self.lock:
             if running in self.frames:
                 self.frames.remove(running)
-                if not self.frames and not self.calls:
-                    self.take_away()
+                self._end()
+
+    def _end(self) -> None:
+        """Take away what was laid, unless others run that need it; of them some may have been broken off."""
+        if not self.calls and not (self.frames and run(self.frames)):
+            self.take_away()
 
     def lay(self) -> None:
         """Lay the copy over the weights."""

@@ -45,8 +45,9 @@ class Lookup:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if self.live and is_sharded(output):
             return on_plain(self, module, args, kwargs, output)
+        plain = type(module).forward is nn.Embedding.forward
         twin = self.twin
-        if self.live and not torch.compiler.is_compiling():
+        if self.live and not plain and not torch.compiler.is_compiling():
             twin = _twin(module, self.parameter)  # as the module is now (its mode, scale and the like); of this call
         for rows in self.live:
             ids, args_of, kwargs_of = _split_ids(args, kwargs)
@@ -57,7 +58,10 @@ class Lookup:
             place, ours, small = chosen(rows, ids, held(module, self.parameter))
             if rows.samples is not None:
                 ours = ours & self.batch.mask(rows.samples, ids)
-            new = _call(twin, self.parameter, small, args_of(place), kwargs_of(place))
+            if plain:
+                new = F.embedding(place, small, sparse=module.sparse)  # type: ignore[arg-type]
+            else:
+                new = _call(twin, self.parameter, small, args_of(place), kwargs_of(place))
             output = torch.where(ours.unsqueeze(-1), new, output)
         return output
 

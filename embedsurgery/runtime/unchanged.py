@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from embedsurgery.errors import AttachmentError, EmbedSurgeryWarning
+from embedsurgery.errors import AttachmentError, EmbedSurgeryWarning, UnsupportedError
 from embedsurgery.graph import EmbeddingGraph, Table
+from embedsurgery.runtime.picking import is_transformed
 from embedsurgery.runtime.rows import Rows
 from embedsurgery.runtime.sites import holders
 from embedsurgery.stores.base import shorten
@@ -58,7 +59,8 @@ class Unchanged:
             if _at(model, path) is not module:
                 raise AttachmentError("a module was replaced after attaching, so that its rows would be lost",
                                       where=path, hint=_WAY_OUT)  # fmt: skip
-        for layer in self.layers:
+        plain = not is_transformed()  # below a transform numbers cannot be compared
+        for layer in self.layers if plain else ():
             layer.check(model)
         trains = model.training and torch.is_grad_enabled()
         if not self.looked or (trains and not self.trained):
@@ -68,7 +70,9 @@ class Unchanged:
             self.trained = True
             self._say_if_frozen(model)
         for rows in {id(rows): rows for _, _, _, _, live in self.sizes for rows in live}.values():
-            rows.mend()
+            if plain:
+                rows.mend()
+        self._check_offloaded()
         for table, held in self.ties:
             if _parameters(held) > 1:
                 raise AttachmentError("a tied table was parted after attaching", where=" and ".join(table.names),
@@ -98,6 +102,17 @@ class Unchanged:
                 raise AttachmentError("PEFT's trainable tokens and attached rows are for the same tokens",
                                       where=f"{table.name}, rows {shorten(both)}",
                                       hint="give each token to one of them")  # fmt: skip
+
+    def _check_offloaded(self) -> None:
+        for table, module, leaf, _, live in self.sizes:
+            weight = module._parameters.get(leaf)
+            if weight is None or not weight.is_meta or not live:
+                continue
+            if hasattr(module, "_hf_hook") or any(not rows.values.is_meta for rows in live):
+                raise UnsupportedError("a table with attached rows has no values here: it was offloaded",
+                                       where=table.name, expected="a table on a device", found="a meta tensor",
+                                       hint="let what offloads the model (Accelerate's device_map) keep the table, and "
+                                       "offload layers")  # fmt: skip
 
     def _check_apart(self) -> None:
         ours = {id(module._parameters.get(leaf)): table.name for table, module, leaf, _, live in self.sizes if live}

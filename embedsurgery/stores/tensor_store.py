@@ -94,7 +94,8 @@ class TensorStore(Store):
                 continue
             if tensor.device.type == "meta":
                 raise UnsupportedError("the table has no values", where=name, found="a meta tensor",
-                                       hint="load the weights first")  # fmt: skip
+                                       hint="load the weights first, and keep the table on a device where a model is "
+                                       "offloaded")  # fmt: skip
             if any(step == 0 and size > 1 for size, step in zip(tensor.shape, tensor.stride(), strict=True)):
                 raise UnsupportedError("rows of the table share one memory", where=name, found="an expanded tensor",
                                        hint="clone it first")  # fmt: skip

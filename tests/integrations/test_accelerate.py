@@ -13,10 +13,10 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch.utils.data import DataLoader
 
 import embedsurgery as es
-from embedsurgery.errors import AttachmentError, ConfigError, EmbedSurgeryWarning
+from embedsurgery.errors import AttachmentError, ConfigError, EmbedSurgeryWarning, UnsupportedError
 from embedsurgery.integrations import keep_rows
 from tests.conftest import state_bits, tiny
-from tests.integrations.helpers import INDICES, attached, examples, rows
+from tests.integrations.helpers import INDICES, attached, batch, examples, rows
 
 
 @pytest.fixture(autouse=True)
@@ -135,3 +135,35 @@ def test_a_state_dict_that_is_to_be_written_is_said_to_be_the_bases(tmp_path: Pa
 def test_only_an_accelerator_keeps_rows() -> None:
     with pytest.raises(ConfigError, match=r"not an Accelerator.*found LlamaForCausalLM"):
         keep_rows(tiny("llama-tied"))
+
+
+@pytest.mark.parametrize("kind", ["llama-tied", "llama-untied"])
+@pytest.mark.parametrize("first", ["attach", "offload"])
+def test_a_table_that_is_offloaded_is_refused_by_name(first: str, kind: str) -> None:
+    from accelerate import cpu_offload
+
+    model = tiny(kind)
+    config = es.TrainableTokensConfig(INDICES)
+    if first == "offload":
+        cpu_offload(model, execution_device=torch.device("cpu"))
+        with pytest.raises(UnsupportedError, match=r"no values.*keep the table on a device where a model is offloaded"):
+            es.attach(model, config)
+        return
+    es.attach(model, config)
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    with pytest.raises(UnsupportedError, match=r"was offloaded.*embed_tokens.*keep the table, and offload layers"):
+        model(**batch(kind))
+
+
+def test_layers_may_be_offloaded(tmp_path: Path) -> None:
+    from accelerate import dispatch_model
+
+    model, attachment = attached()
+    expected = model(**batch()).logits
+    here = ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head", "embedsurgery")
+    places = {**dict.fromkeys(here, "cpu"), "model.layers": "disk"}
+    dispatch_model(model, places, offload_dir=str(tmp_path), main_device="cpu")
+    found = model(**batch()).logits
+    torch.testing.assert_close(found, expected)
+    found.sum().backward()
+    assert all(parameter.grad is not None for parameter in attachment.parameters())
