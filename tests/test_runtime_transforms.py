@@ -150,6 +150,7 @@ def test_a_mixed_batch_below_a_transform_is_each_sample_alone() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*searchsorted.*non-contiguous:UserWarning")
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 def test_models_that_are_stacked() -> None:
     """``torch.func.stack_module_state`` and a vmap over it: an ensemble of attached models."""
     models, edited = [], []
