@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,10 +13,16 @@ Installed = list[tuple[nn.Module, Any]]
 """Which hook was put on which module, so that it can be taken off."""
 
 
-def before(installed: Installed, module: nn.Module, hook: Callable[..., Any]) -> None:
-    """Run ``hook(module, args, kwargs)`` before a module's forward, after the pre-hooks that are there."""
-    module.register_forward_pre_hook(hook, with_kwargs=True)
+def before(installed: Installed, module: nn.Module, hook: Callable[..., Any], *, first: bool = False) -> None:
+    """Run ``hook(module, args, kwargs)`` before a module's forward, after the pre-hooks that are there, or before."""
+    module.register_forward_pre_hook(hook, prepend=first, with_kwargs=True)
     installed.append((module, hook))
+
+
+def guard(installed: Installed, module: nn.Module, guards: Sequence[Callable[..., Any]]) -> None:
+    """Run pre-hooks before a module's forward, in their order and before all that are there."""
+    for one in reversed(guards):
+        before(installed, module, one, first=True)
 
 
 def after(installed: Installed, module: nn.Module, hook: Callable[..., Any], *, always: bool = False) -> None:

@@ -21,7 +21,7 @@ from torch import nn
 
 from embedsurgery.errors import EmbedSurgeryWarning, UnsupportedError
 from embedsurgery.graph import EmbeddingGraph, Table
-from embedsurgery.runtime.hooks import Installed, after, before, forget_compiled, remove
+from embedsurgery.runtime.hooks import Installed, after, before, forget_compiled, guard, remove
 from embedsurgery.runtime.mixing import Batch
 from embedsurgery.runtime.overlays import Materialised, StandIns, Uncovered
 from embedsurgery.runtime.rows import Rows
@@ -137,15 +137,13 @@ class Installation:
         sites = {id(module): (module, site, can) for site, can in zip(table.sites, modes, strict=True)
                  for module in (submodule(model, site.module),)}  # fmt: skip
         if not self._unchanged.sites:
-            for guard in self._guards:
-                before(self._hooks, model, guard)
+            guard(self._hooks, model, self._guards)
             before(self._hooks, model, self._unchanged)
             self._unchanged.keep_apart(model, self._graph)
             before(self._hooks, model, self.batch.enter)
             after(self._hooks, model, self.batch.leave, always=True)
         for module, _, _ in sites.values():
-            for guard in self._guards:
-                before(self._hooks, module, guard)
+            guard(self._hooks, module, self._guards)
         self._unchanged.watch(model, table, live)
         for parts in self._standing:
             if all(part.table.name != table.name for part in parts):

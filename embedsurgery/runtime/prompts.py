@@ -22,7 +22,7 @@ from embedsurgery.graph import EmbeddingGraph
 from embedsurgery.positions import position_limit
 from embedsurgery.raw import RawArray
 from embedsurgery.runtime.frames import Calls
-from embedsurgery.runtime.hooks import Installed, after, before, remove
+from embedsurgery.runtime.hooks import Installed, after, before, guard, remove
 from embedsurgery.runtime.prompt_around import Decoding, Front, Heads, Parent, later_masks
 from embedsurgery.runtime.prompt_heads import refuse_other_head
 from embedsurgery.runtime.prompt_hooks import Call, PromptLookup, Reading
@@ -164,13 +164,11 @@ class Prompts:
         unchanged = Unchanged()
         watched = (*paths, *(path for stack in self.stacks for path, _ in stack.levels))
         unchanged.sites = [(path, submodule(model, path)) for path in watched]
-        for guard in self._guards:
-            before(self._hooks, model, guard)
+        guard(self._hooks, model, self._guards)
         before(self._hooks, model, unchanged)
         for module in {id(m): m for m in (submodule(model, path) for path in paths)}.values():
             lookup = PromptLookup(self)
-            for guard in self._guards:
-                before(self._hooks, module, guard)
+            guard(self._hooks, module, self._guards)
             before(self._hooks, module, lookup.enter)
             module.register_forward_hook(lookup.leave, with_kwargs=True, always_call=True)  # after those of rows
             self._hooks.append((module, lookup.leave))

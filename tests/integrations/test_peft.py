@@ -359,3 +359,32 @@ def test_tokens_that_peft_trains_too(kind: str, tokens: list[int], order: str) -
         return
     with pytest.raises(AttachmentError, match=r"same tokens.*row.* 5.*give each token to one of them"):
         model(**batch())
+
+
+@pytest.mark.filterwarnings("ignore:the rows of .* full copy")
+def test_peft_is_looked_at_first_whatever_was_attached_in_between() -> None:
+    """A later adapter that needs a full copy has the hooks of its table put on anew, behind those of a prompt."""
+    model = tiny("llama-untied")
+    with torch.no_grad():
+        model.lm_head.weight[9] = 1e6
+    base = copy.deepcopy(model)
+    model = peft.get_peft_model(model, lora())
+    es.attach(model, es.TrainableTokensConfig({"lm_head": [5, 6]}), freeze=False)
+    attachment = es.attach(model, es.SoftPromptConfig(3), name="prompt", freeze=False)
+    es.attach(model, es.TrainableTokensConfig({"lm_head": [9]}), name="more", freeze=False)
+    assert set(attachment.active) == {"default", "prompt", "more"}
+    inputs = {name: value for name, value in batch().items() if name != "attention_mask"}
+    live = model(**inputs)
+    for _ in range(2):
+        with model.disable_adapter():
+            off = model(**inputs)
+        plain = base(**inputs)
+        assert torch.equal(off.logits, plain.logits)
+        assert torch.equal(off.loss, plain.loss)
+        again = model(**inputs)
+        assert torch.equal(again.logits, live.logits)
+        assert torch.equal(again.loss, live.loss)
+    attachment.detach()
+    for module in model.modules():
+        hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+        assert not any("embedsurgery" in type(getattr(hook, "__self__", hook)).__module__ for hook in hooks)
