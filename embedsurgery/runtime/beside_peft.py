@@ -107,7 +107,8 @@ def _is_to_turn(name: str) -> bool:
     """Whether a switch is not as PEFT's: asked while a forward is traced, and a constant in what comes out."""
     switch = _SWITCHES[name]
     layer = switch._found(search=True)
-    return (layer is not None and bool(layer._disable_adapters)) != switch.off
+    off = layer is not None and bool(layer._disable_adapters)
+    return off != switch.off and (switch.off or bool(switch.rows()))
 
 
 _is_to_turn._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as in sharded.py

@@ -388,3 +388,22 @@ def test_peft_is_looked_at_first_whatever_was_attached_in_between() -> None:
     for module in model.modules():
         hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
         assert not any("embedsurgery" in type(getattr(hook, "__self__", hook)).__module__ for hook in hooks)
+
+
+@pytest.mark.parametrize("config", [CONFIG, es.SoftPromptConfig(3)], ids=["rows", "prompt"])
+def test_one_graph_where_both_are_switched_off(config: Any) -> None:
+    """PEFT's switch alone would break the graph, which is not allowed there."""
+    torch._dynamo.reset()
+    model = tiny("llama-tied").eval()
+    attachment = es.attach(model, config)
+    model = peft.get_peft_model(model, lora()).eval()
+    inputs = {"input_ids": batch()["input_ids"], "use_cache": False}
+    base, run = tiny("llama-tied").eval(), torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        for parameter in attachment.parameters():
+            parameter.add_(1.0)
+        live = model(**inputs).logits
+        for _ in range(2):
+            torch.testing.assert_close(run(**inputs).logits, live)
+            with attachment.disabled(), model.disable_adapter():
+                torch.testing.assert_close(run(**inputs).logits, base(**inputs).logits)
