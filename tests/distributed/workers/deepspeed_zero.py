@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,9 @@ def main(out: Path) -> None:
         results[f"late {stage}"] = refused(lambda model=late: attach_and_step(model))
     torch.save(results, out / f"deepspeed_zero-{rank}.pt")
     dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # all is written: a thread that DeepSpeed leaves running now and then aborts an interpreter that ends
 
 
 if __name__ == "__main__":
