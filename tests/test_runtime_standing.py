@@ -188,3 +188,28 @@ def test_a_call_that_fails_takes_nothing_away(path: str) -> None:
             model.get_submodule(path)(torch.full((1, 3), 10**6))
         for weight in (model.lm_head.weight, model.model.embed_tokens.weight):
             assert torch.equal((weight * 1.0).detach(), shown)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+def test_compiled_code_that_is_given_the_weight_follows_the_steps() -> None:
+    torch._dynamo.reset()
+    model, attachment = attached()
+    dense = tiny("llama-tied")
+    (rows,) = attachment.parameters()
+    hidden = torch.randn(3, model.config.hidden_size, generator=torch.Generator().manual_seed(1))
+
+    def loss(weight: torch.Tensor) -> torch.Tensor:
+        return F.linear(hidden, weight).logsumexp(-1).sum()
+
+    run = torch.compile(loss, backend="eager", fullgraph=True)
+    with attachment.materialized():
+        for step in range(4):
+            with torch.no_grad():
+                rows.data.add_(0.5) if step % 2 else rows.add_(0.5)
+                dense.lm_head.weight[INDICES] = rows
+            rows.grad = None
+            found = run(model.lm_head.weight)
+            found.backward()
+            torch.testing.assert_close(found, loss(dense.lm_head.weight))
+            (gradient,) = torch.autograd.grad(loss(dense.lm_head.weight), dense.lm_head.weight)
+            torch.testing.assert_close(rows.grad, gradient[INDICES])

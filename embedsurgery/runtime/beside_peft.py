@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from embedsurgery.errors import UnsupportedError
 from embedsurgery.runtime.rows import Rows
@@ -45,7 +46,7 @@ class Switch:
         self._begin()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key not in ("layer", "searched", "name")}
+        return {key: value for key, value in self.__dict__.items() if key not in ("layer", "searched_at", "name")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -54,26 +55,23 @@ class Switch:
     def _begin(self) -> None:
         """Have found no layer, and be found by what is traced: a copy is another one."""
         self.layer: weakref.ref[Any] | None = None
-        self.searched = False
+        self.searched_at = -1
         self.name = uuid.uuid4().hex
         _SWITCHES[self.name] = self
 
     def __call__(self, module: nn.Module, *_: Any) -> None:
         if not torch.compiler.is_compiling():
-            self.turn(search=module is self.model[0])
+            self.turn()
         elif _is_to_turn(self.name):
             torch.compiler.disable(self.turn)()  # type: ignore[no-untyped-call]
 
-    def turn(self, search: bool = True) -> None:
+    def turn(self) -> None:
         """Follow the switch.
-
-        Args:
-            search: Look for layers that have come since the last time, too.
 
         Raises:
             UnsupportedError: TRL runs a copy of the LoRA as its reference, with rows that train.
         """
-        layer = self._found(search)
+        layer = self._found()
         if layer is None and not self.off:
             return
         off = layer is not None and bool(layer._disable_adapters)
@@ -89,14 +87,14 @@ class Switch:
                                    hint="give the trainer ref_model=copy.deepcopy(model), or a model without LoRA and "
                                    "peft_config=, for which the base is the reference")  # fmt: skip
 
-    def _found(self, search: bool) -> Any:
+    def _found(self) -> Any:
         """A layer of PEFT's, of which all are switched together."""
-        if "peft" not in sys.modules:
-            return None
         layer = None if self.layer is None else self.layer()
-        if layer is None and (search or not self.searched):
+        gone = layer is None and self.layer is not None
+        if gone or self.searched_at != _Registered.layers:
+            self.searched_at = _Registered.layers
             layer = next(filter(_is_layer, self.model[0].modules()), None)
-            self.layer, self.searched = None if layer is None else weakref.ref(layer), True
+            self.layer = None if layer is None else weakref.ref(layer)
         return layer
 
 
@@ -106,7 +104,7 @@ _SWITCHES: weakref.WeakValueDictionary[str, Switch] = weakref.WeakValueDictionar
 def _is_to_turn(name: str) -> bool:
     """Whether a switch is not as PEFT's: asked while a forward is traced, and a constant in what comes out."""
     switch = _SWITCHES[name]
-    layer = switch._found(search=True)
+    layer = switch._found()
     off = layer is not None and bool(layer._disable_adapters)
     return off != switch.off and (switch.off or bool(switch.rows()))
 
@@ -114,8 +112,21 @@ def _is_to_turn(name: str) -> bool:
 _is_to_turn._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as in sharded.py
 
 
-def _is_layer(module: nn.Module) -> bool:
-    return isinstance(getattr(module, "_disable_adapters", None), bool)
+def _is_layer(module: nn.Module | None) -> bool:
+    return hasattr(type(module), "enable_adapters") and hasattr(module, "_disable_adapters")
+
+
+class _Registered:
+    """Counts PEFT's layers that have become a part of any module: to search a model in each forward would cost more."""
+
+    layers = 0
+
+    def __call__(self, module: nn.Module, name: str, part: nn.Module | None) -> None:
+        if _is_layer(part):
+            _Registered.layers += 1
+
+
+register_module_module_registration_hook(_Registered())
 
 
 def _is_run_by(package: str) -> bool:

@@ -46,13 +46,11 @@ class Installation:
 
     Attributes:
         live: Table's name -> the rows that are live for it.
-        copied: The tables that are overridden by a full copy, at a site at least.
         batch: What the model is given while a batch mixes adapters.
     """
 
     def __init__(self, model: nn.Module, graph: EmbeddingGraph, guards: Sequence[Callable[..., Any]]) -> None:
         self.live: dict[str, list[Rows]] = {}
-        self.copied: set[str] = set()
         self.batch = Batch()
         self._model = (model,)  # as in the attachment
         self._graph = graph
@@ -62,6 +60,11 @@ class Installation:
         self._standing: list[list[Standing]] = []
         self._hooks: Installed = []
         self._installed: dict[str, list[bool]] = {}
+
+    @property
+    def copied(self) -> set[str]:
+        """The tables that are overridden by a full copy, at a site at least."""
+        return {name for name, modes in self._installed.items() if not all(modes)}
 
     def modes(self, overrides: Iterable[RowOverride], materialize: bool) -> dict[str, list[bool]]:
         """For each table, and each of its sites, whether rows can be overridden there, or need a full copy.
@@ -150,8 +153,6 @@ class Installation:
                 parts += standing(model, self._graph, {table.name: live})
         forget_compiled()
         held = list(holders(model, table.names, table.transposed))
-        if not all(modes):
-            self.copied.add(table.name)
         if not any(modes):
             self._overlay(Materialised(held, live), _around(model, table))
             return

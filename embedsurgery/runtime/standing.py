@@ -14,6 +14,7 @@ from torch import nn
 
 from embedsurgery.errors import UnsupportedError
 from embedsurgery.graph import EmbeddingGraph, Table
+from embedsurgery.runtime.copies import full_copy
 from embedsurgery.runtime.overlays import Holder, StandIns
 from embedsurgery.runtime.rows import Rows
 from embedsurgery.runtime.sites import held, holders
@@ -73,6 +74,9 @@ class _Following(Source):
     values: list[torch.Tensor]
 
     def whole(self, function: Any) -> torch.Tensor:
+        if torch.compiler.is_compiling():  # of compiled code each read makes its own, which asks for no values
+            self._begin(function, True)
+            return full_copy(self.base, self.rows)
         rows = [rows.values for rows in self.rows]
         now = (torch.is_grad_enabled(), [(id(one), one._version, one.requires_grad) for one in rows],
                self.base._version, self.base.data_ptr())  # fmt: skip

@@ -210,3 +210,18 @@ def test_under_the_librarys_older_name(tmp_path: Path) -> None:
     run.save_checkpoint(tmp_path / "old.ckpt")
     (adapter,) = adapters(torch.load(tmp_path / "old.ckpt", weights_only=True)).values()
     assert torch.equal(adapter.tensors["model.embed_tokens.weight"], rows(attachment))
+
+
+def test_a_training_that_was_interrupted_cares_for_no_rows_any_more(tmp_path: Path) -> None:
+    made, attachment = module()
+    step = made.training_step
+
+    def interrupted(*given: Any) -> Any:
+        assert attachment.saved_beside
+        raise KeyboardInterrupt
+
+    made.training_step = interrupted
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        trainer(tmp_path, LightningCallback()).fit(made, loader())
+    made.training_step = step
+    assert not attachment.saved_beside

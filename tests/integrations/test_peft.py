@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 import embedsurgery as es
 from embedsurgery.adapter import plainly_named
 from embedsurgery.errors import AttachmentError, BaseMismatchError, EmbedSurgeryWarning, TableError, UnsupportedError
+from embedsurgery.runtime import beside_peft
 from embedsurgery.wrappers import plain_name
 from tests.conftest import bits, logits, save, state_bits, tiny
 from tests.integrations.helpers import INDICES, batch, rows, trainer
@@ -407,3 +409,29 @@ def test_one_graph_where_both_are_switched_off(config: Any) -> None:
             torch.testing.assert_close(run(**inputs).logits, live)
             with attachment.disabled(), model.disable_adapter():
                 torch.testing.assert_close(run(**inputs).logits, base(**inputs).logits)
+
+
+def test_a_lora_that_comes_later_is_found_by_parts_that_run_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loop may call the body by itself; and no forward searches a model in which nothing has changed."""
+    model = tiny("llama-tied").eval()
+    attachment = es.attach(model, CONFIG)
+    ids = batch()["input_ids"]
+    model.model(ids)
+    asked: list[Any] = []
+    monkeypatch.setattr(beside_peft, "_is_layer", lambda module: asked.append(module))
+    model(ids)
+    model.model(ids)
+    assert all(module is not model for module in asked)  # transformers makes a list of the layers in each forward
+    monkeypatch.undo()
+    wrapped = peft.get_peft_model(model, lora())
+    with torch.no_grad():
+        for parameter in attachment.parameters():
+            parameter.add_(1.0)
+    live, plain = model.model(ids)[0], tiny("llama-tied").eval().model(ids)[0]
+    assert not torch.equal(live, plain)
+    with wrapped.disable_adapter():
+        assert torch.equal(model.model(ids)[0], plain)
+    assert torch.equal(model.model(ids)[0], live)
+    wrapped.unload()
+    gc.collect()
+    assert torch.equal(model.model(ids)[0], live)
