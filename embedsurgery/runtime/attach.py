@@ -28,7 +28,7 @@ from embedsurgery.runtime.installation import Installation
 from embedsurgery.runtime.loading import check_loaded, check_order, look_no_more, replacements, say_that_rows_stay
 from embedsurgery.runtime.members import Member, Members, is_prompt, say_what_overflows
 from embedsurgery.runtime.mixing import each_its_own
-from embedsurgery.runtime.nesting import forget, refuse_more, refuse_part, remember
+from embedsurgery.runtime.nesting import forget, places, refuse_more, refuse_part, remember
 from embedsurgery.runtime.prompt_heads import with_heads
 from embedsurgery.runtime.prompts import PromptEmbedding, Prompts, modules_for
 from embedsurgery.runtime.rows import Hidden
@@ -452,25 +452,6 @@ def _key(name: str) -> str:
     return f"adapter_{name}"
 
 
-def _places(model: nn.Module, graph: EmbeddingGraph) -> tuple[nn.Module, nn.Module]:
-    """The module to put an attachment in, and the one that writes checkpoints.
-
-    They are the model, unless that is a container, of whose parts an attachment would be one more (a
-    SentenceTransformer is an ``nn.Sequential``), or something around the model of transformers that is saved.
-    """
-    steps = [model]
-    for part in graph.tables[0].names[0].split(".")[:-1] if graph.tables else ():
-        below = steps[-1]._modules.get(part)
-        if below is None:  # a name goes around wrappers
-            break
-        steps.append(below)
-    containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-    held = next((step for step in steps if not isinstance(step, containers)), model)
-    saves = next((step for step in steps if hasattr(step, "save_pretrained") and hasattr(step, "base_model_prefix")),
-                 model)  # fmt: skip
-    return held, saves
-
-
 def find(model: nn.Module) -> Attachment | None:
     """The attachment of a model, also where the model is wrapped or a wrapper itself."""
     attachment = next((module for module in model.modules() if isinstance(module, Attachment)), None)
@@ -518,7 +499,7 @@ def attach_adapter(
         refuse_more(given or freeze or model, attachment.model, classify)
     attachment._add(name, adapter, record, freeze=freeze, materialize=materialize, fresh=fresh)
     if first:
-        held, saves = _places(model, graph)
+        held, saves = places(model, graph)
         held.add_module(CHILD, attachment)
         model.register_load_state_dict_pre_hook(attachment._before_load)  # type: ignore[no-untyped-call]
         for module in {id(m): m for m in (model, saves)}.values():

@@ -1,4 +1,4 @@
-"""One attachment to a model: refuses a second one on a part of it, or on something that holds more than it."""
+"""One attachment to a model: where it lies there; refuses a second one on a part, or on what holds more than it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from embedsurgery.errors import AttachmentError
+from embedsurgery.graph import EmbeddingGraph
 from embedsurgery.unknown_modules import Classify
 from embedsurgery.walker import walk_module
 from embedsurgery.wrappers import submodule
@@ -23,6 +24,25 @@ def remember(attachment: nn.Module) -> None:
 def forget(attachment: nn.Module) -> None:
     """Know it no more."""
     _living.discard(attachment)
+
+
+def places(model: nn.Module, graph: EmbeddingGraph) -> tuple[nn.Module, nn.Module]:
+    """The module to put an attachment in, and the one that writes checkpoints.
+
+    They are the model, unless that is a container, of whose parts an attachment would be one more (a
+    SentenceTransformer is an ``nn.Sequential``), or something around the model of transformers that is saved.
+    """
+    steps = [model]
+    for part in graph.tables[0].names[0].split(".")[:-1] if graph.tables else ():
+        below = steps[-1]._modules.get(part)
+        if below is None:  # a name goes around wrappers
+            break
+        steps.append(below)
+    containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+    held = next((step for step in steps if not isinstance(step, containers)), model)
+    saves = next((step for step in steps if hasattr(step, "save_pretrained") and hasattr(step, "base_model_prefix")),
+                 model)  # fmt: skip
+    return held, saves
 
 
 def refuse_part(model: nn.Module) -> None:
