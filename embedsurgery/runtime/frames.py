@@ -59,12 +59,13 @@ class Calls(Generic[T]):
     """What is noted of the calls that run just now, of each thread by itself, from a pre-hook to a post-hook.
 
     Code that is compiled has no frames: what it notes is one for all threads, and it sees what an eager call around it
-    has noted.
+    has noted, of which that of another thread may be taken for it.
     """
 
     def __init__(self) -> None:
         self._running: list[tuple[FrameType, T]] = []
-        self._shared: T | None = None
+        self._compiled: T | None = None
+        self._around: T | None = None  # only compiled code asks for it: to another thread it is not one around it
 
     def begin(self, noted: T) -> None:
         """Note it of the call whose pre-hook asks, which is a bound method that torch calls.
@@ -73,46 +74,47 @@ class Calls(Generic[T]):
             noted: Any object; what was noted before of a call around this one stands behind it.
         """
         if torch.compiler.is_compiling():
-            self._shared = noted
+            self._compiled = noted
             return
         for frame, other in tuple(self._running):
             if not run([frame]):
                 self._drop(other)
-        if self._shared is None:
-            self._shared = noted
+        if self._around is None:
+            self._around = noted
         self._running.append((sys._getframe(3), noted))  # begin, the hook, torch's inner function, and its outer one
 
     def now(self) -> T | None:
         """What is noted of the innermost call that runs here; None outside of every one."""
         if torch.compiler.is_compiling():
-            return self._shared
+            return self._around if self._compiled is None else self._compiled
         running = tuple(self._running)
         if running:
             frame = first_of([frame for frame, _ in running], sys._getframe())
             for one, noted in reversed(running):
                 if one is frame:
                     return noted
-        return None if any(noted is self._shared for _, noted in running) else self._shared
+        return self._compiled
 
     def end(self, noted: T) -> None:
         """Note no more of it."""
         if torch.compiler.is_compiling():
-            self._shared = None
+            self._compiled = None
         else:
             self._drop(noted)
 
     def settle(self) -> None:
         """Forget what compiled code has noted and never ended."""
-        if all(noted is not self._shared for _, noted in tuple(self._running)):
-            self._shared = None
+        self._compiled = None
 
     def _drop(self, noted: T) -> None:
         for one in tuple(self._running):
             if one[1] is noted:
                 with suppress(ValueError):  # another thread has found that it is over
                     self._running.remove(one)
-        if self._shared is noted:
-            self._shared = None
+        if self._around is noted:
+            self._around = None
+        if self._compiled is noted:
+            self._compiled = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_running": [], "_shared": None}
+        return {"_running": [], "_compiled": None, "_around": None}
