@@ -12,7 +12,14 @@ from torch import nn
 from torch.nn import functional as F
 
 import embedsurgery as es
+from embedsurgery.runtime.attach import find
+from tests.interleaved import broken_off_at_each_place
+from tests.soft_prompts.models import tiny
+from tests.soft_prompts.prompted import prompted
 from tests.test_functional_reads import IDS, INDICES, Reader, attached, reader
+from tests.test_runtime_picking import IDS as WORDS
+from tests.test_runtime_picking import RUN, SPREAD, expected, pair
+from tests.test_runtime_picking import Model as Plain
 from tests.test_walker import D, V
 
 pytestmark = pytest.mark.filterwarnings("ignore:the rows of .* full copy")
@@ -202,3 +209,132 @@ def test_an_error_in_a_lookup_puts_the_weight_back() -> None:
         model(torch.tensor([[V + 5]]))
     assert model.embed.weight is weight
     assert model.embed.padding_idx == 2
+
+
+READ: dict[str, Any] = {
+    "by its head": lambda m, ids: m.head(m.embed(ids)),
+    "both": lambda m, ids: F.linear(m.embed(ids), m.embed.weight) + m.head(m.embed(ids)),
+}
+
+
+def interrupted_steps(model: Any, dense: Any, rows: list[Any], indices: list[int], ids: torch.Tensor) -> None:
+    """A forward and a backward that are broken off anywhere change no number of the next ones, and leave no weight."""
+    logits = dense(ids)
+    logits.square().sum().backward()
+    gradients = expected(dense, indices)
+
+    def step() -> tuple[torch.Tensor, list[torch.Tensor]]:
+        found = model(ids)
+        return found.detach(), list(torch.autograd.grad(found.square().sum(), rows))
+
+    def check() -> None:
+        found, own = step()
+        torch.testing.assert_close(found, logits.detach(), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(own, gradients, rtol=1e-10, atol=1e-10)
+        assert all("weight" not in vars(module) for module in (model.embed, model.head))
+
+    assert broken_off_at_each_place(step, check) > 100
+
+
+@pytest.mark.parametrize("read", READ)
+@pytest.mark.parametrize("materialize", [False, True])
+def test_a_step_that_is_broken_off_anywhere(materialize: bool, read: str) -> None:
+    model, edited, rows = attached(reader(""), materialize=materialize)
+    model.read = edited.read = READ[read]
+    interrupted_steps(model, edited, rows, INDICES, IDS)
+
+
+@pytest.mark.parametrize("indices", [RUN, SPREAD], ids=["run", "spread"])
+def test_a_step_of_more_rows_than_tokens_that_is_broken_off_anywhere(indices: list[int]) -> None:
+    model, dense, rows = pair(indices)
+    interrupted_steps(model, dense, rows, indices, WORDS)
+
+
+@pytest.mark.parametrize("kind", ["llama", "bart"])
+def test_a_step_of_a_soft_prompt_that_is_broken_off_anywhere(kind: str) -> None:
+    model, attachment = prompted(kind)
+    ids = torch.randint(4, 20, (2, 5))
+    more = {"decoder_input_ids": ids} if kind == "bart" else {}
+
+    def step() -> list[torch.Tensor]:
+        found = model(input_ids=ids, labels=ids, **more)
+        return [found.logits.detach(), found.loss.detach(), *torch.autograd.grad(found.loss, attachment.parameters())]
+
+    wanted = step()
+    assert broken_off_at_each_place(step, lambda: torch.testing.assert_close(step(), wanted)) > 100
+
+
+@pytest.mark.parametrize(
+    ("block", "within"), [("disabled", "installation"), ("rows", "installation"), ("materialized", "overlays")]
+)
+def test_a_block_that_is_broken_off_as_it_begins_or_ends_leaves_the_rows_live(block: str, within: str) -> None:
+    model, dense, _ = pair(SPREAD)
+    attachment = find(model)
+    assert attachment is not None
+
+    def run() -> None:
+        with attachment.rows(["default", None]) if block == "rows" else getattr(attachment, block)():
+            model(WORDS)
+
+    def check() -> None:
+        attachment.activate("default")  # refused inside rows()
+        torch.testing.assert_close(model(WORDS), dense(WORDS), rtol=1e-12, atol=1e-12)
+        assert "weight" not in vars(model.head)
+
+    assert broken_off_at_each_place(run, check, f"runtime/{within}.py") > 20
+
+
+@pytest.mark.parametrize("within", ["attach", "hooks", "installation", "unchanged", "members"])
+@pytest.mark.parametrize("what", ["rows", "prompt"])
+def test_attaching_is_broken_off_anywhere(what: str, within: str) -> None:
+    """Nothing of it stays: no hook, nothing frozen; or it is done. It can be done again."""
+    torch.manual_seed(0)
+    plain = Plain() if what == "rows" else tiny("llama")
+    config = es.TrainableTokensConfig(SPREAD, target_modules=["embed"]) if what == "rows" else es.SoftPromptConfig(3)
+    hooks = [len(module._forward_pre_hooks) + len(module._forward_hooks) for module in plain.modules()]
+    trained = [parameter.requires_grad for parameter in plain.parameters()]
+    made = [copy.deepcopy(plain)]
+
+    def attach() -> None:
+        es.attach(made[0], config)
+
+    def check() -> None:
+        (model,) = made
+        attachment = find(model)
+        if attachment is not None:
+            attachment.detach()
+        assert [len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules()] == hooks
+        assert [parameter.requires_grad for parameter in model.parameters()] == trained
+        assert len(list(es.attach(model, config).parameters())) == 1
+        made[:] = [copy.deepcopy(plain)]
+
+    assert broken_off_at_each_place(attach, check, f"runtime/{within}.py") > 5
+
+
+@pytest.mark.parametrize("within", ["attach", "hooks", "installation", "unchanged", "members"])
+def test_attaching_a_second_adapter_is_broken_off_anywhere(within: str) -> None:
+    torch.manual_seed(0)
+    model = Plain(tie=False)
+    attachment = es.attach(model, es.TrainableTokensConfig(SPREAD, target_modules=["embed"]), freeze=False)
+    with torch.no_grad():
+        attachment.parameters().__next__().normal_()
+    wanted = model(WORDS).detach()
+    made = [copy.deepcopy(model)]
+
+    def attach() -> None:
+        es.attach(made[0], es.TrainableTokensConfig(SPREAD, target_modules=["head"]), name="second")
+
+    def check() -> None:
+        one = find(made[0])
+        assert one is not None
+        if "second" in one.names:
+            one.remove("second")
+        else:
+            assert all(parameter.requires_grad for parameter in made[0].parameters())
+        assert one.active == ("default",)
+        assert torch.equal(made[0](WORDS), wanted)
+        es.attach(made[0], es.TrainableTokensConfig([3, 5], target_modules=["head"]), name="second")
+        assert one.active == ("default", "second")
+        made[:] = [copy.deepcopy(model)]
+
+    assert broken_off_at_each_place(attach, check, f"runtime/{within}.py") > 5

@@ -22,7 +22,7 @@ from embedsurgery.graph import EmbeddingGraph
 from embedsurgery.locate import locate
 from embedsurgery.plan import Plan, Undo
 from embedsurgery.runtime.beside_peft import Switch
-from embedsurgery.runtime.frames import run_here
+from embedsurgery.runtime.frames import run_here, to_the_end
 from embedsurgery.runtime.history import is_restored, is_resume
 from embedsurgery.runtime.installation import Installation
 from embedsurgery.runtime.loading import check_loaded, check_order, look_no_more, replacements, say_that_rows_stay
@@ -224,9 +224,9 @@ class Attachment(Hidden):
             AttachmentError: The rows are merged, so that the base is not there.
         """
         self._not_merged("disable adapters")
-        self._disabled += 1
-        self._refresh()
         try:
+            self._disabled += 1
+            self._refresh()
             yield
         finally:
             self._disabled -= 1
@@ -282,8 +282,8 @@ class Attachment(Hidden):
                                    hint="run the samples of each adapter by themselves")  # fmt: skip
         batch = self._installation.batch
         outside = (self._members.active, batch.mixed)
-        self._members.active, batch.mixed = used, True
         try:
+            self._members.active, batch.mixed = used, True
             self._refresh()
             with each_its_own([(name, rows) for name, _, rows in pairs], names):
                 yield
@@ -417,19 +417,36 @@ class Attachment(Hidden):
         steps_back = self._members.prompts(self.active) if is_prompt(member) else []
         active = [other for other in self.active if other not in steps_back]
         self._members.check_disjoint([*active, name], member)
+        before, trained = self._members.active, len(self._frozen)
+        try:
+            self._members.active = active
+            self._members.add(name, member, fresh)
+            self.rows_of[_key(name)] = member.rows
+            if is_prompt(member):
+                self._prompts.install()
+            for table, mode in modes.items():
+                self._installation.install(self.graph.table(table), mode)
+            if freeze is not None:
+                ours = {id(p) for p in self.parameters()}
+                for parameter in freeze.parameters():
+                    if parameter.requires_grad and id(parameter) not in ours:
+                        self._frozen.append(parameter)
+                        parameter.requires_grad_(False)
+            self._refresh()
+        except BaseException:  # a KeyboardInterrupt
+            self._take_back(name, before, trained)
+            raise
+
+    def _take_back(self, name: str, active: list[str], trained: int) -> None:
+        """Leave nothing of an adapter that was not put on to the end; arguments are what stood before."""
+        if name in self.names:
+            self._members.drop(name)
+        if _key(name) in self.rows_of:
+            del self.rows_of[_key(name)]
+        for parameter in self._frozen[trained:]:
+            parameter.requires_grad_(True)
+        del self._frozen[trained:]
         self._members.active = active
-        self._members.add(name, member, fresh)
-        self.rows_of[_key(name)] = member.rows
-        if is_prompt(member):
-            self._prompts.install()
-        for table, mode in modes.items():
-            self._installation.install(self.graph.table(table), mode)
-        if freeze is not None:
-            ours = {id(p) for p in self.parameters()}
-            for parameter in freeze.parameters():
-                if parameter.requires_grad and id(parameter) not in ours:
-                    parameter.requires_grad_(False)
-                    self._frozen.append(parameter)
         self._refresh()
 
     def _not_merged(self, what: str) -> None:
@@ -441,6 +458,9 @@ class Attachment(Hidden):
             raise AttachmentError(f"cannot {what} inside attachment.rows()", hint="leave the with-block first")
 
     def _refresh(self) -> None:
+        to_the_end(self._fill)
+
+    def _fill(self) -> None:
         self._members.muted = bool(self._disabled or self._undo)
         live = [] if self._switch.off else list(self._members.live())
         self._prompts.refresh((name, rows) for name, _, rows in live if isinstance(rows, PromptEmbedding))
@@ -497,12 +517,17 @@ def attach_adapter(
         attachment = Attachment(model, graph)
     else:
         refuse_more(given or freeze or model, attachment.model, classify)
-    attachment._add(name, adapter, record, freeze=freeze, materialize=materialize, fresh=fresh)
-    if first:
-        held, saves = places(model, graph)
-        held.add_module(CHILD, attachment)
-        model.register_load_state_dict_pre_hook(attachment._before_load)  # type: ignore[no-untyped-call]
-        for module in {id(m): m for m in (model, saves)}.values():
-            module.register_state_dict_pre_hook(attachment._before_save)  # type: ignore[no-untyped-call]
-        remember(attachment)
+    try:
+        attachment._add(name, adapter, record, freeze=freeze, materialize=materialize, fresh=fresh)
+        if first:
+            held, saves = places(model, graph)
+            held.add_module(CHILD, attachment)
+            model.register_load_state_dict_pre_hook(attachment._before_load)  # type: ignore[no-untyped-call]
+            for module in {id(m): m for m in (model, saves)}.values():
+                module.register_state_dict_pre_hook(attachment._before_save)  # type: ignore[no-untyped-call]
+            remember(attachment)
+    except BaseException:
+        if first:
+            attachment.detach()
+        raise
     return attachment

@@ -7,6 +7,7 @@ seen to be over, for that frame stands on no stack any more.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType
 from typing import Any, Generic, TypeVar
@@ -14,6 +15,15 @@ from typing import Any, Generic, TypeVar
 import torch
 
 T = TypeVar("T")
+
+
+def to_the_end(work: Callable[[], None]) -> None:
+    """Do what may be done twice; a KeyboardInterrupt in the middle of it comes when it is done."""
+    try:
+        work()
+    except KeyboardInterrupt:
+        work()
+        raise
 
 
 def first_of(frames: list[FrameType], top: FrameType | None) -> FrameType | None:

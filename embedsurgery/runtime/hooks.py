@@ -15,8 +15,8 @@ Installed = list[tuple[nn.Module, Any]]
 
 def before(installed: Installed, module: nn.Module, hook: Callable[..., Any], *, first: bool = False) -> None:
     """Run ``hook(module, args, kwargs)`` before a module's forward, after the pre-hooks that are there, or before."""
+    installed.append((module, hook))  # first: this may be interrupted
     module.register_forward_pre_hook(hook, prepend=first, with_kwargs=True)
-    installed.append((module, hook))
 
 
 def guard(installed: Installed, module: nn.Module, guards: Sequence[Callable[..., Any]]) -> None:
@@ -27,8 +27,8 @@ def guard(installed: Installed, module: nn.Module, guards: Sequence[Callable[...
 
 def after(installed: Installed, module: nn.Module, hook: Callable[..., Any], *, always: bool = False) -> None:
     """Run ``hook(module, args, kwargs, output)`` after a module's forward, before the hooks that are there."""
-    module.register_forward_hook(hook, prepend=True, with_kwargs=True, always_call=always)
     installed.append((module, hook))
+    module.register_forward_hook(hook, prepend=True, with_kwargs=True, always_call=always)
 
 
 def remove(installed: Installed) -> None:

@@ -21,6 +21,7 @@ from torch import nn
 
 from embedsurgery.errors import EmbedSurgeryWarning, UnsupportedError
 from embedsurgery.graph import EmbeddingGraph, Table
+from embedsurgery.runtime.frames import to_the_end
 from embedsurgery.runtime.hooks import Installed, after, before, forget_compiled, guard, remove
 from embedsurgery.runtime.mixing import Batch
 from embedsurgery.runtime.overlays import Materialised, StandIns, Uncovered
@@ -125,11 +126,21 @@ class Installation:
             modes = [could and can for could, can in zip(known, modes, strict=True)]
             if modes == known:
                 return
-        self._installed[table.name] = modes
-        if known is None:
-            self._put(table)
-            return
-        remove(self._hooks)  # all of them, for they stand in an order
+        before = dict(self._installed)
+        try:
+            self._installed[table.name] = modes
+            if known is None:
+                self._put(table)
+            else:
+                self._put_all()
+        except BaseException:  # a KeyboardInterrupt
+            self._installed = before
+            self._put_all()
+            raise
+
+    def _put_all(self) -> None:
+        """Put all hooks on anew, for they stand in an order."""
+        remove(self._hooks)
         self._overlays.clear()
         self._unchanged = Unchanged()
         for name in self._installed:
@@ -197,15 +208,19 @@ class Installation:
     def shown(self) -> Iterator[None]:
         """Inside, code outside of every forward reads the tables' weights with the live rows."""
         parts = standing(self._model[0], self._graph, self.live)
-        self._standing.append(parts)
         try:
+            self._standing.append(parts)
             for part in parts:
                 part.lay()
             yield
         finally:
-            self._standing.remove(parts)
-            for part in reversed(parts):
-                part.take_away()
+            to_the_end(lambda: self._hide(parts))
+
+    def _hide(self, parts: list[Standing]) -> None:
+        self.settle()  # what a forward laid over it, and left
+        self._standing = [others for others in self._standing if others is not parts]
+        for part in reversed(parts):
+            part.take_away()
 
     def settle(self) -> None:
         """Take away what forwards left over weights that were broken off."""

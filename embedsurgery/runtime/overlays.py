@@ -188,11 +188,12 @@ class Materialised:
     def take_away(self) -> None:
         """Uncover the weights."""
         while self.laid:
-            module, name, before = self.laid.pop()
+            module, name, before = self.laid[-1]
             if before is _ABSENT:
                 module.__dict__.pop(name, None)
             else:
                 module.__dict__[name] = before
+            self.laid.pop()  # last: this may be interrupted as well
         self._forget()
 
     def settle(self) -> None:

@@ -170,8 +170,8 @@ class Prompts:
             lookup = PromptLookup(self)
             guard(self._hooks, module, self._guards)
             before(self._hooks, module, lookup.enter)
-            module.register_forward_hook(lookup.leave, with_kwargs=True, always_call=True)  # after those of rows
             self._hooks.append((module, lookup.leave))
+            module.register_forward_hook(lookup.leave, with_kwargs=True, always_call=True)  # after those of rows
         two = len(self.stacks) > 1
         for name, path, parameters in [(stack.name, *level) for stack in self.stacks for level in stack.levels]:
             module = submodule(model, path)
