@@ -15,7 +15,7 @@ import embedsurgery as es
 from embedsurgery.runtime.attach import find
 from tests.interleaved import broken_off_at_each_place
 from tests.soft_prompts.models import tiny
-from tests.soft_prompts.prompted import prompted
+from tests.soft_prompts.prompted import prompted, randomise
 from tests.test_functional_reads import IDS, INDICES, Reader, attached, reader
 from tests.test_runtime_picking import IDS as WORDS
 from tests.test_runtime_picking import RUN, SPREAD, expected, pair
@@ -338,3 +338,30 @@ def test_attaching_a_second_adapter_is_broken_off_anywhere(within: str) -> None:
         made[:] = [copy.deepcopy(model)]
 
     assert broken_off_at_each_place(attach, check, f"runtime/{within}.py") > 5
+
+
+@pytest.mark.parametrize("within", ["attach", "hooks", "members", "prompts"])
+def test_attaching_a_soft_prompt_beside_rows_is_broken_off_anywhere(within: str) -> None:
+    ids = torch.randint(4, 20, (2, 5))
+    model = tiny("llama")
+    randomise(es.attach(model, es.TrainableTokensConfig([5, 6])))
+    both = copy.deepcopy(model)
+    prompt = es.SoftPromptConfig(3)
+    randomise(es.attach(both, prompt, name="prompt"))
+    alone, wanted = model(input_ids=ids).logits, both(input_ids=ids).logits
+    made = [copy.deepcopy(model)]
+
+    def attach() -> None:
+        es.attach(made[0], prompt, name="prompt")
+
+    def check() -> None:
+        one = find(made[0])
+        assert one is not None
+        if "prompt" in one.names:
+            one.remove("prompt")
+        assert torch.equal(made[0](input_ids=ids).logits, alone)
+        randomise(es.attach(made[0], prompt, name="prompt"))
+        assert torch.equal(made[0](input_ids=ids).logits, wanted)
+        made[:] = [copy.deepcopy(model)]
+
+    assert broken_off_at_each_place(attach, check, f"runtime/{within}.py") > 20

@@ -159,6 +159,13 @@ class Prompts:
         """Put the hooks on, unless they are."""
         if self._hooks:
             return
+        try:
+            self._put()
+        except BaseException:  # a KeyboardInterrupt
+            self.remove()
+            raise
+
+    def _put(self) -> None:
         model = self.model
         paths = dict.fromkeys(path for stack in self.stacks for path in stack.lookups)
         unchanged = Unchanged()
