@@ -326,8 +326,10 @@ class Attachment(Hidden):
         if not self._undo:
             raise AttachmentError("the model is not merged", hint="merge() comes first")
         apply(self._undo[-1], self._installation.store())
-        self._undo.pop()
-        self._refresh()
+        try:
+            self._undo.pop()
+        finally:
+            self._refresh()
 
     def detach(self) -> None:
         """Take every adapter off and restore what was trainable, and take out the tokens that an adapter brought.

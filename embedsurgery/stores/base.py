@@ -65,6 +65,7 @@ def apply(plan: Plan, store: Store, *, spill: Path | None = None) -> Undo:
             if isinstance(edit, _WHOLE):
                 undone[:0] = saved
         store.sync()
+        undo = Undo(tuple(undone))
     except BaseException as error:
         for edit in undone:
             try:
@@ -72,7 +73,7 @@ def apply(plan: Plan, store: Store, *, spill: Path | None = None) -> Undo:
             except BaseException as second:  # what cannot be written back was most likely never written
                 error.add_note(f"while taking back {edit.describe()!r}: {second}")
         raise
-    return Undo(tuple(undone))
+    return undo
 
 
 def _save(edit: Edit, store: Store, spill: Path | None) -> tuple[Edit, ...]:
