@@ -20,6 +20,7 @@ from tests.test_functional_reads import IDS, INDICES, Reader, attached, reader
 from tests.test_runtime_picking import IDS as WORDS
 from tests.test_runtime_picking import RUN, SPREAD, expected, pair
 from tests.test_runtime_picking import Model as Plain
+from tests.test_runtime_threads import READS
 from tests.test_walker import D, V
 
 pytestmark = pytest.mark.filterwarnings("ignore:the rows of .* full copy")
@@ -211,12 +212,6 @@ def test_an_error_in_a_lookup_puts_the_weight_back() -> None:
     assert model.embed.padding_idx == 2
 
 
-READ: dict[str, Any] = {
-    "by its head": lambda m, ids: m.head(m.embed(ids)),
-    "both": lambda m, ids: F.linear(m.embed(ids), m.embed.weight) + m.head(m.embed(ids)),
-}
-
-
 def interrupted_steps(model: Any, dense: Any, rows: list[Any], indices: list[int], ids: torch.Tensor) -> None:
     """A forward and a backward that are broken off anywhere change no number of the next ones, and leave no weight."""
     logits = dense(ids)
@@ -236,11 +231,11 @@ def interrupted_steps(model: Any, dense: Any, rows: list[Any], indices: list[int
     assert broken_off_at_each_place(step, check) > 100
 
 
-@pytest.mark.parametrize("read", READ)
+@pytest.mark.parametrize("read", READS)
 @pytest.mark.parametrize("materialize", [False, True])
 def test_a_step_that_is_broken_off_anywhere(materialize: bool, read: str) -> None:
     model, edited, rows = attached(reader(""), materialize=materialize)
-    model.read = edited.read = READ[read]
+    model.read = edited.read = READS[read]
     interrupted_steps(model, edited, rows, INDICES, IDS)
 
 
@@ -365,3 +360,31 @@ def test_attaching_a_soft_prompt_beside_rows_is_broken_off_anywhere(within: str)
         made[:] = [copy.deepcopy(model)]
 
     assert broken_off_at_each_place(attach, check, f"runtime/{within}.py") > 20
+
+
+@pytest.mark.parametrize("kind", ["llama", "bart"])
+@pytest.mark.parametrize("keep", [False, True])
+def test_compiled_after_an_eager_forward_of_a_soft_prompt_that_was_broken_off(keep: bool, kind: str) -> None:
+    """Compiled code sees what an eager call around it has noted, but not of one that is over, which had labels."""
+    torch.compiler.reset()
+    model, _ = prompted(kind, keep_prompt=keep)
+    ids = torch.randint(4, 20, (2, 6))
+    more = {"decoder_input_ids": ids} if kind == "bart" else {}
+    given = {"input_ids": ids, **more}
+    norms = [module for module in model.modules() if "Norm" in type(module).__name__]
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        wanted = model(**given).logits
+        compiled(**given)
+    for norm in (norms[0], norms[-1]):
+        handle = norm.register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(**given, labels=ids)
+        handle.remove()
+        with torch.no_grad():
+            found = compiled(**given).logits
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)

@@ -11,11 +11,10 @@ from torch import nn
 
 from embedsurgery.runtime.frames import Calls
 from tests.interleaved import Interleaved
-from tests.soft_prompts.prompted import prompted
 from tests.test_functional_reads import IDS, INDICES, attached, reader
 from tests.test_runtime_picking import IDS as WORDS
 from tests.test_runtime_picking import RUN, SPREAD, expected, pair
-from tests.test_runtime_threads import READS
+from tests.test_runtime_threads import READS, two_inputs
 
 pytestmark = pytest.mark.filterwarnings("ignore:the rows of .* full copy")
 
@@ -55,19 +54,7 @@ def test_what_is_noted_of_calls() -> None:
 
 
 def soft_prompts(kind: str, middle: str, within: str = "") -> None:
-    model, _ = prompted(kind)
-    given = [torch.randint(4, 20, (2, length)) for length in (5, 7)]
-
-    def run(ids: torch.Tensor) -> torch.Tensor:
-        more = {"decoder_input_ids": ids} if kind == "bart" else {}
-        with torch.no_grad():
-            return model(input_ids=ids, labels=ids, **more).logits
-
-    alone = [run(ids) for ids in given]
-
-    def check(number: int) -> None:
-        torch.testing.assert_close(run(given[number]), alone[number], rtol=0, atol=1e-5)
-
+    model, check = two_inputs(kind)
     two = Interleaved(lambda: check(0), lambda: check(1), within=within)
     if middle != "whole":
         norms = [module for module in model.modules() if "Norm" in type(module).__name__]

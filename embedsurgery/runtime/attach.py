@@ -429,15 +429,18 @@ class Attachment(Hidden):
             for table, mode in modes.items():
                 self._installation.install(self.graph.table(table), mode)
             if freeze is not None:
-                ours = {id(p) for p in self.parameters()}
-                for parameter in freeze.parameters():
-                    if parameter.requires_grad and id(parameter) not in ours:
-                        self._frozen.append(parameter)
-                        parameter.requires_grad_(False)
+                self._freeze(freeze)
             self._refresh()
         except BaseException:  # a KeyboardInterrupt
             self._take_back(name, before, trained)
             raise
+
+    def _freeze(self, module: nn.Module) -> None:
+        ours = {id(p) for p in self.parameters()}
+        for parameter in module.parameters():
+            if parameter.requires_grad and id(parameter) not in ours:
+                self._frozen.append(parameter)
+                parameter.requires_grad_(False)
 
     def _take_back(self, name: str, active: list[str], trained: int) -> None:
         """Leave nothing of an adapter that was not put on to the end; arguments are what stood before."""

@@ -107,10 +107,12 @@ class Calls(Generic[T]):
 
     def end(self, noted: T) -> None:
         """Note no more of it."""
-        if torch.compiler.is_compiling():
-            self._compiled = None
-        else:
+        if not torch.compiler.is_compiling():
             self._drop(noted)
+            return
+        self._compiled = None
+        if self._around is noted:  # it was broken off
+            self._around = None
 
     def settle(self) -> None:
         """Forget what compiled code has noted and never ended."""
