@@ -14,6 +14,7 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 import embedsurgery as es
 from embedsurgery.integrations import keep_rows
 from tests.distributed.cases import BATCH, STEPS, attached, batch, loss_of
+from tests.distributed.workers import leave
 
 
 def main(out: Path, kind: str) -> None:
@@ -56,8 +57,7 @@ def main(out: Path, kind: str) -> None:
     result = {"losses": losses, "rows": rows, "after": after, "keys": keys, "model": type(model).__name__,
               "type": str(accelerator.distributed_type), "fsdp": accelerator.is_fsdp2, "processes": size}  # fmt: skip
     torch.save(result, out / f"accelerate-{kind}-{rank}.pt")
-    accelerator.wait_for_everyone()  # a rank that takes its group down under the other one may abort
-    accelerator.end_training()
+    leave()
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import embedsurgery as es
 from embedsurgery.errors import UnsupportedError
 from tests.conftest import tiny
 from tests.distributed.cases import BATCH, ROWS, STEPS, attached, batch, loss_of
+from tests.distributed.workers import leave
 
 
 def engine_of(model: Any, stage: int, parameters: Any) -> Any:
@@ -69,10 +69,7 @@ def main(out: Path) -> None:
         engine_of(late, stage, list(late.parameters()))
         results[f"late {stage}"] = refused(lambda model=late: attach_and_step(model))
     torch.save(results, out / f"deepspeed_zero-{rank}.pt")
-    dist.destroy_process_group()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)  # all is written: a thread that DeepSpeed leaves running now and then aborts an interpreter that ends
+    leave()
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from embedsurgery.integrations import EmbedSurgeryCallback
 from embedsurgery.tensors import rows_at, to_raw
 from tests.conftest import logits, tiny
 from tests.distributed.cases import CHECKPOINTED, KINDS, ROWS, WRAPS, attached, batch, loss_of, targets, wrap
+from tests.distributed.workers import leave
 from tests.integrations import helpers as integrations
 
 
@@ -212,7 +213,7 @@ def main(out: Path) -> None:
         results[f"checkpoint {how}"] = checkpoint(how, out / f"checkpoint {how}")
     results["trainer"] = by_the_trainer(out / "trainer")
     torch.save(results, out / f"loading-{dist.get_rank()}.pt")
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

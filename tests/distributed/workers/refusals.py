@@ -17,6 +17,7 @@ import embedsurgery as es
 from embedsurgery.errors import EmbedSurgeryError
 from tests.conftest import tiny
 from tests.distributed.cases import ROWS, attached, batch, blocks, loss_of, wrap
+from tests.distributed.workers import leave
 
 
 class Functional(nn.Module):
@@ -233,7 +234,7 @@ def main(out: Path) -> None:
             results[name] = "nothing"
         dist.barrier()
     torch.save(results, out / f"refusals-{dist.get_rank()}.pt")
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 import embedsurgery as es
 from tests.conftest import tiny
 from tests.distributed.cases import ROWS, targets, train
+from tests.distributed.workers import leave
 
 
 class Whole(nn.Module):
@@ -76,7 +77,7 @@ def main(out: Path) -> None:
             dist.barrier()
             results[f"{kind} {name}"] = transformers_parallel(folder, kind, more)
     torch.save(results, out / f"tensor_parallel-{dist.get_rank()}.pt")
-    dist.destroy_process_group()
+    leave()
 
 
 def transformers_parallel(folder: Path, kind: str, more: dict[str, str]) -> Any:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from tests.distributed.cases import BATCH, KINDS, MANY, WRAPS, attached, train, wrap
 from tests.distributed.mixing import MIXES, mixed
 from tests.distributed.setups import SETUPS, trained
+from tests.distributed.workers import leave
 
 
 def main(out: Path) -> None:
@@ -37,7 +38,7 @@ def main(out: Path) -> None:
     for name, mix in MIXES.items():
         results[name] = mixed(mix, share, mean)
     torch.save(results, out / f"train-{rank}.pt")
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":
