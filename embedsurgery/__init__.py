@@ -11,30 +11,30 @@ from typing import TYPE_CHECKING, Any
 from embedsurgery._version import __version__
 
 _PUBLIC = {
-    "add_tokens": "live",
-    "add_tokens_checkpoint": "offline.adding",
-    "extract": "extraction",
-    "walk": "api",
-    "attach": "live",
-    "attached": "live",
-    "load": "reading",
-    "merge": "api",
-    "unmerge": "api",
-    "merge_checkpoint": "offline.merging",
-    "recover_checkpoint": "offline.recovery",
-    "unmerge_checkpoint": "offline.unmerging",
-    "verify_checkpoint": "verify",
-    "log_checkpoint": "log",
-    "Adapter": "adapter",
-    "BakeConfig": "surgeries.soft_prompt_bake_config",
-    "Manifest": "adapter",
-    "SoftPromptConfig": "surgeries.soft_prompt_config",
-    "TrainableTokensConfig": "surgeries.trainable_tokens_config",
-    "EmbeddingGraph": "graph",
-    "Table": "graph",
-    "Site": "graph",
-    "Vocabulary": "graph",
-    "hookimpl": "hookspecs",
+    "add_tokens": "models.adding",
+    "add_tokens_checkpoint": "checkpoints.adding",
+    "extract": "checkpoints.extracting",
+    "walk": "models.walking",
+    "attach": "models.attaching",
+    "attached": "models.attaching",
+    "load": "loading",
+    "merge": "models.merging",
+    "unmerge": "models.merging",
+    "merge_checkpoint": "checkpoints.merging",
+    "recover_checkpoint": "checkpoints.recovery",
+    "unmerge_checkpoint": "checkpoints.unmerging",
+    "verify_checkpoint": "checkpoints.verifying",
+    "log_checkpoint": "checkpoints.log",
+    "Adapter": "adapters.adapter",
+    "BakeConfig": "surgeries.soft_prompt.bake_config",
+    "Manifest": "adapters.manifest",
+    "SoftPromptConfig": "surgeries.soft_prompt.config",
+    "TrainableTokensConfig": "surgeries.trainable_tokens.config",
+    "EmbeddingGraph": "graph.tables",
+    "Table": "graph.tables",
+    "Site": "graph.tables",
+    "Vocabulary": "graph.tables",
+    "hookimpl": "plugins.hookspecs",
     "push": "hub",
     "pull": "hub",
     "errors": "errors",
@@ -43,23 +43,26 @@ _PUBLIC = {
 
 if TYPE_CHECKING:
     from embedsurgery import errors
-    from embedsurgery.adapter import Adapter, Manifest
-    from embedsurgery.api import merge, unmerge, walk
-    from embedsurgery.extraction import extract
+    from embedsurgery.adapters.adapter import Adapter
+    from embedsurgery.adapters.manifest import Manifest
+    from embedsurgery.checkpoints.adding import add_tokens_checkpoint
+    from embedsurgery.checkpoints.extracting import extract
+    from embedsurgery.checkpoints.log import log_checkpoint
+    from embedsurgery.checkpoints.merging import merge_checkpoint
+    from embedsurgery.checkpoints.recovery import recover_checkpoint
+    from embedsurgery.checkpoints.unmerging import unmerge_checkpoint
+    from embedsurgery.checkpoints.verifying import verify_checkpoint
     from embedsurgery.graph import EmbeddingGraph, Site, Table, Vocabulary
-    from embedsurgery.hookspecs import hookimpl
     from embedsurgery.hub import pull, push
-    from embedsurgery.live import add_tokens, attach, attached
-    from embedsurgery.log import log_checkpoint
-    from embedsurgery.offline.adding import add_tokens_checkpoint
-    from embedsurgery.offline.merging import merge_checkpoint
-    from embedsurgery.offline.recovery import recover_checkpoint
-    from embedsurgery.offline.unmerging import unmerge_checkpoint
-    from embedsurgery.reading import load
-    from embedsurgery.surgeries.soft_prompt_bake_config import BakeConfig
-    from embedsurgery.surgeries.soft_prompt_config import SoftPromptConfig
-    from embedsurgery.surgeries.trainable_tokens_config import TrainableTokensConfig
-    from embedsurgery.verify import verify_checkpoint
+    from embedsurgery.loading import load
+    from embedsurgery.models.adding import add_tokens
+    from embedsurgery.models.attaching import attach, attached
+    from embedsurgery.models.merging import merge, unmerge
+    from embedsurgery.models.walking import walk
+    from embedsurgery.plugins.hookspecs import hookimpl
+    from embedsurgery.surgeries.soft_prompt.bake_config import BakeConfig
+    from embedsurgery.surgeries.soft_prompt.config import SoftPromptConfig
+    from embedsurgery.surgeries.trainable_tokens.config import TrainableTokensConfig
 
 __all__ = [
     "Adapter",

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import embedsurgery as es
-from embedsurgery.adapter import Adapter
+from embedsurgery.adapters.adapter import Adapter
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCABULARY, WIDTH = 40, 16

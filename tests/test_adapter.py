@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import embedsurgery as es
-from embedsurgery.adapter import METADATA_KEY, Adapter
+from embedsurgery.adapters.adapter import METADATA_KEY, Adapter
 from embedsurgery.errors import (
     AdapterError,
     BaseMismatchError,

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import embedsurgery as es
 from embedsurgery.errors import ConfigError, EmbedSurgeryWarning, PlanError
-from embedsurgery.raw import RawArray
+from embedsurgery.tensors.raw import RawArray
 from tests import test_new_tokens as new_tokens
 from tests.conftest import INPUT, bits, cli, contents, save, state_bits, tiny
 from tests.made import made_on, with_rows
@@ -288,7 +288,7 @@ def test_two_adapters_with_the_same_new_tokens(kind: str, tmp_path: Path) -> Non
 
 def columns_adapter(folder: Path, seed: int = 3) -> es.Adapter:
     from embedsurgery.stores.shards import ShardStore
-    from embedsurgery.surgeries.base import Base
+    from embedsurgery.surgeries.surgery import Base
 
     adapter = ColumnScaling().start(ColumnsConfig(), ShardStore.open(folder), Base())
     stream = np.random.default_rng(seed)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from embedsurgery.config_sizes import as_mapping, counting_keys, obstacle, tokens_of
+from embedsurgery.graph.config import as_mapping, counting_keys, obstacle, tokens_of
 
 V = 11
 TEXT = ("model.embed_tokens.weight", "lm_head.weight")

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 import embedsurgery as es
-from embedsurgery import copying
-from embedsurgery.copying import copy_file, copy_range, copy_tree, link_file, read_tree, remove_tree, tree_files
 from embedsurgery.errors import CheckpointError, EmbedSurgeryWarning
+from embedsurgery.files import copying
+from embedsurgery.files.copying import copy_file, copy_range, copy_tree, link_file, read_tree, remove_tree, tree_files
 from tests.conftest import contents, listing, save, tiny, trained
 
 

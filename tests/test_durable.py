@@ -14,14 +14,14 @@ from typing import Any
 import pytest
 
 import embedsurgery as es
-from embedsurgery.durable import staged_directory
 from embedsurgery.errors import CheckpointError, EmbedSurgeryError, OutputExistsError
-from embedsurgery.plan import spans
-from embedsurgery.raw import RawArray
-from embedsurgery.safetensors_file import TensorSource, write_file
+from embedsurgery.files.atomic import staged_directory
+from embedsurgery.files.safetensors import TensorSource, write_file
+from embedsurgery.plan.edits import spans
 from embedsurgery.stores.shards import ShardStore
-from embedsurgery.surgeries.base import Base
-from embedsurgery.surgeries.trainable_tokens import TrainableTokens
+from embedsurgery.surgeries.surgery import Base
+from embedsurgery.surgeries.trainable_tokens.surgery import TrainableTokens
+from embedsurgery.tensors.raw import RawArray
 from tests.conftest import contents, listing, python, tiny, trained
 
 

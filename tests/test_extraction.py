@@ -16,8 +16,8 @@ from tokenizers import AddedToken
 
 import embedsurgery as es
 from embedsurgery.errors import BaseMismatchError, CheckpointError, ConfigError, EmbedSurgeryWarning
-from embedsurgery.raw import RawArray
-from embedsurgery.safetensors_file import TensorSource, write_file
+from embedsurgery.files.safetensors import TensorSource, write_file
+from embedsurgery.tensors.raw import RawArray
 from tests.conftest import INPUT, KINDS, cli, contents, python, save, tiny
 from tests.test_new_tokens import NEW, batch, check_encodes, forward, start
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from embedsurgery.graph import EmbeddingGraph, Kind, Role, Site, Table
-from embedsurgery.grouping import Vector, canonical, group, grown_graph, may_be_vector, unexplained
+from embedsurgery.graph.vocabularies import Vector, canonical, group, grown_graph, may_be_vector, unexplained
 from embedsurgery.plan import Grow
-from embedsurgery.raw import RawArray
+from embedsurgery.tensors.raw import RawArray
 
 V, D = 100, 16
 

@@ -14,11 +14,11 @@ from torch import nn
 import embedsurgery as es
 from embedsurgery.graph import Vocabulary
 from embedsurgery.plan import Grow, Plan
-from embedsurgery.raw import RawArray
-from embedsurgery.stores.base import apply
+from embedsurgery.stores.apply import apply
+from embedsurgery.stores.modules import module_store
 from embedsurgery.stores.shards import ShardStore
-from embedsurgery.stores.tensors import module_store
-from embedsurgery.tensors import to_raw
+from embedsurgery.tensors.convert import to_raw
+from embedsurgery.tensors.raw import RawArray
 from tests import zoo
 from tests.conftest import bits, contents
 

@@ -22,9 +22,9 @@ import pytest
 import embedsurgery as es
 from embedsurgery.cli.main import main
 from embedsurgery.errors import CheckpointError, EmbedSurgeryError, PlanError
+from embedsurgery.files.safetensors import TensorSource, read_header, write_file
 from embedsurgery.plan import Grow, PatchFile, Plan, SetRows
-from embedsurgery.raw import RawArray
-from embedsurgery.safetensors_file import TensorSource, read_header, write_file
+from embedsurgery.tensors.raw import RawArray
 from tests.conftest import contents, listing
 from tests.fuzz.seeds import build
 

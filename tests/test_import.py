@@ -15,7 +15,7 @@ from tests.conftest import ROOT, python
 from tests.faults.scenarios import adapter, make
 
 HEAVY = ("torch", "numpy", "pluggy", "click", "rich", "safetensors", "transformers", "peft", "tokenizers",
-         "huggingface_hub", "embedsurgery.registry", "embedsurgery.builtin")  # fmt: skip
+         "huggingface_hub", "embedsurgery.plugins.registry", "embedsurgery.plugins.builtin")  # fmt: skip
 
 
 def loaded(code: str) -> set[str]:
@@ -47,9 +47,9 @@ def test_surgery_on_disk_needs_no_torch(code: str) -> None:
 
 
 NOT_HERE = {"torch", "transformers", "peft", "safetensors", "tokenizers", "huggingface_hub", "importlib.metadata",
-            "embedsurgery.discovery", "embedsurgery.initializers", "embedsurgery.new_tokens",
-            "embedsurgery.tokenizer_files", "embedsurgery.surgeries.soft_prompt_baking",
-            "embedsurgery.stores.grown_files", "embedsurgery.offline.adding", "embedsurgery.api"}  # fmt: skip
+            "embedsurgery.plugins.discovery", "embedsurgery.initializers", "embedsurgery.adapters.new_tokens",
+            "embedsurgery.tokenizer.patching", "embedsurgery.surgeries.soft_prompt.baking",
+            "embedsurgery.stores.resized_files", "embedsurgery.checkpoints.adding", "embedsurgery.models.merging"}  # fmt: skip
 """What verbs on disk have no use for, and would take longer to load than their work takes."""
 
 
@@ -64,7 +64,7 @@ def test_verbs_on_disk_start_lean(tmp_path: Path) -> None:
         done = python(run.format([str(part) for part in verb]) + "print('\\n'.join(sys.modules))")
         assert done.returncode == 0, done.stderr
         names = set(done.stdout.split())
-        assert "embedsurgery.registry" in names or verb[0] in ("log", "recover")
+        assert "embedsurgery.plugins.registry" in names or verb[0] in ("log", "recover")
         assert not names & NOT_HERE, verb
         assert ("numpy" in names) is (verb[0] == "merge"), verb
         assert ("rich" in names) is (verb[-1] == base and verb[0] == "inspect"), verb

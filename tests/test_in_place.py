@@ -20,6 +20,7 @@ import pytest
 import torch
 
 import embedsurgery as es
+from embedsurgery.checkpoints.journal import Journal, roll_back, subtract, union
 from embedsurgery.errors import (
     BusyError,
     ConfigError,
@@ -29,12 +30,11 @@ from embedsurgery.errors import (
     UnfinishedError,
     UnsupportedError,
 )
-from embedsurgery.file_edits import FileState, PutFile, SetBytes
-from embedsurgery.journal import Journal, roll_back, subtract, union
 from embedsurgery.plan import Blocks, PatchFile, Plan, SetBlocks, SetRows
-from embedsurgery.raw import RawArray
-from embedsurgery.stores.base import apply
+from embedsurgery.plan.file_edits import FileState, PutFile, SetBytes
+from embedsurgery.stores.apply import apply
 from embedsurgery.stores.shards import ShardStore
+from embedsurgery.tensors.raw import RawArray
 from tests.conftest import KINDS, cli, contents, listing, save, tiny, trained, tree
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*have these files mapped:embedsurgery.errors.EmbedSurgeryWarning")
@@ -284,13 +284,13 @@ def interrupted(model: Path, adapter: Any) -> dict[str, bytes]:
     """Leave a checkpoint as a kill in the middle would: half of the rows written, the journal there."""
     before = contents(model)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("embedsurgery.offline.in_place._take_back", lambda *_: None)
+        patch.setattr("embedsurgery.checkpoints.in_place._take_back", lambda *_: None)
 
         def write_one(name: str, indices: Any, rows: Any, self: Any = None) -> None:
             raise RuntimeError("killed")
 
         patch.setattr(ShardStore, "sync", lambda self: write_one("", (), None))
-        patch.setattr("embedsurgery.stores.base.contextlib", None)
+        patch.setattr("embedsurgery.stores.apply.contextlib", None)
         real = ShardStore.write_rows
         count = []
 
@@ -420,7 +420,7 @@ def test_an_error_in_the_middle_takes_everything_back(model: Path, made: dict[st
         def refuse(*_: object) -> None:
             raise RuntimeError("in the middle")
 
-        patch.setattr("embedsurgery.offline.writing._refuse_new_ties", refuse)
+        patch.setattr("embedsurgery.checkpoints.writing._refuse_new_ties", refuse)
         with pytest.raises(RuntimeError, match="in the middle"):
             es.merge_checkpoint(model, made["adapter"], in_place=True)
     assert tree(model) == before
@@ -435,7 +435,7 @@ def test_what_cannot_be_taken_back_is_said(model: Path, made: dict[str, Any]) ->
             raise OSError(5, "Input/output error")
 
         patch.setattr(ShardStore, "sync", fail)
-        patch.setattr("embedsurgery.offline.in_place.roll_back", fail)
+        patch.setattr("embedsurgery.checkpoints.in_place.roll_back", fail)
         with pytest.raises(UnfinishedError, match=r"and so did taking it back.*embedsurgery recover"):
             es.merge_checkpoint(model, made["adapter"], in_place=True)
     es.recover_checkpoint(model)
@@ -444,8 +444,8 @@ def test_what_cannot_be_taken_back_is_said(model: Path, made: dict[str, Any]) ->
 
 def test_a_whole_table_in_place_in_bounded_memory(tmp_path: Path) -> None:
     """Its journal streams; a failure half way puts every block back."""
-    from embedsurgery.offline.in_place import changing
-    from embedsurgery.stores.footprint import footprint
+    from embedsurgery.checkpoints.footprint import footprint
+    from embedsurgery.checkpoints.in_place import changing
 
     base = save(tiny("llama-untied"), tmp_path / "base", shards=True)
     before = tree(base)
@@ -468,8 +468,8 @@ def test_a_whole_table_in_place_in_bounded_memory(tmp_path: Path) -> None:
     for blocks in (Blocks(table.shape, "F32", half), Blocks.of(rows)):
         plan = Plan((SetBlocks(table.name, blocks),))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("embedsurgery.edits.BLOCK_BYTES", 10 * table.shape[1] * 4)
-            patch.setattr("embedsurgery.file_edits.CHUNK", 1000)
+            patch.setattr("embedsurgery.plan.edits.BLOCK_BYTES", 10 * table.shape[1] * 4)
+            patch.setattr("embedsurgery.plan.file_edits.CHUNK", 1000)
             with pytest.raises(RuntimeError, match=r"half way|after all"):
                 change(base, plan)
         assert tree(base) == before

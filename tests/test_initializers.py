@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 
-from embedsurgery import edits
 from embedsurgery.errors import ConfigError, EmbedSurgeryWarning, PluginError, TokenIndexError, UnsupportedError
 from embedsurgery.initializers import (
     BUILT_IN,
@@ -28,11 +27,12 @@ from embedsurgery.initializers import (
     parse_init,
     with_parts,
 )
-from embedsurgery.raw import RawArray
-from embedsurgery.registry import registry
-from embedsurgery.stores.base import Store
-from embedsurgery.stores.tensors import module_store
-from embedsurgery.tensors import to_raw
+from embedsurgery.plan import edits
+from embedsurgery.plugins.current import registry
+from embedsurgery.stores.modules import module_store
+from embedsurgery.stores.store import Store
+from embedsurgery.tensors.convert import to_raw
+from embedsurgery.tensors.raw import RawArray
 from tests.conftest import KINDS, VOCABULARY, bits, cli, python, tiny
 from tests.stores.homes import DTYPES, EMBED, HOMES
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embedsurgery.errors import CheckpointError
-from embedsurgery.jsonsplice import respell
+from embedsurgery.files.json_patching import respell
 
 PATH = Path("a.json")
 STYLES: dict[str, dict[str, Any]] = {

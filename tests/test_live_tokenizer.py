@@ -13,9 +13,9 @@ import transformers as tr
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from embedsurgery.errors import ConfigError, EmbedSurgeryError, PlanError, UnsupportedError
-from embedsurgery.live_tokenizer import change_tokens, encode_plain, fits, known_tokens, next_id, texts, undo_of
 from embedsurgery.plan import AddTokens, Token
-from embedsurgery.tokenizer_files import token_patches, vocabulary
+from embedsurgery.tokenizer.live import change_tokens, encode_plain, fits, known_tokens, next_id, texts, undo_of
+from embedsurgery.tokenizer.patching import token_patches, vocabulary
 from tests.tokenizers import KINDS, SENTENCES, TEXTS, loaded, older, saved
 
 AGES = {"as saved": saved, "older": older}

@@ -12,10 +12,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import embedsurgery as es
-from embedsurgery.adapter import Adapter, Fingerprint
+from embedsurgery.adapters.adapter import Adapter
+from embedsurgery.adapters.manifest import Fingerprint
 from embedsurgery.errors import BaseMismatchError, EmbedSurgeryWarning, TableError, TokenIndexError
-from embedsurgery.raw import RawArray
 from embedsurgery.stores.shards import ShardStore
+from embedsurgery.tensors.raw import RawArray
 from tests import zoo
 from tests.conftest import INPUT, KINDS, bits, listing, save, state_bits, tiny, trained
 

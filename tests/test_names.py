@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from embedsurgery.architectures import Layout, tie_flag
 from embedsurgery.graph import EmbeddingGraph, Table
-from embedsurgery.names import Stored, vocabulary_sizes, walk_names
+from embedsurgery.graph.architectures import Layout, tie_flag
+from embedsurgery.graph.from_names import Stored, vocabulary_sizes, walk_names
 
 V, D = 100, 16
 
@@ -482,9 +482,9 @@ def _sweep() -> list[Any]:
 @pytest.mark.sweep
 @pytest.mark.parametrize("case", _sweep(), ids=lambda case: case.name)
 def test_names_agree_with_modules(case: Any, tmp_path: Path) -> None:
-    from embedsurgery.checkpoint import open_checkpoint
+    from embedsurgery.graph.from_modules import walk_module
+    from embedsurgery.stores.checkpoint import open_checkpoint
     from embedsurgery.stores.shards import ShardStore
-    from embedsurgery.walker import walk_module
     from tests import zoo
 
     model = zoo.build(case)

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 import embedsurgery as es
 from embedsurgery.errors import BaseMismatchError, CheckpointError, ConfigError, OutputExistsError, PlanError
 from embedsurgery.stores.shards import ShardStore
-from embedsurgery.surgeries.base import Base
-from embedsurgery.surgeries.trainable_tokens import TrainableTokens
+from embedsurgery.surgeries.surgery import Base
+from embedsurgery.surgeries.trainable_tokens.surgery import TrainableTokens
 from tests.conftest import (
     INPUT,
     KINDS,

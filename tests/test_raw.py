@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from embedsurgery.raw import EDITABLE, ITEMSIZE, RawArray, round_float32
-from embedsurgery.tensors import DTYPES, from_raw, to_raw
+from embedsurgery.tensors.convert import DTYPES, from_raw, to_raw
+from embedsurgery.tensors.raw import EDITABLE, ITEMSIZE, RawArray, round_float32
 from tests.conftest import bits, python
 
 HALVES = {"F16": torch.float16, "BF16": torch.bfloat16}

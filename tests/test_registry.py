@@ -14,15 +14,16 @@ import pytest
 import torch
 
 import embedsurgery as es
-from embedsurgery.architectures import ARCHITECTURES, Layout
-from embedsurgery.cli.verbs import VERBS
-from embedsurgery.contract import KINDS
-from embedsurgery.entry_points import plugins_at_hand
 from embedsurgery.errors import CheckpointError, ConfigError, PluginError, UnknownSurgeryError
-from embedsurgery.hookspecs import CardSection, EmbeddingModule, Hooks, UnknownModule
+from embedsurgery.graph.architectures import ARCHITECTURES, Layout
 from embedsurgery.initializers import BUILT_IN, NewToken, TableView, initial_rows, parse_init
-from embedsurgery.registry import DISABLE, Registry, build, built_in, installed, registry
-from embedsurgery.stores.tensors import state_dict_store
+from embedsurgery.plugins.checks import KINDS
+from embedsurgery.plugins.current import build, built_in, installed, registry
+from embedsurgery.plugins.entry_points import plugins_at_hand
+from embedsurgery.plugins.hookspecs import CardSection, EmbeddingModule, Hooks, UnknownModule
+from embedsurgery.plugins.registry import DISABLE, Registry
+from embedsurgery.plugins.verbs import VERBS
+from embedsurgery.stores.state_dicts import state_dict_store
 
 GOOD = """
 from dataclasses import dataclass
@@ -63,7 +64,7 @@ HOOK = "import embedsurgery as es\n@es.hookimpl\ndef embedsurgery_surgeries"
 def record(hook: str, records: str) -> str:
     """A plugin with one hook that returns these records."""
     lines = ("import embedsurgery as es", "from embedsurgery import hookspecs as h",
-             "from embedsurgery.architectures import Layout", "@es.hookimpl")  # fmt: skip
+             "from embedsurgery.graph.architectures import Layout", "@es.hookimpl")  # fmt: skip
     head = "\n".join(lines)
     return f"{head}\ndef embedsurgery_{hook}(): return [{records}]"
 
@@ -245,7 +246,7 @@ def test_two_surgeries_that_cannot_be_told_apart(clash: str, install: Install) -
     if clash == "peft_type":
         sources = [GOOD.replace('"NAME"', f'"{name}"') for name in ("x", "y")]
     else:
-        config = "from embedsurgery.surgeries.trainable_tokens import TrainableTokensConfig as Config\n"
+        config = "from embedsurgery.surgeries.trainable_tokens.surgery import TrainableTokensConfig as Config\n"
         sources = [GOOD.replace("@dataclass(frozen=True)\nclass Config:\n    size: int = 1\n", config)]
     known = build([install(f"p{number}", source) for number, source in enumerate(sources)])
     assert known.plugins[-1].error is not None

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import embedsurgery as es
-from embedsurgery.runtime.attach import find
+from embedsurgery.runtime.attachment import find
 from tests.interleaved import broken_off_at_each_place
 from tests.soft_prompts.models import tiny
 from tests.soft_prompts.prompted import prompted, randomise

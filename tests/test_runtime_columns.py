@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import embedsurgery as es
 from embedsurgery.errors import EmbedSurgeryWarning
-from embedsurgery.runtime.columns import columns
+from embedsurgery.runtime.rows.columns import columns
 from tests.test_walker import Conv1D as walker_Conv1D
 
 V, D, K = 50, 6, 3

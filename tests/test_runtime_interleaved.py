@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from embedsurgery.runtime.frames import Calls
+from embedsurgery.runtime.calls import Calls
 from tests.interleaved import Interleaved
 from tests.test_functional_reads import IDS, INDICES, attached, reader
 from tests.test_runtime_picking import IDS as WORDS

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import embedsurgery as es
-from embedsurgery.runtime import columns as columns_module
+from embedsurgery.runtime.rows import columns as columns_module
 from tests.test_runtime_columns import Calls
 
 V, D = 60, 8

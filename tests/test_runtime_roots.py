@@ -12,7 +12,7 @@ from torch import nn
 
 import embedsurgery as es
 from embedsurgery.errors import AttachmentError, EmbedSurgeryWarning, UnsupportedError
-from embedsurgery.runtime.attach import attach_adapter
+from embedsurgery.runtime.attachment import attach_adapter
 from tests.conftest import logits, tiny
 from tests.test_walker import D, V, tied
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import embedsurgery as es
-from embedsurgery.runtime.sliced import SlicedWeight
+from embedsurgery.runtime.rows.sliced_head import SlicedWeight
 from tests.test_runtime_columns import Calls
 from tests.test_runtime_picking import expected, step
 from tests.test_runtime_picking import pair as attached_and_edited

@@ -15,17 +15,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from embedsurgery.errors import CheckpointError
-from embedsurgery.raw import ITEMSIZE, RawArray
-from embedsurgery.safetensors_file import (
-    MAX_HEADER,
-    TensorSource,
-    encode_header,
-    open_regular,
-    read_header,
-    read_tensor,
-    write_file,
-)
-from embedsurgery.tensors import DTYPES
+from embedsurgery.files.regular import open_regular
+from embedsurgery.files.safetensors import MAX_HEADER, TensorSource, encode_header, read_header, read_tensor, write_file
+from embedsurgery.tensors.convert import DTYPES
+from embedsurgery.tensors.raw import ITEMSIZE, RawArray
 from tests.conftest import bits
 
 

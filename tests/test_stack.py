@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 import embedsurgery as es
+from embedsurgery.checkpoints.hashes import file_hashes
+from embedsurgery.checkpoints.records import adapter_sha256
 from embedsurgery.errors import CheckpointError, ConfigError, PlanError
-from embedsurgery.hashes import file_hashes
 from embedsurgery.plan import Plan
-from embedsurgery.raw import RawArray
-from embedsurgery.records import adapter_sha256
+from embedsurgery.tensors.raw import RawArray
 from tests.conftest import INPUT, cli, contents, save, tiny
 from tests.made import made_on
 

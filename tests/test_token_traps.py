@@ -13,11 +13,11 @@ import torch
 import transformers as tr
 
 import embedsurgery as es
-from embedsurgery.config_sizes import named_ids
 from embedsurgery.errors import BaseMismatchError, ConfigError, EmbedSurgeryWarning
-from embedsurgery.live_tokenizer import change_tokens, encode_plain, known_tokens
+from embedsurgery.graph.config import named_ids
 from embedsurgery.plan import AddTokens, Token
-from embedsurgery.tokenizer_files import check_tokens
+from embedsurgery.tokenizer.live import change_tokens, encode_plain, known_tokens
+from embedsurgery.tokenizer.patching import check_tokens
 from tests.conftest import cli, contents, state_bits
 from tests.test_new_tokens import NEW, Start, batch, build, check_encodes, logits, start, trained
 from tests.tokenizers import KINDS, saved

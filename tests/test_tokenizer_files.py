@@ -14,10 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from embedsurgery import live_tokenizer
 from embedsurgery.errors import CheckpointError, ConfigError, EmbedSurgeryError, PlanError, UnsupportedError
 from embedsurgery.plan import PatchFile, Token
-from embedsurgery.tokenizer_files import (
+from embedsurgery.tokenizer import live as live_tokenizer
+from embedsurgery.tokenizer.content import TokenizerJson, is_reserved
+from embedsurgery.tokenizer.patching import (
     added_tokens,
     check_tokens,
     encode,
@@ -26,8 +27,7 @@ from embedsurgery.tokenizer_files import (
     token_patches,
     vocabulary,
 )
-from embedsurgery.tokenizer_json import TokenizerJson, is_reserved
-from embedsurgery.tokenizer_reading import disagreements, highest_token_id, token_texts
+from embedsurgery.tokenizer.reading import disagreements, highest_token_id, token_texts
 from tests.real_encoder import model_directory
 from tests.tokenizers import KINDS, files, loaded, older, saved
 

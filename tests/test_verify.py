@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 import embedsurgery as es
 from embedsurgery.errors import CheckpointError
-from embedsurgery.raw import RawArray
 from embedsurgery.stores.shards import ShardStore
+from embedsurgery.tensors.raw import RawArray
 from tests.conftest import KINDS, VOCABULARY, WIDTH, save, tiny, trained, write_tokenizer
 
 EMBED = "model.embed_tokens.weight"

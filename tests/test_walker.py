@@ -201,7 +201,7 @@ def test_heads_in_a_list_are_heads() -> None:
 
 @pytest.mark.parametrize("dtype", ["F64", "F32", "F16", "BF16"])
 def test_dtypes_are_safetensors_strings(dtype: str) -> None:
-    from embedsurgery.tensors import DTYPES
+    from embedsurgery.tensors.convert import DTYPES
 
     assert es.walk(tied().to(DTYPES[dtype])).tables[0].dtype == dtype
 

@@ -28,7 +28,7 @@ def command(base: Path, tuned: Path, output: Path | None, threshold: float, dry_
     TUNED is a whole checkpoint, or a PEFT adapter that saved whole embeddings (modules_to_save). Merging the adapter
     into BASE gives TUNED's tables again. Both are directories or Hub ids, org/name or org/name@revision.
     """
-    from embedsurgery.extraction import extract
+    from embedsurgery.checkpoints.extracting import extract
 
     if output is None and not dry_run:
         raise click.UsageError("missing option '-o' / '--output', which only --dry-run does without")

@@ -51,10 +51,10 @@ def command(model: Path, as_json: bool) -> None:
 def inspect(model: Path) -> dict[str, Any]:
     """What the verb shows, as JSON values."""
     from embedsurgery import hub
-    from embedsurgery.names import vocabulary_sizes
-    from embedsurgery.raw import ITEMSIZE
-    from embedsurgery.reading import opened
-    from embedsurgery.tokenizer_reading import row_use
+    from embedsurgery.graph.from_names import vocabulary_sizes
+    from embedsurgery.loading import opened
+    from embedsurgery.tensors.raw import ITEMSIZE
+    from embedsurgery.tokenizer.reading import row_use
 
     graph, config = opened(model)
     tables = [

@@ -20,7 +20,7 @@ def command(merged: Path, as_json: bool) -> None:
 
     MERGED is a directory or a Hub id; of a Hub id only the headers of the records are read.
     """
-    from embedsurgery.log import log_checkpoint
+    from embedsurgery.checkpoints.log import log_checkpoint
 
     records = log_checkpoint(merged)
     if as_json:

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any, TextIO
 import click
 
 from embedsurgery._version import __version__
-from embedsurgery.cli.verbs import VERBS
-from embedsurgery.entry_points import plugins_at_hand
 from embedsurgery.errors import EmbedSurgeryError, EmbedSurgeryWarning, PluginError, printable
+from embedsurgery.plugins.entry_points import plugins_at_hand
+from embedsurgery.plugins.verbs import VERBS
 
 if TYPE_CHECKING:
-    from embedsurgery.hookspecs import CommandRecord
+    from embedsurgery.plugins.hookspecs import CommandRecord
 
 _READER_GONE = 128 + signal.SIGPIPE
 
@@ -56,7 +56,7 @@ def _brought() -> Mapping[str, CommandRecord]:
     """The verbs that plugins bring. Without any plugin installed nothing is imported to find that out."""
     if not plugins_at_hand():
         return {}
-    from embedsurgery.registry import registry
+    from embedsurgery.plugins.current import registry
 
     return {name: record for name, record in registry().commands.items() if name not in VERBS}
 

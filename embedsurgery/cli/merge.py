@@ -15,9 +15,9 @@ from embedsurgery.cli.placing import place_options, placed
 from embedsurgery.cli.render import copying, json_option, print_json, size
 
 if TYPE_CHECKING:
-    from embedsurgery.combining import Conflict
-    from embedsurgery.offline.report import MergeReport
-    from embedsurgery.surgeries.soft_prompt_bake_config import BakeConfig
+    from embedsurgery.checkpoints.report import MergeReport
+    from embedsurgery.combining.several import Conflict
+    from embedsurgery.surgeries.soft_prompt.bake_config import BakeConfig
 
 FRONTS = ("all", "text", "chat", "none")
 
@@ -52,7 +52,7 @@ def bake_configs(options: dict[str, Any]) -> BakeConfig | list[BakeConfig] | Non
     tied = "keep" if options.pop("keep_tie") else "untie"
     if not (names or front or after_bos or tied == "keep"):
         return None
-    from embedsurgery.surgeries.soft_prompt_bake_config import BakeConfig
+    from embedsurgery.surgeries.soft_prompt.bake_config import BakeConfig
 
     configs = [BakeConfig(name, front, after_bos, tied) for name in names or (None,)]  # type: ignore[arg-type]
     return configs if names else configs[0]
@@ -110,7 +110,7 @@ def command(
                                  **options)  # fmt: skip
         print_push(pushed, as_json)
         return
-    from embedsurgery.offline.merging import merge_checkpoint
+    from embedsurgery.checkpoints.merging import merge_checkpoint
 
     where = placed(output=output, in_place=in_place, hardlink=hardlink, dry_run=dry_run)
     with copying("copying") as progress:
@@ -124,7 +124,7 @@ def print_report(report: MergeReport, verb: str, as_json: bool) -> None:
     if as_json:
         print_json(asdict(report))
         return
-    from embedsurgery.plan import count_rows, listed_tokens
+    from embedsurgery.plan.edits import count_rows, listed_tokens
 
     would = "" if report.done else "would be "
     rows = ", ".join(f"{count_rows(count)} of {table}" for table, count in report.rows.items())

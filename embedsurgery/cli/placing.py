@@ -27,7 +27,7 @@ def place_options(command: _F) -> _F:
 
 
 def placed(*, output: Path | None, in_place: bool, hardlink: bool, dry_run: bool) -> dict[str, Any]:
-    """The options as the functions of ``embedsurgery.offline`` take them.
+    """The options as the functions of ``embedsurgery.checkpoints`` take them.
 
     Raises:
         click.UsageError: Something is to be written, and nobody said where, or two places are named.

@@ -11,7 +11,7 @@ import click
 from embedsurgery.cli.render import json_option, print_json, print_table
 
 if TYPE_CHECKING:
-    from embedsurgery.registry import Registry
+    from embedsurgery.plugins.registry import Registry
 
 
 @click.group("plugins", invoke_without_command=True)
@@ -24,7 +24,7 @@ def command(context: click.Context, as_json: bool) -> None:
     """
     if context.invoked_subcommand is not None:
         return
-    from embedsurgery.registry import registry
+    from embedsurgery.plugins.current import registry
 
     known = registry()
     if as_json:
@@ -56,7 +56,7 @@ def command(context: click.Context, as_json: bool) -> None:
               help="Where the package's directory goes.")  # fmt: skip
 def new(name: str, output: Path) -> None:
     """Write a package for the surgery NAME, which installs, registers and passes the test kit at once."""
-    from embedsurgery.plugin_template import write_plugin
+    from embedsurgery.plugins.template import write_plugin
 
     folder, files = write_plugin(name, output)
     click.echo(f"written: {folder}")
@@ -71,7 +71,7 @@ def _short(hook: str) -> str:
 
 def _others(known: Registry) -> dict[str, list[str]]:
     """What has no table of its own; of verbs and architectures only what plugins bring, for the built-in are many."""
-    from embedsurgery import builtin
+    from embedsurgery.plugins import builtin
 
     verbs = {record.name for record in builtin.embedsurgery_commands()}
     layouts = {record.name for record in builtin.embedsurgery_layouts()}

@@ -20,7 +20,7 @@ def command(model: Path, as_json: bool) -> None:
     complete stands, and what it left is removed. So are hidden directories beside MODEL in which killed runs were
     making new ones; MODEL may be the output that such a run never made. Where nothing is wrong, nothing is done.
     """
-    from embedsurgery.offline.recovery import recover_checkpoint
+    from embedsurgery.checkpoints.recovery import recover_checkpoint
 
     report = recover_checkpoint(model)
     if as_json:

@@ -21,7 +21,7 @@ import click
 from embedsurgery.errors import printable
 
 if TYPE_CHECKING:
-    from embedsurgery.offline.report import Progress
+    from embedsurgery.checkpoints.report import Progress
 
 _json_stdout: ContextVar[TextIO | None] = ContextVar("_json_stdout")
 """Where `print_json` prints while everything else that is printed goes to standard error."""

@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from embedsurgery.adapter import Adapter
+    from embedsurgery.adapters.adapter import Adapter
     from embedsurgery.graph import Table
-    from embedsurgery.raw import RawArray
     from embedsurgery.stores.store import Store
+    from embedsurgery.tensors.raw import RawArray
 
 
 @click.command("show")
@@ -98,8 +98,8 @@ def show(adapter: Path, model: Path | None) -> dict[str, Any]:
         BaseMismatchError: The model is not the adapter's base.
     """
     from embedsurgery import hub
-    from embedsurgery.locate import locate
-    from embedsurgery.reading import load
+    from embedsurgery.adapters.locate import locate
+    from embedsurgery.loading import load
 
     loaded = load(adapter)
     with hub.store(model) if model is not None else nullcontext() as store:
@@ -125,7 +125,7 @@ def _tables(loaded: Adapter, store: Store | None, located: Mapping[str, Table]) 
     """What an adapter has for each table, compared with a model's rows where there is one."""
     import numpy as np
 
-    from embedsurgery.stores.base import rows_of
+    from embedsurgery.stores.store import rows_of
 
     manifest = loaded.manifest
     tables = []
@@ -175,8 +175,8 @@ def _prompts(loaded: Adapter, store: Store | None, located: Mapping[str, Table])
     """The soft prompts of an adapter, as JSON values."""
     import numpy as np
 
-    from embedsurgery.surgeries.soft_prompt_config import NAME, prompts_of
-    from embedsurgery.surgeries.soft_prompt_reading import read_beside
+    from embedsurgery.surgeries.soft_prompt.config import NAME, prompts_of
+    from embedsurgery.surgeries.soft_prompt.nearest_tokens import read_beside
 
     if loaded.manifest.surgery != NAME:
         return []

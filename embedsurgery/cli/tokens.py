@@ -47,7 +47,7 @@ def add(
     Spare rows are used first; else every table of the vocabulary grows. `embedsurgery unmerge` takes them out again.
     """
     place = placed(**where)
-    from embedsurgery.offline.adding import add_tokens_checkpoint
+    from embedsurgery.checkpoints.adding import add_tokens_checkpoint
 
     with copying("copying") as progress:
         report = add_tokens_checkpoint(

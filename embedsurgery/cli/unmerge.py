@@ -33,7 +33,7 @@ def command(merged: Path, everything: bool, adapter: str | None, as_json: bool, 
     if everything and adapter is not None:
         raise click.UsageError("--all goes without --adapter")
     place = placed(**where)
-    from embedsurgery.offline.unmerging import unmerge_checkpoint
+    from embedsurgery.checkpoints.unmerging import unmerge_checkpoint
 
     with copying("copying") as progress:
         report = unmerge_checkpoint(merged, all=everything, adapter=adapter, progress=progress, **place)

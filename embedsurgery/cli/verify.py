@@ -25,7 +25,7 @@ def command(model: Path, full: bool, as_json: bool) -> None:
     Exits 1 where something disagrees. MODEL is a directory or a Hub id, of which headers, small files and the rows of
     recorded merges come, by range requests; with --full, all of it.
     """
-    from embedsurgery.verify import verify_checkpoint
+    from embedsurgery.checkpoints.verifying import verify_checkpoint
 
     checks = verify_checkpoint(model, full=full)
     good = all(check.ok for check in checks)

@@ -13,9 +13,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from embedsurgery.api import walk
 from embedsurgery.demo import corpus
 from embedsurgery.errors import CheckpointError, EmbedSurgeryWarning, UnsupportedError
+from embedsurgery.models.walking import walk
 
 STEPS = 320
 SENTENCES = 2400

@@ -9,8 +9,8 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from embedsurgery.copying import tree_files
 from embedsurgery.errors import ConfigError, OutputExistsError
+from embedsurgery.files.copying import tree_files
 
 
 @contextmanager

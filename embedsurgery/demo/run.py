@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from embedsurgery.api import walk
-from embedsurgery.checkpoint import open_checkpoint
+from embedsurgery.checkpoints.merging import merge_checkpoint
+from embedsurgery.checkpoints.unmerging import unmerge_checkpoint
+from embedsurgery.checkpoints.verifying import verify_checkpoint
 from embedsurgery.demo import corpus
 from embedsurgery.demo.base import load_model, load_tokenizer, make_base, one_thread, quiet, require, seeded
 from embedsurgery.demo.disk import changed_rows, fresh_directory, hashes, total_bytes
@@ -29,11 +30,10 @@ from embedsurgery.demo.report import (
     WordStep,
 )
 from embedsurgery.errors import CheckpointError, UnsupportedError
-from embedsurgery.live import attach
-from embedsurgery.offline.merging import merge_checkpoint
-from embedsurgery.offline.unmerging import unmerge_checkpoint
-from embedsurgery.surgeries.trainable_tokens_config import TrainableTokensConfig
-from embedsurgery.verify import verify_checkpoint
+from embedsurgery.models.attaching import attach
+from embedsurgery.models.walking import walk
+from embedsurgery.stores.checkpoint import open_checkpoint
+from embedsurgery.surgeries.trainable_tokens.config import TrainableTokensConfig
 
 if TYPE_CHECKING:
     import torch

@@ -19,7 +19,7 @@ from embedsurgery.demo.report import Measure
 from embedsurgery.errors import UnsupportedError
 
 if TYPE_CHECKING:
-    from embedsurgery.runtime.attach import Attachment
+    from embedsurgery.runtime.attachment import Attachment
 
 Line = Sequence[int]
 

@@ -16,8 +16,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from embedsurgery.hub.auth import Token, using_token
 from embedsurgery.hub.ids import HubId, find_id, read_source
-from embedsurgery.hub.tokens import Token, using_token
 
 _LAZY = {
     "push": "pushing",
@@ -32,12 +32,12 @@ _LAZY = {
 }
 
 if TYPE_CHECKING:
+    from embedsurgery.checkpoints.hub_merging import push_merged
+    from embedsurgery.hub.as_directory import downloaded, open_remote, pinned, row_store
     from embedsurgery.hub.commits import PushReport
     from embedsurgery.hub.headers import remote_records
-    from embedsurgery.hub.merging import push_merged
     from embedsurgery.hub.pulling import pull
     from embedsurgery.hub.pushing import push
-    from embedsurgery.hub.scratch import downloaded, open_remote, pinned, row_store
     from embedsurgery.stores.store import Store
 
 __all__ = [
@@ -83,7 +83,7 @@ def store(model: str | os.PathLike[str]) -> Iterator[Store]:
     """Inside, a model to read rows of: a directory's, or that of an id, of which only what is read comes."""
     remote = find_id(model)
     if remote is None:
-        from embedsurgery.registry import registry
+        from embedsurgery.plugins.current import registry
 
         yield registry().open_store(Path(model))
         return

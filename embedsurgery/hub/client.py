@@ -24,9 +24,9 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # exported la
 
 from embedsurgery._version import __version__
 from embedsurgery.errors import HubError
+from embedsurgery.hub.auth import Token, chosen
 from embedsurgery.hub.faults import faults
 from embedsurgery.hub.ids import HubId
-from embedsurgery.hub.tokens import Token, chosen
 
 _NAME = "embedsurgery"
 _TRIES = 3

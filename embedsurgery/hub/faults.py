@@ -29,7 +29,7 @@ from huggingface_hub.errors import (
 )
 
 from embedsurgery.errors import EmbedSurgeryError, HubError
-from embedsurgery.hub.tokens import chosen
+from embedsurgery.hub.auth import chosen
 
 _LOGIN = "log in with `hf auth login`, set HF_TOKEN or give a token"
 _AGAIN = "nothing was left behind: try again"

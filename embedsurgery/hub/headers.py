@@ -10,12 +10,21 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from embedsurgery.checkpoint import CONFIG, INDEX, SINGLE, Checkpoint, indexed, is_plain_name, read_config, weight_map
+from embedsurgery.checkpoints.records import MERGES, RECORD
 from embedsurgery.errors import CheckpointError, HubError
+from embedsurgery.files.safetensors import MAX_HEADER, Header, parse_header
 from embedsurgery.hub.client import Client, RemoteFile, Snapshot
 from embedsurgery.hub.ids import HubId
-from embedsurgery.records import MERGES, RECORD
-from embedsurgery.safetensors_file import MAX_HEADER, Header, parse_header
+from embedsurgery.stores.checkpoint import (
+    CONFIG,
+    INDEX,
+    SINGLE,
+    Checkpoint,
+    indexed,
+    is_plain_name,
+    read_config,
+    weight_map,
+)
 
 _FIRST = 32_768
 """Bytes that are asked for at first; most shards' headers fit, and the rest of a longer one comes with a second."""

@@ -80,8 +80,7 @@ def read_source(directory: Path) -> str | None:
     """Where the adapter in a directory was pulled from, as in `Adapter.source`; None where nothing sound says so."""
     if not os.path.lexists(directory / SOURCE):
         return None
-    from embedsurgery.jsonfile import read_json
-    from embedsurgery.jsonguard import NOTE
+    from embedsurgery.files.json_reading import NOTE, read_json
 
     try:
         body = read_json(directory / SOURCE, NOTE)

@@ -13,18 +13,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from embedsurgery.adapter import CONFIG_NAME, METADATA_KEY, WEIGHTS_NAME, Adapter
-from embedsurgery.durable import refuse_existing, staged_directory, sync_path
+from embedsurgery.adapters.adapter import CONFIG_NAME, METADATA_KEY, WEIGHTS_NAME, Adapter
 from embedsurgery.errors import AdapterError, UnknownSurgeryError
+from embedsurgery.files.atomic import refuse_existing, staged_directory, sync_path
+from embedsurgery.files.json_reading import read_json
+from embedsurgery.files.safetensors import Header
+from embedsurgery.hub.auth import Token
 from embedsurgery.hub.client import Client, RemoteFile, Snapshot
 from embedsurgery.hub.headers import read_remote, small
 from embedsurgery.hub.ids import SOURCE, HubId
-from embedsurgery.hub.tokens import Token
-from embedsurgery.jsonfile import read_json
-from embedsurgery.raw import EDITABLE
-from embedsurgery.reading import load
-from embedsurgery.registry import registry
-from embedsurgery.safetensors_file import Header
+from embedsurgery.loading import load
+from embedsurgery.plugins.current import registry
+from embedsurgery.tensors.raw import EDITABLE
 
 _PICKLE = "adapter_model.bin"
 _ROWS = ".trainable_tokens_delta"

@@ -9,15 +9,15 @@ from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
 
-from embedsurgery.adapter import CONFIG_NAME, WEIGHTS_NAME, Adapter
-from embedsurgery.card import README, adapter_body, adapter_front, base_id, renewed
+from embedsurgery.adapters.adapter import CONFIG_NAME, WEIGHTS_NAME, Adapter
 from embedsurgery.errors import ConfigError, EmbedSurgeryWarning, HubError
+from embedsurgery.hub.auth import Token
+from embedsurgery.hub.card import README, adapter_body, adapter_front, base_id, renewed
 from embedsurgery.hub.client import Client, Snapshot
 from embedsurgery.hub.commits import Content, PushReport, commit, prepare
 from embedsurgery.hub.headers import small
 from embedsurgery.hub.ids import HubId, find_id
-from embedsurgery.hub.tokens import Token
-from embedsurgery.reading import load
+from embedsurgery.loading import load
 
 
 def push(

@@ -9,13 +9,13 @@ import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
-from embedsurgery.checkpoint import Checkpoint
 from embedsurgery.errors import HubError
-from embedsurgery.plan import spans
-from embedsurgery.raw import ITEMSIZE, RawArray
-from embedsurgery.registry import registry
-from embedsurgery.safetensors_file import open_regular, pread_exactly, pwrite_exactly
+from embedsurgery.files.regular import open_regular, pread_exactly, pwrite_exactly
+from embedsurgery.plan.edits import spans
+from embedsurgery.plugins.current import registry
+from embedsurgery.stores.checkpoint import Checkpoint
 from embedsurgery.stores.shards import ShardStore
+from embedsurgery.tensors.raw import ITEMSIZE, RawArray
 
 Piece = Callable[[str, int, int], tuple[bytes, int]]
 """Called with a file's name, a start and a size; gives up to so many bytes, and the file's size."""

@@ -6,8 +6,8 @@ numpy over a store's tables, a block of rows at a time; nothing here imports tor
 
 from __future__ import annotations
 
-from embedsurgery.initializers.base import Ask, Initializer, InitializerRecord, NewToken, TableView
-from embedsurgery.initializers.initial import find_initializer, initial_rows, parse_init, with_parts
+from embedsurgery.initializers.initial_rows import find_initializer, initial_rows, parse_init, with_parts
+from embedsurgery.initializers.initializer import Ask, Initializer, InitializerRecord, NewToken, TableView
 from embedsurgery.initializers.methods import BUILT_IN
 
 __all__ = [

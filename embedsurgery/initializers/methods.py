@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from embedsurgery.errors import ConfigError, EmbedSurgeryWarning
-from embedsurgery.initializers.base import Ask, Initializer, InitializerRecord, NewToken, TableView, sound
-from embedsurgery.stores.base import shorten
+from embedsurgery.initializers.initializer import Ask, Initializer, InitializerRecord, NewToken, TableView, sound
+from embedsurgery.stores.store import shorten
 
 Rows = npt.NDArray[Any]
 Streams = Sequence[np.random.Generator]

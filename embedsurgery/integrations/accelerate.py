@@ -7,7 +7,7 @@ from typing import Any
 
 from embedsurgery.errors import ConfigError
 from embedsurgery.integrations.beside import DIRECTORY, restore_rows, save_rows
-from embedsurgery.runtime.attach import find
+from embedsurgery.runtime.attachment import find
 
 
 def keep_rows(accelerator: Any) -> None:

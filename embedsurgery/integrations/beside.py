@@ -10,12 +10,12 @@ from urllib.parse import quote, unquote
 
 import torch
 
-from embedsurgery.adapter import WEIGHTS_NAME
+from embedsurgery.adapters.adapter import WEIGHTS_NAME
 from embedsurgery.errors import AttachmentError
-from embedsurgery.jsonfile import read_json
-from embedsurgery.reading import load
-from embedsurgery.runtime.attach import Attachment
-from embedsurgery.runtime.sharded import world_size
+from embedsurgery.files.json_reading import read_json
+from embedsurgery.loading import load
+from embedsurgery.runtime.attachment import Attachment
+from embedsurgery.runtime.rows.sharded import world_size
 
 DIRECTORY = "embedsurgery"
 """In a checkpoint's directory, with a directory for each adapter: one level below where the Trainer and PEFT look."""

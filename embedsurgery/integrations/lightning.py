@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from embedsurgery.adapter import Adapter
+from embedsurgery.adapters.adapter import Adapter
 from embedsurgery.errors import AttachmentError, EmbedSurgeryWarning
 from embedsurgery.integrations.beside import check_names
-from embedsurgery.reading import load
-from embedsurgery.runtime.attach import Attachment
-from embedsurgery.runtime.frames import of_library
+from embedsurgery.loading import load
+from embedsurgery.runtime.attachment import Attachment
+from embedsurgery.runtime.calls import of_library
 
 KEY = "embedsurgery"
 """In a checkpoint: path of an attached model in the LightningModule -> adapter's name -> file name -> bytes, uint8."""

@@ -18,10 +18,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 
 from embedsurgery.errors import AttachmentError, CheckpointError, EmbedSurgeryWarning
+from embedsurgery.files.json_reading import read_json
 from embedsurgery.integrations.beside import DIRECTORY, restore_rows, save_rows
-from embedsurgery.jsonfile import read_json
-from embedsurgery.runtime.attach import Attachment, find
-from embedsurgery.runtime.frames import of_library
+from embedsurgery.runtime.attachment import Attachment, find
+from embedsurgery.runtime.calls import of_library
 
 _RUN = "run.json"
 

@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from embedsurgery.adapter import Adapter
+from embedsurgery.adapters.adapter import Adapter
 from embedsurgery.errors import AttachmentError, BaseMismatchError, EmbedSurgeryWarning
 from embedsurgery.graph import EmbeddingGraph
-from embedsurgery.runtime.whole_tables import whole_replacements
-from embedsurgery.stores.base import shorten
-from embedsurgery.surgeries.base import RowOverride
-from embedsurgery.surgeries.soft_prompt import PromptOverride
+from embedsurgery.runtime.rows.whole_tables import whole_replacements
+from embedsurgery.stores.store import shorten
+from embedsurgery.surgeries.soft_prompt.surgery import PromptOverride
+from embedsurgery.surgeries.surgery import RowOverride
 from embedsurgery.surgeries.whole_tables import TableOverride
-from embedsurgery.tensors import from_raw, to_raw
+from embedsurgery.tensors.convert import from_raw, to_raw
 
 
 def replacements(

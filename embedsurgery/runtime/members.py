@@ -10,20 +10,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from embedsurgery.adapter import Adapter
+from embedsurgery.adapters.adapter import Adapter
 from embedsurgery.errors import AttachmentError, ConfigError, EmbedSurgeryWarning
 from embedsurgery.graph import Table
 from embedsurgery.plan import Plan, Undo
-from embedsurgery.runtime.history import has_history, holds, look_at, makes_state_only
-from embedsurgery.runtime.rows import Rows
-from embedsurgery.runtime.whole_tables import overflown
-from embedsurgery.stores.base import shorten
+from embedsurgery.runtime.resume import has_history, holds, look_at, makes_state_only
+from embedsurgery.runtime.rows.rows import Rows
+from embedsurgery.runtime.rows.whole_tables import overflown
+from embedsurgery.stores.store import shorten
 from embedsurgery.stores.tensor_store import TensorStore
-from embedsurgery.surgeries.answers import planned
-from embedsurgery.surgeries.base import RowOverride, SurgeryRecord
-from embedsurgery.surgeries.soft_prompt import PromptOverride
+from embedsurgery.surgeries.checked import planned
+from embedsurgery.surgeries.soft_prompt.surgery import PromptOverride
+from embedsurgery.surgeries.surgery import RowOverride, SurgeryRecord
 from embedsurgery.surgeries.whole_tables import TableOverride
-from embedsurgery.tensors import to_raw, whole
+from embedsurgery.tensors.convert import to_raw
+from embedsurgery.tensors.sharded import whole
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from torch import nn
 
 from embedsurgery.errors import AttachmentError
 from embedsurgery.graph import EmbeddingGraph
-from embedsurgery.unknown_modules import Classify
-from embedsurgery.walker import walk_module
-from embedsurgery.wrappers import submodule
+from embedsurgery.graph.classify import Classify
+from embedsurgery.graph.from_modules import walk_module
+from embedsurgery.graph.wrappers import submodule
 
 _living: weakref.WeakSet[Any] = weakref.WeakSet()
 

@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from embedsurgery.errors import PlanError, TableError
-from embedsurgery.file_edits import PutFile, SetBytes
 from embedsurgery.graph import Table
 from embedsurgery.plan import AddTokens, Edit, Grow, PatchFile, Plan, SetBlocks, SetEntries, SetRows, Suppress, Untie
-from embedsurgery.raw import EDITABLE, RawArray
+from embedsurgery.plan.file_edits import PutFile, SetBytes
 from embedsurgery.stores.store import Store, check_indices, shorten
+from embedsurgery.tensors.raw import EDITABLE, RawArray
 
 _NO_DATA = re.compile(
     r".*\.(safetensors|bin|pt|pth|ckpt|pkl|pickle|gguf|h5|msgpack|onnx|npy|npz|py[cdow]?|so|dll|sh|exe|js)"

@@ -12,16 +12,25 @@ from torch import nn
 
 from embedsurgery.errors import PlanError, UnsupportedError
 from embedsurgery.graph import EmbeddingGraph, Vocabulary
-from embedsurgery.grouping import names_of, rows_of_tables
-from embedsurgery.model_sizes import SAVED, Count, Holder, counts, from_bytes, refuse_unknown, to_bytes, write_all
+from embedsurgery.graph.classify import Classify
+from embedsurgery.graph.from_modules import config_of, walk_module
+from embedsurgery.graph.vocabularies import names_of, rows_of_tables
+from embedsurgery.graph.wrappers import plain_name
 from embedsurgery.plan import Grow, Untie
-from embedsurgery.stores.grown_tensors import memories
+from embedsurgery.stores.model_config import (
+    SAVED,
+    Count,
+    Holder,
+    counts,
+    from_bytes,
+    refuse_unknown,
+    to_bytes,
+    write_all,
+)
+from embedsurgery.stores.resized_tensors import memories
 from embedsurgery.stores.tensor_store import TensorStore
 from embedsurgery.stores.tie_states import FLAGS, restore_states, tie_states, untie_states
-from embedsurgery.tensors import fsdp_version
-from embedsurgery.unknown_modules import Classify
-from embedsurgery.walker import config_of, walk_module
-from embedsurgery.wrappers import plain_name
+from embedsurgery.tensors.sharded import fsdp_version
 
 _WRAPPED = frozenset({"base_layer", "modules_to_save", "original_module"})
 """Parts of the paths of tables around which PEFT has put layers, whose own matrices count the vocabulary too."""

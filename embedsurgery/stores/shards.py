@@ -14,24 +14,26 @@ from copy import copy as copied
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from embedsurgery.architectures import ARCHITECTURES, Layout
-from embedsurgery.checkpoint import Checkpoint, open_checkpoint
-from embedsurgery.durable import replace_files
 from embedsurgery.errors import CheckpointError, UnsupportedError
+from embedsurgery.files.atomic import replace_files
+from embedsurgery.files.json_reading import read_small
+from embedsurgery.files.regular import open_regular, pread_exactly, pwrite_exactly
+from embedsurgery.files.safetensors import Entry, read_tensor
 from embedsurgery.graph import Table, Vocabulary
-from embedsurgery.grouping import grown_graph
-from embedsurgery.jsonfile import read_small
-from embedsurgery.names import walk_names
-from embedsurgery.plan import AddTokens, Edit, Grow, PatchFile, Suppress, Untie, spans
-from embedsurgery.raw import ITEMSIZE, RawArray
-from embedsurgery.safetensors_file import Entry, open_regular, pread_exactly, pwrite_exactly, read_tensor
+from embedsurgery.graph.architectures import ARCHITECTURES, Layout
+from embedsurgery.graph.from_names import walk_names
+from embedsurgery.graph.vocabularies import grown_graph
+from embedsurgery.plan import AddTokens, Edit, Grow, PatchFile, Suppress, Untie
+from embedsurgery.plan.edits import spans
+from embedsurgery.stores.checkpoint import Checkpoint, open_checkpoint
 from embedsurgery.stores.store import Store
+from embedsurgery.tensors.raw import ITEMSIZE, RawArray
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from embedsurgery.stores.grown_files import Piece
-    from embedsurgery.stores.grown_shards import Growth
+    from embedsurgery.stores.resized_files import Piece
+    from embedsurgery.stores.resized_shards import Growth
     from embedsurgery.stores.untied_shards import Untying
 
 
@@ -226,7 +228,7 @@ class ShardStore(Store):
         growth.small_files({})
 
     def _growth(self, vocabulary: Vocabulary, count: int) -> Growth:
-        from embedsurgery.stores.grown_shards import Growth
+        from embedsurgery.stores.resized_shards import Growth
 
         return Growth(self.checkpoint, self.graph, vocabulary, count)
 
@@ -241,7 +243,7 @@ class ShardStore(Store):
 
     def grow(self, edit: Grow) -> None:
         """Make the weight files that hold the vocabulary anew beside the old ones, and rename them over those."""
-        from embedsurgery.stores.grown_files import pieces
+        from embedsurgery.stores.resized_files import pieces
 
         vocabulary, directory = self.vocabulary(edit), self.checkpoint.directory
         growth = self._growth(vocabulary, edit.count)
@@ -255,7 +257,7 @@ class ShardStore(Store):
 
     def _make(self, anew: Mapping[str, tuple[bytes, Iterable[Piece]]], small: Mapping[str, bytes]) -> None:
         """Make weight files, each of a header and pieces of the old one, and small files anew: all or nothing."""
-        from embedsurgery.stores.grown_files import write_pieces
+        from embedsurgery.stores.resized_files import write_pieces
 
         directory = self.checkpoint.directory
         staged: dict[Path, Path] = {}
@@ -307,10 +309,10 @@ class ShardStore(Store):
     def expand(self, edit: AddTokens | Suppress) -> tuple[Edit, ...]:
         """Patches of the tokenizer's files, or of the generation config."""
         if isinstance(edit, Suppress):
-            from embedsurgery.stores.generation_files import suppression
+            from embedsurgery.stores.generation_config import suppression
 
             return suppression(self.checkpoint, edit)
-        from embedsurgery.tokenizer_files import token_patches
+        from embedsurgery.tokenizer.patching import token_patches
 
         return token_patches(self.checkpoint.directory, edit.tokens, edit.remove, edit.front)
 

@@ -7,9 +7,9 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from embedsurgery.config_sizes import counting_keys
-from embedsurgery.jsonfile import parse_json
-from embedsurgery.jsonsplice import respell
+from embedsurgery.files.json_patching import respell
+from embedsurgery.files.json_reading import parse_json
+from embedsurgery.graph.config import counting_keys
 
 
 def grown_config(data: bytes, names: Collection[str], sizes: Collection[int], count: int, path: Path) -> bytes:

@@ -10,10 +10,11 @@ import torch
 
 from embedsurgery.errors import UnsupportedError
 from embedsurgery.graph import Vocabulary
-from embedsurgery.names import Stored, walk_names
+from embedsurgery.graph.from_names import Stored, walk_names
 from embedsurgery.plan import Grow, Untie
 from embedsurgery.stores.tensor_store import TensorStore
-from embedsurgery.tensors import Memory, dtype_string, memory_of, refuse_overlaps
+from embedsurgery.tensors.convert import dtype_string
+from embedsurgery.tensors.memory import Memory, memory_of, refuse_overlaps
 
 
 class StateDictStore(TensorStore):

@@ -10,12 +10,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from embedsurgery.config_sizes import as_mapping, obstacle
 from embedsurgery.errors import PlanError, UnsupportedEditError, UnsupportedError
 from embedsurgery.graph import EmbeddingGraph, Table, Vocabulary
-from embedsurgery.grouping import names_of, rows_of_tables, unexplained
+from embedsurgery.graph.config import as_mapping, obstacle
+from embedsurgery.graph.vocabularies import names_of, rows_of_tables, unexplained
 from embedsurgery.plan import AddTokens, Edit, Grow, PatchFile, Suppress, Untie
-from embedsurgery.raw import EDITABLE, RawArray
+from embedsurgery.tensors.raw import EDITABLE, RawArray
 
 _SCALES = ("_scale", "_scale_inv", ".scales", ".qzeros", ".absmax", ".quant_state", ".SCB", "_zero_point", ".g_idx")
 """What lies beside a quantised weight, as a suffix of its name or its module's."""

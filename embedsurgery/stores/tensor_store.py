@@ -15,13 +15,15 @@ import torch
 
 from embedsurgery.errors import UnsupportedEditError, UnsupportedError
 from embedsurgery.graph import EmbeddingGraph, Table, Vocabulary
-from embedsurgery.grouping import canonical, grown_graph
+from embedsurgery.graph.vocabularies import canonical, grown_graph
 from embedsurgery.plan import AddTokens, Edit, Grow, Suppress, Untie
-from embedsurgery.raw import RawArray
-from embedsurgery.stores.generation_files import KEY, suppressed
-from embedsurgery.stores.grown_tensors import grown, memories, refuse_odd
+from embedsurgery.stores.generation_config import KEY, suppressed
+from embedsurgery.stores.resized_tensors import grown, memories, refuse_odd
 from embedsurgery.stores.store import Store
-from embedsurgery.tensors import Memory, dtype_string, from_raw, is_sharded, memory_of, rows_at, to_raw
+from embedsurgery.tensors.convert import dtype_string, from_raw, to_raw
+from embedsurgery.tensors.memory import Memory, memory_of
+from embedsurgery.tensors.raw import RawArray
+from embedsurgery.tensors.sharded import is_sharded, rows_at
 
 
 @dataclass(frozen=True)
@@ -256,11 +258,11 @@ class TensorStore(Store):
         return Suppress(edit.ids, None if known is None else tuple(known), not edit.undo)
 
     def tokens_undone(self, edit: AddTokens) -> tuple[AddTokens, ...]:
-        from embedsurgery.live_tokenizer import undo_of
+        from embedsurgery.tokenizer.live import undo_of
 
         return undo_of(self.tokenizer, edit)
 
     def change_tokens(self, edit: AddTokens) -> None:
-        from embedsurgery.live_tokenizer import change_tokens
+        from embedsurgery.tokenizer.live import change_tokens
 
         change_tokens(self.tokenizer, edit)

@@ -7,8 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from embedsurgery.config_sizes import TEXT_SECTIONS
-from embedsurgery.tie_flags import FLAG
+from embedsurgery.graph.config import FLAG, TEXT_SECTIONS
 
 FLAGS = "ties.json"
 """Key in the ``saved`` of an untying's undo: what was said where."""

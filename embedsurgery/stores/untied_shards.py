@@ -10,17 +10,18 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 
-from embedsurgery.checkpoint import CONFIG, INDEX, Checkpoint
 from embedsurgery.errors import CheckpointError, UnsupportedError
+from embedsurgery.files.json_patching import respell
+from embedsurgery.files.json_reading import parse_json, read_small
+from embedsurgery.files.regular import open_regular, pread_exactly
+from embedsurgery.files.safetensors import Entry, parse_header
 from embedsurgery.graph import Table
-from embedsurgery.jsonfile import parse_json, read_small
-from embedsurgery.jsonsplice import respell
+from embedsurgery.graph.config import places, untied, with_flags
 from embedsurgery.plan import Untie
-from embedsurgery.raw import ITEMSIZE
-from embedsurgery.safetensors_file import Entry, open_regular, parse_header, pread_exactly
-from embedsurgery.stores.grown_files import Piece
+from embedsurgery.stores.checkpoint import CONFIG, INDEX, Checkpoint
+from embedsurgery.stores.resized_files import Piece
 from embedsurgery.stores.small_files import grown_index
-from embedsurgery.tie_flags import places, untied, with_flags
+from embedsurgery.tensors.raw import ITEMSIZE
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from embedsurgery.graph import Table
-from embedsurgery.stores.base import Store, rows_of
+from embedsurgery.stores.store import Store, rows_of
 
 _SAMPLE_ROWS = 4096
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 from embedsurgery.graph import Table
 from embedsurgery.plan import Blocks, SetBlocks
-from embedsurgery.raw import RawArray
-from embedsurgery.surgeries.base import RowOverride
+from embedsurgery.surgeries.surgery import RowOverride
+from embedsurgery.tensors.raw import RawArray
 
 if TYPE_CHECKING:
     import torch

@@ -15,7 +15,7 @@ pytest.register_assert_rewrite(
     "embedsurgery.testing.surgery_setup",
 )
 
-from embedsurgery.registry import installed as installed  # noqa: E402 - pytest must know first whose asserts to show
+from embedsurgery.plugins.current import installed as installed  # noqa: E402 - pytest must know first whose asserts to show
 from embedsurgery.testing.initializers import InitializerContract as InitializerContract  # noqa: E402
 from embedsurgery.testing.models import TinyModel as TinyModel  # noqa: E402
 from embedsurgery.testing.models import bits as bits  # noqa: E402

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from embedsurgery.registry import installed
+from embedsurgery.plugins.current import installed
 
 
 class Contract:

@@ -14,10 +14,11 @@ from safetensors.torch import load_file, save_file
 
 import embedsurgery as es
 from embedsurgery.initializers import NewToken, TableView, initial_rows, parse_init, with_parts
-from embedsurgery.raw import RawArray
-from embedsurgery.registry import registry
-from embedsurgery.stores.base import Store
-from embedsurgery.stores.tensors import module_store, state_dict_store
+from embedsurgery.plugins.current import registry
+from embedsurgery.stores.modules import module_store
+from embedsurgery.stores.state_dicts import state_dict_store
+from embedsurgery.stores.store import Store
+from embedsurgery.tensors.raw import RawArray
 from embedsurgery.testing.base import Contract
 from embedsurgery.testing.models import (
     DTYPES,

@@ -11,11 +11,13 @@ import pytest
 import torch
 
 from embedsurgery.errors import EmbedSurgeryError, PlanError, UnsupportedError
-from embedsurgery.hookspecs import StoreRecord
 from embedsurgery.plan import Blocks, Edit, Plan, SetBlocks, SetRows
-from embedsurgery.raw import RawArray
-from embedsurgery.stores.base import Store, apply, check, rows_of
-from embedsurgery.tensors import from_raw, to_raw
+from embedsurgery.plugins.hookspecs import StoreRecord
+from embedsurgery.stores.apply import apply
+from embedsurgery.stores.checks import check
+from embedsurgery.stores.store import Store, rows_of
+from embedsurgery.tensors.convert import from_raw, to_raw
+from embedsurgery.tensors.raw import RawArray
 from embedsurgery.testing.base import Contract
 from embedsurgery.testing.models import DTYPES, INPUT, OUTPUT, bits
 
@@ -109,7 +111,7 @@ class StoreContract(Contract):
         self, tied: bool, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Each block is made from the rows as they are; the undo comes from a file."""
-        monkeypatch.setattr("embedsurgery.edits.BLOCK_BYTES", 100)
+        monkeypatch.setattr("embedsurgery.plan.edits.BLOCK_BYTES", 100)
         home = self.home(tmp_path, tied=tied, dtype=dtype)
         before, rows, seen = self.read(home), _rows(V), []
 
@@ -128,7 +130,7 @@ class StoreContract(Contract):
         self, tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """There is no half state."""
-        monkeypatch.setattr("embedsurgery.edits.BLOCK_BYTES", 100)
+        monkeypatch.setattr("embedsurgery.plan.edits.BLOCK_BYTES", 100)
 
         def block(start: int, stop: int, current: RawArray) -> RawArray:
             if stop == V:

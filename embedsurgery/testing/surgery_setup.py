@@ -14,9 +14,9 @@ from typing import Any, ClassVar
 import torch
 
 import embedsurgery as es
-from embedsurgery.adapter import Adapter
+from embedsurgery.adapters.adapter import Adapter
 from embedsurgery.plan import Undo
-from embedsurgery.registry import registry
+from embedsurgery.plugins.current import registry
 from embedsurgery.testing.base import Contract
 from embedsurgery.testing.models import (
     ROWS,

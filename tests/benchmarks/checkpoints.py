@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from embedsurgery.safetensors_file import TensorSource, encode_header, write_file
+from embedsurgery.files.safetensors import TensorSource, encode_header, write_file
 
 ROWS = 128_000
 SPARE = 16

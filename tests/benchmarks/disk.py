@@ -33,11 +33,11 @@ from typing import Any
 import numpy as np
 
 import embedsurgery as es
-from embedsurgery.adapter import Adapter
-from embedsurgery.raw import RawArray
+from embedsurgery.adapters.adapter import Adapter
 from embedsurgery.stores.shards import ShardStore
-from embedsurgery.surgeries.base import Base
-from embedsurgery.surgeries.trainable_tokens import TrainableTokens
+from embedsurgery.surgeries.surgery import Base
+from embedsurgery.surgeries.trainable_tokens.surgery import TrainableTokens
+from embedsurgery.tensors.raw import RawArray
 from tests.benchmarks.checkpoints import ROWS, SPARE, TABLE, Size, make
 
 CHANGED = 100

@@ -14,15 +14,15 @@ from pathlib import Path
 import numpy as np
 
 import embedsurgery as es
-from embedsurgery.adapter import Adapter
-from embedsurgery.locking import segments
-from embedsurgery.raw import RawArray
-from embedsurgery.safetensors_file import TensorSource, write_file
+from embedsurgery.adapters.adapter import Adapter
+from embedsurgery.files.locking import segments
+from embedsurgery.files.safetensors import TensorSource, write_file
 from embedsurgery.stores.shards import ShardStore
-from embedsurgery.surgeries.base import Base
-from embedsurgery.surgeries.soft_prompt import SoftPrompt
-from embedsurgery.surgeries.soft_prompt_config import TENSOR
-from embedsurgery.surgeries.trainable_tokens import TrainableTokens
+from embedsurgery.surgeries.soft_prompt.config import TENSOR
+from embedsurgery.surgeries.soft_prompt.surgery import SoftPrompt
+from embedsurgery.surgeries.surgery import Base
+from embedsurgery.surgeries.trainable_tokens.surgery import TrainableTokens
+from embedsurgery.tensors.raw import RawArray
 from tests.faults.tracer import Fault, run
 
 ROWS, WIDTH = 24, 8

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import embedsurgery as es
-from embedsurgery.checkpoint import open_checkpoint
 from embedsurgery.errors import CheckpointError, EmbedSurgeryError, UnfinishedError
-from embedsurgery.locking import segments
+from embedsurgery.files.locking import segments
+from embedsurgery.stores.checkpoint import open_checkpoint
 from tests.faults.scenarios import SCENARIOS, Scenario, Snapshot
 from tests.faults.tracer import BROKEN, COUNTED, DONE, INTERRUPTED, RAISED, Fault, Outcome, run
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from embedsurgery.plan import SEAL
+from embedsurgery.plan.plan import SEAL
 
 ODD: list[Any] = [
     None, True, False, 0, 1, -1, 2, 4, 13, 14, 15, 255, 2**31, 2**32, 2**53, 2**63, 2**64, -(2**63), 10**30, 0.5, 1e308,

@@ -12,19 +12,20 @@ from pathlib import Path
 import numpy as np
 
 import embedsurgery as es
+from embedsurgery.adapters.new_tokens import AddedTokens, plan_tokens
+from embedsurgery.checkpoints.in_place import changing
+from embedsurgery.checkpoints.records import next_record
 from embedsurgery.errors import EmbedSurgeryWarning
-from embedsurgery.new_tokens import AddedTokens, plan_tokens
-from embedsurgery.offline.in_place import changing
+from embedsurgery.files.safetensors import TensorSource, write_file
 from embedsurgery.plan import Blocks, Plan, SetBlocks
-from embedsurgery.raw import RawArray
-from embedsurgery.records import next_record, written
-from embedsurgery.registry import registry
-from embedsurgery.safetensors_file import TensorSource, write_file
-from embedsurgery.stores.base import apply
+from embedsurgery.plugins.current import registry
+from embedsurgery.stores.apply import apply
 from embedsurgery.stores.shards import ShardStore
-from embedsurgery.surgeries.base import Base
-from embedsurgery.surgeries.trainable_tokens import TrainableTokens
-from embedsurgery.tokenizer_files import known_tokens
+from embedsurgery.stores.written import written
+from embedsurgery.surgeries.surgery import Base
+from embedsurgery.surgeries.trainable_tokens.surgery import TrainableTokens
+from embedsurgery.tensors.raw import RawArray
+from embedsurgery.tokenizer.patching import known_tokens
 from tests.made import made_on
 
 ROWS, WIDTH = 14, 4

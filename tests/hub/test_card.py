@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 import embedsurgery as es
-from embedsurgery.card import (
+from embedsurgery.errors import HubError
+from embedsurgery.hub.card import (
     BEGIN,
     END,
     FRONT_BEGIN,
@@ -20,7 +21,6 @@ from embedsurgery.card import (
     merged_front,
     renewed,
 )
-from embedsurgery.errors import HubError
 
 FRONT = {"base_model": "team/base", "base_model_relation": "adapter", "tags": ["embedsurgery", "peft"]}
 

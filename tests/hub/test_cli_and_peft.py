@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import embedsurgery as es
-from embedsurgery.adapter import CONFIG_NAME, WEIGHTS_NAME
+from embedsurgery.adapters.adapter import CONFIG_NAME, WEIGHTS_NAME
 from embedsurgery.errors import EmbedSurgeryWarning
 from tests.conftest import ROOT, contents, listing, logits, python, tiny
 from tests.hub.answers import says, when

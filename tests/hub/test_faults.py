@@ -12,10 +12,10 @@ from huggingface_hub import constants
 from huggingface_hub.utils import close_session
 
 import embedsurgery as es
-from embedsurgery.adapter import CONFIG_NAME, METADATA_KEY, WEIGHTS_NAME
+from embedsurgery.adapters.adapter import CONFIG_NAME, METADATA_KEY, WEIGHTS_NAME
+from embedsurgery.checkpoints.hub_merging import push_merged
 from embedsurgery.errors import AdapterError, CheckpointError, EmbedSurgeryError, HubError, UnknownSurgeryError
-from embedsurgery.hub import push_merged
-from embedsurgery.safetensors_file import encode_header
+from embedsurgery.files.safetensors import encode_header
 from tests.conftest import listing, trained
 from tests.hub.answers import Answer, Rule, cuts, drops, says, shortens, spoils, when
 from tests.hub.conftest import REPO, point

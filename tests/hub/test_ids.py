@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 import embedsurgery as es
-from embedsurgery.adapter import WEIGHTS_NAME
+from embedsurgery.adapters.adapter import WEIGHTS_NAME
+from embedsurgery.checkpoints.hub_merging import push_merged
 from embedsurgery.cli.show import show
 from embedsurgery.errors import BaseMismatchError, CheckpointError, ConfigError, EmbedSurgeryWarning, HubError
 from embedsurgery.hub import store, using_token
-from embedsurgery.hub.merging import push_merged
 from tests.conftest import contents, save, tiny, trained
 from tests.hub.answers import cuts, says, shortens, spoils, when
 from tests.hub.conftest import BASE, REPO, point

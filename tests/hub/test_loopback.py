@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 
 import embedsurgery as es
-from embedsurgery.adapter import CONFIG_NAME, WEIGHTS_NAME
+from embedsurgery.adapters.adapter import CONFIG_NAME, WEIGHTS_NAME
 from tests.hub.conftest import REPO
 from tests.hub.loopback import Hub
 from tests.hub.store import Repo

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import embedsurgery as es
-from embedsurgery.checkpoint import open_checkpoint
+from embedsurgery.checkpoints.hub_merging import push_merged
 from embedsurgery.errors import (
     BaseMismatchError,
     CheckpointError,
@@ -18,9 +18,10 @@ from embedsurgery.errors import (
     HubError,
     OutputExistsError,
 )
-from embedsurgery.hub import open_remote, push_merged
+from embedsurgery.files.safetensors import encode_header
+from embedsurgery.hub import open_remote
 from embedsurgery.hub.ids import HubId
-from embedsurgery.safetensors_file import encode_header
+from embedsurgery.stores.checkpoint import open_checkpoint
 from tests.conftest import contents, listing, save, tiny, trained
 from tests.hub.answers import says, when
 from tests.hub.conftest import BASE, REPO, point

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import embedsurgery as es
-from embedsurgery.adapter import CONFIG_NAME, WEIGHTS_NAME
+from embedsurgery.adapters.adapter import CONFIG_NAME, WEIGHTS_NAME
 from embedsurgery.errors import EmbedSurgeryWarning
 from embedsurgery.hub import HubId, find_id
 from tests.conftest import contents, listing

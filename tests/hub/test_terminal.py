@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import embedsurgery as es
-from embedsurgery.adapter import WEIGHTS_NAME
+from embedsurgery.adapters.adapter import WEIGHTS_NAME
 from tests.conftest import contents
 from tests.hub.conftest import BASE, REPO
 from tests.hub.loopback import READER, WRITER, Hub

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import embedsurgery as es
-from embedsurgery.adapter import WEIGHTS_NAME
+from embedsurgery.adapters.adapter import WEIGHTS_NAME
 from tests.conftest import contents, python
 from tests.hub.answers import says, when
 from tests.hub.conftest import REPO

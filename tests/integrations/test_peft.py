@@ -13,10 +13,10 @@ import pytest
 import torch
 
 import embedsurgery as es
-from embedsurgery.adapter import plainly_named
+from embedsurgery.adapters.adapter import plainly_named
 from embedsurgery.errors import AttachmentError, BaseMismatchError, EmbedSurgeryWarning, TableError, UnsupportedError
-from embedsurgery.runtime import beside_peft
-from embedsurgery.wrappers import plain_name
+from embedsurgery.graph.wrappers import plain_name
+from embedsurgery.runtime import peft as beside_peft
 from tests.conftest import bits, logits, save, state_bits, tiny
 from tests.integrations.helpers import INDICES, batch, rows, trainer
 

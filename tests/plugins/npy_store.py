@@ -10,10 +10,10 @@ import numpy as np
 
 import embedsurgery as es
 from embedsurgery.graph import Table
-from embedsurgery.hookspecs import StoreRecord
-from embedsurgery.names import Stored, walk_names
-from embedsurgery.raw import RawArray
-from embedsurgery.stores.base import Store
+from embedsurgery.graph.from_names import Stored, walk_names
+from embedsurgery.plugins.hookspecs import StoreRecord
+from embedsurgery.stores.store import Store
+from embedsurgery.tensors.raw import RawArray
 
 LIST = "tensors.json"
 _DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "int8": "I8"}

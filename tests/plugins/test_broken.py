@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from embedsurgery.contract import KINDS
-from embedsurgery.registry import DISABLE
+from embedsurgery.plugins.checks import KINDS
+from embedsurgery.plugins.registry import DISABLE
 from tests.conftest import cli, contents
 
 HEAD = """

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from embedsurgery.contract import KINDS
-from embedsurgery.hookspecs import Hooks
+from embedsurgery.plugins.checks import KINDS
+from embedsurgery.plugins.hookspecs import Hooks
 from tests.plugins.environment import ROOT, Environment
 
 GUIDE = ROOT / "plugins" / "README.md"

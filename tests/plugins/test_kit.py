@@ -11,10 +11,11 @@ from safetensors.torch import load_file, save_file
 
 import embedsurgery as es
 from embedsurgery.initializers import BUILT_IN
-from embedsurgery.registry import build, registry
-from embedsurgery.stores.base import Store
+from embedsurgery.plugins.current import build, registry
+from embedsurgery.stores.modules import module_store
 from embedsurgery.stores.shards import ShardStore
-from embedsurgery.stores.tensors import module_store, state_dict_store
+from embedsurgery.stores.state_dicts import state_dict_store
+from embedsurgery.stores.store import Store
 from embedsurgery.testing import InitializerContract, StoreContract, SurgeryContract
 from embedsurgery.testing.models import OUTPUT
 

@@ -14,13 +14,13 @@ import torch
 from safetensors.torch import load_file
 
 import embedsurgery as es
-from embedsurgery.adapter import Adapter
+from embedsurgery.adapters.adapter import Adapter
 from embedsurgery.errors import CheckpointError, EmbedSurgeryError, PlanError, PluginError
-from embedsurgery.hookspecs import CommandRecord, StoreRecord
 from embedsurgery.initializers import Initializer, InitializerRecord
 from embedsurgery.plan import Plan, SetRows
-from embedsurgery.surgeries.base import RowOverride, SurgeryRecord
-from embedsurgery.surgeries.trainable_tokens import TrainableTokens
+from embedsurgery.plugins.hookspecs import CommandRecord, StoreRecord
+from embedsurgery.surgeries.surgery import RowOverride, SurgeryRecord
+from embedsurgery.surgeries.trainable_tokens.surgery import TrainableTokens
 from embedsurgery.testing import TinyModel, contents, installed, write_checkpoint
 from embedsurgery.testing.models import INPUT, state_bits
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from embedsurgery.plugin_template import write_plugin
+from embedsurgery.plugins.template import write_plugin
 from tests.plugins.environment import ROOT
 
 GUIDE = (ROOT / "plugins" / "README.md").read_text(encoding="utf-8")
@@ -83,7 +83,7 @@ def not_public(code: str) -> list[str]:
 
 def test_what_the_guide_lists_is_there() -> None:
     known = public()
-    assert known.keys() >= {"embedsurgery", "embedsurgery.testing", "embedsurgery.hookspecs"}
+    assert known.keys() >= {"embedsurgery", "embedsurgery.testing", "embedsurgery.plugins.hookspecs"}
     for module, names in known.items():
         there = import_module(module)
         assert there.__doc__
@@ -112,28 +112,28 @@ def test_the_template_uses_nothing_else(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("code", [
-    "from embedsurgery.adapter import _replace", "from embedsurgery._version import x", "import embedsurgery._version",
+    "from embedsurgery.adapters.adapter import _replace", "from embedsurgery._version import x", "import embedsurgery._version",
     "import embedsurgery as es\nes._PUBLIC", "x._member", "getattr(x, '_member')",
-    "from importlib import import_module\nimport_module('embedsurgery.walker')",
+    "from importlib import import_module\nimport_module('embedsurgery.graph.from_modules')",
 ])  # fmt: skip
 def test_what_is_private_is_seen(code: str) -> None:
     assert len(private(ast.parse(code))) == 1
 
 
 @pytest.mark.parametrize("code", [
-    "from embedsurgery.walker import walk_module", "import embedsurgery.walker", "from embedsurgery.plan import spans",
+    "from embedsurgery.graph.from_modules import walk_module", "import embedsurgery.graph.from_modules", "from embedsurgery.plan import spans",
 ])  # fmt: skip
 def test_what_is_not_public_is_seen(code: str) -> None:
     assert len(not_public(code)) == 1
 
 
 def test_frozen_dataclasses_go_in_and_come_out() -> None:
-    from embedsurgery.contract import KINDS
+    from embedsurgery.plugins.checks import KINDS
 
-    given = {"embedsurgery.hookspecs": ("UnknownModule", "EmbeddingModule", "CardSection"),
+    given = {"embedsurgery.plugins.hookspecs": ("UnknownModule", "EmbeddingModule", "CardSection"),
              "embedsurgery.initializers": ("NewToken", "TableView", "Ask"),
-             "embedsurgery.surgeries.base": ("Base", "Ground", "RowOverride"),
-             "embedsurgery.adapter": ("Adapter", "Manifest", "PeftFiles", "TableRecord", "Fingerprint"),
+             "embedsurgery.surgeries.surgery": ("Base", "Ground", "RowOverride"),
+             "embedsurgery.adapters.adapter": ("Adapter", "Manifest", "PeftFiles", "TableRecord", "Fingerprint"),
              "embedsurgery.plan": ("Plan", "SetRows", "SetBlocks", "SetEntries", "Grow"),
              "embedsurgery.graph": ("EmbeddingGraph", "Table", "Site", "Vocabulary")}  # fmt: skip
     kinds = [getattr(import_module(module), name) for module, names in given.items() for name in names]

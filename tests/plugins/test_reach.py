@@ -16,14 +16,20 @@ from safetensors.torch import save_file
 from torch import nn
 
 import embedsurgery as es
-from embedsurgery.architectures import Layout
-from embedsurgery.card import END, adapter_body
 from embedsurgery.cli.inspect import inspect
 from embedsurgery.cli.show import show
 from embedsurgery.errors import AttachmentError, CheckpointError, EmbedSurgeryWarning
-from embedsurgery.hookspecs import CardSection, CardSectionRecord, ClassifierRecord, EmbeddingModule, LayoutRecord
-from embedsurgery.registry import registry
-from embedsurgery.stores.base import Store
+from embedsurgery.graph.architectures import Layout
+from embedsurgery.hub.card import END, adapter_body
+from embedsurgery.plugins.current import registry
+from embedsurgery.plugins.hookspecs import (
+    CardSection,
+    CardSectionRecord,
+    ClassifierRecord,
+    EmbeddingModule,
+    LayoutRecord,
+)
+from embedsurgery.stores.store import Store
 from embedsurgery.testing import StoreContract, TinyModel, contents, installed
 from embedsurgery.testing.models import INPUT, OUTPUT
 from tests.conftest import cli

@@ -16,14 +16,15 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import embedsurgery as es
-from embedsurgery.adapter import Adapter, Fingerprint, Manifest, PeftFiles, TableRecord
+from embedsurgery.adapters.adapter import Adapter, PeftFiles
+from embedsurgery.adapters.manifest import Fingerprint, Manifest, TableRecord
 from embedsurgery.errors import AttachmentError, EmbedSurgeryWarning, UnsupportedError
 from embedsurgery.graph import Table
 from embedsurgery.plan import Plan
-from embedsurgery.raw import RawArray
-from embedsurgery.stores.base import Store, rows_of
-from embedsurgery.surgeries.base import Base, RowOverride, Surgery, SurgeryRecord
+from embedsurgery.stores.store import Store, rows_of
+from embedsurgery.surgeries.surgery import Base, RowOverride, Surgery, SurgeryRecord
 from embedsurgery.surgeries.whole_tables import TableChange, sampled_rows, set_table, table_overrides
+from embedsurgery.tensors.raw import RawArray
 from embedsurgery.testing import SurgeryContract, TinyModel, bits, contents, installed, write_checkpoint
 from embedsurgery.testing.models import INPUT, ROWS, WIDTH, every_token, state_bits
 

@@ -18,15 +18,15 @@ import numpy as np
 import torch
 
 import embedsurgery as es
-from embedsurgery.adapter import Adapter, PeftFiles
+from embedsurgery.adapters.adapter import Adapter, PeftFiles
 from embedsurgery.graph import Table
-from embedsurgery.hookspecs import StoreRecord
 from embedsurgery.initializers import Initializer, InitializerRecord, NewToken, TableView
 from embedsurgery.plan import PatchFile, Plan, SetRows, Untie
-from embedsurgery.raw import RawArray
-from embedsurgery.stores.base import Store, rows_of
-from embedsurgery.surgeries.base import Base, Ground, RowOverride, Surgery, SurgeryRecord
-from embedsurgery.surgeries.trainable_tokens import TrainableTokens
+from embedsurgery.plugins.hookspecs import StoreRecord
+from embedsurgery.stores.store import Store, rows_of
+from embedsurgery.surgeries.surgery import Base, Ground, RowOverride, Surgery, SurgeryRecord
+from embedsurgery.surgeries.trainable_tokens.surgery import TrainableTokens
+from embedsurgery.tensors.raw import RawArray
 from embedsurgery.testing import InitializerContract, StoreContract, SurgeryContract
 from embedsurgery.testing.models import INPUT, OUTPUT
 from tests.plugins.npy_store import NpyStore

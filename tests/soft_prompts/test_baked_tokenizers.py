@@ -12,10 +12,10 @@ import transformers as tr
 from tokenizers import processors
 
 from embedsurgery.errors import EmbedSurgeryError, PlanError, UnsupportedError
-from embedsurgery.live_tokenizer import change_tokens, undo_of
 from embedsurgery.plan import AddTokens, Front, PatchFile, Token
-from embedsurgery.tokenizer_classes import plain_config, rebuilds
-from embedsurgery.tokenizer_files import check_front, token_patches
+from embedsurgery.tokenizer.classes import plain_config, rebuilds
+from embedsurgery.tokenizer.live import change_tokens, undo_of
+from embedsurgery.tokenizer.patching import check_front, token_patches
 from tests import tokenizers
 from tests.soft_prompts import baked
 

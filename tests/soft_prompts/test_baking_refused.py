@@ -20,7 +20,7 @@ from embedsurgery.errors import (
     TableError,
     UnsupportedError,
 )
-from embedsurgery.positions import position_limit
+from embedsurgery.graph.config import position_limit
 from tests.conftest import cli, contents, state_bits
 from tests.soft_prompts.baked import Start, model_of, random_prompt, start
 

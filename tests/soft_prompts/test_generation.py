@@ -12,7 +12,7 @@ import torch
 
 import embedsurgery as es
 from embedsurgery.errors import AttachmentError, UnsupportedError
-from embedsurgery.runtime.prompt_caches import seat_of, take_seat
+from embedsurgery.runtime.prompts.caches import seat_of, take_seat
 from tests import zoo
 from tests.soft_prompts.models import CACHE, EACH_CAUSAL, PAD, V, cache_in, padded, rows, tiny
 from tests.soft_prompts.prompted import N, alone, close, embedded, prompted, randomise, shared, vectors

@@ -12,10 +12,10 @@ import torch
 import transformers as tr
 
 import embedsurgery as es
-from embedsurgery.card import adapter_body
-from embedsurgery.lookup_scale import scale_of
+from embedsurgery.hub.card import adapter_body
 from embedsurgery.stores.shards import ShardStore
-from embedsurgery.surgeries import soft_prompt_reading as reading
+from embedsurgery.surgeries.soft_prompt import nearest_tokens as reading
+from embedsurgery.surgeries.soft_prompt.lookup_scale import scale_of
 from tests.conftest import cli, python
 from tests.soft_prompts.baked import Start, start
 

@@ -14,13 +14,7 @@ import pytest
 import torch
 
 import embedsurgery as es
-from embedsurgery.errors import (
-    AttachmentError,
-    BaseMismatchError,
-    ConfigError,
-    EmbedSurgeryWarning,
-    UnsupportedError,
-)
+from embedsurgery.errors import AttachmentError, BaseMismatchError, ConfigError, EmbedSurgeryWarning, UnsupportedError
 from tests.conftest import state_bits
 from tests.soft_prompts.models import V, padded, rows, tiny, unpadded
 from tests.soft_prompts.prompted import N, alone, close, embedded, prompted, randomise, vectors

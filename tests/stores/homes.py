@@ -18,9 +18,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from embedsurgery.stores.base import Store
+from embedsurgery.stores.modules import module_store
 from embedsurgery.stores.shards import ShardStore
-from embedsurgery.stores.tensors import module_store, state_dict_store
+from embedsurgery.stores.state_dicts import state_dict_store
+from embedsurgery.stores.store import Store
 
 V, D, W = 11, 6, 9
 EMBED, HEAD, LAST = "model.embed_tokens.weight", "lm_head.weight", "model.z_emb.weight"

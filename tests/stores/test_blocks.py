@@ -13,9 +13,9 @@ import torch
 
 from embedsurgery.errors import CheckpointError, EmbedSurgeryError, PlanError
 from embedsurgery.plan import Blocks, Plan, SetBlocks, SetRows
-from embedsurgery.raw import RawArray
-from embedsurgery.stores.base import apply
-from embedsurgery.tensors import from_raw, to_raw
+from embedsurgery.stores.apply import apply
+from embedsurgery.tensors.convert import from_raw, to_raw
+from embedsurgery.tensors.raw import RawArray
 from tests.conftest import bits
 from tests.stores.homes import DTYPES, EMBED, HOMES, Case, FileCase
 
@@ -26,7 +26,7 @@ CASES = [(home, layout, dtype) for home, kind in HOMES.items() for layout in kin
 
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("embedsurgery.edits.BLOCK_BYTES", BLOCK)
+    monkeypatch.setattr("embedsurgery.plan.edits.BLOCK_BYTES", BLOCK)
 
 
 @pytest.fixture

@@ -13,9 +13,11 @@ import torch
 
 from embedsurgery.errors import PlanError
 from embedsurgery.plan import Blocks, Edit, Grow, Plan, SetBlocks, SetEntries, SetRows
-from embedsurgery.raw import RawArray
-from embedsurgery.stores.base import apply, check, rows_of
-from embedsurgery.tensors import from_raw, to_raw
+from embedsurgery.stores.apply import apply
+from embedsurgery.stores.checks import check
+from embedsurgery.stores.store import rows_of
+from embedsurgery.tensors.convert import from_raw, to_raw
+from embedsurgery.tensors.raw import RawArray
 from tests.conftest import bits, contents
 from tests.stores.homes import DTYPES, FLOATS, HOMES, LAST, Case, D, FileCase, ModuleCase, V, W
 from tests.stores.test_contract import new_rows, raw, same

@@ -14,11 +14,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from embedsurgery.errors import EmbedSurgeryError, PlanError, UnsupportedError
+from embedsurgery.files.safetensors import read_header
 from embedsurgery.plan import AddTokens, Grow, PatchFile, Plan, SetRows, Token
-from embedsurgery.safetensors_file import read_header
-from embedsurgery.stores.base import apply, check, rows_of
+from embedsurgery.stores.apply import apply
+from embedsurgery.stores.checks import check
 from embedsurgery.stores.shards import ShardStore
-from embedsurgery.tensors import from_raw, to_raw
+from embedsurgery.stores.store import rows_of
+from embedsurgery.tensors.convert import from_raw, to_raw
 from tests.conftest import bits, contents, listing, python, tiny, write_tokenizer
 
 V, D, N = 11, 6, 2

@@ -15,9 +15,11 @@ from torch import nn
 import embedsurgery as es
 from embedsurgery.errors import PlanError, UnsupportedError
 from embedsurgery.plan import AddTokens, Grow, Plan, SetRows, Token
-from embedsurgery.stores.base import apply, check
-from embedsurgery.stores.tensors import module_store, state_dict_store
-from embedsurgery.tensors import to_raw
+from embedsurgery.stores.apply import apply
+from embedsurgery.stores.checks import check
+from embedsurgery.stores.modules import module_store
+from embedsurgery.stores.state_dicts import state_dict_store
+from embedsurgery.tensors.convert import to_raw
 from tests.conftest import KINDS, bits, logits, python, state_bits, tiny
 
 N = 3

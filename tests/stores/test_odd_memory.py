@@ -8,10 +8,12 @@ from torch import nn
 
 from embedsurgery.errors import EmbedSurgeryError
 from embedsurgery.plan import Plan, SetRows
-from embedsurgery.raw import RawArray
-from embedsurgery.stores.base import Store, apply
-from embedsurgery.stores.tensors import module_store, state_dict_store
-from embedsurgery.tensors import to_raw
+from embedsurgery.stores.apply import apply
+from embedsurgery.stores.modules import module_store
+from embedsurgery.stores.state_dicts import state_dict_store
+from embedsurgery.stores.store import Store
+from embedsurgery.tensors.convert import to_raw
+from embedsurgery.tensors.raw import RawArray
 from tests.conftest import bits
 from tests.stores.homes import EMBED, HEAD, module_of
 

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import embedsurgery as es
-from embedsurgery.hookspecs import CommandRecord
 from embedsurgery.initializers import InitializerRecord
+from embedsurgery.plugins.hookspecs import CommandRecord
 from embedsurgery_distill.initializer import Distilled as Distilled
 from embedsurgery_distill.initializer import teacher as teacher
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 import embedsurgery as es
-from embedsurgery.adapter import Adapter
+from embedsurgery.adapters.adapter import Adapter
 from embedsurgery.errors import ConfigError, UnsupportedError
 
 Progress = Callable[[int, int], None]

@@ -19,7 +19,7 @@ from embedsurgery_distill import distill, teacher
 
 import embedsurgery as es
 from embedsurgery.errors import CheckpointError, ConfigError, OutputExistsError, UnsupportedError
-from embedsurgery.registry import registry
+from embedsurgery.plugins.current import registry
 from embedsurgery.testing import InitializerContract, TinyModel, bits, contents, installed
 from embedsurgery.testing.models import ROWS, WIDTH, state_bits, tokenizer_json
 

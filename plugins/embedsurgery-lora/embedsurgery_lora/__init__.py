@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import embedsurgery as es
-from embedsurgery.surgeries.base import SurgeryRecord
+from embedsurgery.surgeries.surgery import SurgeryRecord
 from embedsurgery_lora.config import LoraTablesConfig as LoraTablesConfig
 from embedsurgery_lora.surgery import Lora as Lora
 

@@ -15,16 +15,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from embedsurgery.adapter import Adapter, Fingerprint, Manifest, PeftFiles, TableRecord
+from embedsurgery.adapters.adapter import Adapter, PeftFiles
+from embedsurgery.adapters.manifest import Fingerprint, Manifest, TableRecord
 from embedsurgery.errors import AdapterError, EmbedSurgeryWarning
 from embedsurgery.graph import Table
-from embedsurgery.grouping import HEADS, ends
-from embedsurgery.raw import EDITABLE, RawArray
+from embedsurgery.graph.vocabularies import HEADS, ends
 from embedsurgery.surgeries.whole_tables import sampled_rows
+from embedsurgery.tensors.raw import EDITABLE, RawArray
 from embedsurgery_lora.config import scaling
 
 if TYPE_CHECKING:
-    from embedsurgery.surgeries.base import Surgery
+    from embedsurgery.surgeries.surgery import Surgery
 
 LEFT = ".left"
 """Suffix of the adapter's tensor with the matrix (V, r)."""

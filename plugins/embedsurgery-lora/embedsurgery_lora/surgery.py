@@ -16,14 +16,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from embedsurgery import __version__
-from embedsurgery.adapter import Adapter, Fingerprint, Manifest, PeftFiles, TableRecord
+from embedsurgery.adapters.adapter import Adapter, PeftFiles
+from embedsurgery.adapters.manifest import Fingerprint, Manifest, TableRecord
 from embedsurgery.errors import BaseMismatchError, EmbedSurgeryWarning, UnsupportedError
 from embedsurgery.graph import Table
 from embedsurgery.plan import Edit, Plan, SetBlocks, SetRows
-from embedsurgery.raw import RawArray
-from embedsurgery.stores.base import Store, rows_of
-from embedsurgery.surgeries.base import Base, RowOverride, Surgery
+from embedsurgery.stores.store import Store, rows_of
+from embedsurgery.surgeries.surgery import Base, RowOverride, Surgery
 from embedsurgery.surgeries.whole_tables import TableChange, sampled_rows, set_table, table_overrides
+from embedsurgery.tensors.raw import RawArray
 from embedsurgery_lora.config import LoraTablesConfig, scaling
 from embedsurgery_lora.files import LEFT, TOKENS, from_files, from_peft, kind_of, to_peft
 

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import embedsurgery as es
-from embedsurgery.hookspecs import CommandRecord
 from embedsurgery.initializers import InitializerRecord
+from embedsurgery.plugins.hookspecs import CommandRecord
 from embedsurgery_textual_inversion.files import LearnedEmbedding as LearnedEmbedding
 from embedsurgery_textual_inversion.files import expand_prompt as expand_prompt
 from embedsurgery_textual_inversion.files import read_embedding as read_embedding

@@ -16,8 +16,9 @@ from pathlib import Path
 import numpy as np
 
 from embedsurgery.errors import AdapterError, CheckpointError
-from embedsurgery.raw import EDITABLE, RawArray
-from embedsurgery.safetensors_file import open_regular, read_header, read_tensor
+from embedsurgery.files.regular import open_regular
+from embedsurgery.files.safetensors import read_header, read_tensor
+from embedsurgery.tensors.raw import EDITABLE, RawArray
 
 NAME = "learned_embeds.safetensors"
 _PICKLES = (".pt", ".bin", ".pth", ".ckpt", ".pkl")

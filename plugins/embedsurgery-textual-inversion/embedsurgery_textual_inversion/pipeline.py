@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import embedsurgery as es
-from embedsurgery.durable import staged_directory
 from embedsurgery.errors import CheckpointError, ConfigError, EmbedSurgeryWarning, OutputExistsError
+from embedsurgery.files.atomic import staged_directory
 from embedsurgery_textual_inversion.files import LearnedEmbedding, read_embedding
 
 PARTS = (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2"), ("text_encoder_3", "tokenizer_3"))

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import embedsurgery as es
 from embedsurgery.errors import AdapterError, CheckpointError, ConfigError, EmbedSurgeryWarning, OutputExistsError
-from embedsurgery.registry import registry
+from embedsurgery.plugins.current import registry
 from embedsurgery.testing import InitializerContract, bits, contents, installed
 from embedsurgery.testing.models import WIDTH, state_bits
 

@@ -23,10 +23,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import embedsurgery as es
-from embedsurgery.adapter import Adapter
+from embedsurgery.adapters.adapter import Adapter
 from embedsurgery.errors import AdapterError, AttachmentError
 from embedsurgery.integrations import EmbedSurgeryCallback
-from embedsurgery.tensors import rows_at, to_raw
+from embedsurgery.tensors.convert import to_raw
+from embedsurgery.tensors.sharded import rows_at
 from tests.conftest import logits, tiny
 from tests.distributed.cases import CHECKPOINTED, KINDS, ROWS, WRAPS, attached, batch, loss_of, targets, wrap
 from tests.distributed.workers import leave

@@ -1,0 +1,61 @@
+"""What a merge or unmerge says that it did."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from embedsurgery.checkpoints.jobs import weights
+from embedsurgery.plan import AddTokens, PatchFile, Plan, SetBlocks, SetRows
+from embedsurgery.plan.plan import undo_bytes
+from embedsurgery.stores.store import Store
+
+Progress = Callable[[int, int], None]
+"""Called with the bytes copied so far and the bytes to copy."""
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge or unmerge did, or in a dry run would do.
+
+    Attributes:
+        output: The new directory, or the one that was changed in place; None where a dry run named none.
+        edits: A line for each edit.
+        rows: Table -> how many rows.
+        files: The files that are touched.
+        tokens: Text -> id of tokens that are added.
+        copied: Bytes of the whole checkpoint; 0 in place.
+        done: False for a dry run.
+        in_place: Whether the checkpoint itself was changed.
+        undo: Bytes of rows that are kept to take it out again; large for an adapter of whole tables.
+    """
+
+    output: str | None
+    edits: tuple[str, ...]
+    rows: dict[str, int]
+    files: tuple[str, ...]
+    tokens: dict[str, int]
+    copied: int
+    done: bool
+    in_place: bool = False
+    undo: int = 0
+
+
+def report_of(plan: Plan, store: Store, output: Path | None, copied: int) -> MergeReport:
+    """The report of a plan that is not done yet."""
+    rows: dict[str, set[int]] = {}
+    tokens: dict[str, int] = {}
+    for edit in plan.edits:
+        if isinstance(edit, SetRows):
+            rows.setdefault(edit.table, set()).update(edit.indices)
+        elif isinstance(edit, SetBlocks):
+            rows.setdefault(edit.table, set()).update(range(edit.blocks.shape[0]))
+        elif isinstance(edit, AddTokens):
+            tokens.update({token.content: token.id for token in edit.tokens})
+    patched = [edit.path for edit in plan.edits if isinstance(edit, PatchFile)]
+    touched = (*weights(plan, store), *dict.fromkeys(patched))
+    name = None if output is None else str(output)
+    counts = {table: len(indices) for table, indices in rows.items()}
+    return MergeReport(name, tuple(plan.describe()), counts, tuple(dict.fromkeys(touched)), tokens, copied, done=False,
+                       undo=undo_bytes(plan, store.graph))  # fmt: skip

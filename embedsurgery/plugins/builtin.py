@@ -1,0 +1,91 @@
+"""What is built in, registered through the same hooks as a plugin's; each hook imports what it returns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from embedsurgery.plugins.hookspecs import CommandRecord, LayoutRecord, StoreRecord, hookimpl
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import click
+
+    from embedsurgery.initializers import InitializerRecord
+    from embedsurgery.stores.shards import ShardStore
+    from embedsurgery.surgeries.surgery import SurgeryRecord
+
+
+@hookimpl
+def embedsurgery_surgeries() -> Sequence[SurgeryRecord]:
+    """Trainable tokens and soft prompts; adapters of both can share a model, those of tokens with disjoint rows."""
+    from embedsurgery.surgeries.soft_prompt.surgery import (
+        NO_ROWS,
+        P_TUNING,
+        PROMPT_TUNING,
+        SoftPrompt,
+        SoftPromptConfig,
+    )
+    from embedsurgery.surgeries.surgery import SurgeryRecord
+    from embedsurgery.surgeries.trainable_tokens.surgery import PEFT_TYPE, TrainableTokens, TrainableTokensConfig
+
+    tokens, prompt = TrainableTokens(), SoftPrompt()
+    both = frozenset({tokens.name, prompt.name})
+    return [
+        SurgeryRecord(tokens.name, TrainableTokensConfig, tokens, PEFT_TYPE, both),
+        SurgeryRecord(prompt.name, SoftPromptConfig, prompt, PROMPT_TUNING, both, frozenset({P_TUNING, *NO_ROWS})),
+    ]
+
+
+@hookimpl
+def embedsurgery_initializers() -> Sequence[InitializerRecord]:
+    """How rows start without any plugin."""
+    from embedsurgery.initializers import BUILT_IN
+
+    return list(BUILT_IN)
+
+
+@hookimpl
+def embedsurgery_layouts() -> Sequence[LayoutRecord]:
+    """The architectures that need telling."""
+    from embedsurgery.graph.architectures import ARCHITECTURES
+
+    return [LayoutRecord(name, layout) for name, layout in ARCHITECTURES.items()]
+
+
+@hookimpl
+def embedsurgery_stores() -> Sequence[StoreRecord]:
+    """Safetensors in one file or in shards: also what is asked where a directory is nothing that anybody knows."""
+    return [StoreRecord("safetensors", _is_safetensors, _open_shards, fallback=True)]
+
+
+@hookimpl
+def embedsurgery_commands() -> Sequence[CommandRecord]:
+    """The verbs of the command line, one a file, so that no plugin takes the name of one; none is imported for it."""
+    from embedsurgery.plugins.verbs import VERBS
+
+    return [CommandRecord(verb, summary, _loader(verb)) for verb, summary in VERBS.items()]
+
+
+def _open_shards(directory: Path) -> ShardStore:
+    """With the architectures that plugins know, who are asked when a checkpoint is opened."""
+    from embedsurgery.plugins.current import registry
+    from embedsurgery.stores.shards import ShardStore
+
+    return ShardStore.open(directory, architectures=registry().architectures)
+
+
+def _is_safetensors(directory: Path) -> bool:
+    from embedsurgery.stores.checkpoint import INDEX, SINGLE
+
+    return (directory / SINGLE).exists() or (directory / INDEX).exists()
+
+
+def _loader(verb: str) -> Callable[[], click.Command]:
+    def load() -> click.Command:
+        command: click.Command = import_module(f"embedsurgery.cli.{verb}").command
+        return command
+
+    return load

@@ -1,0 +1,219 @@
+"""Which plugins there are and what they bring. Data never decides what is imported: entry points alone do.
+
+How plugins are loaded is ``discovery.py``'s. Where none is installed, what is built in is imported kind by kind when it
+is asked for: a merge that starts in a quarter of a second has no time for what it does not use.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from embedsurgery.errors import CheckpointError, ConfigError, EmbedSurgeryWarning, UnknownSurgeryError
+from embedsurgery.plugin_calls import call
+from embedsurgery.plugins.entry_points import GROUP
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from embedsurgery.adapters.manifest import Manifest
+    from embedsurgery.graph.architectures import Layout
+    from embedsurgery.initializers import InitializerRecord
+    from embedsurgery.plugins.hookspecs import (
+        CardSection,
+        CardSectionRecord,
+        ClassifierRecord,
+        CommandRecord,
+        EmbeddingModule,
+        LayoutRecord,
+        StoreRecord,
+        UnknownModule,
+    )
+    from embedsurgery.stores.store import Store
+    from embedsurgery.surgeries.surgery import SurgeryRecord
+
+DISABLE = "EMBEDSURGERY_DISABLE_PLUGINS"
+"""Environment variable: "1" loads no plugin but the built-in one; names separated by commas block those."""
+
+
+@dataclass(frozen=True)
+class PluginInfo:
+    """What is known of one plugin.
+
+    Attributes:
+        name: Its entry point's name.
+        distribution: The package that brings it, empty where it was registered by hand.
+        version: That package's version.
+        hooks: The hooks it implements.
+        error: Why it is not in use, None where it is.
+    """
+
+    name: str
+    distribution: str = ""
+    version: str = ""
+    hooks: tuple[str, ...] = ()
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Registry:
+    """What the plugins bring.
+
+    Attributes:
+        surgeries: Name -> record.
+        plugins: Every plugin, working or not.
+        initializers: Name -> record.
+        classifiers: Name -> record; asked in this order, so that a first answer holds.
+        layouts: ``model_type`` or class name -> record.
+        stores: Name -> record.
+        commands: Verb -> record.
+        card_sections: Name -> record, in the order of the card.
+    """
+
+    surgeries: Mapping[str, SurgeryRecord] = field(default_factory=dict)
+    plugins: tuple[PluginInfo, ...] = ()
+    initializers: Mapping[str, InitializerRecord] = field(default_factory=dict)
+    classifiers: Mapping[str, ClassifierRecord] = field(default_factory=dict)
+    layouts: Mapping[str, LayoutRecord] = field(default_factory=dict)
+    stores: Mapping[str, StoreRecord] = field(default_factory=dict)
+    commands: Mapping[str, CommandRecord] = field(default_factory=dict)
+    card_sections: Mapping[str, CardSectionRecord] = field(default_factory=dict)
+
+    def for_config(self, config: object) -> SurgeryRecord:
+        """The surgery that a config asks for.
+
+        Raises:
+            ConfigError: It is no config of any registered surgery.
+        """
+        for record in self.surgeries.values():
+            if type(config) is record.config_class:
+                return record
+        kind, ours = type(config), [r.config_class for r in self.surgeries.values()]
+        alike = next((one for one in ours if one.__name__ == kind.__name__), None)
+        hint = None
+        if alike is not None:
+            hint = f"this one is {kind.__module__.partition('.')[0]}'s; take {alike.__module__.partition('.')[0]}'s own"
+        elif isinstance(config, (str, os.PathLike)):
+            hint = "embedsurgery.load(directory) reads an adapter"
+        raise ConfigError("not a config of any surgery, nor an Adapter", found=f"{kind.__module__}.{kind.__qualname__}",
+                          expected=", ".join(one.__name__ for one in ours), hint=hint)  # fmt: skip
+
+    def named(self, name: str) -> SurgeryRecord:
+        """The surgery of this name.
+
+        Raises:
+            UnknownSurgeryError: No plugin brings it.
+        """
+        if name in self.surgeries:
+            return self.surgeries[name]
+        raise UnknownSurgeryError("no plugin brings this surgery", where=name[:100], found=", ".join(self.surgeries),
+                                  hint=f"install the {GROUP} plugin that brings it")  # fmt: skip
+
+    def for_peft_type(self, peft_type: object) -> SurgeryRecord:
+        """The surgery whose files PEFT calls so.
+
+        Raises:
+            UnknownSurgeryError: No plugin reads them.
+        """
+        for record in self.surgeries.values():
+            if record.peft_type == peft_type:
+                return record
+        for record in self.surgeries.values():
+            if isinstance(peft_type, str) and peft_type in record.also_reads:
+                return record
+        raise UnknownSurgeryError("no plugin reads adapters of this peft_type", where=str(peft_type)[:100],
+                                  found=", ".join(r.peft_type for r in self.surgeries.values()))  # fmt: skip
+
+    def initializer(self, name: str) -> InitializerRecord:
+        """The initialiser of this name.
+
+        Raises:
+            ConfigError: No plugin brings it.
+        """
+        from embedsurgery.initializers import find_initializer
+
+        return find_initializer(name, self.initializers)
+
+    @property
+    def architectures(self) -> dict[str, Layout]:
+        """What is special about the names of which architecture: what `names.walk_names` takes."""
+        return {name: record.layout for name, record in self.layouts.items()}
+
+    def classify(self, unknown: UnknownModule) -> EmbeddingModule | None:
+        """What the first classifier says that knows a module; one that fails is passed over, and that is said."""
+        from embedsurgery.graph.classify import EmbeddingModule
+
+        for record in self.classifiers.values():
+            answer: EmbeddingModule | None = _answer(record, partial(_classified, record), unknown, EmbeddingModule)
+            if answer is not None:
+                return answer
+        return None
+
+    def sections(self, manifest: Manifest) -> list[CardSection]:
+        """The parts of an adapter's card that plugins add; one that fails is left out, and that is said."""
+        from embedsurgery.plugins.hookspecs import CardSection
+
+        answers = (_answer(r, r.section, manifest, CardSection) for r in self.card_sections.values())
+        return [answer for answer in answers if answer is not None]
+
+    def format_of(self, directory: Path) -> StoreRecord:
+        """The checkpoint format of a directory; where none recognises it, the built-in one, which says what is wrong.
+
+        Raises:
+            CheckpointError: Several formats recognise it.
+        """
+        records = [r for r in self.stores.values() if not r.fallback]
+        fits = [r for r in records if _answer(r, r.recognises, directory, bool)]
+        if len(fits) > 1:
+            raise CheckpointError("several formats recognise this checkpoint", where=directory,
+                                  found=", ".join(r.name for r in fits),
+                                  hint=f"block the plugin of one with {DISABLE}")  # fmt: skip
+        return [*fits, *(r for r in self.stores.values() if r.fallback)][0]
+
+    def open_store(self, directory: Path) -> Store:
+        """A store over a checkpoint directory, of whatever format recognises it.
+
+        Raises:
+            CheckpointError: Several formats do, or its files are missing or broken.
+        """
+        return self.opened(self.format_of(directory), directory)
+
+    def opened(self, form: StoreRecord, directory: Path) -> Store:
+        """A store over a checkpoint directory, of a format that recognises it.
+
+        Raises:
+            CheckpointError: Its files are missing or broken.
+            PluginError: What opens the format fails in some other way, or gives no store.
+        """
+        from embedsurgery.stores.store import Store
+
+        return call(f"{form.name}.open", Store, form.open, directory)  # type: ignore[type-abstract]
+
+
+def _answer(record: Any, function: Any, given: object, kind: type[Any]) -> Any:
+    """What a plugin's function says, None where it fails: no plugin takes down what others can do."""
+    try:
+        answer = function(given)
+        if answer is not None and not isinstance(answer, kind):
+            raise TypeError(f"returned {type(answer).__name__}, expected {kind.__name__} or None")
+    except Exception as error:
+        warnings.warn(f"{record.name}: this plugin's answer is passed over: {type(error).__name__}: {error}",
+                      EmbedSurgeryWarning, stacklevel=4)  # fmt: skip
+        return None
+    return answer
+
+
+def _classified(record: ClassifierRecord, unknown: UnknownModule) -> EmbeddingModule | None:
+    """What a classifier says of a module, where it can be."""
+    from embedsurgery.graph.classify import EmbeddingModule
+
+    answer = record.classify(unknown)
+    if isinstance(answer, EmbeddingModule):
+        shape = dict(unknown.shapes).get(answer.parameter, ())
+        if len(shape) != 2 or answer.role not in ("input", "output") or answer.kind not in ("vocabulary", "unknown"):
+            raise ValueError(f"{answer} of {unknown.path or 'the root'}, whose parameters are {dict(unknown.shapes)}")
+    return answer

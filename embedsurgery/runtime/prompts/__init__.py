@@ -1,0 +1,1 @@
+"""Soft prompts in forward passes: hooks that put virtual tokens in front of the input."""

@@ -1,0 +1,1 @@
+"""Soft prompts: trained vectors in front of the embedded input."""

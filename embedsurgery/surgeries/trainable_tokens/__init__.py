@@ -1,0 +1,1 @@
+"""Trainable tokens: a few rows of embedding tables are trained."""

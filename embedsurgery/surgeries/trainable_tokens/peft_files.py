@@ -1,0 +1,210 @@
+"""Trainable tokens in PEFT's files: names of tensors, one list of indices for all modules, tied copies.
+
+https://huggingface.co/docs/peft/package_reference/trainable_tokens
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from embedsurgery.adapters.adapter import CONFIG_NAME, Adapter, PeftFiles
+from embedsurgery.adapters.carried_tokens import entries_name, filler_name
+from embedsurgery.adapters.manifest import Manifest, TableRecord
+from embedsurgery.errors import AdapterError, ConfigError
+from embedsurgery.stores.store import shorten
+from embedsurgery.surgeries.surgery import Surgery
+from embedsurgery.surgeries.trainable_tokens.config import TrainableTokensConfig
+from embedsurgery.tensors.raw import EDITABLE, RawArray
+
+PEFT_TYPE = "TRAINABLE_TOKENS"
+OTHERS = ".untrained"
+"""Suffix of an adapter's tensor with rows that other tables train and this one does not: see `to_peft`."""
+
+_PREFIX, _SUFFIX = "base_model.model.", ".trainable_tokens_delta"
+_OURS = "embedsurgery."
+
+
+def to_peft(adapter: Adapter) -> PeftFiles:
+    """PEFT's config and tensors: every name of a tied table gets the same rows, as PEFT's standalone method does.
+
+    PEFT has one list of indices for all modules. Where tables have different ones, each gets the union, and
+    the rows that are not its own are written as they are in the base. What a vocabulary needs beyond rows stands
+    under names that PEFT passes over.
+    """
+    records = adapter.manifest.tables
+    indices = _listed(adapter.manifest)
+    tensors = {
+        f"{_PREFIX}{module}{_SUFFIX}": _union(adapter, record, indices)
+        for record in records
+        for module in _modules(record)
+    }
+    tensors.update({_OURS + name: adapter.raw[name] for name in _extras(adapter.manifest)})
+    config = {
+        "auto_mapping": None,
+        "base_model_name_or_path": adapter.manifest.base_model,
+        "inference_mode": True,
+        "init_weights": bool(adapter.manifest.config.get("init_weights", True)),
+        "peft_type": PEFT_TYPE,
+        "revision": adapter.manifest.revision,
+        "target_modules": "|".join(_modules(record)[0] for record in records),  # for a list PEFT warns of ties
+        "task_type": None,
+        "token_indices": list(indices),
+    }
+    return PeftFiles(config, tensors)
+
+
+def from_files(files: PeftFiles, adapter: Adapter) -> Adapter:
+    """The rows of each table record, under any of its names."""
+    raw: dict[str, RawArray] = {}
+    listed = files.config.get("token_indices")
+    if not isinstance(listed, list) or not all(type(i) is int for i in listed):
+        raise AdapterError("token_indices is no list of integers", where=CONFIG_NAME, found=repr(listed)[:80],
+                           hint=f"peft_type is {files.config.get('peft_type')!r}")  # fmt: skip
+    if tuple(listed) != _listed(adapter.manifest):
+        raise AdapterError("token_indices are not those of the manifest", where=CONFIG_NAME,
+                           found=shorten(listed), hint="the config was edited: load the original")  # fmt: skip
+    for record in adapter.manifest.tables:
+        copies = [files.tensors.get(f"{_PREFIX}{module}{_SUFFIX}") for module in _modules(record)]
+        present = [copy for copy in copies if copy is not None]
+        if not present:
+            raise AdapterError("the rows of a table are missing", where=record.name,
+                               found=", ".join(files.tensors) or "no tensor")  # fmt: skip
+        if any(copy != present[0] for copy in present):
+            raise AdapterError("tied copies of the rows disagree", where=record.name)
+        _check_rows(present[0], tuple(listed), record.name, record.shape)
+        place = {index: position for position, index in enumerate(listed)}
+        missing = [i for i in record.indices if i not in place]
+        if missing or not record.indices:
+            raise AdapterError("the manifest lists rows that the file does not hold", where=record.name,
+                               expected="rows of token_indices", found=shorten(missing) or "none")  # fmt: skip
+        raw[record.name] = present[0].take([place[i] for i in record.indices])
+        others = sorted(place.keys() - set(record.indices))
+        if others:
+            raw[record.name + OTHERS] = present[0].take([place[i] for i in others])
+    for name, shape in _extras(adapter.manifest).items():
+        value = files.tensors.get(_OURS + name)
+        if value is None or value.shape != shape or value.dtype not in EDITABLE:
+            raise AdapterError("what the adapter's vocabulary needs is missing or of another shape", where=name,
+                               expected=list(shape), found=None if value is None else f"{value!r}")  # fmt: skip
+        raw[name] = value
+    return replace(adapter, raw=raw)
+
+
+def from_peft(files: PeftFiles, surgery: Surgery) -> Adapter:
+    """A file of PEFT's standalone method: tensors that ``target_modules`` does not name are tied copies."""
+    config = files.config
+    try:
+        asked = TrainableTokensConfig(config["token_indices"], _targets(config.get("target_modules")))
+    except (KeyError, ConfigError) as error:
+        raise AdapterError("adapter_config.json is not one of trainable tokens", found=str(error)) from error
+    rows = {
+        name.removeprefix(_PREFIX).removesuffix(_SUFFIX): raw
+        for name, raw in files.tensors.items()
+        if name.endswith(_SUFFIX)
+    }
+    strangers = [name for name in files.tensors if not name.endswith(_SUFFIX)]
+    if strangers or not rows:
+        raise AdapterError("tensors that are no trainable tokens", found=", ".join(strangers[:4]) or "no tensor",
+                           expected=f"names that end in {_SUFFIX}")  # fmt: skip
+    primary = [m for m in rows if _is_target(m, asked.target_modules)] or [min(rows, key=len)]
+    copies = [m for m in rows if m not in primary]
+    if isinstance(asked.token_indices, dict):
+        raise AdapterError("token_indices is no list", found=asked.token_indices)
+    records, raw = [], {}
+    for module in primary:
+        aliases = tuple(f"{m}.weight" for m in copies if rows[m] == rows[module])
+        name = f"{module}.weight"
+        _check_rows(rows[module], asked.token_indices, name, None)
+        records.append(TableRecord(name, aliases, asked.token_indices, tied=True if aliases else None))
+        raw[name] = rows[module].to("F32")
+    lost = [m for m in copies if all(rows[m] != rows[p] for p in primary)]
+    if lost:
+        raise AdapterError("tied copies of the rows disagree", where=", ".join(lost), expected="the rows of "
+                           + " or ".join(primary), hint="say which is right by removing the other")  # fmt: skip
+    manifest = Manifest(
+        surgery.name,
+        surgery.version,
+        asked.to_json(),
+        tuple(records),
+        config.get("base_model_name_or_path"),
+        config.get("revision"),
+    )
+    return Adapter(manifest, raw, surgery)
+
+
+def _listed(manifest: Manifest) -> tuple[int, ...]:
+    """PEFT's one list of indices: that of all tables, or else the union of theirs with every new token."""
+    new = () if manifest.new_tokens is None else manifest.new_tokens.ids
+    first = manifest.tables[0].indices
+    if all(record.indices == first for record in manifest.tables) and set(new) <= set(first):
+        return first
+    return tuple(sorted({i for record in manifest.tables for i in record.indices} | set(new)))
+
+
+def _extras(manifest: Manifest) -> dict[str, tuple[int, ...]]:
+    """Keys and shapes of the tensors that only an extended vocabulary has."""
+    if manifest.new_tokens is None:
+        return {}
+    widths = {record.name: record.shape[1] for record in manifest.tables if record.shape is not None}
+    shapes: dict[str, tuple[int, ...]] = {filler_name(name): (1, width) for name, width in widths.items()}
+    count = len(manifest.new_tokens.tokens) + 1
+    return shapes | {entries_name(name): (count,) for name in manifest.new_tokens.vectors}
+
+
+def carried(adapter: Adapter, record: TableRecord) -> tuple[tuple[int, ...], RawArray]:
+    """A table's rows of new tokens that are not among the record's own: their indices, and the rows."""
+    new = adapter.manifest.new_tokens
+    others = adapter.raw.get(record.name + OTHERS)
+    if new is None or others is None:
+        return (), adapter.raw[record.name].take([])
+    held = sorted(set(_listed(adapter.manifest)) - set(record.indices))
+    place = {index: number for number, index in enumerate(held) if index in set(new.ids)}
+    return tuple(place), others.take(list(place.values()))
+
+
+def _union(adapter: Adapter, record: TableRecord, indices: tuple[int, ...]) -> RawArray:
+    """A table's trained rows and, between them, rows that other tables train."""
+    own = adapter.raw[record.name]
+    if indices == record.indices:
+        return own
+    if len(indices) == len(record.indices):
+        both, held = own, list(record.indices)
+    else:
+        others = adapter.raw.get(record.name + OTHERS)
+        if others is None:
+            raise AdapterError("PEFT's format has one list of token indices for all modules", where=record.name,
+                               expected="rows that every table has", found=shorten(list(indices)),
+                               hint="save an adapter for each table")  # fmt: skip
+        both = RawArray(own.dtype, (len(indices), own.shape[1]), own.data + others.data)
+        held = [*record.indices, *sorted(set(indices) - set(record.indices))]
+    place = {index: number for number, index in enumerate(held)}
+    return both.take([place[i] for i in indices])
+
+
+def _modules(record: TableRecord) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name.rpartition(".")[0] for name in (record.name, *record.aliases)))
+
+
+def _targets(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _is_target(module: str, targets: str | Sequence[str] | None) -> bool:
+    if targets is None:
+        return module.rpartition(".")[2] == "embed_tokens"
+    if isinstance(targets, str):
+        try:
+            return re.fullmatch(targets, module) is not None or module.endswith("." + targets)
+        except re.error:
+            return module == targets
+    return any(module == t or module.endswith("." + t) for t in targets)
+
+
+def _check_rows(raw: RawArray, indices: tuple[int, ...], where: str, shape: tuple[int, int] | None) -> None:
+    width = shape[1] if shape is not None else raw.shape[-1] if raw.shape else 0
+    if raw.shape != (len(indices), width) or raw.dtype not in ("F64", "F32", "F16", "BF16"):
+        raise AdapterError("rows of the wrong shape or dtype", where=where, found=f"{raw.shape} of {raw.dtype}",
+                           expected=f"({len(indices)}, {width}) floats")  # fmt: skip
