@@ -13,30 +13,40 @@ from embedsurgery._version import __version__
 _PUBLIC = {
     "add_tokens": "models.adding",
     "add_tokens_checkpoint": "checkpoints.adding",
-    "extract": "checkpoints.extracting",
+    "extract_checkpoint": "checkpoints.extracting",
     "walk": "models.walking",
     "attach": "models.attaching",
-    "attached": "models.attaching",
+    "get_attachment": "models.attaching",
     "load": "loading",
+    "open_store": "loading",
     "merge": "models.merging",
     "unmerge": "models.merging",
     "merge_checkpoint": "checkpoints.merging",
     "recover_checkpoint": "checkpoints.recovery",
     "unmerge_checkpoint": "checkpoints.unmerging",
     "verify_checkpoint": "checkpoints.verifying",
-    "log_checkpoint": "checkpoints.log",
-    "Adapter": "adapters.adapter",
-    "BakeConfig": "surgeries.soft_prompt.bake_config",
-    "Manifest": "adapters.manifest",
-    "SoftPromptConfig": "surgeries.soft_prompt.config",
-    "TrainableTokensConfig": "surgeries.trainable_tokens.config",
-    "EmbeddingGraph": "graph.tables",
-    "Table": "graph.tables",
-    "Site": "graph.tables",
-    "Vocabulary": "graph.tables",
-    "hookimpl": "plugins.hookspecs",
+    "list_merges": "checkpoints.log",
     "push": "hub",
     "pull": "hub",
+    "Adapter": "adapters.adapter",
+    "AddedTokens": "adapters.new_tokens",
+    "Attachment": "runtime.attachment",
+    "BakeConfig": "surgeries.soft_prompt.bake_config",
+    "Check": "checkpoints.verifying",
+    "EmbeddingGraph": "graph.tables",
+    "Extraction": "checkpoints.extracting",
+    "Manifest": "adapters.manifest",
+    "MergeRecord": "checkpoints.records",
+    "MergeReport": "checkpoints.report",
+    "PushReport": "hub",
+    "Site": "graph.tables",
+    "SoftPromptConfig": "surgeries.soft_prompt.config",
+    "Store": "stores.store",
+    "Table": "graph.tables",
+    "TrainableTokensConfig": "surgeries.trainable_tokens.config",
+    "Undo": "plan.plan",
+    "Vocabulary": "graph.tables",
+    "hookimpl": "plugins.hookspecs",
     "errors": "errors",
 }
 """Public name -> the module of this package that has it."""
@@ -45,47 +55,63 @@ if TYPE_CHECKING:
     from embedsurgery import errors
     from embedsurgery.adapters.adapter import Adapter
     from embedsurgery.adapters.manifest import Manifest
+    from embedsurgery.adapters.new_tokens import AddedTokens
     from embedsurgery.checkpoints.adding import add_tokens_checkpoint
-    from embedsurgery.checkpoints.extracting import extract
-    from embedsurgery.checkpoints.log import log_checkpoint
+    from embedsurgery.checkpoints.extracting import Extraction, extract_checkpoint
+    from embedsurgery.checkpoints.log import list_merges
     from embedsurgery.checkpoints.merging import merge_checkpoint
+    from embedsurgery.checkpoints.records import MergeRecord
     from embedsurgery.checkpoints.recovery import recover_checkpoint
+    from embedsurgery.checkpoints.report import MergeReport
     from embedsurgery.checkpoints.unmerging import unmerge_checkpoint
-    from embedsurgery.checkpoints.verifying import verify_checkpoint
-    from embedsurgery.graph import EmbeddingGraph, Site, Table, Vocabulary
-    from embedsurgery.hub import pull, push
-    from embedsurgery.loading import load
+    from embedsurgery.checkpoints.verifying import Check, verify_checkpoint
+    from embedsurgery.graph.tables import EmbeddingGraph, Site, Table, Vocabulary
+    from embedsurgery.hub import PushReport, pull, push
+    from embedsurgery.loading import load, open_store
     from embedsurgery.models.adding import add_tokens
-    from embedsurgery.models.attaching import attach, attached
+    from embedsurgery.models.attaching import attach, get_attachment
     from embedsurgery.models.merging import merge, unmerge
     from embedsurgery.models.walking import walk
+    from embedsurgery.plan.plan import Undo
     from embedsurgery.plugins.hookspecs import hookimpl
+    from embedsurgery.runtime.attachment import Attachment
+    from embedsurgery.stores.store import Store
     from embedsurgery.surgeries.soft_prompt.bake_config import BakeConfig
     from embedsurgery.surgeries.soft_prompt.config import SoftPromptConfig
     from embedsurgery.surgeries.trainable_tokens.config import TrainableTokensConfig
 
 __all__ = [
     "Adapter",
+    "AddedTokens",
+    "Attachment",
     "BakeConfig",
+    "Check",
     "EmbeddingGraph",
+    "Extraction",
     "Manifest",
+    "MergeRecord",
+    "MergeReport",
+    "PushReport",
     "Site",
     "SoftPromptConfig",
+    "Store",
     "Table",
     "TrainableTokensConfig",
+    "Undo",
     "Vocabulary",
     "__version__",
     "add_tokens",
     "add_tokens_checkpoint",
     "attach",
-    "attached",
     "errors",
-    "extract",
+    "extract_checkpoint",
+    "get_attachment",
     "hookimpl",
+    "list_merges",
     "load",
-    "log_checkpoint",
     "merge",
     "merge_checkpoint",
+    "open_store",
     "pull",
     "push",
     "recover_checkpoint",

@@ -42,8 +42,8 @@ def randomise(attachment: object, seed: int = 3) -> list[torch.Tensor]:
 
 def edited(model: nn.Module, rows: torch.Tensor, indices: list[int]) -> nn.Module:
     copied = copy.deepcopy(model)
-    if es.attached(copied) is not None:
-        es.attached(copied).detach()
+    if es.get_attachment(copied) is not None:
+        es.get_attachment(copied).detach()
     with torch.no_grad():
         copied.embed.weight[indices] = rows.to(copied.embed.weight.dtype)
         if isinstance(getattr(copied, "head", None), Conv1D):  # a deep copy parts two Parameters over one memory
@@ -134,7 +134,7 @@ def test_what_was_trainable_is_restored() -> None:
     assert {n: p.requires_grad for n, p in model.named_parameters()} == {
         "embed.weight": True, "position.weight": False, "head.bias": True,
     }  # fmt: skip
-    assert es.attached(model) is None
+    assert es.get_attachment(model) is None
     attachment = es.attach(model, config(), freeze=False)
     assert model.head.bias.requires_grad
     model.requires_grad_(False)
@@ -208,7 +208,7 @@ def test_copies_of_an_attached_model_are_attached_and_apart(how: str) -> None:
         torch.save(model, buffer)
         buffer.seek(0)
         other = torch.load(buffer, weights_only=False)
-    twin = es.attached(other)
+    twin = es.get_attachment(other)
     assert twin is not None
     assert twin is not attachment
     assert twin.model is other
@@ -231,7 +231,7 @@ def test_a_copy_made_while_disabled_is_the_base_and_can_be_activated(how: str) -
     with attachment.disabled():
         copied = copy.deepcopy(model) if how == "deepcopy" else pickle.loads(pickle.dumps(model))
         base = model(IDS)
-    other = es.attached(copied)
+    other = es.get_attachment(copied)
     assert other.active == ()
     assert torch.equal(copied(IDS), base)
     other.activate("default")
@@ -277,7 +277,7 @@ def test_several_adapters_by_name() -> None:
     a.remove("b")
     torch.testing.assert_close(model(IDS), only_a)
     a.remove("a")
-    assert es.attached(model) is None
+    assert es.get_attachment(model) is None
     torch.testing.assert_close(model(IDS), base)
 
 
@@ -353,7 +353,7 @@ def test_another_base_is_refused_and_nothing_is_attached() -> None:
     other = tied()
     with pytest.raises(BaseMismatchError, match=r"embed\.weight"):
         es.attach(other, adapter)
-    assert es.attached(other) is None
+    assert es.get_attachment(other) is None
     assert other.embed.weight.requires_grad
 
 
@@ -408,7 +408,7 @@ def test_indices_out_of_range_are_refused_when_attaching() -> None:
     model = tied()
     with pytest.raises(TokenIndexError, match=r"embed\.weight.*0 to 10.*11, 99"):
         es.attach(model, config(1, 11, 99))
-    assert es.attached(model) is None
+    assert es.get_attachment(model) is None
 
 
 def test_configs_that_contradict_themselves() -> None:

@@ -72,7 +72,7 @@ def test_a_weight_interpolates_from_the_base(dtype: str, weight: float, tmp_path
     assert bits(model.get_input_embeddings().weight) == bits(want)
     es.unmerge(model, undo)
     assert bits(model.get_input_embeddings().weight) == bits(before)
-    (record,) = es.log_checkpoint(tmp_path / "merged")
+    (record,) = es.list_merges(tmp_path / "merged")
     assert record.weight == weight
     es.unmerge_checkpoint(tmp_path / "merged", tmp_path / "back")
     assert contents(tmp_path / "back") == contents(base)
@@ -93,7 +93,7 @@ def test_each_adapter_has_its_weight_in_one_pass(base: Path, tmp_path: Path) -> 
     report = es.merge_checkpoint(base, [(one, 0.5), two], tmp_path / "merged")
     assert report.rows == {EMBED: 3}
     assert bits(table(tmp_path / "merged")) == bits(expected(table(base), (one, 0.5), (two, 1.0)))
-    assert [r.weight for r in es.log_checkpoint(tmp_path / "merged")] == [0.5, 1.0]
+    assert [r.weight for r in es.list_merges(tmp_path / "merged")] == [0.5, 1.0]
     model = tiny("llama-tied")
     undo = es.merge(model, [(one, 0.5), two])
     assert bits(model.get_input_embeddings().weight) == bits(table(tmp_path / "merged"))

@@ -17,7 +17,7 @@ import embedsurgery as es
 from embedsurgery.errors import CheckpointError, EmbedSurgeryError, OutputExistsError
 from embedsurgery.files.atomic import staged_directory
 from embedsurgery.files.safetensors import TensorSource, write_file
-from embedsurgery.plan.edits import spans
+from embedsurgery.plan.blocks import spans
 from embedsurgery.stores.shards import ShardStore
 from embedsurgery.surgeries.surgery import Base
 from embedsurgery.surgeries.trainable_tokens.surgery import TrainableTokens
@@ -224,8 +224,8 @@ def test_an_output_inside_the_base_is_refused(base: Path) -> None:
         lambda long, base, adapter: es.unmerge_checkpoint(long, base.parent / "o"),
         lambda long, base, adapter: es.recover_checkpoint(long),
         lambda long, base, adapter: es.verify_checkpoint(long),
-        lambda long, base, adapter: es.log_checkpoint(long),
-        lambda long, base, adapter: es.extract(base, long),
+        lambda long, base, adapter: es.list_merges(long),
+        lambda long, base, adapter: es.extract_checkpoint(base, long),
         lambda long, base, adapter: es.load(long),
     ],
 )

@@ -60,7 +60,7 @@ def test_what_changed_comes_back_bit_for_bit(kind: str, shards: bool, dtype: str
         tune(model, [5, 17], ["lm_head.weight"])
     tuned = save(model, tmp_path / "tuned", shards=shards)
     before = contents(tmp_path)
-    found = es.extract(base, tuned)
+    found = es.extract_checkpoint(base, tuned)
     assert contents(tmp_path) == before
     assert found.rows[INPUT[kind]] == 3
     assert found.left == ()
@@ -78,8 +78,8 @@ def test_minus_zero_is_a_change(tmp_path: Path) -> None:
     with torch.no_grad():
         model.get_parameter(INPUT["llama-tied"])[4] = -0.0
     tuned = save(model, tmp_path / "tuned")
-    assert es.extract(base, tuned).rows == {INPUT["llama-tied"]: 1}
-    assert es.extract(base, tuned, threshold=1e-9).adapter is None
+    assert es.extract_checkpoint(base, tuned).rows == {INPUT["llama-tied"]: 1}
+    assert es.extract_checkpoint(base, tuned, threshold=1e-9).adapter is None
 
 
 def test_a_threshold_leaves_noise_out(tmp_path: Path) -> None:
@@ -90,8 +90,8 @@ def test_a_threshold_leaves_noise_out(tmp_path: Path) -> None:
             model.get_parameter(name).add_(torch.randn(40, 16, generator=torch.Generator().manual_seed(0)) * 1e-5)
         model.get_parameter("lm_head.weight")[7] += 1
     tuned = save(model, tmp_path / "tuned")
-    assert es.extract(base, tuned).rows == {INPUT["llama-untied"]: 40, "lm_head.weight": 40}
-    found = es.extract(base, tuned, threshold=1e-3)
+    assert es.extract_checkpoint(base, tuned).rows == {INPUT["llama-untied"]: 40, "lm_head.weight": 40}
+    found = es.extract_checkpoint(base, tuned, threshold=1e-3)
     assert found.rows == {INPUT["llama-untied"]: 0, "lm_head.weight": 1}
     assert found.adapter is not None
     assert [t.indices for t in found.adapter.manifest.tables] == [(7,)]
@@ -103,7 +103,7 @@ def test_other_tensors_that_changed_are_named(tmp_path: Path) -> None:
     tune(model, [3, 17], [INPUT["llama-tied"]])
     with torch.no_grad():
         model.model.norm.weight[0] += 1
-    assert es.extract(base, save(model, tmp_path / "tuned")).left == ("model.norm.weight",)
+    assert es.extract_checkpoint(base, save(model, tmp_path / "tuned")).left == ("model.norm.weight",)
 
 
 @pytest.mark.parametrize("kind", ["llama-tied", "llama-untied", "gpt2", "bert", "t5", "gemma3", "qwen2-vl", "whisper"])
@@ -118,7 +118,7 @@ def test_grown_by_transformers(kind: str, tmp_path: Path) -> None:
         table[12] += 1
     begun.model.save_pretrained(tmp_path / "tuned")
     begun.tokenizer.save_pretrained(tmp_path / "tuned")
-    found = es.extract(begun.folder, tmp_path / "tuned")
+    found = es.extract_checkpoint(begun.folder, tmp_path / "tuned")
     assert found.adapter is not None
     assert max(found.rows.values()) == 3
     assert set(found.grown.values()) == {2}
@@ -158,7 +158,7 @@ def test_a_peft_adapter_that_holds_whole_embeddings(how: str, grown: int, tmp_pa
                 tables["embed" if "embed_tokens" in name else "head"] = parameter.detach().clone()
     wrapped.save_pretrained(tmp_path / "peft", save_embedding_layers=how == "save_embedding_layers")
     begun.tokenizer.save_pretrained(tmp_path / "peft")
-    found = es.extract(begun.folder, tmp_path / "peft")
+    found = es.extract_checkpoint(begun.folder, tmp_path / "peft")
     assert found.adapter is not None
     assert set(found.rows.values()) == {1 + grown}
     assert any("lora_A" in name for name in found.left)
@@ -188,9 +188,9 @@ def test_a_copy_that_peft_trained_at_one_end_of_a_tie(saved: list[str], tied: bo
     wrapped.save_pretrained(tmp_path / "peft")
     if not tied:
         with pytest.raises(BaseMismatchError, match=r"at one end.*ensure_weight_tying=True"):
-            es.extract(begun.folder, tmp_path / "peft")
+            es.extract_checkpoint(begun.folder, tmp_path / "peft")
         return
-    found = es.extract(begun.folder, tmp_path / "peft")
+    found = es.extract_checkpoint(begun.folder, tmp_path / "peft")
     assert found.adapter is not None
     es.merge_checkpoint(begun.folder, found.adapter, tmp_path / "merged")
     with torch.no_grad():
@@ -205,7 +205,7 @@ def test_a_way_to_match_that_an_adapter_does_not_carry_is_said(tmp_path: Path) -
     begun.model.save_pretrained(tmp_path / "tuned")
     begun.tokenizer.save_pretrained(tmp_path / "tuned")
     with pytest.warns(EmbedSurgeryWarning, match=r"'<tool>' in a way of their own"):
-        found = es.extract(begun.folder, tmp_path / "tuned")
+        found = es.extract_checkpoint(begun.folder, tmp_path / "tuned")
     assert found.adapter is not None
     assert [t.content for t in found.adapter.manifest.new_tokens.tokens] == NEW  # type: ignore[union-attr]
 
@@ -216,7 +216,7 @@ def test_tokens_that_took_spare_rows_and_left_them_as_they_were(tmp_path: Path) 
     begun.tokenizer.add_tokens(NEW)
     begun.model.save_pretrained(tmp_path / "tuned")
     begun.tokenizer.save_pretrained(tmp_path / "tuned")
-    found = es.extract(begun.folder, tmp_path / "tuned")
+    found = es.extract_checkpoint(begun.folder, tmp_path / "tuned")
     assert found.adapter is not None
     assert set(found.rows.values()) == {0}
     assert list(found.tokens.values()) == NEW
@@ -234,7 +234,7 @@ def test_rows_below_the_threshold_stay_the_bases_in_pefts_file_too(tmp_path: Pat
         model.get_parameter("lm_head.weight")[7] += 1
         model.get_parameter(INPUT["llama-untied"])[7] += 1e-5
         model.get_parameter(INPUT["llama-untied"])[9] += 1
-    found = es.extract(base, save(model, tmp_path / "tuned"), threshold=1e-3)
+    found = es.extract_checkpoint(base, save(model, tmp_path / "tuned"), threshold=1e-3)
     assert found.adapter is not None
     found.adapter.save(tmp_path / "adapter")
     file = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
@@ -248,7 +248,7 @@ def test_a_tie_that_tuning_parted_is_refused(tmp_path: Path) -> None:
     model = tiny("llama-untied")
     tuned = save(model, tmp_path / "tuned")
     with pytest.raises(BaseMismatchError, match="tied"):
-        es.extract(base, tuned)
+        es.extract_checkpoint(base, tuned)
 
 
 def test_another_width_fewer_rows_or_no_table(tmp_path: Path) -> None:
@@ -259,15 +259,15 @@ def test_another_width_fewer_rows_or_no_table(tmp_path: Path) -> None:
         rows = RawArray.of(np.zeros(shape, np.float32))
         write_file(folder / "model.safetensors", {INPUT["llama-tied"]: TensorSource.of(rows)}, {"format": "pt"})
         with pytest.raises(BaseMismatchError, match="another shape"):
-            es.extract(base, folder)
+            es.extract_checkpoint(base, folder)
     (tmp_path / "none").mkdir()
     nothing = {"a": TensorSource.of(RawArray.of(np.zeros((2, 2), np.float32)))}
     write_file(tmp_path / "none" / "model.safetensors", nothing, {"format": "pt"})
     with pytest.raises(CheckpointError, match="no embedding table"):
-        es.extract(base, tmp_path / "none")
+        es.extract_checkpoint(base, tmp_path / "none")
     for threshold in (-1, float("nan"), float("inf"), "a"):
         with pytest.raises(ConfigError, match="threshold"):
-            es.extract(base, base, threshold=threshold)  # type: ignore[arg-type]
+            es.extract_checkpoint(base, base, threshold=threshold)  # type: ignore[arg-type]
 
 
 def test_a_narrower_base_is_said(tmp_path: Path) -> None:
@@ -275,7 +275,7 @@ def test_a_narrower_base_is_said(tmp_path: Path) -> None:
     model = tiny("llama-tied", dtype=torch.bfloat16).float()
     tune(model, [3, 4], [INPUT["llama-tied"]])
     with pytest.warns(EmbedSurgeryWarning, match="rounds"):
-        found = es.extract(base, save(model, tmp_path / "tuned"))
+        found = es.extract_checkpoint(base, save(model, tmp_path / "tuned"))
     assert found.rows == {INPUT["llama-tied"]: 2}
 
 
@@ -303,6 +303,6 @@ def test_the_command_line(tmp_path: Path) -> None:
 
 def test_extracting_needs_no_torch(tmp_path: Path) -> None:
     base = save(tiny("llama-tied"), tmp_path / "base")
-    code = "import sys, embedsurgery as es; es.extract(sys.argv[1], sys.argv[1]); assert 'torch' not in sys.modules"
+    code = "import sys, embedsurgery as es; es.extract_checkpoint(sys.argv[1], sys.argv[1]); assert 'torch' not in sys.modules"
     done = python(code, base)
     assert done.returncode == 0, done.stderr

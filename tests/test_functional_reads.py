@@ -175,10 +175,10 @@ def test_the_first_forward_is_right_and_so_are_its_gradients(name: str, tie: boo
         torch.testing.assert_close(part.grad, gradient, rtol=1e-12, atol=1e-12)
     assert model.embed.weight is weight
     assert "weight" not in model.embed.__dict__
-    with es.attached(model).disabled():
+    with es.get_attachment(model).disabled():
         assert model.embed.padding_idx == 2
         base = copy.deepcopy(model)
-        es.attached(base).detach()
+        es.get_attachment(base).detach()
         torch.testing.assert_close(model(IDS), base(IDS), rtol=0, atol=0)
 
 
@@ -334,8 +334,8 @@ def test_two_adapters_and_rows_that_change() -> None:
 
 def test_a_batch_that_mixes_adapters_is_refused_where_it_would_be_wrong() -> None:
     model, _, _ = attached(reader("functional head"))
-    attachment = es.attached(model)
-    with attachment.rows(["default", None]):
+    attachment = es.get_attachment(model)
+    with attachment.per_sample(["default", None]):
         with pytest.raises(UnsupportedError, match=r"body\.embed\.weight.*linear reads"):
             model(IDS)
         model.read = lambda m, ids: m.head(m.embed(ids))
@@ -426,9 +426,9 @@ def test_compiled_after_an_eager_forward_has_shown_it(name: str) -> None:
     edited(IDS).square().sum().backward()
     torch.testing.assert_close(rows.grad, gradients(edited)[0], rtol=1e-12, atol=1e-12)
     assert "weight" not in model.embed.__dict__
-    with es.attached(model).disabled():
+    with es.get_attachment(model).disabled():
         base = copy.deepcopy(model)
-        es.attached(base).detach()
+        es.get_attachment(base).detach()
         torch.testing.assert_close(compiled(IDS), base(IDS))
 
 
@@ -552,7 +552,7 @@ def test_detached_nothing_is_left() -> None:
     fresh = reader("both ends").double()
     with pytest.warns(EmbedSurgeryWarning):
         model(IDS)
-    es.attached(model).detach()
+    es.get_attachment(model).detach()
     for name, module in model.named_modules():
         assert not module._forward_hooks, name
         assert not module._forward_pre_hooks, name

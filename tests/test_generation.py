@@ -92,7 +92,7 @@ def test_compiled_whole_and_once(kind: str, warmed: bool) -> None:
         torch.testing.assert_close(logits, merged(input_ids=ids).logits)
     assert counter.frame_count == 1
     compiled(input_ids=IDS, use_cache=False).logits.logsumexp(-1).sum().backward()
-    rows = [parameter for parameter in es.attached(model).parameters()]
+    rows = [parameter for parameter in es.get_attachment(model).parameters()]
     found = [parameter.grad.clone() for parameter in rows]
     for parameter in rows:
         parameter.grad = None
@@ -123,7 +123,7 @@ def test_compiled_before_attaching_and_through_every_switch() -> None:
     for names in (("a",), ("b",)):
         attachment.activate(*names)
         seen.append(same())
-    with attachment.rows(["a", "b"]):
+    with attachment.per_sample(["a", "b"]):
         seen.append(same())
     with attachment.disabled():
         assert torch.equal(same(), base)
@@ -145,7 +145,7 @@ def test_attached_to_what_compile_gave_it_is_the_model_inside(warmed: bool) -> N
     if warmed:
         compiled(input_ids=IDS, use_cache=False)
     attachment = es.attach(compiled, es.TrainableTokensConfig([7, 5]))
-    assert es.attached(compiled) is es.attached(model) is attachment
+    assert es.get_attachment(compiled) is es.get_attachment(model) is attachment
     assert attachment.model is model
     (rows,) = attachment.parameters()
     with torch.no_grad():
@@ -161,9 +161,9 @@ def test_attached_to_what_compile_gave_it_is_the_model_inside(warmed: bool) -> N
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_mixed_batch_is_each_sample_alone(kind: str) -> None:
     model, _ = attached(kind, name="a")
-    attachment = es.attached(model)
+    attachment = es.get_attachment(model)
     attachment.activate()
-    config = es.attached(model).adapter("a").manifest.config
+    config = es.get_attachment(model).adapter("a").manifest.config
     es.attach(model, es.TrainableTokensConfig([7, 9], target_modules=config["target_modules"]), name="b")
     with torch.no_grad():
         for parameter in attachment.parameters():
@@ -175,7 +175,7 @@ def test_a_mixed_batch_is_each_sample_alone(kind: str) -> None:
         more = {"decoder_input_ids": batch} if kind == "t5" else {}
         return model(input_ids=batch, **more).logits
 
-    with attachment.rows(names):
+    with attachment.per_sample(names):
         mixed = run(ids)
         told = model.generate(ids, max_new_tokens=4, num_beams=2, do_sample=False, attention_mask=torch.ones_like(ids))
     for number, name in enumerate(names):
@@ -191,8 +191,8 @@ def test_a_mixed_batch_is_each_sample_alone(kind: str) -> None:
 
 def test_gradients_of_a_mixed_batch_are_those_of_the_samples() -> None:
     model, _ = attached("llama-tied", name="a")
-    attachment = es.attached(model)
-    with attachment.rows(["a", None]):
+    attachment = es.get_attachment(model)
+    with attachment.per_sample(["a", None]):
         model(input_ids=IDS).logits[..., :9].square().sum().backward()
     (rows,) = attachment.parameters()
     mixed = rows.grad.clone()
@@ -203,7 +203,7 @@ def test_gradients_of_a_mixed_batch_are_those_of_the_samples() -> None:
 
 def test_what_would_outlast_a_block_is_refused_inside() -> None:
     model, _ = attached("llama-tied", name="a")
-    attachment = es.attached(model)
+    attachment = es.get_attachment(model)
     es.attach(model, es.TrainableTokensConfig([9]), name="b")
     before = state_bits(model)
     inside = {
@@ -214,7 +214,7 @@ def test_what_would_outlast_a_block_is_refused_inside() -> None:
         "remove an adapter": lambda: attachment.remove("a"),
     }
     for what, call in inside.items():
-        with attachment.rows(["a", None]), pytest.raises(AttachmentError, match=f"cannot {what} inside"):
+        with attachment.per_sample(["a", None]), pytest.raises(AttachmentError, match=f"cannot {what} inside"):
             call()
     with attachment.disabled(), pytest.raises(AttachmentError, match=r"cannot merge inside attachment.disabled\(\)"):
         attachment.merge()
@@ -224,34 +224,34 @@ def test_what_would_outlast_a_block_is_refused_inside() -> None:
 
 def test_mixed_batches_that_do_not_fit() -> None:
     model, _ = attached("llama-tied", name="a")
-    attachment = es.attached(model)
-    with pytest.raises(AttachmentError, match="nobody"), attachment.rows(["a", "nobody"]):
+    attachment = es.get_attachment(model)
+    with pytest.raises(AttachmentError, match="nobody"), attachment.per_sample(["a", "nobody"]):
         pass
-    with pytest.raises(AttachmentError, match="no sample"), attachment.rows([]):
+    with pytest.raises(AttachmentError, match="no sample"), attachment.per_sample([]):
         pass
-    with pytest.raises(UnsupportedError, match="3 samples"), attachment.rows(["a", None, "a"]):
+    with pytest.raises(UnsupportedError, match="3 samples"), attachment.per_sample(["a", None, "a"]):
         model(input_ids=IDS)
     assert attachment.active == ("a",)
     four = torch.cat([IDS, IDS.flip(0)])
     for names in (["a"], ["a", None]):  # fewer names than samples, of which only generation has each several times
-        with pytest.raises(UnsupportedError, match=f"expected {len(names)} samples"), attachment.rows(names):
+        with pytest.raises(UnsupportedError, match=f"expected {len(names)} samples"), attachment.per_sample(names):
             model(input_ids=four)
-    with torch.no_grad(), attachment.rows(["a", None]):
+    with torch.no_grad(), attachment.per_sample(["a", None]):
         beams = model(input_ids=four).logits
     with attachment.disabled():
         assert torch.equal(model(input_ids=four[2:]).logits, beams[2:])
     for wrong in ("a", [["a"]], [1, 2]):
-        with pytest.raises(AttachmentError, match="not a list of adapters' names"), attachment.rows(wrong):
+        with pytest.raises(AttachmentError, match="not a list of adapters' names"), attachment.per_sample(wrong):
             pass
     with pytest.raises(AttachmentError, match=r"names one by one: activate\(\"a\", \"b\"\)"):
         attachment.activate(["a", "b"])
-    with attachment.rows(["a", None]):
+    with attachment.per_sample(["a", None]):
         outer = model(input_ids=IDS).logits
-        with attachment.rows([None, "a"]):
+        with attachment.per_sample([None, "a"]):
             assert not torch.equal(model(input_ids=IDS).logits, outer)
         assert torch.equal(model(input_ids=IDS).logits, outer)
     whole, _ = attached("llama-tied", name="a", materialize=True)
-    with pytest.raises(UnsupportedError, match="full copy"), es.attached(whole).rows(["a", None]):
+    with pytest.raises(UnsupportedError, match="full copy"), es.get_attachment(whole).rows(["a", None]):
         pass
 
 
@@ -262,7 +262,7 @@ def test_save_pretrained_writes_the_base_or_the_merged_rows(kind: str, tmp_path:
         model.save_pretrained(tmp_path / "live")
     assert [one.filename for one in said] == [__file__]
     model.state_dict()  # which may be for anything
-    es.attached(model).merge()
+    es.get_attachment(model).merge()
     model.save_pretrained(tmp_path / "merged")
     assert state_bits(type(model).from_pretrained(tmp_path / "live")) == state_bits(tiny(kind))
     assert state_bits(type(model).from_pretrained(tmp_path / "merged")) == state_bits(merged)
@@ -274,7 +274,7 @@ def test_tie_weights_changes_nothing(kind: str) -> None:
     more = {"decoder_input_ids": IDS} if kind == "t5" else {}
     model.tie_weights()
     torch.testing.assert_close(model(input_ids=IDS, **more).logits, merged(input_ids=IDS, **more).logits)
-    assert es.attached(model).merge().describe() != []
+    assert es.get_attachment(model).merge().describe() != []
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -298,7 +298,7 @@ def test_a_mixed_batch_of_a_model_that_puts_the_tokens_first_is_refused(length: 
 
     model = tr.XLNetLMHeadModel(tr.XLNetConfig(vocab_size=40, d_model=8, n_layer=1, n_head=2, d_inner=8)).eval()
     attachment = es.attach(model, es.TrainableTokensConfig([7]), name="a")
-    with attachment.rows(["a", None]), pytest.raises(UnsupportedError, match="where the model puts other things first"):
+    with attachment.per_sample(["a", None]), pytest.raises(UnsupportedError, match="where the model puts other things first"):
         model(input_ids=IDS[:, 4 - length :])
 
 
@@ -320,7 +320,7 @@ def test_a_mixed_batch_of_chosen_tokens_is_refused() -> None:
     with torch.no_grad():
         next(attachment.parameters()).fill_(1.0)
     ids = torch.tensor([[7, 7, 7], [7, 2, 3]])
-    with attachment.rows(["a", None]):
+    with attachment.per_sample(["a", None]):
         with pytest.raises(UnsupportedError, match=r"2 samples.*\[4, 40\]"):
             model(ids)
         flat = model.eval()(ids)
@@ -333,7 +333,7 @@ def test_a_mixed_batch_of_chosen_tokens_is_refused() -> None:
 def test_a_table_cut_below_a_live_row_is_refused() -> None:
     model, _ = attached("llama-tied")  # rows 7, 5 and 30
     model.resize_token_embeddings(20, mean_resizing=False)
-    for use in (lambda: model(input_ids=IDS[:, :2]), es.attached(model).merge):
+    for use in (lambda: model(input_ids=IDS[:, :2]), es.get_attachment(model).merge):
         with pytest.raises(AttachmentError, match=r"lost live rows .*embed_tokens.*40 rows, found 20, without 30"):
             use()
 
@@ -372,7 +372,7 @@ def test_as_many_chosen_tokens_as_samples_are_refused() -> None:
     labels = torch.full_like(IDS, -100)
     labels[0, :2] = 7
     for grad in (True, False):
-        with torch.set_grad_enabled(grad), attachment.rows(["a", None]):
+        with torch.set_grad_enabled(grad), attachment.per_sample(["a", None]):
             with pytest.raises(UnsupportedError, match=r"2 samples.*\[2, 40\]"):
                 model(input_ids=IDS, labels=labels)
             assert model(input_ids=IDS).logits.shape[0] == 2
@@ -399,7 +399,7 @@ def test_a_lookup_of_ids_in_one_axis(first: str) -> None:
     alone = model(ids)[0]
     with attachment.disabled():
         plain = model(ids)[1]
-    with attachment.rows(["a", None]):
+    with attachment.per_sample(["a", None]):
         if first == "tokens":
             with pytest.raises(UnsupportedError, match="where the model puts other things first"):
                 model(ids)
@@ -443,21 +443,21 @@ def test_an_attachment_is_no_part_of_a_container() -> None:
         rows.add_(1.0)
         merged[0].auto_model.embeddings.word_embeddings.weight[[7, 5]] = rows
     assert len(model) == 2
-    assert es.attached(model) is es.attached(model[0]) is attachment
+    assert es.get_attachment(model) is es.get_attachment(model[0]) is attachment
     assert any(parameter is rows for parameter in model.parameters())
     torch.testing.assert_close(model(IDS), merged(IDS))
     copied = copy.deepcopy(model)
     torch.testing.assert_close(copied(IDS), merged(IDS))
-    assert es.attached(copied) is not attachment
+    assert es.get_attachment(copied) is not attachment
     attachment.detach()
     assert not any(module._state_dict_pre_hooks or module._load_state_dict_pre_hooks for module in model.modules())
-    assert es.attached(model) is None
+    assert es.get_attachment(model) is None
     assert state_bits(model) != state_bits(merged)
 
 
 def test_what_saves_a_part_of_the_attached_module_is_told_that_it_is_the_base(tmp_path: Path) -> None:
     model, _ = attached("llama-tied")
-    es.attached(model).detach()
+    es.get_attachment(model).detach()
     around = torch.nn.ModuleDict({"language": model})
     es.attach(around, es.TrainableTokensConfig([7]))
     with pytest.warns(EmbedSurgeryWarning, match="without the rows of default"):

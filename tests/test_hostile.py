@@ -366,7 +366,7 @@ def test_notes_that_nobody_needs_are_passed_over(
     before = listing(owner.parent)
     assert run(capsys, "merge", seeds["sharded"], seeds["sharded-rows"], "-o", tmp_path / "out") == (0, "")
     assert listing(owner.parent) == before
-    assert es.log_checkpoint(tmp_path / "out")[0].adapter == "sharded-rows"
+    assert es.list_merges(tmp_path / "out")[0].adapter == "sharded-rows"
 
 
 # -- records -----------------------------------------------------------------------------------------------------------
@@ -406,14 +406,14 @@ def test_a_record_that_names_any_path(how: str, path: str, seeds: dict[str, Path
         assert len(str(caught.value)) < 1000
         assert contents(tmp_path) == before
     assert any(not c.ok for c in es.verify_checkpoint(base))
-    es.log_checkpoint(base)
+    es.list_merges(base)
 
 
 def test_a_record_that_is_a_link_away(seeds: dict[str, Path], tmp_path: Path) -> None:
     merged = seeds["sharded-merged"]
     shutil.move(merged / ".embedsurgery", tmp_path / "away")
     (merged / ".embedsurgery").symlink_to(tmp_path / "away")
-    for act in (es.log_checkpoint, es.verify_checkpoint, lambda f: es.unmerge_checkpoint(f, tmp_path / "out")):
+    for act in (es.list_merges, es.verify_checkpoint, lambda f: es.unmerge_checkpoint(f, tmp_path / "out")):
         with pytest.raises(CheckpointError, match="link"):
             act(merged)
 

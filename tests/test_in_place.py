@@ -468,8 +468,8 @@ def test_a_whole_table_in_place_in_bounded_memory(tmp_path: Path) -> None:
     for blocks in (Blocks(table.shape, "F32", half), Blocks.of(rows)):
         plan = Plan((SetBlocks(table.name, blocks),))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("embedsurgery.plan.edits.BLOCK_BYTES", 10 * table.shape[1] * 4)
-            patch.setattr("embedsurgery.plan.file_edits.CHUNK", 1000)
+            patch.setattr("embedsurgery.plan.blocks.BLOCK_BYTES", 10 * table.shape[1] * 4)
+            patch.setattr("embedsurgery.plan.serial.CHUNK", 1000)
             with pytest.raises(RuntimeError, match=r"half way|after all"):
                 change(base, plan)
         assert tree(base) == before

@@ -321,7 +321,7 @@ def test_a_heads_bias_starts_anew_at_a_spare_row(kind: str, reserved: bool, tmp_
     fresh = begun.fresh()
     es.attach(fresh.model, es.load(tmp_path / "adapter"), tokenizer=fresh.tokenizer)
     assert torch.allclose(logits(fresh.model, batch(ids)), found, rtol=1e-5, atol=1e-5)
-    es.attached(fresh.model).detach()  # type: ignore[union-attr]
+    es.get_attachment(fresh.model).detach()  # type: ignore[union-attr]
     assert torch.equal(fresh.model.get_output_embeddings().bias, kept)
     undo = es.merge(fresh.model, es.load(tmp_path / "adapter"), fresh.tokenizer)
     assert torch.allclose(logits(fresh.model, batch(ids)), found, rtol=1e-5, atol=1e-5)

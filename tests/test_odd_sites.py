@@ -124,7 +124,7 @@ def test_rows_that_were_no_numbers_give_finite_gradients() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_cast_after_attaching_and_then_merged(dtype: torch.dtype) -> None:
     model, _, rows = live(tied())
-    attachment = es.attached(model)
+    attachment = es.get_attachment(model)
     model.to(dtype)
     before = model.embed.weight.detach().clone()
     attachment.merge()

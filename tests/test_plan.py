@@ -16,7 +16,7 @@ from safetensors import safe_open
 from embedsurgery.errors import CheckpointError, EmbedSurgeryError, PlanError
 from embedsurgery.files.safetensors import TensorSource, encode_header, write_file
 from embedsurgery.plan import AddTokens, Blocks, Edit, Grow, PatchFile, Plan, SetBlocks, SetRows, Token
-from embedsurgery.plan.edits import spans
+from embedsurgery.plan.blocks import spans
 from embedsurgery.stores.apply import apply
 from embedsurgery.stores.shards import ShardStore
 from embedsurgery.tensors.raw import RawArray
@@ -70,7 +70,7 @@ def values(edit: Edit) -> Any:
 
 @pytest.mark.parametrize("name", EDITS)
 def test_every_edit_there_and_back(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("embedsurgery.plan.edits.BLOCK_BYTES", 100)
+    monkeypatch.setattr("embedsurgery.plan.blocks.BLOCK_BYTES", 100)
     path = tmp_path / "plan.safetensors"
     plan = Plan((EDITS[name],))
     plan.save(path)
@@ -108,7 +108,7 @@ def test_a_plan_is_never_written_over(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("rows", "pitch", "block"), [(10, 3, 7), (10, 100, 7), (1, 1, 1), (0, 4, 8), (5, 0, 3)])
 def test_spans_cover_every_row_once(rows: int, pitch: int, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("embedsurgery.plan.edits.BLOCK_BYTES", block)
+    monkeypatch.setattr("embedsurgery.plan.blocks.BLOCK_BYTES", block)
     parts = list(spans(rows, pitch))
     assert [row for start, stop in parts for row in range(start, stop)] == list(range(rows))
     assert all(start < stop for start, stop in parts)

@@ -122,8 +122,8 @@ BROKEN: dict[str, tuple[str, str]] = {
         },
         "store": {
             "no function": (record("stores", "h.StoreRecord('x', None, None)"), "StoreRecord"),
-            "signature": (record("stores", "h.StoreRecord('x', lambda: 1, lambda d: 1)"), "recognises(directory)"),
-            "built in": (record("stores", "h.StoreRecord('safetensors', bool, lambda d: None)"), "'safetensors'"),
+            "signature": (record("stores", "h.StoreRecord('x', lambda: 1, lambda d, a: 1)"), "recognises(directory)"),
+            "built in": (record("stores", "h.StoreRecord('safetensors', bool, lambda d, a: None)"), "'safetensors'"),
         },
         "command": {
             "a name that is no verb": (record("commands", "h.CommandRecord('A B', 'x', dict)"), "CommandRecord"),
@@ -300,9 +300,9 @@ def test_the_process_has_one_registry() -> None:
 
 OTHERS = record("classifiers", "h.ClassifierRecord('c', lambda unknown: h.EmbeddingModule('input', 'table') "
                 "if unknown.type_name == 'x.Y' else None)") + """
-from embedsurgery.stores.base import Store
+from embedsurgery.stores.store import Store
 S = type("S", (Store,), dict.fromkeys(Store.__abstractmethods__))
-def open_it(directory):
+def open_it(directory, architectures):
     store = S()
     store.name = f"s {directory}"
     return store
@@ -353,7 +353,7 @@ def test_a_function_that_fails_later_is_passed_over_and_said(install: Install, t
 
 
 def test_two_formats_that_recognise_one_checkpoint(install: Install, tmp_path: Path) -> None:
-    one = record("stores", "h.StoreRecord('NAME', lambda d: True, lambda d: None)")
+    one = record("stores", "h.StoreRecord('NAME', lambda d: True, lambda d, a: None)")
     known = build([install(name, one.replace("NAME", name)) for name in ("x", "y")])
     with pytest.raises(CheckpointError, match="x, y"):
         known.open_store(tmp_path)

@@ -109,7 +109,7 @@ def test_whatever_is_asked_of_the_attachment_uncovers_the_weight(use: str, mater
     attachment: Any = next(m for m in model.children() if m not in (model.body, model.head))
     assert model.embed.weight is not weight
     if use == "attached":
-        assert es.attached(model) is attachment
+        assert es.get_attachment(model) is attachment
     elif use == "merge":
         attachment.merge()
         assert torch.equal(model.embed.weight[INDICES], rows)
@@ -125,7 +125,7 @@ def test_whatever_is_asked_of_the_attachment_uncovers_the_weight(use: str, mater
 @pytest.mark.parametrize("materialize", [True, False])
 def test_an_attachment_that_is_asked_in_the_middle_of_a_forward_uncovers_nothing(materialize: bool) -> None:
     def read(m: Any, ids: torch.Tensor) -> torch.Tensor:
-        assert (es.attached(m) is None) == (m is edited)
+        assert (es.get_attachment(m) is None) == (m is edited)
         return F.linear(m.embed(ids), m.head.weight)
 
     model, edited, _ = attached(reader(""), materialize=materialize)
@@ -197,7 +197,7 @@ def test_a_backward_that_is_broken_off(materialize: bool) -> None:
 
 def test_a_copy_of_a_model_in_whose_forward_something_was_left() -> None:
     model, edited, _, _ = broken("root", KeyboardInterrupt(), False)
-    assert es.attached(model) is not None
+    assert es.get_attachment(model) is not None
     other = copy.deepcopy(model)
     torch.testing.assert_close(other(IDS), edited(IDS), rtol=1e-13, atol=1e-13)
     assert type(other.embed.weight) is nn.Parameter
@@ -268,7 +268,7 @@ def test_a_block_that_is_broken_off_as_it_begins_or_ends_leaves_the_rows_live(bl
     assert attachment is not None
 
     def run() -> None:
-        with attachment.rows(["default", None]) if block == "rows" else getattr(attachment, block)():
+        with attachment.per_sample(["default", None]) if block == "rows" else getattr(attachment, block)():
             model(WORDS)
 
     def check() -> None:

@@ -230,8 +230,8 @@ def test_one_product_over_the_rows_forward_and_two_backward() -> None:
 
 def test_a_mixed_batch_copies_no_logits() -> None:
     model, _, (rows,) = pair("tied")
-    attachment = es.attached(model)
-    with attachment.rows(["default", None]), Calls() as calls:
+    attachment = es.get_attachment(model)
+    with attachment.per_sample(["default", None]), Calls() as calls:
         mixed = model(IDS)
     names = {name for name, number in calls.seen if number == IDS.numel() * V}
     assert names <= {"mm", "_unsafe_view", "view", "t", "index_add_", "scatter_", "detach"}

@@ -218,7 +218,7 @@ def test_a_model_that_ran_is_copied_and_moved(how: str) -> None:
     other = copy.deepcopy(model) if how == "deepcopy" else pickle.loads(pickle.dumps(model))
     other = model.to("cpu", torch.float64) if how == "moved" else other
     assert torch.equal(step(other, lm_loss), loss)
-    (theirs,) = es.attached(other).parameters()
+    (theirs,) = es.get_attachment(other).parameters()
     assert torch.equal(theirs.grad, before)
 
 

@@ -32,8 +32,8 @@ def test_a_part_of_an_attached_model_is_refused(part: str) -> None:
     named = rf"{part} \({type(inner).__name__}\) of LlamaForCausalLM.*adapters whole"
     with pytest.raises(AttachmentError, match=named):
         es.attach(inner, config)
-    assert es.attached(inner) is None
-    assert es.attached(model) is attachment
+    assert es.get_attachment(inner) is None
+    assert es.get_attachment(model) is attachment
     attachment.detach()
     es.attach(inner, config)
 
@@ -43,7 +43,7 @@ def test_a_part_of_a_copy_is_refused_too(how: str) -> None:
     model = tiny("llama-tied")
     es.attach(model, CONFIG)
     other = copy.deepcopy(model) if how == "deepcopy" else pickle.loads(pickle.dumps(model))
-    es.attached(model).detach()
+    es.get_attachment(model).detach()
     es.attach(model.model, CONFIG)
     with pytest.raises(AttachmentError, match="model is a part of one"):
         es.attach(other.model, CONFIG)

@@ -196,7 +196,7 @@ def test_few_rows_replace_their_columns() -> None:
 
 def test_two_adapters_and_mixed_batches_are_right_too() -> None:
     model, dense, (rows,) = pair("middle")
-    attachment = es.attached(model)
+    attachment = es.get_attachment(model)
     es.attach(model, es.TrainableTokensConfig(list(RUNS["last"])), name="other", freeze=False)
     (others,) = (part for part in attachment.parameters() if part is not rows)
     with torch.no_grad():
@@ -205,7 +205,7 @@ def test_two_adapters_and_mixed_batches_are_right_too() -> None:
     alone = model(IDS[:1])
     assert sliced_products(model) == 2
     torch.testing.assert_close(alone, dense(IDS[:1]), rtol=1e-12, atol=1e-12)
-    with attachment.rows(["default", None]):
+    with attachment.per_sample(["default", None]):
         mixed = model(IDS)
     torch.testing.assert_close(mixed[:1], alone, rtol=1e-12, atol=1e-12)
     attachment.activate("default", "other")
@@ -250,7 +250,7 @@ def test_a_call_that_is_interrupted_is_put_right_by_the_next_use() -> None:
         raise KeyboardInterrupt
 
     for use in (
-        es.attached,
+        es.get_attachment,
         lambda model: model.head(torch.ones(2, D, dtype=torch.float64)),
         lambda model: loss(model),
     ):
@@ -261,7 +261,7 @@ def test_a_call_that_is_interrupted_is_put_right_by_the_next_use() -> None:
         handle.remove()
         assert isinstance(model.head.weight, SlicedWeight)
         for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-            assert_dense(copied, copy.deepcopy(dense), list(es.attached(copied).parameters()), "last")
+            assert_dense(copied, copy.deepcopy(dense), list(es.get_attachment(copied).parameters()), "last")
         use(model)
         assert model.head.weight is model.head._parameters["weight"]
         assert_dense(model, dense, rows, "last")

@@ -83,14 +83,14 @@ def test_it_follows_what_is_live() -> None:
         assert torch.equal(model.lm_head.weight, live)
         attachment.unmerge()
         assert torch.equal(model.lm_head.weight.clone(), live)
-        with pytest.raises(UnsupportedError, match="cannot mix adapters here"), attachment.rows(["default", None]):
+        with pytest.raises(UnsupportedError, match="cannot mix adapters here"), attachment.per_sample(["default", None]):
             model.lm_head.weight.clone()
         with pytest.raises((UnsupportedError, RuntimeError)):  # torch refuses a tensor with a gradient function first
             copy.deepcopy(model)
         with torch.no_grad(), attachment.disabled(), pytest.raises(UnsupportedError, match="cannot be copied while"):
             copy.deepcopy(model)
     with (
-        attachment.rows(["default", None]),
+        attachment.per_sample(["default", None]),
         pytest.raises(UnsupportedError, match="a batch that mixes"),
         attachment.materialized(),
     ):

@@ -123,7 +123,7 @@ def test_derivatives_by_the_rows(rows: str, tie: bool, functional: bool, materia
 def test_an_average_over_parameters_and_buffers_has_the_average_rows(rows: str, average: Any) -> None:
     model, dense, indices = pair(True, rows)
     averaged = swa_utils.AveragedModel(model, multi_avg_fn=average, use_buffers=True)
-    part = next(es.attached(model).parameters())
+    part = next(es.get_attachment(model).parameters())
     expected = part.detach().clone()
     averaged.update_parameters(model)
     for step in range(1, 4):
@@ -139,8 +139,8 @@ def test_an_average_over_parameters_and_buffers_has_the_average_rows(rows: str, 
 def test_a_mixed_batch_below_a_transform_is_each_sample_alone() -> None:
     model, dense, _ = pair(True, "few")
     x, direction = torch.randn(2, 2, 4, D, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    attachment = es.attached(model)
-    with attachment.rows(["default", None]):
+    attachment = es.get_attachment(model)
+    with attachment.per_sample(["default", None]):
         mixed = OF_INPUTS["reverse over forward"](model, x, direction)
     with attachment.disabled():
         base = OF_INPUTS["reverse over forward"](model, x[1:], direction[1:])

@@ -112,7 +112,7 @@ def test_every_order(order: tuple[str, ...], tmp_path: Path) -> None:
         (tmp_path / f"fresh{number}").mkdir()
         assert plain(out) == built(base, tmp_path / f"fresh{number}", rest)
         passes(out)
-        assert [r.number for r in es.log_checkpoint(out)] == [n for n in (1, 2, 3, 4) if n != number]
+        assert [r.number for r in es.list_merges(out)] == [n for n in (1, 2, 3, 4) if n != number]
         es.unmerge_checkpoint(out, tmp_path / f"all{number}", all=True)
         assert contents(tmp_path / f"all{number}") == before
     assert contents(stack.now) == whole
@@ -138,7 +138,7 @@ def test_from_under_and_on_top_again(in_place: bool, base: Path, tmp_path: Path)
         "files": ["model.safetensors"],
     }
     stack.put("b")
-    assert [(r.number, r.adapter) for r in es.log_checkpoint(stack.now)] == [(1, "a"), (3, "c"), (4, "b")]
+    assert [(r.number, r.adapter) for r in es.list_merges(stack.now)] == [(1, "a"), (3, "c"), (4, "b")]
     passes(stack.now)
     stack.take()
     stack.take(adapter="a")
@@ -171,7 +171,7 @@ def test_adapters_are_named_by_name_number_or_hash(base: Path, tmp_path: Path) -
         es.unmerge_checkpoint(tmp_path / "four", tmp_path / "out", adapter="a", all=True)
     for number, which in enumerate(("1", adapter_sha256(made_on(base, [1, 2], seed=ord("a")))[:8])):
         es.unmerge_checkpoint(tmp_path / "four", tmp_path / f"out{number}", adapter=which)
-        assert [r.number for r in es.log_checkpoint(tmp_path / f"out{number}")] == [2, 3, 4]
+        assert [r.number for r in es.list_merges(tmp_path / f"out{number}")] == [2, 3, 4]
 
 
 def test_a_later_adapter_on_the_merged_rows_is_named(base: Path, tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def test_a_later_adapter_on_the_merged_rows_is_named(base: Path, tmp_path: Path)
 
 def test_an_adapter_on_grown_rows_keeps_the_growth(base: Path, tmp_path: Path) -> None:
     es.add_tokens_checkpoint(base, "<one>", tmp_path / "grown")
-    (index,) = es.log_checkpoint(tmp_path / "grown")[0].tokens
+    (index,) = es.list_merges(tmp_path / "grown")[0].tokens
     adapter = made_on(tmp_path / "grown", [3, index])
     es.merge_checkpoint(tmp_path / "grown", adapter, tmp_path / "two")
     passes(tmp_path / "two")
@@ -213,7 +213,7 @@ def test_the_log_says_what_was_done(base: Path, tmp_path: Path) -> None:
     adapter = made_on(base, [11, 3])
     es.merge_checkpoint(base, [(adapter.save(tmp_path / "mine"), 0.5)], tmp_path / "one")
     es.add_tokens_checkpoint(tmp_path / "one", "<tool>", tmp_path / "two")
-    first, second = es.log_checkpoint(tmp_path / "two")
+    first, second = es.list_merges(tmp_path / "two")
     assert (first.number, first.adapter, first.weight, first.surgery) == (1, "mine", 0.5, "trainable_tokens")
     assert first.adapter_sha256 == adapter_sha256(adapter)
     assert (first.base_model, first.rows, first.files) == ("org/base", {EMBED: 2}, ("model.safetensors",))
@@ -225,7 +225,7 @@ def test_the_log_says_what_was_done(base: Path, tmp_path: Path) -> None:
     assert (second.number, second.adapter, second.surgery, list(second.tokens.values())) == (
         2, None, "add_tokens", ["<tool>"])  # fmt: skip
     assert set(second.files) == {"model.safetensors", "config.json", "tokenizer.json"}
-    assert es.log_checkpoint(base) == ()
+    assert es.list_merges(base) == ()
 
     text = cli("log", tmp_path / "two")
     assert text.returncode == 0

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from embedsurgery.adapters.new_tokens import Init, plan_tokens
 from embedsurgery.checkpoints.jobs import Job
 from embedsurgery.checkpoints.records import tokens_facts
-from embedsurgery.checkpoints.writing import opened, placed, write
+from embedsurgery.checkpoints.writing import placed, write
 from embedsurgery.errors import ConfigError, EmbedSurgeryWarning
 from embedsurgery.plugins.current import registry
 from embedsurgery.tokenizer.patching import check_tokens, known_tokens
@@ -66,7 +66,7 @@ def add_tokens_checkpoint(
         OutputExistsError: ``output`` exists.
     """
     with placed(model, output, in_place=in_place, hardlink=hardlink, dry_run=dry_run, progress=progress) as place:
-        store = opened(place.source)
+        store = registry().open_store(place.source)
         known = known_tokens(place.source)
         asked = plan_tokens(
             store,
@@ -93,7 +93,7 @@ def _hashes(store: Store, asked: bool) -> dict[str, Any]:
         return {}
     from embedsurgery.checkpoints.hashes import file_hashes
 
-    return {"sha256": file_hashes(Path(store.name))}
+    return {"sha256": file_hashes(store.directory)}
 
 
 def _try_encoding(source: Path, new: NewTokens) -> None:

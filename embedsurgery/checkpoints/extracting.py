@@ -19,13 +19,13 @@ from embedsurgery._version import __version__
 from embedsurgery.adapters.adapter import CONFIG_NAME, WEIGHTS_NAME, Adapter
 from embedsurgery.adapters.carried_tokens import NewTokens, entries_name, evidence, filler_name
 from embedsurgery.adapters.manifest import Fingerprint, Manifest, TableRecord
-from embedsurgery.checkpoints.tuned_tensors import Tuned, alike, tuned_tensors
+from embedsurgery.checkpoints.tuned_tensors import Tuned, alike, open_safetensors, tuned_tensors
 from embedsurgery.errors import BaseMismatchError, CheckpointError, ConfigError, EmbedSurgeryWarning
 from embedsurgery.files.json_reading import read_json
 from embedsurgery.files.regular import open_regular, pread_exactly
 from embedsurgery.graph import Table
 from embedsurgery.plan import Token
-from embedsurgery.plan.edits import spans
+from embedsurgery.plan.blocks import spans
 from embedsurgery.plugins.current import registry
 from embedsurgery.stores.shards import ShardStore
 from embedsurgery.stores.store import rows_of
@@ -57,7 +57,7 @@ class Extraction:
     bytes: int
 
 
-def extract(
+def extract_checkpoint(
     base: str | os.PathLike[str],
     tuned: str | os.PathLike[str],
     *,
@@ -96,7 +96,7 @@ def extract(
 
 
 def _extracted(source: Path, target: Path, threshold: float, progress: Callable[[int, int], None] | None) -> Extraction:
-    store = ShardStore.open(source, architectures=registry().architectures)
+    store = open_safetensors(source)
     tensors = tuned_tensors(target)
     pairs = _pairs(store, tensors, target)
     total = sum(t.entry.end - t.entry.begin for t in pairs.values())

@@ -18,7 +18,10 @@ from pathlib import Path
 from huggingface_hub import CommitOperationCopy
 
 from embedsurgery.adapters.adapter import Adapter
-from embedsurgery.checkpoints.partial_store import PartialStore, merged
+from embedsurgery.checkpoints.jobs import check_jobs, whole_plan
+from embedsurgery.checkpoints.merging import merge_jobs
+from embedsurgery.checkpoints.partial_store import PartialStore
+from embedsurgery.checkpoints.writing import do_jobs
 from embedsurgery.combining.several import Conflict
 from embedsurgery.errors import ConfigError, EmbedSurgeryWarning, HubError
 from embedsurgery.hub.as_directory import fill, put, scratch, wanted
@@ -89,15 +92,18 @@ def push_merged(
         fill(client, at, files, checkpoint, names, folder)
         store = PartialStore.begin(folder, partial(put, client, at))
         pulled = [(_pulled(a[0], token), a[1]) if isinstance(a, tuple) else _pulled(a, token) for a in adapters]
-        done = merged(store, pulled, bake=bake, on_conflict=on_conflict, allow_nan=allow_nan)
+        jobs = merge_jobs(store, pulled, bake=bake, on_conflict=on_conflict, allow_nan=allow_nan)
+        check_jobs(jobs, store)
+        do_jobs(jobs, store, folder.parent)
+        merged, edits = [job.label for job in jobs], whole_plan(jobs).describe()
         content, copies = _changes(client, at, files, names, folder, store.present)
         kept = front_matter(client.fetch(at, README).read_text("utf-8", "replace")) if README in files else {}
-        body = merged_body(f"{at.repo}@{at.sha}", done.adapters, done.edits, into.repo)
+        body = merged_body(f"{at.repo}@{at.sha}", merged, edits, into.repo)
         front = merged_front([at.repo], kept)
         content[README] = renewed(None, front, into.repo.partition("/")[2], body).encode()
         target = prepare(client, into.repo, private=private, branch=branch, create_branch=not create_pr)
         _refuse_other_model(client, target.at)
-        text = message or f"Merge {', '.join(done.adapters)} into {of.repo} with embedsurgery"
+        text = message or f"Merge {', '.join(merged)} into {of.repo} with embedsurgery"
         send = partial(commit, client, target, message=text[:200], create_pr=create_pr, tag=tag)
         try:
             report = send(content, copies=copies)

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from embedsurgery.checkpoints.footprint import Footprint
+from embedsurgery.checkpoints.footprint import PlanFootprint
 from embedsurgery.checkpoints.journal import Journal, clean, roll_back
 from embedsurgery.errors import EmbedSurgeryWarning, UnfinishedError, UnsupportedError
 from embedsurgery.files.atomic import uninterrupted
@@ -55,7 +55,7 @@ def _take_back(directory: Path, error: BaseException) -> None:
                               hint=f"run: embedsurgery recover {directory}") from error  # fmt: skip
 
 
-def refuse_in_place(directory: Path, touched: Footprint, ours: Collection[str] = ()) -> None:
+def refuse_in_place(directory: Path, touched: PlanFootprint, ours: Collection[str] = ()) -> None:
     """Refuse files that stand for more than themselves, or that nobody is meant to write.
 
     Args:

@@ -6,19 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from embedsurgery.plan import (
-    AddTokens,
-    Edit,
-    Grow,
-    PatchFile,
-    Plan,
-    SetBlocks,
-    SetEntries,
-    SetRows,
-    Suppress,
-    Undo,
-    Untie,
-)
+from embedsurgery.plan import Edit, Plan, Undo
+from embedsurgery.plan.edit import Sizes
+from embedsurgery.plan.plan import Edits
 from embedsurgery.stores.checks import check
 from embedsurgery.stores.store import Store
 
@@ -33,13 +23,15 @@ class Job:
         drops: Small files of ``.embedsurgery/`` that go with it, as paths relative to the checkpoint.
         writes: Small files of ``.embedsurgery/`` that come with it: path -> bytes.
         before: Called with the store just before the plan is applied, to refuse.
+        label: Name of what is merged, for a person.
     """
 
-    plan: Plan
+    plan: Edits
     facts: Callable[[Undo, Store], dict[str, Any]] | None = None
     drops: tuple[str, ...] = ()
     writes: Mapping[str, bytes] = field(default_factory=dict)
     before: Callable[[Store], None] | None = None
+    label: str = ""
 
 
 def whole_plan(jobs: list[Job]) -> Plan:
@@ -48,56 +40,43 @@ def whole_plan(jobs: list[Job]) -> Plan:
 
 
 def check_jobs(jobs: list[Job], store: Store) -> None:
-    """All that can be seen before anything is copied: the first plan whole, of later ones what no earlier one changes.
+    """Check what can be checked before anything is copied: the first plan whole, later ones as far as none before them
+    changes what they name.
 
-    Rows that several jobs set are those that were meant to be: see ``combining.py``.
+    Rows that several jobs set are allowed: see ``combining/several.py``.
     """
     settled = True  # sizes and small files are still the store's
-    sizes = {table.name: table.shape[0] for table in store.graph.tables}
-    sizes |= {name: v.size for v in store.graph.vocabularies for name in v.vectors}
+    rows = Sizes(store.graph).rows
     for number, job in enumerate(jobs):
-        moves = any(isinstance(edit, (Grow, AddTokens, PatchFile, Suppress, Untie)) for edit in job.plan.edits)
+        moves = any(edit.rearranges for edit in job.plan.edits)
         if number == 0 or (settled and moves):
             check(job.plan, store)
         else:
-            check(Plan(tuple(edit for edit in job.plan.edits if _fits(edit, sizes))), store)
+            check(Plan(tuple(edit for edit in job.plan.edits if _fits(edit, rows))), store)
         settled = settled and not moves
 
 
-def _fits(edit: Edit, sizes: Mapping[str, int]) -> bool:
-    """Whether the store as it is has what an edit sets."""
-    if isinstance(edit, SetRows):
-        return max(edit.indices, default=0) < sizes.get(edit.table, 0)
-    return isinstance(edit, SetEntries) and max(edit.indices, default=0) < sizes.get(edit.vector, 0)
+def _fits(edit: Edit, rows: Mapping[str, int]) -> bool:
+    """Whether the store as it is has the rows that an edit sets."""
+    sets = [] if edit.rearranges else [(name, i) for name, i in edit.sets().items() if i is not None]
+    return bool(sets) and all(max(indices, default=0) < rows.get(name, 0) for name, indices in sets)
 
 
-def weights(plan: Plan, store: Store) -> list[str]:
+def weights(plan: Edits, store: Store) -> list[str]:
     """The weight files that hold what a plan changes."""
-    return list(dict.fromkeys(file for edit in plan.edits for file in touched(edit, store)))
+    held = set(store.weight_files())
+    footprints = [edit.footprint(store) for edit in plan.edits]
+    files = (file for found in footprints for file in (*found.ranges, *found.replaced))
+    return [file for file in dict.fromkeys(files) if file in held]
 
 
-def rewritten(plan: Plan, store: Store) -> list[str]:
-    """The weight files that growing makes anew before anything is written into them."""
+def rewritten(plan: Edits, store: Store) -> list[str]:
+    """The weight files that are made again before anything is written into them."""
+    held = set(store.weight_files())
     written: set[str] = set()
-    anew: dict[str, None] = {}
+    again: dict[str, None] = {}
     for edit in plan.edits:
-        if isinstance(edit, Grow) or (isinstance(edit, Untie) and store.untie_files(edit)[1]):
-            anew.update(dict.fromkeys(file for file in touched(edit, store) if file not in written))
-        else:
-            written.update(touched(edit, store))
-    return list(anew)
-
-
-def touched(edit: Edit, store: Store) -> list[str]:
-    """The weight files that an edit touches."""
-    if isinstance(edit, (SetRows, SetBlocks)):
-        table = store.graph.find(edit.table)  # None for a head that an earlier edit parts
-        return [] if table is None else [file for _, file in table.files]
-    if isinstance(edit, SetEntries):
-        return list(store.vector_files(edit.vector))
-    if isinstance(edit, Untie):
-        return list(store.untie_files(edit)[0])
-    if isinstance(edit, Grow):
-        vocabulary = next(v for v in store.graph.vocabularies if v.name == edit.vocabulary)
-        return [file for file in store.growth_files(vocabulary) if file in store.weight_files()]
-    return []
+        found = edit.footprint(store)
+        again.update(dict.fromkeys(file for file in found.replaced if file in held and file not in written))
+        written.update(found.ranges)
+    return list(again)

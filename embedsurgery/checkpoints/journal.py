@@ -19,12 +19,9 @@ from embedsurgery.errors import CheckpointError, PlanError, UnfinishedError
 from embedsurgery.files.atomic import second_name, sync_path
 from embedsurgery.files.copying import remove_tree
 from embedsurgery.files.locking import DONE, JOURNAL, STATE_DIRECTORY, refuse_linked_state, segments
-from embedsurgery.files.regular import open_regular, pwrite_exactly
-from embedsurgery.plan import Edit, PatchFile, Plan
-from embedsurgery.plan.file_edits import FileState, PutFile, SetBytes
-
-Range = tuple[int, int]
-"""(begin, end) in bytes from the start of a file."""
+from embedsurgery.plan import Edit, PatchFile, Undo
+from embedsurgery.plan.edit import Range
+from embedsurgery.plan.file_edits import FileState, PutFile, SetBytes, journal_mismatch
 
 
 class Journal:
@@ -79,7 +76,7 @@ class Journal:
                 self._ranges[path] = union([*self._ranges.get(path, []), *fresh])
         if edits:
             part = self.folder / f"{self._number:04d}.part"
-            Plan(tuple(edits), self._facts).save(part)
+            Undo(tuple(edits), self._facts).save(part)
             if keeps:
                 sync_path(self.folder)  # the kept names, before the part that relies on them counts
             os.rename(part, part.with_suffix(".safetensors"))
@@ -139,12 +136,15 @@ def roll_back(directory: Path) -> tuple[str, ...]:
     for plan in reversed([_load(directory, part) for part in segments(directory)]):
         for edit in plan.edits:
             try:
-                undone.append(_put_back(directory, edit))
+                path = edit.put_back(directory, directory / JOURNAL)
             except OSError as error:
                 where = getattr(edit, "path", directory)
                 raise UnfinishedError("a file cannot be put back", where=f"{directory}: {str(where)[:200]}",
                                       found=error.strerror, hint="make it writable, or make room, and run recover again"
                                       ) from error  # fmt: skip
+            if path is None:
+                raise journal_mismatch(directory, "an edit of files", edit.describe())
+            undone.append(path)
     for folder in {(directory / path).parent for path in undone}:
         if folder.is_dir():
             sync_path(folder)
@@ -152,85 +152,13 @@ def roll_back(directory: Path) -> tuple[str, ...]:
     return tuple(dict.fromkeys(undone))
 
 
-def _load(directory: Path, part: Path) -> Plan:
+def _load(directory: Path, part: Path) -> Undo:
     try:
-        return Plan.load(part, sealed=True)
+        return Undo.load(part, sealed=True)
     except (CheckpointError, PlanError) as error:
         raise UnfinishedError("the journal of an interrupted change in place is damaged", where=part, found=error,
                               hint=f"put the checkpoint's files back from elsewhere and remove {directory / JOURNAL}"
                               ) from error  # fmt: skip
-
-
-def _put_back(directory: Path, edit: Edit) -> str:
-    """Do one edit of a journal; returns the file's path."""
-    if not isinstance(edit, (SetBytes, PutFile, PatchFile)):
-        raise _strange(directory, "an edit of files", edit.describe())
-    file = _inside(directory, edit.path)
-    if isinstance(edit, PutFile):
-        kept = directory / JOURNAL / edit.kept
-        if edit.kept != kept.name or not edit.kept.endswith(".kept") or not _encodes(edit.kept):
-            raise _strange(file, "the name of a kept file", repr(edit.kept))
-        if os.path.lexists(kept):
-            if not FileState.of(kept, edit.path).same_file(edit.state):
-                raise _strange(file, "the file that was kept", "another")
-            os.replace(kept, file)
-        elif not os.path.lexists(file) or not FileState.of(file).same_file(edit.state):
-            raise _strange(file, f"{edit.kept} beside the journal, or the file as it was", "neither")
-    elif isinstance(edit, PatchFile):
-        if edit.after is not None or (os.path.lexists(file) and (file.is_dir() and not file.is_symlink())):
-            raise _strange(file, "a file that was made", "something else")
-        file.unlink(missing_ok=True)
-    else:
-        _write_back(file, edit)
-    return edit.path
-
-
-def _write_back(file: Path, edit: SetBytes) -> None:
-    if not FileState.of(file).same_file(edit.state):
-        raise _strange(file, "the file that was being changed", "one of another size or header")
-    with open_regular(file, os.O_RDWR | os.O_NOFOLLOW) as descriptor:
-        places = iter(edit.ranges)
-        begin = end = 0
-        for chunk in edit.chunks():
-            rest = memoryview(chunk)
-            while rest:
-                while begin == end:
-                    begin, end = next(places)
-                size = min(len(rest), end - begin)
-                pwrite_exactly(descriptor, bytes(rest[:size]), begin)
-                begin, rest = begin + size, rest[size:]
-        os.utime(descriptor, ns=(os.fstat(descriptor).st_atime_ns, edit.state.mtime_ns))
-        os.fsync(descriptor)
-
-
-def _inside(directory: Path, path: str) -> Path:
-    """A file that a journal names, which must lie in the checkpoint and be reached through no link."""
-    parts = path.split("/")
-    file = directory.joinpath(*parts)
-    plain = all(part and part not in (".", "..") and "\0" not in part and "\\" not in part for part in parts)
-    if not plain or not _encodes(path):
-        raise _strange(directory, "a path inside the checkpoint", repr(path)[:200])
-    for parent in file.parents:
-        if parent == directory:
-            break
-        if parent.is_symlink():
-            raise _strange(file, "a path through no link", parent)
-    return file
-
-
-def _encodes(path: str) -> bool:
-    """Whether a file can have this name: JSON can hold half a surrogate pair, and file systems cannot."""
-    try:
-        os.fsencode(path)
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _strange(where: Path, expected: object, found: object) -> UnfinishedError:
-    return UnfinishedError("the journal does not fit these files, so they are left as they are", where=where,
-                           expected=expected, found=found,
-                           hint=f"put the files back from elsewhere and remove {JOURNAL}")  # fmt: skip
 
 
 def _discount(directory: Path) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from embedsurgery.adapters.adapter import Adapter
 from embedsurgery.checkpoints.jobs import Job
 from embedsurgery.checkpoints.records import adapter_sha256, facts, facts_of, record_paths
-from embedsurgery.checkpoints.writing import opened, placed, write
+from embedsurgery.checkpoints.writing import placed, write
 from embedsurgery.combining.several import Conflict, plan_parts
 from embedsurgery.combining.weighted_adapters import Part, parts
 from embedsurgery.errors import BaseMismatchError
@@ -80,20 +80,42 @@ def merge_checkpoint(
         BusyError: ``base`` is being changed in place by another process.
     """
     with placed(base, output, in_place=in_place, hardlink=hardlink, dry_run=dry_run, progress=progress) as place:
-        store = opened(place.source)
-        asked = parts(adapters, named_adapter)
-        _refuse_merged(place.source, asked)
-        tokens = cache(partial(_known_tokens, place.source))
-        planned = plan_parts(asked, lambda name: registry().named(name).surgery, store, tokens, options=bake,
-                             on_conflict=on_conflict, allow_nan=allow_nan)  # fmt: skip
-        jobs = [
-            Job(plan, partial(part_facts, part, on_conflict=on_conflict, hashes=hashes and part is planned[-1][0]))
-            for part, plan in planned
-        ]
+        store = registry().open_store(place.source)
+        jobs = merge_jobs(store, adapters, bake=bake, on_conflict=on_conflict, allow_nan=allow_nan, hashes=hashes)
         return write(jobs, store, place)
 
 
-def part_facts(
+def merge_jobs(
+    store: Store,
+    adapters: AdapterLike | Weighted | Sequence[AdapterLike | Weighted],
+    *,
+    bake: BakeConfig | Sequence[BakeConfig | None] | None = None,
+    on_conflict: Conflict | None = None,
+    allow_nan: bool = False,
+    hashes: bool = False,
+) -> list[Job]:
+    """The jobs that bake adapters into a checkpoint, one for each adapter; arguments as of `merge_checkpoint`.
+
+    Raises:
+        BaseMismatchError: An adapter was made from another base, or is merged already.
+        PlanError: Two adapters set the same rows, or rows hold NaN or infinity.
+    """
+    asked = parts(adapters, named_adapter)
+    _refuse_merged(store.directory, asked)
+    tokens = cache(partial(_known_tokens, store.directory))
+    planned = plan_parts(asked, lambda name: registry().named(name).surgery, store, tokens, options=bake,
+                         on_conflict=on_conflict, allow_nan=allow_nan)  # fmt: skip
+    return [
+        Job(
+            plan,
+            partial(_part_facts, part, on_conflict=on_conflict, hashes=hashes and part is planned[-1][0]),
+            label=part.name,
+        )
+        for part, plan in planned
+    ]
+
+
+def _part_facts(
     part: Part, undo: Undo, store: Store, *, on_conflict: Conflict | None = None, hashes: bool = False
 ) -> dict[str, Any]:
     """What the record of a part says; called when it is done."""
@@ -101,7 +123,7 @@ def part_facts(
     if hashes:
         from embedsurgery.checkpoints.hashes import file_hashes
 
-        said["sha256"] = file_hashes(Path(store.name))
+        said["sha256"] = file_hashes(store.directory)
     return said
 
 

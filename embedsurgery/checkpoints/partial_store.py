@@ -9,23 +9,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import cache, partial
 from pathlib import Path
-from typing import Any
 
-from embedsurgery.checkpoints.merging import named_adapter, part_facts
-from embedsurgery.checkpoints.records import next_record
-from embedsurgery.combining.several import Conflict, plan_parts
-from embedsurgery.combining.weighted_adapters import parts
-from embedsurgery.errors import CheckpointError, PlanError
+from embedsurgery.errors import CheckpointError
 from embedsurgery.graph import Table
-from embedsurgery.plan import Grow, SetRows, Untie
+from embedsurgery.plan import Grow, Untie
 from embedsurgery.plugins.current import registry
-from embedsurgery.stores.apply import apply
 from embedsurgery.stores.checkpoint import Checkpoint, open_checkpoint
 from embedsurgery.stores.shards import ShardStore
-from embedsurgery.tokenizer.patching import known_tokens
 
 Fetch = Callable[[str, Path], None]
 """Called with a file's name and where to put it."""
@@ -58,8 +49,7 @@ class PartialStore(ShardStore):
         checkpoint = open_checkpoint(directory)
         return cls(checkpoint, fetch, set(), {file: _mark(directory / file) for file in checkpoint.headers})
 
-    def again(self) -> PartialStore:
-        """The store as the files are now."""
+    def again(self, *, headers: bool = True) -> PartialStore:
         self._refuse_changed_holes()
         return PartialStore(open_checkpoint(self.checkpoint.directory), self._fetch, self.present, self._holes)
 
@@ -87,11 +77,12 @@ class PartialStore(ShardStore):
         super().check_writable(table)
 
     def grow(self, edit: Grow) -> None:
-        self.need([file for file in self.growth_files(self.vocabulary(edit)) if file in self.checkpoint.headers])
+        self.need([file for file in self.resized_files(edit.vocabulary) if file in self.checkpoint.headers])
         super().grow(edit)
 
     def untie(self, edit: Untie) -> None:
-        self.need(self.untie_files(edit)[0])
+        found = self.untie_footprint(edit)
+        self.need([file for file in (*found.ranges, *found.replaced) if file in self.checkpoint.headers])
         super().untie(edit)
 
     def sync(self) -> None:
@@ -101,50 +92,3 @@ class PartialStore(ShardStore):
 def _mark(path: Path) -> _Mark:
     status = path.stat()
     return status.st_ino, status.st_size, status.st_mtime_ns
-
-
-@dataclass(frozen=True)
-class Merged:
-    """What was done.
-
-    Attributes:
-        adapters: Their names.
-        edits: A line for each edit.
-    """
-
-    adapters: tuple[str, ...]
-    edits: tuple[str, ...]
-
-
-def merged(
-    store: PartialStore,
-    adapters: Any,
-    *,
-    bake: Any = None,
-    on_conflict: Conflict | None = None,
-    allow_nan: bool = False,
-) -> Merged:
-    """Bake adapters in, in place, with the record of each; the arguments are those of `merge_checkpoint`.
-
-    Raises:
-        BaseMismatchError: An adapter was made from another base.
-        PlanError: Two adapters set the same rows.
-    """
-    directory = store.checkpoint.directory
-    asked = parts(adapters, named_adapter)
-    tokens = cache(partial(known_tokens, directory))
-    planned = plan_parts(asked, lambda name: registry().named(name).surgery, store, tokens, options=bake,
-                         on_conflict=on_conflict, allow_nan=allow_nan)  # fmt: skip
-    for part, plan in planned:
-        undo = apply(plan, store, spill=directory.parent)
-        before, store = store, store.again()
-        parted = {name for edit in undo.edits if isinstance(edit, Untie) for name in (edit.table, edit.head)}
-        for table in (e.table for e in undo.edits if isinstance(e, SetRows) and e.table not in parted):
-            if before.graph.table(table).files != store.graph.table(table).files:
-                raise PlanError("the merge would make two stored tables equal, which then load as one", where=table,
-                                hint="set tie_word_embeddings to false in the config first")  # fmt: skip
-        record = next_record(directory)
-        record.parent.mkdir(parents=True, exist_ok=True)
-        replace(undo, facts={**plan.facts, **part_facts(part, undo, store, on_conflict=on_conflict)}).save(record)
-    edits = tuple(line for _, plan in planned for line in plan.describe())
-    return Merged(tuple(part.name for part, _ in planned), edits)

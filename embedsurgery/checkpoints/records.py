@@ -22,10 +22,11 @@ from embedsurgery.adapters.manifest import Fingerprint
 from embedsurgery.errors import PlanError
 from embedsurgery.files.locking import refuse_linked_state
 from embedsurgery.files.safetensors import Header, read_header
-from embedsurgery.plan import Grow, PatchFile, SetBlocks, SetEntries, SetRows, Undo, Untie
+from embedsurgery.plan import Edit, Undo
+from embedsurgery.plan.edit import Sizes
 from embedsurgery.stores.checkpoint import STATE_DIRECTORY
 from embedsurgery.stores.store import Store
-from embedsurgery.stores.written import _grown, written
+from embedsurgery.stores.written import written
 from embedsurgery.tensors.raw import RawArray
 
 MERGES = f"{STATE_DIRECTORY}/merges"
@@ -35,7 +36,7 @@ RECORD = re.compile(r"(\d{4,12})\.safetensors")
 
 @dataclass(frozen=True)
 class MergeRecord:
-    """What a record says of a merge, as `embedsurgery.log_checkpoint` gives it.
+    """What a record says of a merge, as `embedsurgery.list_merges` gives it.
 
     Attributes:
         number: Its place: 1 was merged first.
@@ -126,18 +127,14 @@ def tokens_facts(new: NewTokens, undo: Undo, store: Store) -> dict[str, Any]:
 def _done(undo: Undo, store: Store) -> dict[str, Any]:
     rows: dict[str, set[int]] = {}
     base: dict[str, Any] = {}
+    sizes = Sizes(store.graph, store.name)
     for edit in undo.edits:
-        if isinstance(edit, SetRows):
-            rows.setdefault(edit.table, set()).update(edit.indices)
-            base.setdefault(edit.table, _fingerprint(edit.rows))
-        elif isinstance(edit, SetBlocks):
-            rows.setdefault(edit.table, set()).update(range(edit.blocks.shape[0]))
-            base.setdefault(edit.table, _fingerprint(_sample(edit)))
-        elif isinstance(edit, Untie):
-            rows.setdefault(edit.head, set()).update(edit.indices)
-        elif isinstance(edit, Grow):
-            for table, last in _grown(edit, store):
-                rows.setdefault(table.name, set()).update(last)
+        for name, indices in edit.leaves(sizes).items():
+            table = store.graph.find(name)
+            if table is not None:  # per-token vectors are not counted
+                rows.setdefault(name, set()).update(range(table.shape[0]) if indices is None else indices)
+        for name, displaced in _displaced(edit).items():
+            base.setdefault(name, _fingerprint(displaced))
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "version": __version__,
@@ -148,35 +145,29 @@ def _done(undo: Undo, store: Store) -> dict[str, Any]:
     }
 
 
+def _displaced(edit: Edit) -> Mapping[str, RawArray]:
+    """Table -> the rows that an edit of an undo puts back; of a whole table up to `SAMPLE`, spread evenly."""
+    from embedsurgery.surgeries.whole_tables import SAMPLE
+
+    whole = edit.whole()
+    if whole is None:
+        return {name: raw for name, raw in edit.arrays().items() if name in edit.sets() and len(raw.shape) == 2}
+    table, blocks = whole
+    rows, columns = blocks.shape
+    count = min(SAMPLE, rows)
+    parts = (blocks.saved_rows(at, at + 1).data for at in (n * rows // count for n in range(count)))
+    return {table: RawArray(blocks.dtype, (count, columns), b"".join(parts))}
+
+
 def _fingerprint(rows: RawArray) -> dict[str, Any]:
     mark = Fingerprint.of(rows)
     return {"dtype": mark.dtype, "sha256": dict(mark.sha256)}
 
 
-def _sample(edit: SetBlocks) -> RawArray:
-    """Up to `SAMPLE` of the displaced rows, spread evenly."""
-    from embedsurgery.surgeries.whole_tables import SAMPLE
-
-    rows, columns = edit.blocks.shape
-    count = min(SAMPLE, rows)
-    nothing = RawArray(edit.blocks.dtype, (0, columns), b"")
-    parts = (edit.blocks.block(at, at + 1, nothing).data for at in (n * rows // count for n in range(count)))
-    return RawArray(edit.blocks.dtype, (count, columns), b"".join(parts))
-
-
 def touched_files(undo: Undo, store: Store) -> tuple[str, ...]:
     """The files that an undo changes back, in a store of files."""
-    found: dict[str, None] = {}
-    for edit in undo.edits:
-        if isinstance(edit, (SetRows, SetBlocks)):
-            found.update(dict.fromkeys(file for _, file in store.graph.table(edit.table).files))
-        elif isinstance(edit, SetEntries):
-            found.update(dict.fromkeys(store.vector_files(edit.vector)))
-        elif isinstance(edit, Grow):
-            found.update(dict.fromkeys(edit.saved))
-        elif isinstance(edit, PatchFile):
-            found[edit.path] = None
-    return tuple(found)
+    footprints = [edit.footprint(store) for edit in undo.edits]
+    return tuple(dict.fromkeys(file for found in footprints for file in (*found.ranges, *found.replaced)))
 
 
 def adapter_sha256(adapter: Adapter) -> str:

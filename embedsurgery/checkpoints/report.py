@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from embedsurgery.checkpoints.jobs import weights
-from embedsurgery.plan import AddTokens, PatchFile, Plan, SetBlocks, SetRows
-from embedsurgery.plan.plan import undo_bytes
+from embedsurgery.plan.plan import Edits
 from embedsurgery.stores.store import Store
 
 Progress = Callable[[int, int], None]
@@ -42,20 +41,21 @@ class MergeReport:
     undo: int = 0
 
 
-def report_of(plan: Plan, store: Store, output: Path | None, copied: int) -> MergeReport:
+def report_of(plan: Edits, store: Store, output: Path | None, copied: int) -> MergeReport:
     """The report of a plan that is not done yet."""
     rows: dict[str, set[int]] = {}
+    vectors = {name for v in store.graph.vocabularies for name in v.vectors}
     tokens: dict[str, int] = {}
     for edit in plan.edits:
-        if isinstance(edit, SetRows):
-            rows.setdefault(edit.table, set()).update(edit.indices)
-        elif isinstance(edit, SetBlocks):
-            rows.setdefault(edit.table, set()).update(range(edit.blocks.shape[0]))
-        elif isinstance(edit, AddTokens):
-            tokens.update({token.content: token.id for token in edit.tokens})
-    patched = [edit.path for edit in plan.edits if isinstance(edit, PatchFile)]
+        for name, indices in edit.sets().items():
+            if name not in vectors:
+                table = store.graph.find(name)  # None for a head that an earlier edit gives a table of its own
+                everything = range(table.shape[0] if table is not None else 0)
+                rows.setdefault(name, set()).update(everything if indices is None else indices)
+        tokens.update({token.content: token.id for token in edit.changed_tokens()})
+    patched = [expected[0] for edit in plan.edits if (expected := edit.expected_file()) is not None]
     touched = (*weights(plan, store), *dict.fromkeys(patched))
-    name = None if output is None else str(output)
+    target = None if output is None else str(output)
     counts = {table: len(indices) for table, indices in rows.items()}
-    return MergeReport(name, tuple(plan.describe()), counts, tuple(dict.fromkeys(touched)), tokens, copied, done=False,
-                       undo=undo_bytes(plan, store.graph))  # fmt: skip
+    return MergeReport(target, tuple(plan.describe()), counts, tuple(dict.fromkeys(touched)), tokens, copied, done=False,
+                       undo=plan.kept_bytes(store.graph))  # fmt: skip

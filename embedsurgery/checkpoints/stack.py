@@ -16,7 +16,8 @@ from embedsurgery.checkpoints.records import MERGES, MergeRecord, facts_of, merg
 from embedsurgery.errors import CheckpointError, PlanError
 from embedsurgery.files.json_reading import NOTE, read_json
 from embedsurgery.graph import EmbeddingGraph
-from embedsurgery.plan import Grow, PatchFile, Plan, SetBlocks, SetEntries, SetRows, Undo, Untie
+from embedsurgery.plan import Undo
+from embedsurgery.plan.edit import Sizes, Touched
 from embedsurgery.stores.store import shorten
 
 _TOMBSTONE = re.compile(r"(\d{4,12})\.removed\.json")
@@ -65,7 +66,7 @@ def entry(path: Path) -> Entry:
     Raises:
         CheckpointError, PlanError: It cannot be read.
     """
-    undo = Plan.load(path, sealed=True)
+    undo = Undo.load(path, sealed=True)
     return Entry(path, undo, merge_record(path, undo.facts))
 
 
@@ -84,73 +85,39 @@ def stack(directory: Path, graph: EmbeddingGraph) -> list[Entry]:
 
 def arranged(entries: Sequence[Entry], graph: EmbeddingGraph) -> list[Entry]:
     """The entries, given the oldest first, each with what lies over it."""
-    sizes = {table.name: table.shape[0] for table in graph.tables}
-    sizes |= {name: v.size for v in graph.vocabularies for name in v.vectors}
-    vocabularies = {v.name: (*v.tables, *v.vectors) for v in graph.vocabularies}
-    above: list[tuple[MergeRecord, _Reach]] = []
+    sizes = Sizes(graph)
+    above: list[tuple[MergeRecord, Touched]] = []
     found = []
     for one in reversed(entries):
-        reaches = [_Reach.of(edit, sizes, vocabularies) for edit in one.undo.edits]
+        touched = [edit.touches(sizes) for edit in one.undo.edits]
         under: dict[int, MergeRecord] = {}
         words: list[str] = []
-        for number, reach in enumerate(reaches):
+        for number, below in enumerate(touched):
             for later, over in above:
-                common = reach.common(over)
+                common = _common(below, over)
                 if common is not None:
                     under.setdefault(number, later)
                     words.append(f"{later.label} over {common}")
         found.append(Entry(one.path, one.undo, one.said, under, "; ".join(dict.fromkeys(words)) or None))
-        above.extend((one.said, reach) for reach in reaches)
+        above.extend((one.said, part) for part in touched)
         for edit in one.undo.edits:
-            if isinstance(edit, Grow):
-                for name in vocabularies.get(edit.vocabulary, ()):
-                    sizes[name] = sizes.get(name, 0) + edit.count
+            edit.resize(sizes)
     return found[::-1]
 
 
-@dataclass(frozen=True)
-class _Reach:
-    """What an edit of an undo puts back: rows of tables, and files.
-
-    Attributes:
-        rows: Table -> rows; None for all of them.
-        files: Small files, and weight files whose header changes.
-    """
-
-    rows: Mapping[str, frozenset[int] | None] = field(default_factory=dict)
-    files: frozenset[str] = frozenset()
-
-    @classmethod
-    def of(cls, edit: object, sizes: Mapping[str, int], vocabularies: Mapping[str, Sequence[str]]) -> _Reach:
-        if isinstance(edit, SetRows):
-            return cls({edit.table: frozenset(edit.indices)})
-        if isinstance(edit, SetEntries):
-            return cls({edit.vector: frozenset(edit.indices)})
-        if isinstance(edit, SetBlocks):
-            return cls({edit.table: None})
-        if isinstance(edit, Untie):
-            return cls({edit.head: None}, frozenset(edit.saved))
-        if isinstance(edit, PatchFile):
-            return cls(files=frozenset((edit.path,)))
-        if isinstance(edit, Grow):
-            tables = vocabularies.get(edit.vocabulary, (edit.vocabulary,))  # of tables and per-token vectors
-            grown = {t: frozenset(range(max(sizes.get(t, 0) + edit.count, 0), sizes.get(t, 0))) for t in tables}
-            return cls(grown, frozenset(edit.saved))
-        return cls()
-
-    def common(self, other: _Reach) -> str | None:
-        """What both reach, for a message; None where nothing is."""
-        for table, rows in self.rows.items():
-            if table not in other.rows:
-                continue
-            others = other.rows[table]
-            if rows is None or others is None:
-                return f"all rows of {table}"
-            both = sorted(rows & others)
-            if both:
-                return f"{'row' if len(both) == 1 else 'rows'} {shorten(both)} of {table}"
-        files = sorted(self.files & other.files)
-        return ", ".join(files) if files else None
+def _common(one: Touched, other: Touched) -> str | None:
+    """What two edits both touch, for a message; None for nothing."""
+    for table, rows in one.rows.items():
+        if table not in other.rows:
+            continue
+        others = other.rows[table]
+        if rows is None or others is None:
+            return f"all rows of {table}"
+        both = sorted(set(rows) & set(others))
+        if both:
+            return f"{'row' if len(both) == 1 else 'rows'} {shorten(both)} of {table}"
+    files = sorted(one.files & other.files)
+    return ", ".join(files) if files else None
 
 
 # -- what is taken out -------------------------------------------------------------------------------------------------

@@ -10,10 +10,12 @@ from pathlib import Path
 import numpy as np
 
 from embedsurgery.adapters.adapter import WEIGHTS_NAME
+from embedsurgery.errors import UnsupportedError
 from embedsurgery.files.regular import open_regular, pread_exactly
 from embedsurgery.files.safetensors import Entry, read_header
 from embedsurgery.graph.wrappers import plain_name
-from embedsurgery.plan.edits import spans
+from embedsurgery.plan.blocks import spans
+from embedsurgery.plugins.current import registry
 from embedsurgery.stores.shards import ShardStore
 from embedsurgery.tensors.raw import ITEMSIZE, RawArray
 
@@ -53,12 +55,25 @@ class Tuned:
             )
 
 
+def open_safetensors(directory: Path) -> ShardStore:
+    """A checkpoint whose tensors are compared byte by byte.
+
+    Raises:
+        UnsupportedError: It is of another format.
+    """
+    store = registry().open_store(directory)
+    if not isinstance(store, ShardStore):
+        raise UnsupportedError("rows are compared in safetensors alone", where=directory, expected="safetensors",
+                               found=type(store).__name__)  # fmt: skip
+    return store
+
+
 def tuned_tensors(tuned: Path) -> dict[str, Tuned]:
     """Plain name -> tensor, of a checkpoint or a PEFT adapter."""
     if os.path.exists(tuned / WEIGHTS_NAME):
         header = read_header(tuned / WEIGHTS_NAME)
         return {plain_name(name): Tuned(tuned / WEIGHTS_NAME, entry) for name, entry in header.entries.items()}
-    checkpoint = ShardStore.open(tuned).checkpoint
+    checkpoint = open_safetensors(tuned).checkpoint
     return {plain_name(name): Tuned(checkpoint.path(name), checkpoint.entry(name)) for name in checkpoint.location}
 
 

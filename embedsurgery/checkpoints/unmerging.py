@@ -10,8 +10,9 @@ from pathlib import Path
 from embedsurgery.checkpoints.jobs import Job
 from embedsurgery.checkpoints.report import MergeReport, Progress
 from embedsurgery.checkpoints.stack import Entry, chosen, left_behind, stack
-from embedsurgery.checkpoints.writing import opened, placed, write
+from embedsurgery.checkpoints.writing import placed, write
 from embedsurgery.errors import ConfigError
+from embedsurgery.plugins.current import registry
 from embedsurgery.stores.written import check_written
 
 
@@ -33,7 +34,7 @@ def unmerge_checkpoint(
         output: A directory that does not exist yet. None for a dry run alone, or with ``in_place``.
         all: Take every merge out, the last first: what is left is the original base.
         adapter: Take out the merge of this adapter, wherever it lies, if no later one lies over its rows: its name as
-            `log_checkpoint` gives it, the number of the merge, or the beginning of the adapter's hash.
+            `list_merges` gives it, the number of the merge, or the beginning of the adapter's hash.
         in_place: Change ``merged`` itself, with a journal: see `merge_checkpoint`.
         hardlink: Share the weight files that do not change with ``merged``.
         dry_run: Check everything and say what would be done.
@@ -49,7 +50,7 @@ def unmerge_checkpoint(
     if all and adapter is not None:
         raise ConfigError("all merges and one of them were asked for", found=f"all and {adapter!r}", expected="either")
     with placed(merged, output, in_place=in_place, hardlink=hardlink, dry_run=dry_run, progress=progress) as place:
-        store = opened(place.source)
+        store = registry().open_store(place.source)
         entries = stack(place.source, store.graph)
         going = chosen(entries, place.source, everything=all, adapter=adapter)
         jobs: list[Job] = []

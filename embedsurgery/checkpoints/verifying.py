@@ -24,10 +24,10 @@ from embedsurgery.files.json_reading import read_json
 from embedsurgery.graph import EmbeddingGraph
 from embedsurgery.graph.architectures import is_language_model, tie_flag
 from embedsurgery.graph.config import places
-from embedsurgery.graph.from_names import vocabulary_sizes, walk_names
-from embedsurgery.plan import PatchFile, Plan, SetRows, Untie
-from embedsurgery.plan.edits import count_rows
-from embedsurgery.plugins.current import registry
+from embedsurgery.graph.from_names import vocabulary_sizes
+from embedsurgery.loading import open_store
+from embedsurgery.plan import Edit, Undo
+from embedsurgery.plan.edit import count_rows
 from embedsurgery.stores.checkpoint import INDEX, Checkpoint
 from embedsurgery.stores.checks import digest
 from embedsurgery.stores.shards import ShardStore
@@ -77,14 +77,9 @@ def verify_checkpoint(directory: str | os.PathLike[str], *, full: bool = False) 
     if full and hub.find_id(directory) is not None:
         with hub.directory(directory) as whole:
             return verify_checkpoint(whole, full=True)
-    with hub.store(directory) as store:
-        if not isinstance(store, ShardStore):
-            checks, folder, claimed = [], Path(directory), store.graph
-        else:
-            stored, folder = store.checkpoint.stored(), store.checkpoint.directory
-            checks = list(_index(store.checkpoint))
-            claimed = walk_names(stored, config=store.config, source=store.name,
-                                 architectures=registry().architectures)  # fmt: skip
+    with open_store(directory) as store:
+        folder, claimed = store.directory, store.claimed_graph
+        checks = list(_index(store.checkpoint)) if isinstance(store, ShardStore) else []
         checks += [*_rows(store.config, store.graph), *_ties(store.config, store.graph, claimed, _parted(folder))]
         checks += [*_tokenizer(folder, store.graph), *_records(folder, store)]
         return (*checks, *_hashes(folder)) if full else tuple(checks)
@@ -142,7 +137,7 @@ def _parted(folder: Path) -> set[str]:
     found = set()
     for record in record_paths(folder):
         with suppress(EmbedSurgeryError):  # a broken record is told of by itself
-            found |= {e.head for e in Plan.load(record).edits if isinstance(e, Untie) and e.undo}
+            found |= {head for edit in Undo.load(record).edits for head in edit.ends()[1:]}
     return found
 
 
@@ -170,8 +165,8 @@ def _records(folder: Path, store: Store) -> Iterator[Check]:
         try:
             check_written(one.path, one.undo, store, skip=one.under)
             _small_files(one, store)
-            bad = [e.table for n, e in enumerate(one.undo.edits)
-                   if isinstance(e, SetRows) and n not in one.under and not _finite(store, e)]  # fmt: skip
+            bad = [table for n, edit in enumerate(one.undo.edits) if n not in one.under
+                   for table in _not_finite(store, edit)]  # fmt: skip
         except EmbedSurgeryError as error:
             yield Check(name, False, str(error))
             continue
@@ -183,16 +178,23 @@ def _records(folder: Path, store: Store) -> Iterator[Check]:
 def _small_files(one: Entry, store: Store) -> None:
     """Refuse small files that are not what the merge wrote."""
     for number, edit in enumerate(one.undo.edits):
-        if isinstance(edit, PatchFile) and number not in one.under:
-            found = digest(store.read_file(edit.path))
-            if found != edit.before:
-                raise PlanError("a file is not what the merge wrote", where=edit.path, found=f"sha256 {found}"[:19],
-                                expected=f"sha256 {edit.before}"[:19])  # fmt: skip
+        expected = edit.expected_file()
+        if expected is not None and number not in one.under:
+            path, before = expected
+            found = digest(store.read_file(path))
+            if found != before:
+                raise PlanError("a file is not what the merge wrote", where=path, found=f"sha256 {found}"[:19],
+                                expected=f"sha256 {before}"[:19])  # fmt: skip
 
 
-def _finite(store: Store, edit: SetRows) -> bool:
-    rows = rows_of(store, store.graph.table(edit.table), edit.indices)
-    return bool(np.isfinite(rows.float32()).all())
+def _not_finite(store: Store, edit: Edit) -> Iterator[str]:
+    """The tables of which rows that an edit sets hold NaN or infinity."""
+    for name, indices in edit.sets().items():
+        table = store.graph.find(name)
+        if table is not None and indices is not None:
+            rows = rows_of(store, table, tuple(indices))
+            if not np.isfinite(rows.float32()).all():
+                yield name
 
 
 def _hashes(folder: Path) -> Iterator[Check]:

@@ -20,7 +20,8 @@ from embedsurgery.errors import ConfigError, EmbedSurgeryWarning, PlanError, Uns
 from embedsurgery.files.atomic import refuse_existing, refuse_inside, staged_directory, sync_path
 from embedsurgery.files.copying import Tree, copy_tree, link_file, read_tree, writable
 from embedsurgery.files.locking import DONE, JOURNAL, locked, refuse_unfinished
-from embedsurgery.plan import AddTokens, Plan, SetBlocks, SetEntries, SetRows, Untie
+from embedsurgery.plan import Undo
+from embedsurgery.plan.plan import Edits
 from embedsurgery.plugins.current import registry
 from embedsurgery.stores.apply import apply
 from embedsurgery.stores.shards import ShardStore
@@ -131,7 +132,7 @@ def _write_in_place(jobs: list[Job], store: Store, place: Place) -> MergeReport:
     if first.ranges:
         warn_of_readers(place.source, list(first.ranges))
     with changing(place.source, whole.describe()) as journal:
-        _do(jobs, store.within(journal.folder), journal.folder, journal)
+        do_jobs(jobs, store.within(journal.folder), journal.folder, journal)
     return replace(report, done=True)
 
 
@@ -147,14 +148,21 @@ def _write_anew(jobs: list[Job], store: Store, place: Place) -> MergeReport:
         shared = [file for file in store.weight_files() if file not in touched] if place.hardlink else []
         _copy(place, staging, tree, anew, shared)
         with writable(staging, [file for file in touched if file not in anew]):
-            _do(jobs, opened(staging), staging.parent, None)
+            do_jobs(jobs, registry().open_store(staging), staging.parent)
         clean(staging)
     return replace(report, done=True)
 
 
-def _do(jobs: list[Job], store: Store, spill: Path, journal: Journal | None) -> None:
-    """Do jobs to a store as it is opened, over a copy or the checkpoint itself."""
-    directory, work = Path(store.name), None if journal is None else journal.folder
+def do_jobs(jobs: list[Job], store: Store, spill: Path, journal: Journal | None = None) -> None:
+    """Do jobs to a store, one after another, and save the record of each.
+
+    Args:
+        jobs: Checked by `check_jobs`.
+        store: Opened over a copy, over what is downloaded, or, with a journal, over the checkpoint itself.
+        spill: Directory for the saved rows of whole tables.
+        journal: What takes a change in place back.
+    """
+    directory, work = store.directory, None if journal is None else journal.folder
     made: set[str] = set()
     for number, job in enumerate(jobs):
         if number and job.before is not None:
@@ -167,12 +175,12 @@ def _do(jobs: list[Job], store: Store, spill: Path, journal: Journal | None) -> 
             journal.protect(touched.ranges, touched.files)
             made |= touched.files
         undo = apply(job.plan, store, spill=spill)
-        after = _seen_again(job.plan, store, work)
+        after = _reopen(job.plan, store, work)
         if record is not None and job.facts is not None:
             _refuse_new_ties(store, after, undo)
             (directory / record).parent.mkdir(parents=True, exist_ok=True)
             replace(undo, facts={**job.plan.facts, **job.facts(undo, after)}).save(directory / record)
-        _try_front(directory, job.plan)
+        _try_prefix(directory, job.plan)
         for path in job.drops:
             (directory / path).unlink(missing_ok=True)
         for path, data in job.writes.items():
@@ -180,23 +188,24 @@ def _do(jobs: list[Job], store: Store, spill: Path, journal: Journal | None) -> 
         store = after
 
 
-def _seen_again(plan: Plan, store: Store, work: Path | None) -> Store:
-    """The store after a plan is done; where that wrote rows and nothing else, headers need no second look."""
-    rows = all(isinstance(edit, (SetRows, SetBlocks, SetEntries)) for edit in plan.edits)
-    return store.again() if rows and isinstance(store, ShardStore) else opened(Path(store.name), work)
+def _reopen(plan: Edits, store: Store, work: Path | None) -> Store:
+    """The store after a plan is done; where that wrote rows and nothing else, headers are not read again."""
+    if not isinstance(store, ShardStore):
+        return registry().open_store(store.directory, work)
+    return store.again(headers=any(edit.rearranges for edit in plan.edits))
 
 
-def _try_front(directory: Path, plan: Plan) -> None:
-    """See that text gets what is put before it, where the library that encodes is there."""
-    fronts = [edit.front for edit in plan.edits if isinstance(edit, AddTokens) and edit.front is not None]
-    if not fronts:
+def _try_prefix(directory: Path, plan: Edits) -> None:
+    """Check that text gets its prefix, if the tokenizers library is installed."""
+    prefixes = [prefix for edit in plan.edits if (prefix := edit.new_prefix()) is not None]
+    if not prefixes:
         return
     from importlib.util import find_spec
 
     from embedsurgery.tokenizer.patching import check_front
 
-    for front in fronts if find_spec("tokenizers") is not None else ():
-        check_front(directory, front)
+    for prefix in prefixes if find_spec("tokenizers") is not None else ():
+        check_front(directory, prefix)
 
 
 def _write_small(path: Path, data: bytes) -> None:
@@ -241,19 +250,11 @@ def _copy(place: Place, staging: Path, tree: Tree, anew: list[str], shared: list
                       f"{', '.join(copied)}", EmbedSurgeryWarning, stacklevel=6)  # fmt: skip
 
 
-def opened(directory: Path, work: Path | None = None) -> Store:
-    """A store over a directory, of its format; files that are being made go into ``work`` where it is given."""
-    known = registry()
-    form = known.format_of(directory)
-    if form.fallback:
-        return ShardStore.open(directory, work, architectures=known.architectures)
-    return known.opened(form, directory)
-
-
-def _refuse_new_ties(before: Store, after: Store, undo: Plan) -> None:
+def _refuse_new_ties(before: Store, after: Store, undo: Undo) -> None:
     """Two tables that differed in the edited rows alone would now load as one, and could not be parted again."""
-    parted = {name for edit in undo.edits if isinstance(edit, Untie) for name in (edit.table, edit.head)}
-    for name in (edit.table for edit in undo.edits if isinstance(edit, SetRows) and edit.table not in parted):
+    parted = {name for edit in undo.edits for name in edit.ends()}
+    rows = {name for edit in undo.edits for name, indices in edit.sets().items() if indices is not None}
+    for name in sorted(rows - parted):
         old, new = before.graph.find(name), after.graph.find(name)
         if old is not None and new is not None and set(old.files) < set(new.files):
             raise PlanError("the merge would make two stored tables equal, which then load as one", where=after.name,

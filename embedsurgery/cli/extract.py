@@ -28,14 +28,14 @@ def command(base: Path, tuned: Path, output: Path | None, threshold: float, dry_
     TUNED is a whole checkpoint, or a PEFT adapter that saved whole embeddings (modules_to_save). Merging the adapter
     into BASE gives TUNED's tables again. Both are directories or Hub ids, org/name or org/name@revision.
     """
-    from embedsurgery.checkpoints.extracting import extract
+    from embedsurgery.checkpoints.extracting import extract_checkpoint
 
     if output is None and not dry_run:
         raise click.UsageError("missing option '-o' / '--output', which only --dry-run does without")
     if output is not None and os.path.exists(output):
         raise OutputExistsError("the output exists already", where=output, hint="name a new directory, or remove it")
     with copying("reading") as progress:
-        found = extract(base, tuned, threshold=threshold, progress=progress)
+        found = extract_checkpoint(base, tuned, threshold=threshold, progress=progress)
     written = 0
     if found.adapter is not None and output is not None and not dry_run:
         found.adapter.save(output)

@@ -52,11 +52,12 @@ def inspect(model: Path) -> dict[str, Any]:
     """What the verb shows, as JSON values."""
     from embedsurgery import hub
     from embedsurgery.graph.from_names import vocabulary_sizes
-    from embedsurgery.loading import opened
+    from embedsurgery.loading import open_store
     from embedsurgery.tensors.raw import ITEMSIZE
     from embedsurgery.tokenizer.reading import row_use
 
-    graph, config = opened(model)
+    with open_store(model) as store:
+        graph, config = store.claimed_graph, store.config
     tables = [
         {
             "name": t.name,

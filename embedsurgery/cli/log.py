@@ -20,9 +20,9 @@ def command(merged: Path, as_json: bool) -> None:
 
     MERGED is a directory or a Hub id; of a Hub id only the headers of the records are read.
     """
-    from embedsurgery.checkpoints.log import log_checkpoint
+    from embedsurgery.checkpoints.log import list_merges
 
-    records = log_checkpoint(merged)
+    records = list_merges(merged)
     if as_json:
         print_json({"model": str(merged), "merges": [asdict(record) for record in records]})
         return

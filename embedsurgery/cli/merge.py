@@ -106,7 +106,10 @@ def command(
         from embedsurgery import hub
         from embedsurgery.cli.push import print_push
 
-        pushed = hub.push_merged(str(base), asked, repo, bake=bake, on_conflict=on_conflict, allow_nan=allow_nan,
+        hub.check_installed()
+        from embedsurgery.checkpoints.hub_merging import push_merged
+
+        pushed = push_merged(str(base), asked, repo, bake=bake, on_conflict=on_conflict, allow_nan=allow_nan,
                                  **options)  # fmt: skip
         print_push(pushed, as_json)
         return
@@ -124,7 +127,8 @@ def print_report(report: MergeReport, verb: str, as_json: bool) -> None:
     if as_json:
         print_json(asdict(report))
         return
-    from embedsurgery.plan.edits import count_rows, listed_tokens
+    from embedsurgery.plan.edit import count_rows
+    from embedsurgery.plan.tokens import listed_tokens
 
     would = "" if report.done else "would be "
     rows = ", ".join(f"{count_rows(count)} of {table}" for table, count in report.rows.items())

@@ -97,12 +97,11 @@ def show(adapter: Path, model: Path | None) -> dict[str, Any]:
     Raises:
         BaseMismatchError: The model is not the adapter's base.
     """
-    from embedsurgery import hub
     from embedsurgery.adapters.locate import locate
-    from embedsurgery.loading import load
+    from embedsurgery.loading import load, open_store
 
     loaded = load(adapter)
-    with hub.store(model) if model is not None else nullcontext() as store:
+    with open_store(model) if model is not None else nullcontext() as store:
         located = locate(loaded, store) if store is not None else {}
         tables = _tables(loaded, store, located)
         prompts = _prompts(loaded, store, located)
@@ -187,7 +186,7 @@ def _prompts(loaded: Adapter, store: Store | None, located: Mapping[str, Table])
         if store is None:
             body["tokens"] = [{"norm": float(n)} for n in np.linalg.norm(values, axis=1)]
         else:
-            reading = read_beside(values, store, located[loaded.manifest.tables[0].name], Path(store.name))
+            reading = read_beside(values, store, located[loaded.manifest.tables[0].name])
             norms = {"mean": reading.mean_norm, "least": reading.least_norm, "greatest": reading.greatest_norm}
             body |= {"vocabulary": norms, "tokens": [asdict(token) for token in reading.tokens]}
         found.append(body)

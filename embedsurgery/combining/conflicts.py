@@ -3,43 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 
 from embedsurgery.combining.weighted_adapters import Part, named_rows, wide
 from embedsurgery.errors import PlanError
-from embedsurgery.plan import Edit, Grow, Plan, SetBlocks, SetEntries, SetRows
+from embedsurgery.plan import Edit, Plan
+from embedsurgery.plan.edit import Sizes
 from embedsurgery.stores.store import Store
 from embedsurgery.tensors.raw import RawArray
 
 Contested = dict[str, dict[int, list[int]]]
 """Table or vector -> row or entry -> the numbers of the parts that set it, where there are several."""
-
-_Cells = tuple[str, Sequence[int], RawArray]
-"""Name of a table or vector, indices, and the values that they become."""
-
-
-def cells(edit: Edit, sizes: dict[str, int]) -> list[_Cells]:
-    """What an edit sets; ``sizes`` are those of the vocabularies before it, and are brought up to date.
-
-    The rows of a growth are only filler, which the rows of its tokens are set over; its entries are the tokens' own.
-    """
-    if isinstance(edit, SetRows):
-        return [(edit.table, edit.indices, edit.rows)]
-    if isinstance(edit, SetEntries):
-        return [(edit.vector, edit.indices, edit.entries)]
-    if isinstance(edit, Grow):
-        start = sizes.get(edit.vocabulary, 0)
-        sizes[edit.vocabulary] = start + edit.count
-        return [(name, range(start, start + edit.count), raw) for name, raw in edit.vectors.items()]
-    return []
-
-
-def _sizes(store: Store) -> dict[str, int]:
-    return {v.name: v.size for v in store.graph.vocabularies}
-
 
 def contested_rows(plans: Sequence[Plan], asked: Sequence[Part], store: Store) -> Contested:
     """Rows and entries that several plans set.
@@ -49,23 +25,23 @@ def contested_rows(plans: Sequence[Plan], asked: Sequence[Part], store: Store) -
     """
     owners: Contested = {}
     whole: dict[str, int] = {}
-    sizes = _sizes(store)
+    setters: dict[str, set[int]] = {}
+    sizes = Sizes(store.graph)
     for number, plan in enumerate(plans):
         for edit in plan.edits:
-            for name, indices, _ in cells(edit, sizes):
+            for name, indices, _ in edit.values(sizes):
                 rows = owners.setdefault(name, {})
                 for index in indices:
                     holders = rows.setdefault(index, [])
                     if number not in holders:  # twice in one plan is refused when the plan is checked
                         holders.append(number)
-            if isinstance(edit, SetBlocks):
-                whole.setdefault(edit.table, number)
+            if (blocks := edit.whole()) is not None:
+                whole.setdefault(blocks[0], number)
+                setters.setdefault(blocks[0], set()).add(number)
+            edit.resize(sizes)
     for table, number in whole.items():
-        setters = {n for holders in owners.get(table, {}).values() for n in holders}
-        setters |= {
-            n for n, plan in enumerate(plans) for e in plan.edits if isinstance(e, SetBlocks) and e.table == table
-        }
-        others = ", ".join(asked[n].name for n in sorted(setters - {number}))
+        by_row = {n for holders in owners.get(table, {}).values() for n in holders}
+        others = ", ".join(asked[n].name for n in sorted((by_row | setters[table]) - {number}))
         if others:
             raise PlanError("an adapter changes all rows of a table that others change too", where=f"{store.name}: "
                             f"{table}", found=f"all rows by {asked[number].name}, and rows of it by {others}",
@@ -84,7 +60,7 @@ def overlap(table: str, rows: Mapping[int, Sequence[int]], asked: Sequence[Part]
 def averaged(plans: Sequence[Plan], contested: Contested, store: Store) -> list[Plan]:
     """Contested rows become the mean over the plans so far: summed in fp64, and given as fp32 (fp64 for fp64)."""
     so_far: dict[tuple[str, int], list[npt.NDArray[np.float64]]] = {}
-    sizes = _sizes(store)
+    sizes = Sizes(store.graph)
     return [Plan(tuple(_mean(edit, contested, so_far, sizes) for edit in plan.edits), plan.facts) for plan in plans]
 
 
@@ -92,10 +68,10 @@ def _mean(
     edit: Edit,
     contested: Contested,
     so_far: dict[tuple[str, int], list[npt.NDArray[np.float64]]],
-    sizes: dict[str, int],
+    sizes: Sizes,
 ) -> Edit:
     changed: dict[str, RawArray] = {}
-    for name, indices, raw in cells(edit, sizes):
+    for name, indices, raw in edit.values(sizes):
         places = [n for n, index in enumerate(indices) if index in contested.get(name, {})]
         if not places:
             continue
@@ -106,8 +82,5 @@ def _mean(
             with np.errstate(invalid="ignore"):
                 values[n] = np.mean(np.stack(earlier), axis=0)
         changed[name] = RawArray.of(values)
-    if isinstance(edit, SetRows) and changed:
-        return replace(edit, rows=changed[edit.table])
-    if isinstance(edit, SetEntries) and changed:
-        return replace(edit, entries=changed[edit.vector])
-    return replace(edit, vectors={**edit.vectors, **changed}) if isinstance(edit, Grow) and changed else edit
+    edit.resize(sizes)
+    return edit.with_values(changed) if changed else edit

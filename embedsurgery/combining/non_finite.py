@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
-from embedsurgery.combining.conflicts import cells
 from embedsurgery.combining.weighted_adapters import Part, named_rows
 from embedsurgery.errors import PlanError
 from embedsurgery.graph import Table
-from embedsurgery.plan import Edit, Grow, Plan, SetBlocks, SetEntries, SetRows
+from embedsurgery.plan import Edit, Plan
+from embedsurgery.plan.blocks import BlockFunction
+from embedsurgery.plan.edit import Sizes
 from embedsurgery.stores.store import Store
 from embedsurgery.tensors.raw import RawArray
 
@@ -22,26 +23,33 @@ def finite(plan: Plan, part: Part, store: Store) -> Plan:
     Raises:
         PlanError: Rows that are not, named by their tokens.
     """
+    sizes = Sizes(store.graph)
     edits: list[Edit] = []
     for edit in plan.edits:
-        table = store.graph.find(edit.table) if isinstance(edit, (SetRows, SetBlocks)) else None
-        if isinstance(edit, SetRows) and table is not None:
-            bad = [edit.indices[n] for n in _broken(edit.rows, table)]
+        for name, indices, raw in edit.values(sizes):
+            table = store.graph.find(name)
+            if table is None:
+                _refuse_nan(name, raw, len(indices), part)
+                continue
+            bad = [indices[n] for n in _broken(raw, table)]
             if bad:
-                raise _none(table, named_rows(bad, [part]), edit.rows, part.name)
-        elif isinstance(edit, SetBlocks) and table is not None:
-            edit = _checked_blocks(edit, table, part)
-        elif isinstance(edit, Grow):
-            for name, rows in edit.rows.items():
-                if list(_broken(rows, store.graph.table(name))):
-                    raise _none(store.graph.table(name), "the rows that pad it", rows, part.name)
-        for name, indices, raw in cells(edit, {}) if isinstance(edit, (SetEntries, Grow)) else ():
-            if np.isnan(raw.float32()).any():  # infinity is what masks a token
-                raise PlanError("entries that are NaN", where=f"{part.name}: {name}",
-                                found=f"one of {len(indices)}", hint="train the adapter again; allow_nan (--allow-nan) "
-                                "merges it all the same")  # fmt: skip
+                raise _none(table, named_rows(bad, [part]), raw, part.name)
+        for name, rows in edit.padding().items():
+            if list(_broken(rows, store.graph.table(name))):
+                raise _none(store.graph.table(name), "the rows that pad it", rows, part.name)
+        whole = edit.whole()
+        if whole is not None and (table := store.graph.find(whole[0])) is not None:
+            edit = edit.with_blocks(partial(_checked_blocks, table=table, part=part), stored=True)
+        edit.resize(sizes)
         edits.append(edit)
     return Plan(tuple(edits), plan.facts)
+
+
+def _refuse_nan(vector: str, entries: RawArray, count: int, part: Part) -> None:
+    """Refuse entries of a per-token vector that are NaN; infinity is what masks a token."""
+    if np.isnan(entries.float32()).any():
+        raise PlanError("entries that are NaN", where=f"{part.name}: {vector}", found=f"one of {count}",
+                        hint="train the adapter again; allow_nan (--allow-nan) merges it all the same")  # fmt: skip
 
 
 def _broken(rows: RawArray, table: Table) -> Iterator[int]:
@@ -51,19 +59,19 @@ def _broken(rows: RawArray, table: Table) -> Iterator[int]:
     yield from (int(n) for n in np.flatnonzero(~good))
 
 
-def _checked_blocks(edit: SetBlocks, table: Table, part: Part) -> SetBlocks:
-    blocks = edit.blocks
+def _checked_blocks(block: BlockFunction, table: Table, part: Part) -> BlockFunction:
+    """A block function that refuses rows that are not finite, other than those that were not finite before."""
 
-    def block(start: int, stop: int, current: RawArray) -> RawArray:
-        new = blocks.block(start, stop, current)
+    def checked(start: int, stop: int, current: RawArray) -> RawArray:
+        new = block(start, stop, current)
         if new.shape == current.shape:
-            before = set(_broken(current, table))  # padding that was never a number stays as it is
+            before = set(_broken(current, table))
             bad = [start + n for n in _broken(new, table) if n not in before]
             if bad:
                 raise _none(table, named_rows(bad, [part]), new, part.name)
         return new
 
-    return SetBlocks(edit.table, replace(blocks, block=block))
+    return checked
 
 
 def _none(table: Table, rows: str, values: RawArray, name: str) -> PlanError:

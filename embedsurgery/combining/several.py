@@ -10,6 +10,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -21,7 +22,9 @@ from embedsurgery.combining.non_finite import finite
 from embedsurgery.combining.single import plan_adapter
 from embedsurgery.combining.weighted_adapters import Floats, Part, is_double, wide
 from embedsurgery.errors import ConfigError, EmbedSurgeryWarning, PlanError, UnsupportedError
-from embedsurgery.plan import Edit, Grow, PatchFile, Plan, SetBlocks, SetEntries, SetRows
+from embedsurgery.plan import Edit, Plan
+from embedsurgery.plan.blocks import BlockFunction
+from embedsurgery.plan.edit import Sizes, Values
 from embedsurgery.stores.store import Store, entries_of, rows_of
 from embedsurgery.surgeries.surgery import Ground, Surgery
 from embedsurgery.tensors.raw import RawArray
@@ -112,70 +115,47 @@ def _for_both(plan: Plan, parted: Mapping[str, str]) -> Plan:
     edits: list[Edit] = []
     for edit in plan.edits:
         edits.append(edit)
-        if isinstance(edit, (SetRows, SetBlocks)) and edit.table in parted:
-            edits.append(replace(edit, table=parted[edit.table]))
+        other = edit.with_tables(parted)
+        if other is not None:
+            edits.append(other)
     return replace(plan, edits=tuple(edits))
 
 
 def together(plans: Sequence[Plan]) -> Plan:
     """One plan that does what several do one after another: each row is set once, each vocabulary grows once."""
     edits = [edit for plan in plans for edit in plan.edits]
-    growths: dict[str, Grow] = {}
+    first: dict[str, Edit] = {}  # what can be done once, joined, comes before everything else
     for edit in edits:
-        if isinstance(edit, Grow):
-            first = growths.get(edit.vocabulary)
-            growths[edit.vocabulary] = edit if first is None else _longer(first, edit)
+        key = edit.once()
+        if key is not None:
+            first[key] = first[key].joined(edit) if key in first else edit
     covered: dict[str, set[int]] = {}
     kept: list[Edit] = []
     for edit in reversed(edits):  # what is set last stands
-        if isinstance(edit, (SetRows, SetEntries)):
-            taken = covered.setdefault(_name(edit), set())
-            places = [n for n, index in enumerate(edit.indices) if index not in taken]
-            taken.update(edit.indices)
-            if places:
-                kept.append(edit if len(places) == len(edit.indices) else _only(edit, places))
-        elif not isinstance(edit, Grow):
-            kept.append(edit)
-    first_growths = list(growths.values())
+        if edit.once() is not None:
+            continue
+        left = edit.restricted(lambda name, index: index not in covered.get(name, ()))
+        for name, indices in edit.sets().items():
+            covered.setdefault(name, set()).update(indices or ())
+        if left is not None:
+            kept.append(left)
     facts = {key: value for plan in plans for key, value in plan.facts.items()}
-    return Plan((*first_growths, *reversed(kept)), facts)
-
-
-def _name(edit: SetRows | SetEntries) -> str:
-    return edit.table if isinstance(edit, SetRows) else edit.vector
-
-
-def _only(edit: SetRows | SetEntries, places: list[int]) -> SetRows | SetEntries:
-    indices = tuple(edit.indices[n] for n in places)
-    if isinstance(edit, SetRows):
-        return SetRows(edit.table, indices, edit.rows.take(places))
-    return SetEntries(edit.vector, indices, edit.entries.take(places))
-
-
-def _longer(first: Grow, second: Grow) -> Grow:
-    def joined(a: Mapping[str, RawArray], b: Mapping[str, RawArray]) -> dict[str, RawArray]:
-        return {name: RawArray(raw.dtype, (raw.shape[0] + b[name].shape[0], *raw.shape[1:]),
-                               raw.data + b[name].to(raw.dtype).data) for name, raw in a.items()}  # fmt: skip
-
-    return Grow(first.vocabulary, first.count + second.count, joined(first.rows, second.rows),
-                joined(first.vectors, second.vectors))  # fmt: skip
+    return Plan((*first.values(), *reversed(kept)), facts)
 
 
 def _weighted(plan: Plan, part: Part, store: Store, texts: Mapping[int, str] | None) -> Plan:
     """The plan with every row part of the way from the base's."""
     new = part.adapter.manifest.new_tokens
     absent = {t.id: t.content for t in new.tokens if texts is None or texts.get(t.id) != t.content} if new else {}
+    sizes = Sizes(store.graph)
     edits: list[Edit] = []
     for edit in plan.edits:
-        if isinstance(edit, SetRows):
-            edit = _rows_between(edit, store, part.weight, absent)
-        elif isinstance(edit, SetEntries):
-            edit = _entries_between(edit, store, part.weight, absent)
-        elif isinstance(edit, SetBlocks):
-            edit = _blocks_between(edit, part.weight)
-        elif isinstance(edit, PatchFile):
-            raise UnsupportedError("a weight for an adapter that rewrites a file", where=part.name, found=edit.path,
-                                   hint="merge it at weight 1")  # fmt: skip
+        if not edit.interpolates:
+            raise UnsupportedError("a weight for an adapter that rewrites a file", where=part.name,
+                                   found=edit.describe(), hint="merge it at weight 1")  # fmt: skip
+        if edit.sets():
+            mixed = {v.name: _values_between(v, store, part.weight, absent) for v in edit.values(sizes)}
+            edit = edit.with_values(mixed).with_blocks(partial(_blocks_between, weight=part.weight), stored=False)
         edits.append(edit)
     if absent:
         named = ", ".join(map(repr, list(absent.values())[:4]))
@@ -184,22 +164,16 @@ def _weighted(plan: Plan, part: Part, store: Store, texts: Mapping[int, str] | N
     return Plan(tuple(edits), plan.facts)
 
 
-def _rows_between(edit: SetRows, store: Store, weight: float, absent: Mapping[int, str]) -> SetRows:
-    table = store.graph.table(edit.table)
-    places = [n for n, i in enumerate(edit.indices) if i not in absent and 0 <= i < table.shape[0]]
-    if not places or edit.rows.shape[1:] != table.shape[1:]:  # what does not fit is refused when the plan is checked
-        return edit
-    base = rows_of(store, table, tuple(edit.indices[n] for n in places))
-    return SetRows(edit.table, edit.indices, _mixed(base, edit.rows, places, weight))
-
-
-def _entries_between(edit: SetEntries, store: Store, weight: float, absent: Mapping[int, str]) -> SetEntries:
-    size = store.read_vector(edit.vector).shape[0]
-    places = [n for n, i in enumerate(edit.indices) if i not in absent and 0 <= i < size]
-    if not places:
-        return edit
-    base = entries_of(store, edit.vector, tuple(edit.indices[n] for n in places))
-    return SetEntries(edit.vector, edit.indices, _mixed(base, edit.entries, places, weight))
+def _values_between(values: Values, store: Store, weight: float, absent: Mapping[int, str]) -> RawArray:
+    """Rows or entries part of the way from the base's, other than those of tokens that the base does not have."""
+    table = store.graph.find(values.name)
+    size = table.shape[0] if table is not None else store.read_vector(values.name).shape[0]
+    places = [n for n, i in enumerate(values.indices) if i not in absent and 0 <= i < size]
+    if not places or (table is not None and values.values.shape[1:] != table.shape[1:]):
+        return values.values  # what does not fit is refused when the plan is checked
+    indices = tuple(values.indices[n] for n in places)
+    base = entries_of(store, values.name, indices) if table is None else rows_of(store, table, indices)
+    return _mixed(base, values.values, places, weight)
 
 
 def _mixed(base: RawArray, new: RawArray, places: list[int], weight: float) -> RawArray:
@@ -210,15 +184,15 @@ def _mixed(base: RawArray, new: RawArray, places: list[int], weight: float) -> R
     return RawArray.of(values)
 
 
-def _blocks_between(edit: SetBlocks, weight: float) -> SetBlocks:
-    blocks = edit.blocks
+def _blocks_between(block: BlockFunction, weight: float) -> BlockFunction:
+    """A block function whose rows are part of the way from the present ones."""
 
-    def block(start: int, stop: int, current: RawArray) -> RawArray:
-        new = blocks.block(start, stop, current)
+    def between(start: int, stop: int, current: RawArray) -> RawArray:
+        new = block(start, stop, current)
         double = is_double(current.dtype, new.dtype)
         return RawArray.of(_between(wide(current, double), wide(new, double), weight))
 
-    return SetBlocks(edit.table, replace(blocks, block=block, stored=False))
+    return between
 
 
 def _between(base: Floats, new: Floats, weight: float) -> Floats:

@@ -186,7 +186,7 @@ def _all_sections(
             yield from _all_sections(value, (*path, key))
 
 
-# -- whether the head is tied -------------------------------------------------------------------------------------------
+# -- whether the head is tied ------------------------------------------------------------------------------------------
 
 FLAG = "tie_word_embeddings"
 
@@ -230,7 +230,7 @@ def untied(config: Mapping[str, Any]) -> dict[str, Any]:
     return with_flags(config, [(path, False) for path, _ in places(config)])
 
 
-# -- positions ----------------------------------------------------------------------------------------------------------
+# -- positions ---------------------------------------------------------------------------------------------------------
 
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_target_positions", "max_seq_len", "max_sequence_length",
          "n_ctx")  # fmt: skip

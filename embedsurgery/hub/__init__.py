@@ -1,10 +1,11 @@
 """Adapters and models on the Hugging Face Hub.
 
-``ids.py`` says what is an id and ``tokens.py`` who asks; ``client.py`` talks to the Hub and ``faults.py`` explains what
-goes wrong there; ``headers.py`` reads a model's headers by range requests and ``range_store.py`` its rows;
-``scratch.py`` makes a model a directory for a while; ``pulling.py``, ``commits.py``, ``pushing.py`` and ``merging.py``
-do what their names say. With ``card.py`` the only code that needs huggingface_hub, which is loaded when one of the
-functions is first used.
+``ids.py`` says what an id is and ``auth.py`` which token applies; ``client.py`` talks to the Hub and ``faults.py``
+explains its errors. ``headers.py`` reads a model's headers by range requests, ``range_store.py`` its rows, and
+``as_directory.py`` downloads it for a while. ``pulling.py``, ``pushing.py`` and ``commits.py`` move adapters. Merges
+are not known here: see ``checkpoints/hub_merging.py``.
+
+huggingface_hub is loaded when one of these functions is first used.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from embedsurgery.hub.auth import Token, using_token
@@ -23,27 +25,23 @@ _LAZY = {
     "push": "pushing",
     "PushReport": "commits",
     "pull": "pulling",
-    "open_remote": "scratch",
-    "downloaded": "scratch",
-    "pinned": "scratch",
-    "row_store": "scratch",
-    "remote_records": "headers",
-    "push_merged": "merging",
+    "open_remote": "range_store",
+    "downloaded": "as_directory",
+    "pinned": "as_directory",
 }
 
 if TYPE_CHECKING:
-    from embedsurgery.checkpoints.hub_merging import push_merged
-    from embedsurgery.hub.as_directory import downloaded, open_remote, pinned, row_store
+    from embedsurgery.hub.as_directory import downloaded, pinned
     from embedsurgery.hub.commits import PushReport
-    from embedsurgery.hub.headers import remote_records
     from embedsurgery.hub.pulling import pull
     from embedsurgery.hub.pushing import push
-    from embedsurgery.stores.store import Store
+    from embedsurgery.hub.range_store import open_remote
 
 __all__ = [
     "HubId",
     "PushReport",
     "Token",
+    "check_installed",
     "directory",
     "downloaded",
     "find_id",
@@ -51,11 +49,7 @@ __all__ = [
     "pinned",
     "pull",
     "push",
-    "push_merged",
     "read_source",
-    "remote_records",
-    "row_store",
-    "store",
     "using_token",
 ]
 
@@ -78,30 +72,28 @@ def directory(model: str | os.PathLike[str], *, adapters: bool = False) -> Itera
         yield folder
 
 
-@contextmanager
-def store(model: str | os.PathLike[str]) -> Iterator[Store]:
-    """Inside, a model to read rows of: a directory's, or that of an id, of which only what is read comes."""
-    remote = find_id(model)
-    if remote is None:
-        from embedsurgery.plugins.current import registry
+def check_installed() -> None:
+    """Import what talks to the Hub.
 
-        yield registry().open_store(Path(model))
-        return
-    from embedsurgery.hub import row_store
-
-    with row_store(remote) as found:
-        yield found
+    Raises:
+        HubError: huggingface_hub is missing or too old.
+    """
+    _import("client")
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module 'embedsurgery.hub' has no attribute {name!r}")
+def _import(module: str) -> ModuleType:
     from embedsurgery.errors import HubError
 
     try:
-        return getattr(import_module(f"embedsurgery.hub.{_LAZY[name]}"), name)
+        return import_module(f"embedsurgery.hub.{module}")
     except ImportError as error:
         if not (error.name or "").startswith(("huggingface_hub", "httpx2", "yaml")):
             raise
         raise HubError("huggingface_hub is missing or too old", found=error.name,
                        hint="pip install 'huggingface_hub>=2.4'") from error  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'embedsurgery.hub' has no attribute {name!r}")
+    return getattr(_import(_LAZY[name]), name)

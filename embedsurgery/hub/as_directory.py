@@ -1,7 +1,7 @@
 """A model of the Hub as a directory for as long as it is worked on: all that a merge needs, or as much as is read.
 
 What has to be whole is downloaded into the Hub cache and linked from there. Where only headers and some rows are
-looked at, weight files are headers and holes, and rows come by range requests: see `RangeStore`.
+looked at, weight files are headers and holes, and rows come by range requests: see ``range_store.py``.
 """
 
 from __future__ import annotations
@@ -9,10 +9,9 @@ from __future__ import annotations
 import shutil
 import tempfile
 import warnings
+import weakref
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 from huggingface_hub import constants
@@ -24,10 +23,7 @@ from embedsurgery.hub.client import Client, RemoteFile, Snapshot
 from embedsurgery.hub.faults import faults
 from embedsurgery.hub.headers import read_remote, remote_checkpoint
 from embedsurgery.hub.ids import HubId
-from embedsurgery.hub.range_store import RangeStore
-from embedsurgery.plugins.current import registry
-from embedsurgery.stores.checkpoint import CONFIG, INDEX, STATE_DIRECTORY, Checkpoint, open_checkpoint
-from embedsurgery.stores.store import Store
+from embedsurgery.stores.checkpoint import CONFIG, INDEX, STATE_DIRECTORY, Checkpoint
 
 _OTHER_FORMATS = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".msgpack", ".h5", ".gguf", ".onnx",
                   ".onnx_data", ".ot", ".tflite", ".nemo", ".mlmodel")  # fmt: skip
@@ -52,65 +48,34 @@ def downloaded(of: HubId, *, adapters: bool = False) -> Iterator[tuple[Path, Sna
     """
     client = Client()
     at = client.resolve(of)
+    with scratch(at) as folder:
+        link_whole(client, at, folder, adapters=adapters)
+        yield folder, at
+
+
+def link_whole(client: Client, at: Snapshot, folder: Path, *, adapters: bool = False) -> None:
+    """Put what a merge needs of a model into a directory: weights as links into the Hub cache, small files as copies.
+
+    Offline it is what the Hub cache has.
+    """
     cached = _cached_names(client, at) if constants.is_offline_mode() else []
     if cached:
         names = cached
         warnings.warn(f"offline: {at} is taken as far as the Hub cache has it, {len(names)} files",
-                      EmbedSurgeryWarning, stacklevel=4)  # fmt: skip
+                      EmbedSurgeryWarning, stacklevel=5)  # fmt: skip
     else:
         files = client.files(at, everything=True)
         if adapters and WEIGHTS_NAME in files and CONFIG not in files:
             names = [name for name in files if name in (CONFIG_NAME, WEIGHTS_NAME) or _is_tokenizers(name)]
         else:
             names = wanted(files, remote_checkpoint(client, at, files).headers)
-    with scratch(at) as folder:
-        for name in names:
-            path = client.fetch(at, name)
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            if name.endswith(".safetensors"):
-                (folder / name).symlink_to(path.resolve())
-            else:
-                shutil.copyfile(path, folder / name)
-        yield folder, at
-
-
-def open_remote(of: HubId) -> Checkpoint:
-    """A model's headers, index and config, without a weight; its directory is only a name.
-
-    Raises:
-        HubError: The repository cannot be read.
-        CheckpointError: It has no safetensors weights, or broken ones.
-    """
-    if constants.is_offline_mode():
-        with downloaded(of) as (folder, at):
-            return replace(open_checkpoint(folder), directory=Path(str(at)))
-    client = Client()
-    at = client.resolve(of)
-    return remote_checkpoint(client, at, client.files(at))
-
-
-@contextmanager
-def row_store(of: HubId) -> Iterator[Store]:
-    """Inside, a model of the Hub to read rows of: headers, small files and the rows that are asked for come.
-
-    Without a connection it is what the Hub cache has of it.
-
-    Raises:
-        HubError: It cannot be had.
-        CheckpointError: It has no safetensors weights.
-    """
-    if constants.is_offline_mode():
-        with downloaded(of) as (folder, _):
-            yield registry().open_store(folder)
-        return
-    client = Client()
-    at = client.resolve(of)
-    files = client.files(at, everything=True)
-    checkpoint = remote_checkpoint(client, at, files)
-    names = [n for n in wanted(files, checkpoint.headers) if n in checkpoint.headers or _comes_along(n)]
-    with scratch(at) as folder:
-        fill(client, at, files, checkpoint, names, folder)
-        yield RangeStore(open_checkpoint(folder), partial(client.piece, at), str(at))
+    for name in names:
+        path = client.fetch(at, name)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        if name.endswith(".safetensors"):
+            (folder / name).symlink_to(path.resolve())
+        else:
+            shutil.copyfile(path, folder / name)
 
 
 def pinned(of: HubId) -> HubId:
@@ -144,25 +109,46 @@ def _is_tokenizers(name: str) -> bool:
     return "/" not in name and name.endswith(_TOKENIZER)
 
 
-def _comes_along(name: str) -> bool:
+def comes_along(name: str) -> bool:
     """Whether it is read wherever a model is looked at: records of merges, config, index, tokenizer."""
     return name.startswith(f"{STATE_DIRECTORY}/") or _is_tokenizers(name)
+
+
+class Scratch:
+    """A temporary directory for a model of the Hub; removed by `remove`, or with this object.
+
+    Attributes:
+        at: The model.
+        folder: The directory.
+    """
+
+    def __init__(self, at: Snapshot) -> None:
+        self.at = at
+        parent = tempfile.mkdtemp(prefix="embedsurgery-")
+        self.remove = weakref.finalize(self, shutil.rmtree, parent, ignore_errors=True)
+        self.folder = Path(parent, f"{at.repo.replace('/', '--')}@{at.sha[:12]}")
+        self.folder.mkdir()
+
+    def rename(self, error: BaseException | None) -> None:
+        """Let an error name the model in place of the directory."""
+        if isinstance(error, EmbedSurgeryError):
+            for fact in ("where", "expected", "found"):
+                said = getattr(error, fact)
+                if said is not None:
+                    setattr(error, fact, str(said).replace(str(self.folder), str(self.at)))
 
 
 @contextmanager
 def scratch(at: Snapshot) -> Iterator[Path]:
     """A directory for a model, gone in the end; errors that leave it name the model in its place."""
-    with tempfile.TemporaryDirectory(prefix="embedsurgery-") as parent:
-        folder = Path(parent, f"{at.repo.replace('/', '--')}@{at.sha[:12]}")
-        folder.mkdir()
-        try:
-            yield folder
-        except EmbedSurgeryError as error:
-            for fact in ("where", "expected", "found"):
-                said = getattr(error, fact)
-                if said is not None:
-                    setattr(error, fact, str(said).replace(str(folder), str(at)))
-            raise
+    made = Scratch(at)
+    try:
+        yield made.folder
+    except EmbedSurgeryError as error:
+        made.rename(error)
+        raise
+    finally:
+        made.remove()
 
 
 def fill(
@@ -181,7 +167,7 @@ def fill(
             with open(folder / name, "xb") as file:
                 file.write(head)
                 file.truncate(total)
-        elif files[name].sha256 is None or _comes_along(name):
+        elif files[name].sha256 is None or comes_along(name):
             put(client, at, name, folder / name)
 
 

@@ -17,6 +17,7 @@ from embedsurgery.adapters.manifest import Manifest
 from embedsurgery.errors import EmbedSurgeryError, HubError, printable
 from embedsurgery.hub.ids import HubId, find_id
 from embedsurgery.plugins.current import registry
+from embedsurgery.stores.store import Store
 
 README = "README.md"
 BEGIN, END = "<!-- embedsurgery:begin, renewed with each push -->", "<!-- embedsurgery:end -->"
@@ -234,8 +235,9 @@ def _content(adapter: Adapter, base: Path | None) -> list[str]:
     """The tokens; or what the surgery has to say, such as virtual tokens with their nearest words."""
     describe, beside = (getattr(adapter.surgery, name, None) for name in ("card_lines", "card_lines_beside"))
     said: Iterable[object] = ()
-    if base is not None and beside is not None:
-        said = beside(adapter, base)
+    store = None if base is None or beside is None else _open(base)
+    if store is not None and beside is not None:
+        said = beside(adapter, store)
     elif describe is not None:
         said = describe(adapter)
     lines = [printable(str(line)) for line in said]
@@ -245,6 +247,14 @@ def _content(adapter: Adapter, base: Path | None) -> list[str]:
         lines += [f"- {index}: {_code(text)}" for index, text in list(tokens.items())[:_LISTED]]
         lines += [f"- and {len(tokens) - _LISTED:,} more"] if len(tokens) > _LISTED else []
     return [*lines, ""] if lines else []
+
+
+def _open(base: Path) -> Store | None:
+    """The base's store; None where it cannot be opened."""
+    try:
+        return registry().open_store(base)
+    except EmbedSurgeryError:
+        return None
 
 
 def merged_front(bases: Sequence[str], kept: Mapping[str, object]) -> dict[str, str | list[str]]:

@@ -10,11 +10,9 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from embedsurgery.checkpoints.records import MERGES, RECORD
 from embedsurgery.errors import CheckpointError, HubError
 from embedsurgery.files.safetensors import MAX_HEADER, Header, parse_header
 from embedsurgery.hub.client import Client, RemoteFile, Snapshot
-from embedsurgery.hub.ids import HubId
 from embedsurgery.stores.checkpoint import (
     CONFIG,
     INDEX,
@@ -103,20 +101,6 @@ def read_remote(client: Client, at: Snapshot, name: str) -> tuple[Header, bytes,
         data += client.piece(at, name, len(data), 8 + length - len(data))[0]
     head = data[: 8 + length]
     return parse_header(head[8:], total, path), head, total
-
-
-def remote_records(of: HubId) -> dict[str, Header]:
-    """Path -> header of each record of a merge that a model holds, the oldest first.
-
-    Raises:
-        HubError: The repository cannot be read.
-        CheckpointError: A record is no safetensors file.
-    """
-    client = Client()
-    at = client.resolve(of)
-    held = (name for name in client.files(at, everything=True) if name.startswith(f"{MERGES}/"))
-    names = [name for name in held if RECORD.fullmatch(name.removeprefix(f"{MERGES}/"))]
-    return remote_headers(client, at, sorted(names, key=lambda name: int(Path(name).stem)))
 
 
 def _only_file(files: Mapping[str, RemoteFile], where: Path) -> str:

@@ -22,7 +22,6 @@ from embedsurgery.hub.auth import Token
 from embedsurgery.hub.client import Client, RemoteFile, Snapshot
 from embedsurgery.hub.headers import read_remote, small
 from embedsurgery.hub.ids import SOURCE, HubId
-from embedsurgery.loading import load
 from embedsurgery.plugins.current import registry
 from embedsurgery.tensors.raw import EDITABLE
 
@@ -64,7 +63,7 @@ def pull(
     at = client.resolve(of)
     folder = _folder(client, at)
     try:
-        adapter = replace(load(folder), source=f"{at.repo}@{at.sha}")
+        adapter = replace(registry().read_adapter(folder), source=f"{at.repo}@{at.sha}")
     except UnknownSurgeryError as error:
         raise _named(error, at) from error
     if output is not None:

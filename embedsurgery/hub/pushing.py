@@ -17,7 +17,7 @@ from embedsurgery.hub.client import Client, Snapshot
 from embedsurgery.hub.commits import Content, PushReport, commit, prepare
 from embedsurgery.hub.headers import small
 from embedsurgery.hub.ids import HubId, find_id
-from embedsurgery.loading import load
+from embedsurgery.plugins.current import registry
 
 
 def push(
@@ -63,7 +63,7 @@ def push(
                           hint="there is no such directory; pull() gets an adapter from the Hub")  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="embedsurgery-push-") as scratch:
         folder = adapter.save(scratch) if isinstance(adapter, Adapter) else Path(adapter)
-        loaded = adapter if isinstance(adapter, Adapter) else load(folder)
+        loaded = adapter if isinstance(adapter, Adapter) else registry().read_adapter(folder)
         if loaded.manifest.base_model is not None and base_id(loaded.manifest) is None:
             warnings.warn("the adapter names its base by a path, which tells others nothing, and it is pushed so",
                           EmbedSurgeryWarning, stacklevel=2)  # fmt: skip

@@ -18,7 +18,7 @@ from embedsurgery.graph import EmbeddingGraph
 from embedsurgery.graph.wrappers import base_of
 from embedsurgery.models.adding import _added
 from embedsurgery.models.targets import refuse_other, store_of, texts_of
-from embedsurgery.plan import Plan, SetRows, Undo
+from embedsurgery.plan import Plan, Undo
 from embedsurgery.plugins.current import registry
 from embedsurgery.stores.apply import apply
 from embedsurgery.surgeries.checked import planned, started
@@ -37,6 +37,7 @@ def attach(
     name: str = "default",
     tokenizer: Tokenizer | None = None,
     freeze: bool = True,
+    active: bool = True,
     materialize: bool = False,
 ) -> Attachment:
     """Make an adapter live on a model: trainable, mergeable, removable. The model keeps its class and state dict.
@@ -47,6 +48,7 @@ def attach(
         name: The adapter's name on this model.
         tokenizer: Where given, the adapter carries the texts of its tokens; one that brings new tokens adds them.
         freeze: Freeze everything that was trainable; `detach` restores it.
+        active: Make it live at once. With False the model computes as before, until ``activate(name)``.
         materialize: Override by a full copy of the table in each forward, for code that reads ``module.weight``
             by itself. Slower, and chosen by itself where it is seen to be needed.
 
@@ -87,7 +89,7 @@ def attach(
         adapter = _with_disk_names(plainly_named(started(record.surgery, config, store, known_base)), known_base)
     try:
         attachment = attach_adapter(base, adapter, record, graph=store.graph, name=name,
-                                    freeze=model if freeze else None, materialize=materialize, fresh=fresh,
+                                    freeze=model if freeze else None, materialize=materialize, fresh=fresh, active=active,
                                     given=model, classify=classify)  # fmt: skip
     except BaseException:
         if extended is not None:
@@ -112,16 +114,12 @@ def _extend(model: nn.Module, adapter: Adapter, tokenizer: Tokenizer | None, kno
                               found=", ".join(known.names), hint="attach it first, or detach() the others")  # fmt: skip
     surgery = registry().named(adapter.manifest.surgery).surgery
     new = set(adapter.manifest.new_tokens.ids)
-    rows = (_only(edit, new) for edit in planned(surgery, adapter, located).edits if isinstance(edit, SetRows))
-    return apply(Plan((*edits, *(edit for edit in rows if edit.indices))), store)
+    by_row = (edit for edit in planned(surgery, adapter, located).edits if edit.sets() and edit.whole() is None)
+    rows = (edit.restricted(lambda _, index: index in new) for edit in by_row)
+    return apply(Plan((*edits, *(edit for edit in rows if edit is not None))), store)
 
 
-def _only(edit: SetRows, indices: set[int]) -> SetRows:
-    places = [n for n, index in enumerate(edit.indices) if index in indices]
-    return SetRows(edit.table, tuple(edit.indices[n] for n in places), edit.rows.take(places))
-
-
-def attached(model: nn.Module) -> Attachment | None:
+def get_attachment(model: nn.Module) -> Attachment | None:
     """The model's one attachment, also after deepcopy, pickling or wrapping; None without."""
     from embedsurgery.runtime.attachment import find
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from embedsurgery.graph import EmbeddingGraph
-from embedsurgery.loading import opened
+from embedsurgery.loading import open_store
 from embedsurgery.models.targets import store_of
 
 if TYPE_CHECKING:
@@ -31,5 +31,6 @@ def walk(target: Target | str | os.PathLike[str]) -> EmbeddingGraph:
         ConfigError: ``target`` is none of the three.
     """
     if isinstance(target, (str, os.PathLike)):
-        return opened(target)[0]
+        with open_store(target) as store:
+            return store.claimed_graph
     return store_of(target).graph

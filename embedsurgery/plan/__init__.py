@@ -1,36 +1,30 @@
-"""Plans: the edits, their undos, and how both are written to a file.
+"""Plans: the edits, what an undo is, and how both are written to a file.
 
-An edit is a frozen dataclass in ``edits.py`` (``file_edits.py`` for edits of raw file bytes, which a journal is made
-of). ``plan.py`` has `Plan` and `Undo`, and reads and writes them. A new edit starts in ``edits.py``; doing it belongs to
+An edit is a frozen dataclass that says of itself what it touches and how it is written down: see `Edit` in ``edit.py``.
+The edits are in ``row_edits.py``, ``vocabulary_edits.py``, ``token_edits.py`` and ``file_edits.py``; ``plan.py`` has
+`Plan` and `Undo`. A new edit is a class in one of those files, listed in ``plan.KINDS``; doing it belongs to
 ``stores/``.
 """
 
 from __future__ import annotations
 
-from embedsurgery.plan.edits import (
-    AddTokens,
-    Blocks,
-    Edit,
-    Front,
-    Grow,
-    PatchFile,
-    SetBlocks,
-    SetEntries,
-    SetRows,
-    Suppress,
-    Token,
-    Untie,
-)
+from embedsurgery.plan.blocks import Blocks
+from embedsurgery.plan.edit import Edit
+from embedsurgery.plan.file_edits import PatchFile
 from embedsurgery.plan.plan import Plan, Undo
+from embedsurgery.plan.row_edits import SetBlocks, SetEntries, SetRows
+from embedsurgery.plan.token_edits import AddTokens, Suppress
+from embedsurgery.plan.tokens import Prefix, Token
+from embedsurgery.plan.vocabulary_edits import Grow, Untie
 
 __all__ = [
     "AddTokens",
     "Blocks",
     "Edit",
-    "Front",
     "Grow",
     "PatchFile",
     "Plan",
+    "Prefix",
     "SetBlocks",
     "SetEntries",
     "SetRows",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     import click
 
+    from embedsurgery.graph.architectures import Layout
     from embedsurgery.initializers import InitializerRecord
     from embedsurgery.stores.shards import ShardStore
     from embedsurgery.surgeries.surgery import SurgeryRecord
@@ -69,12 +70,10 @@ def embedsurgery_commands() -> Sequence[CommandRecord]:
     return [CommandRecord(verb, summary, _loader(verb)) for verb, summary in VERBS.items()]
 
 
-def _open_shards(directory: Path) -> ShardStore:
-    """With the architectures that plugins know, who are asked when a checkpoint is opened."""
-    from embedsurgery.plugins.current import registry
+def _open_shards(directory: Path, architectures: Mapping[str, Layout]) -> ShardStore:
     from embedsurgery.stores.shards import ShardStore
 
-    return ShardStore.open(directory, architectures=registry().architectures)
+    return ShardStore.open(directory, architectures=architectures)
 
 
 def _is_safetensors(directory: Path) -> bool:

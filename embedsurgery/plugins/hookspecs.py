@@ -10,7 +10,7 @@ contract is refused with a word on it. `CONTRACT` grows when a hook or a record 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -72,13 +72,14 @@ class StoreRecord:
     Attributes:
         name: Its name, once among all plugins.
         recognises: Called as ``recognises(directory: Path)``; says by names and headers whether it is of this format.
-        open: Called as ``open(directory: Path)``; returns a `Store` that writes into the directory's files.
+        open: Called as ``open(directory: Path, architectures: Mapping[str, Layout])``; returns a `Store` that writes
+            into the directory's files. The second is what `walk_names` takes: what is known of which architecture.
         fallback: Asked only where no other format recognises a directory.
     """
 
     name: str
     recognises: Callable[[Path], bool]
-    open: Callable[[Path], Store]
+    open: Callable[[Path, Mapping[str, Layout]], Store]
     fallback: bool = False
 
 

@@ -1,7 +1,7 @@
-"""Which plugins there are and what they bring. Data never decides what is imported: entry points alone do.
+"""The registry: what plugins bring, as data, and what is looked up in it.
 
-How plugins are loaded is ``discovery.py``'s. Where none is installed, what is built in is imported kind by kind when it
-is asked for: a merge that starts in a quarter of a second has no time for what it does not use.
+Data never decides what is imported: entry points alone do. Plugins are loaded by ``discovery.py``; which registry holds
+in this process is ``current.py``'s.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from embedsurgery.errors import CheckpointError, ConfigError, EmbedSurgeryWarning, UnknownSurgeryError
+from embedsurgery.errors import AdapterError, CheckpointError, ConfigError, EmbedSurgeryWarning, UnknownSurgeryError
 from embedsurgery.plugin_calls import call
 from embedsurgery.plugins.entry_points import GROUP
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from embedsurgery.adapters.adapter import Adapter
     from embedsurgery.adapters.manifest import Manifest
     from embedsurgery.graph.architectures import Layout
     from embedsurgery.initializers import InitializerRecord
@@ -174,24 +175,50 @@ class Registry:
                                   hint=f"block the plugin of one with {DISABLE}")  # fmt: skip
         return [*fits, *(r for r in self.stores.values() if r.fallback)][0]
 
-    def open_store(self, directory: Path) -> Store:
-        """A store over a checkpoint directory, of whatever format recognises it.
+    def open_store(self, directory: Path, work: Path | None = None) -> Store:
+        """Open a checkpoint directory of any format. Every checkpoint on disk is opened here and nowhere else.
+
+        Args:
+            directory: The checkpoint.
+            work: A directory for files that are being made, given by the one that is changing the checkpoint in place.
 
         Raises:
-            CheckpointError: Several formats do, or its files are missing or broken.
+            CheckpointError: Several formats recognise it, or its files are missing or broken.
+            UnfinishedError: A change in place was interrupted or is under way, and no ``work`` is given.
+            PluginError: The format's ``open`` fails in some other way, or returns no store.
         """
-        return self.opened(self.format_of(directory), directory)
-
-    def opened(self, form: StoreRecord, directory: Path) -> Store:
-        """A store over a checkpoint directory, of a format that recognises it.
-
-        Raises:
-            CheckpointError: Its files are missing or broken.
-            PluginError: What opens the format fails in some other way, or gives no store.
-        """
+        from embedsurgery.files.locking import refuse_linked_state, refuse_unfinished
         from embedsurgery.stores.store import Store
 
-        return call(f"{form.name}.open", Store, form.open, directory)  # type: ignore[type-abstract]
+        record = self.format_of(directory)
+        if work is None:
+            refuse_linked_state(directory)
+            refuse_unfinished(directory)
+        where = f"{record.name}.open"
+        store = call(where, Store, record.open, directory, self.architectures)  # type: ignore[type-abstract]
+        if not hasattr(store, "directory"):
+            store.directory = directory
+        return store if work is None else store.within(work)
+
+    def read_adapter(self, directory: str | os.PathLike[str]) -> Adapter:
+        """Read an adapter's directory, in embedsurgery's form or PEFT's.
+
+        Raises:
+            AdapterError: The files are missing, broken, or contradict each other.
+            UnknownSurgeryError: No installed plugin reads it.
+        """
+        from embedsurgery.adapters.adapter import read_adapter_files
+        from embedsurgery.surgeries.checked import read
+
+        files, manifest = read_adapter_files(directory)
+        if manifest is None:
+            return read(self.for_peft_type(files.config.get("peft_type")).surgery, files, None)
+        surgery = self.named(manifest.surgery).surgery
+        if manifest.surgery_version > surgery.version:
+            raise AdapterError("an adapter of a newer version of its surgery", where=directory,
+                               expected=surgery.version, found=manifest.surgery_version,
+                               hint="upgrade what brings the surgery")  # fmt: skip
+        return read(surgery, files, manifest)
 
 
 def _answer(record: Any, function: Any, given: object, kind: type[Any]) -> Any:

@@ -27,7 +27,8 @@ from embedsurgery.runtime.loading import check_loaded, check_order, look_no_more
 from embedsurgery.runtime.members import Member, Members, is_prompt, say_what_overflows
 from embedsurgery.runtime.nesting import forget, places, refuse_more, refuse_part, remember
 from embedsurgery.runtime.peft import Switch
-from embedsurgery.runtime.prompts.live import PromptEmbedding, Prompts, modules_for
+from embedsurgery.runtime.prompts.installation import PromptHooks, modules_for
+from embedsurgery.runtime.prompts.live import LivePrompts, PromptEmbedding
 from embedsurgery.runtime.prompts.task_heads import with_heads
 from embedsurgery.runtime.resume import is_restored, is_resume
 from embedsurgery.runtime.rows.installation import Installation
@@ -46,7 +47,7 @@ CHILD = "embedsurgery"
 
 
 class Attachment(Hidden):
-    """The adapters of one model. Made by `embedsurgery.attach`, found again by `embedsurgery.attached`.
+    """The adapters of one model. Made by `embedsurgery.attach`, found again by `embedsurgery.get_attachment`.
 
     A child module of the model, so that its rows are among the model's parameters and move with it; it stays out of
     the state dict.
@@ -69,7 +70,8 @@ class Attachment(Hidden):
         self._switch = Switch(model, self._members.named, self._refresh)
         guards = (self._switch, Guard(model, self._members.named, self._members.begun))
         self._installation = Installation(model, graph, guards)
-        self._prompts = Prompts(model, graph, guards)
+        self._prompts = LivePrompts(model, graph)
+        self._prompt_hooks = PromptHooks(self._prompts, guards)
 
     # -- what is on the model ------------------------------------------------------------------------------------
 
@@ -157,6 +159,10 @@ class Attachment(Hidden):
             AdapterError: The directory cannot be written, or the ranks hold different rows.
         """
         return save_once(self.adapter(name), directory)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], name: str | None = None) -> Path:
+        """Write a snapshot of an adapter, under the name that transformers and PEFT have for it: see `save`."""
+        return self.save(save_directory, name)
 
     def restore(self, adapter: Adapter, name: str | None = None, *, in_order: bool = False) -> None:
         """Set an adapter's rows in place: the Parameters stay the same objects, so an optimizer's state stays theirs.
@@ -341,7 +347,7 @@ class Attachment(Hidden):
         """
         self._not_mixed("detach")
         self._installation.remove()
-        self._prompts.remove()
+        self._prompt_hooks.remove()
         for parameter in self._frozen:
             parameter.requires_grad_(True)
         self._frozen = []
@@ -404,6 +410,7 @@ class Attachment(Hidden):
         freeze: nn.Module | None,
         materialize: bool,
         fresh: bool,
+        active: bool,
     ) -> None:
         """Put one more adapter on the model; everything that can fail comes before anything changes."""
         self._members.check_new(name, record)
@@ -411,21 +418,22 @@ class Attachment(Hidden):
         self._not_mixed("attach another adapter")
         store = self._installation.store()
         located = locate(adapter, store)
-        overrides = self._prompts.checked(overrides_of(record.surgery, adapter, located), adapter)
+        overrides = self._prompt_hooks.checked(overrides_of(record.surgery, adapter, located), adapter)
         modes = self._installation.modes((o for o in overrides if not isinstance(o, PromptOverride)), materialize)
         devices = [store.tensors[o.table].device for o in overrides]
         rows = nn.ModuleList(modules_for(overrides, adapter.raw, devices))
         member = Member(adapter, record, located, overrides, rows)
-        steps_back = self._members.prompts(self.active) if is_prompt(member) else []
-        active = [other for other in self.active if other not in steps_back]
-        self._members.check_disjoint([*active, name], member)
+        steps_back = self._members.prompts(self.active) if active and is_prompt(member) else []
+        live = [other for other in self.active if other not in steps_back]
+        if active:
+            self._members.check_disjoint([*live, name], member)
         before, trained = self._members.active, len(self._frozen)
         try:
-            self._members.active = active
-            self._members.add(name, member, fresh)
+            self._members.active = live
+            self._members.add(name, member, fresh=fresh, active=active)
             self.rows_of[_key(name)] = member.rows
             if is_prompt(member):
-                self._prompts.install()
+                self._prompt_hooks.install()
             for table, mode in modes.items():
                 self._installation.install(self.graph.table(table), mode)
             if freeze is not None:
@@ -460,7 +468,7 @@ class Attachment(Hidden):
 
     def _not_mixed(self, what: str) -> None:
         if self._installation.batch.mixed:
-            raise AttachmentError(f"cannot {what} inside attachment.rows()", hint="leave the with-block first")
+            raise AttachmentError(f"cannot {what} inside attachment.per_sample()", hint="leave the with-block first")
 
     def _refresh(self) -> None:
         to_the_end(self._fill)
@@ -495,6 +503,7 @@ def attach_adapter(
     freeze: nn.Module | None = None,
     materialize: bool = False,
     fresh: bool = False,
+    active: bool = True,
     given: nn.Module | None = None,
     classify: Classify | None = None,
 ) -> Attachment:
@@ -508,7 +517,8 @@ def attach_adapter(
         name: The adapter's name.
         freeze: Freeze everything that is trainable here: the model, or a wrapper of it.
         materialize: See `embedsurgery.attach`.
-        fresh: The adapter began from a config just now.
+        fresh: Whether the adapter was started from a config for this call.
+        active: Whether it is live at once.
         given: What the user gave: the model, or a wrapper of it.
         classify: Says what modules of unknown classes are.
 
@@ -523,7 +533,8 @@ def attach_adapter(
     else:
         refuse_more(given or freeze or model, attachment.model, classify)
     try:
-        attachment._add(name, adapter, record, freeze=freeze, materialize=materialize, fresh=fresh)
+        attachment._add(name, adapter, record, freeze=freeze, materialize=materialize, fresh=fresh,
+                        active=active)  # fmt: skip
         if first:
             held, saves = places(model, graph)
             held.add_module(CHILD, attachment)

@@ -133,7 +133,7 @@ class Members:
         if len(prompts) > 1:
             raise AttachmentError("two soft prompts cannot be live at once", found=" and ".join(prompts),
                                   expected="one", hint="activate one at a time, or give each sample its own: "
-                                  "with attachment.rows([...])")  # fmt: skip
+                                  "with attachment.per_sample([...])")  # fmt: skip
         taken: dict[str, dict[int, str]] = {}
         for name in names:
             for override in (self[name] if new is None or name != names[-1] else new).overrides:
@@ -152,10 +152,11 @@ class Members:
         """Those of some adapters that are here and are soft prompts."""
         return [name for name in names if name in self.all and is_prompt(self.all[name])]
 
-    def add(self, name: str, member: Member, fresh: bool) -> None:
-        """Put one in, active."""
+    def add(self, name: str, member: Member, *, fresh: bool, active: bool) -> None:
+        """Put one in."""
         self.all[name] = member
-        self.active.append(name)
+        if active:
+            self.active = [*self.active, name]
         self.unstepped[name] = fresh
         look_at(self)
 

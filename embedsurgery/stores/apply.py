@@ -19,7 +19,6 @@ from embedsurgery.plan import (
     Edit,
     Grow,
     PatchFile,
-    Plan,
     SetBlocks,
     SetEntries,
     SetRows,
@@ -27,7 +26,8 @@ from embedsurgery.plan import (
     Undo,
     Untie,
 )
-from embedsurgery.plan.edits import spans
+from embedsurgery.plan.blocks import spans
+from embedsurgery.plan.plan import Edits
 from embedsurgery.stores.checks import check_edits, digest, expanded
 from embedsurgery.stores.store import Store, entries_of, rows_of
 from embedsurgery.tensors.raw import EDITABLE, ITEMSIZE
@@ -36,8 +36,8 @@ _WHOLE = (Grow, AddTokens, Suppress, Untie)
 """Edits that a store does all or nothing: where one fails, there is nothing of it to take back."""
 
 
-def apply(plan: Plan, store: Store, *, spill: Path | None = None) -> Undo:
-    """Do a plan's edits in order and return the undo, which is a plan that `apply` takes like any other.
+def apply(plan: Edits, store: Store, *, spill: Path | None = None) -> Undo:
+    """Do a plan's edits in order and return the undo, which `apply` takes like a plan.
 
     Everything is checked before anything changes, and a failure in the middle takes back what was done.
 

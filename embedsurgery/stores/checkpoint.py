@@ -16,7 +16,6 @@ from embedsurgery.files.json_reading import CONFIG as BOUNDS_OF_CONFIG
 from embedsurgery.files.json_reading import INDEX as BOUNDS_OF_INDEX
 from embedsurgery.files.json_reading import read_json
 from embedsurgery.files.locking import STATE_DIRECTORY as STATE_DIRECTORY
-from embedsurgery.files.locking import refuse_linked_state, refuse_unfinished
 from embedsurgery.files.safetensors import Entry, Header, read_header
 from embedsurgery.graph.from_names import Stored
 
@@ -59,16 +58,11 @@ class Checkpoint:
         ]
 
 
-def open_checkpoint(directory: Path, *, unfinished: bool = False) -> Checkpoint:
+def open_checkpoint(directory: Path) -> Checkpoint:
     """Read a directory's headers, index and config.
-
-    Args:
-        directory: Where.
-        unfinished: Whether it is the caller who is changing it in place.
 
     Raises:
         CheckpointError: It is no directory, holds no safetensors weights, or its files contradict each other.
-        UnfinishedError: A change of it in place was interrupted, or is under way.
     """
     if not os.path.isdir(directory):
         what = (
@@ -78,9 +72,6 @@ def open_checkpoint(directory: Path, *, unfinished: bool = False) -> Checkpoint:
         )
         raise CheckpointError(what, where=directory,
                               hint="give the directory that the model was downloaded or saved to")  # fmt: skip
-    if not unfinished:
-        refuse_linked_state(directory)
-        refuse_unfinished(directory)
     single, index = directory / SINGLE, directory / INDEX
     config = read_config(directory / CONFIG) if (directory / CONFIG).exists() else None
     if single.exists() and index.exists():

@@ -10,8 +10,9 @@ from dataclasses import replace
 
 from embedsurgery.errors import PlanError, TableError
 from embedsurgery.graph import Table
-from embedsurgery.plan import AddTokens, Edit, Grow, PatchFile, Plan, SetBlocks, SetEntries, SetRows, Suppress, Untie
+from embedsurgery.plan import AddTokens, Edit, Grow, PatchFile, SetBlocks, SetEntries, SetRows, Suppress, Untie
 from embedsurgery.plan.file_edits import PutFile, SetBytes
+from embedsurgery.plan.plan import Edits
 from embedsurgery.stores.store import Store, check_indices, shorten
 from embedsurgery.tensors.raw import EDITABLE, RawArray
 
@@ -25,12 +26,12 @@ _LONGEST = 200
 """Characters of such a file's path; file systems take 255 bytes."""
 
 
-def check(plan: Plan, store: Store) -> None:
+def check(plan: Edits, store: Store) -> None:
     """All that `apply` checks beforehand; changes nothing."""
     check_edits(expanded(plan, store), store)
 
 
-def expanded(plan: Plan, store: Store) -> tuple[Edit, ...]:
+def expanded(plan: Edits, store: Store) -> tuple[Edit, ...]:
     """A plan's edits as the store does them: those that add tokens are made one, which it may do by patching files."""
     together: dict[bool, AddTokens] = {}
     for edit in plan.edits:
@@ -38,16 +39,16 @@ def expanded(plan: Plan, store: Store) -> tuple[Edit, ...]:
             before = together.get(edit.remove, AddTokens((), edit.remove))
             tokens = tuple(dict.fromkeys((*before.tokens, *edit.tokens)))
             together[edit.remove] = AddTokens(
-                tokens, edit.remove, before.front or edit.front, before.parts or edit.parts
+                tokens, edit.remove, before.prefix or edit.prefix, before.restore_parts or edit.restore_parts
             )
     edits: list[Edit] = []
     for edit in plan.edits:
         if isinstance(edit, Suppress):
-            edits.extend(store.expand(edit))
+            edits.extend(store.expand_suppression(edit))
         elif not isinstance(edit, AddTokens):
             edits.append(edit)
         elif edit.remove in together:
-            edits.extend(store.expand(together.pop(edit.remove)))
+            edits.extend(store.expand_tokens(together.pop(edit.remove)))
     return tuple(edits)
 
 
@@ -114,8 +115,7 @@ class _State:
     def untie(self, edit: Untie) -> None:
         """Check an `Untie`."""
         if self.store.graph.find(edit.table) is not None:
-            files, anew = self.store.untie_files(edit)
-            self.rewritten.update(files if anew else ())
+            self.rewritten.update(self.store.untie_footprint(edit).replaced)
         table = self.table(edit.table)
         check_indices(table, edit.indices)
         if edit.rows.shape != (len(edit.indices), table.shape[1]) or edit.rows.dtype not in EDITABLE:
@@ -136,7 +136,7 @@ class _State:
             found = ", ".join(name for v in self.store.graph.vocabularies for name in v.vectors) or "none at all"
             raise PlanError("the plan names a per-token vector that is not in the store", where=self.store.name,
                             expected=edit.vector, found=found)  # fmt: skip
-        files = set(self.store.vector_files(edit.vector))
+        files = set(self.store.entry_ranges(edit.vector, ()))
         if not files or not files <= self.rewritten:
             self.store.check_vector(edit.vector)
         size = vocabulary.size + self.grown.get(vocabulary.name, 0)
@@ -186,7 +186,7 @@ class _State:
         rows = {table.name: (count, table.shape[1]) for table in tables} if count else {}
         _check_parts(edit.rows, rows, where)
         _check_parts(edit.vectors, dict.fromkeys(vocabulary.vectors, (count,)) if count else {}, where)
-        for path in self.store.growth_files(vocabulary):
+        for path in self.store.resized_files(vocabulary.name):
             self.patch(path)
             self.rewritten.add(path)
         self.grown.update(dict.fromkeys((vocabulary.name, *vocabulary.tables), edit.count))

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from copy import copy as copied
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,12 +20,13 @@ from embedsurgery.files.atomic import replace_files
 from embedsurgery.files.json_reading import read_small
 from embedsurgery.files.regular import open_regular, pread_exactly, pwrite_exactly
 from embedsurgery.files.safetensors import Entry, read_tensor
-from embedsurgery.graph import Table, Vocabulary
+from embedsurgery.graph import EmbeddingGraph, Table, Vocabulary
 from embedsurgery.graph.architectures import ARCHITECTURES, Layout
 from embedsurgery.graph.from_names import walk_names
 from embedsurgery.graph.vocabularies import grown_graph
 from embedsurgery.plan import AddTokens, Edit, Grow, PatchFile, Suppress, Untie
-from embedsurgery.plan.edits import spans
+from embedsurgery.plan.blocks import spans
+from embedsurgery.plan.edit import Footprint, Range
 from embedsurgery.stores.checkpoint import Checkpoint, open_checkpoint
 from embedsurgery.stores.store import Store
 from embedsurgery.tensors.raw import ITEMSIZE, RawArray
@@ -70,26 +72,42 @@ class ShardStore(Store):
         """Take a checkpoint's files for what is stored."""
         self.checkpoint = checkpoint
         self.config = checkpoint.config
-        self.graph = walk_names(checkpoint.stored(), config=checkpoint.config, source=self.name, equal=self.equal,
-                                architectures=self._architectures)  # fmt: skip
-        self._transposed = frozenset(n for table in self.graph.tables for n in table.transposed)
+        for name in ("graph", "claimed_graph"):
+            vars(self).pop(name, None)
+
+    @property
+    def directory(self) -> Path:  # type: ignore[override]  # it follows the checkpoint
+        return self.checkpoint.directory
+
+    @cached_property
+    def graph(self) -> EmbeddingGraph:  # type: ignore[override]  # mypy takes it for read-only
+        return walk_names(self.checkpoint.stored(), config=self.config, source=self.name, equal=self.equal,
+                          architectures=self._architectures)  # fmt: skip
+
+    @cached_property
+    def claimed_graph(self) -> EmbeddingGraph:
+        return walk_names(self.checkpoint.stored(), config=self.config, source=self.name,
+                          architectures=self._architectures)  # fmt: skip
+
+    @property
+    def _transposed(self) -> frozenset[str]:
+        return frozenset(n for table in self.graph.tables for n in table.transposed)
 
     @classmethod
     def open(
         cls, directory: Path, work: Path | None = None, *, architectures: Mapping[str, Layout] = ARCHITECTURES
     ) -> ShardStore:
-        """A store over a directory.
+        """A store over a directory, whatever state a change in place has left it in: see `Registry.open_store`.
 
         Args:
-            directory: Where it is.
+            directory: The checkpoint.
             work: As for the class.
             architectures: What is special about the names of which architecture.
 
         Raises:
             CheckpointError: Its files are missing or broken.
-            UnfinishedError: It was being changed in place when something stopped that, and no ``work`` is given.
         """
-        return cls(open_checkpoint(directory, unfinished=work is not None), work, architectures=architectures)
+        return cls(open_checkpoint(directory), work, architectures=architectures)
 
     def within(self, work: Path) -> ShardStore:
         """The same checkpoint, which nobody has changed since it was opened, by one who makes files in ``work``."""
@@ -97,9 +115,14 @@ class ShardStore(Store):
         other.work, other.refuse_links, other._written = work, False, set()
         return other
 
-    def again(self) -> ShardStore:
-        """The checkpoint after rows were written: its headers are as they were, and which tables are equal is not."""
-        return ShardStore(self.checkpoint, self.work, architectures=self._architectures)
+    def again(self, *, headers: bool = True) -> ShardStore:
+        """The checkpoint as it is now. Which tables are equal is compared again.
+
+        Args:
+            headers: Read the headers again. Where only rows were written they are as they were.
+        """
+        checkpoint = open_checkpoint(self.checkpoint.directory) if headers else self.checkpoint
+        return ShardStore(checkpoint, self.work, architectures=self._architectures)
 
     def copies(self, table: Table) -> tuple[str, ...]:
         return tuple(name for name, _ in table.files)
@@ -166,11 +189,30 @@ class ShardStore(Store):
         vocabulary = next(v for v in self.graph.vocabularies if name in v.vectors)
         return [copy for copy, of, _ in self._growth(vocabulary, 1).tensors() if of == name]
 
-    def vector_files(self, name: str) -> Collection[str]:
-        return tuple(dict.fromkeys(self.checkpoint.location[copy] for copy in self.vector_copies(name)))
+    def row_ranges(self, table: str, indices: Sequence[int] | None) -> Mapping[str, Sequence[Range]]:
+        found = self.graph.find(table)
+        ranges: dict[str, list[Range]] = {}
+        for name, file in found.files if found is not None else ():
+            ranges.setdefault(file, []).extend(self._tensor_ranges(name, indices))
+        return ranges
+
+    def _tensor_ranges(self, name: str, indices: Sequence[int] | None) -> list[Range]:
+        """Where rows of a tensor lie: all of it, if it is asked for whole or stored transposed."""
+        entry = self.checkpoint.entry(name)
+        if indices is None or self.is_transposed(name):
+            return [(entry.begin, entry.end)]
+        return _row_ranges(entry, entry.shape[1] * ITEMSIZE[entry.dtype], indices)
+
+    def entry_ranges(self, vector: str, indices: Sequence[int]) -> Mapping[str, Sequence[Range]]:
+        ranges: dict[str, list[Range]] = {}
+        for name in self.vector_copies(vector):
+            entry = self.checkpoint.entry(name)
+            found = _row_ranges(entry, ITEMSIZE[entry.dtype], indices)
+            ranges.setdefault(self.checkpoint.location[name], []).extend(found)
+        return ranges
 
     def check_vector(self, name: str) -> None:
-        for file in self.vector_files(name) if self.refuse_links else ():
+        for file in self.entry_ranges(name, ()) if self.refuse_links else ():
             path = self.checkpoint.directory / file
             _refuse_links(path, path.stat().st_nlink)
 
@@ -235,8 +277,9 @@ class ShardStore(Store):
     def weight_files(self) -> Collection[str]:
         return self.checkpoint.headers.keys()
 
-    def growth_files(self, vocabulary: Vocabulary) -> Collection[str]:
-        return tuple(self._growth(vocabulary, 1).saved())
+    def resized_files(self, vocabulary: str) -> Sequence[str]:
+        found = next(v for v in self.graph.vocabularies if v.name == vocabulary)
+        return tuple(self._growth(found, 1).saved())
 
     def growth_saved(self, edit: Grow) -> Mapping[str, bytes]:
         return self._growth(self.vocabulary(edit), edit.count).saved()
@@ -251,7 +294,7 @@ class ShardStore(Store):
         anew = {file: (head, pieces(self.checkpoint.headers[file], resized[file]))
                 for file, head in growth.heads(edit.saved).items()}  # fmt: skip
         self._make(anew, growth.small_files(edit.saved))
-        self.checkpoint = open_checkpoint(directory, unfinished=self.work is not None)
+        self.checkpoint = open_checkpoint(directory)
         self.config = self.checkpoint.config
         self.graph = grown_graph(self.graph, vocabulary, edit.count)
 
@@ -279,9 +322,12 @@ class ShardStore(Store):
         super().check_untie(edit)
         self._untying(edit).refuse()
 
-    def untie_files(self, edit: Untie) -> tuple[tuple[str, ...], bool]:
+    def untie_footprint(self, edit: Untie) -> Footprint:
         untying = self._untying(edit)
-        return (untying.file,), not untying.in_place
+        saved = tuple(untying.saved())
+        if not untying.in_place:
+            return Footprint(replaced=saved)
+        return Footprint({untying.file: self._tensor_ranges(edit.head, edit.indices)}, saved)
 
     def _untying(self, edit: Untie) -> Untying:
         from embedsurgery.stores.untied_shards import Untying
@@ -304,17 +350,19 @@ class ShardStore(Store):
                 raise
         else:
             self._make({untying.file: (untying.head(), untying.pieces())}, small)
-        self._see(open_checkpoint(self.checkpoint.directory, unfinished=self.work is not None))
+        self._see(open_checkpoint(self.checkpoint.directory))
 
-    def expand(self, edit: AddTokens | Suppress) -> tuple[Edit, ...]:
-        """Patches of the tokenizer's files, or of the generation config."""
-        if isinstance(edit, Suppress):
-            from embedsurgery.stores.generation_config import suppression
+    def expand_suppression(self, edit: Suppress) -> tuple[Edit, ...]:
+        """Patches of the generation config."""
+        from embedsurgery.stores.generation_config import suppression
 
-            return suppression(self.checkpoint, edit)
+        return suppression(self.checkpoint, edit)
+
+    def expand_tokens(self, edit: AddTokens) -> tuple[Edit, ...]:
+        """Patches of the tokenizer's files."""
         from embedsurgery.tokenizer.patching import token_patches
 
-        return token_patches(self.checkpoint.directory, edit.tokens, edit.remove, edit.front)
+        return token_patches(self.checkpoint.directory, edit.tokens, edit.remove, edit.prefix)
 
     def read_file(self, path: str) -> bytes | None:
         """The bytes of a file beside the weights, None where there is none.
@@ -387,6 +435,11 @@ def _refuse_links(path: Path, links: int) -> None:
     if links > 1:
         raise UnsupportedError("a weight file has more than one name, and all would change", where=path,
                                found=f"{links} hard links", hint="work on a copy of the file")  # fmt: skip
+
+
+def _row_ranges(entry: Entry, pitch: int, indices: Sequence[int]) -> list[Range]:
+    """Where rows of ``pitch`` bytes lie in a file."""
+    return [(entry.begin + i * pitch, entry.begin + (i + 1) * pitch) for i in indices]
 
 
 def _line(

@@ -7,14 +7,17 @@ applies it. A store for another file format implements `Store` and gets every su
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
 
 from embedsurgery.errors import PlanError, UnsupportedEditError, UnsupportedError
 from embedsurgery.graph import EmbeddingGraph, Table, Vocabulary
 from embedsurgery.graph.config import as_mapping, obstacle
 from embedsurgery.graph.vocabularies import names_of, rows_of_tables, unexplained
 from embedsurgery.plan import AddTokens, Edit, Grow, PatchFile, Suppress, Untie
+from embedsurgery.plan.edit import Footprint, Range
 from embedsurgery.tensors.raw import EDITABLE, RawArray
 
 _SCALES = ("_scale", "_scale_inv", ".scales", ".qzeros", ".absmax", ".quant_state", ".SCB", "_zero_point", ".g_idx")
@@ -33,8 +36,31 @@ class Store(ABC):
     config: Any = None
     """The model's config, a mapping or an object; None where there is none."""
 
+    directory: Path
+    """The checkpoint directory, of a store of files; `Registry.open_store` sets it where the store has not."""
+
     refuse_links: bool = True
     """Whether a file with a second name is not written, of a store of files."""
+
+    @property
+    def claimed_graph(self) -> EmbeddingGraph:
+        """The graph by names and headers alone: where both ends of a claimed tie are stored, the claim is believed."""
+        return self.graph
+
+    def within(self, work: Path) -> Store:
+        """The same checkpoint for one that changes it in place and makes new files in ``work``."""
+        return self
+
+    def close(self) -> None:  # noqa: B027 - most stores hold nothing open
+        """Let go of what the store holds, such as downloaded files."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
     @abstractmethod
     def copies(self, table: Table) -> tuple[str, ...]:
@@ -64,9 +90,17 @@ class Store(ABC):
         """Set entries, (K,), of every copy of a per-token vector; rounded to the dtype of each."""
         raise UnsupportedEditError("per-token vectors cannot be written here", where=self.name, found=name)
 
-    def vector_files(self, name: str) -> Collection[str]:
-        """The files that hold a per-token vector, where there are files."""
-        return ()
+    def row_ranges(self, table: str, indices: Sequence[int] | None) -> Mapping[str, Sequence[Range]]:
+        """Weight file -> where rows of a table lie, of a store of files; None for all rows.
+
+        A store that does not change in place names the files alone. Empty for a table that is not stored yet.
+        """
+        found = self.graph.find(table)
+        return {} if found is None else {file: () for _, file in found.files}
+
+    def entry_ranges(self, vector: str, indices: Sequence[int]) -> Mapping[str, Sequence[Range]]:
+        """Weight file -> where entries of a per-token vector lie, of a store of files."""
+        return {}
 
     def check_vector(self, name: str) -> None:  # noqa: B027 - most stores can write what they can read
         """Refuse a per-token vector that cannot be written here.
@@ -103,8 +137,8 @@ class Store(ABC):
         """What the inverse of a `Grow` needs beside rows and entries to be exact."""
         return {}
 
-    def growth_files(self, vocabulary: Vocabulary) -> Collection[str]:
-        """The files that growing makes anew, weights and others."""
+    def resized_files(self, vocabulary: str) -> Sequence[str]:
+        """The files that are rewritten when a vocabulary gets another number of rows, weights and others."""
         return ()
 
     def weight_files(self) -> Collection[str]:
@@ -141,9 +175,9 @@ class Store(ABC):
         """What the inverse of an `Untie` needs beside rows to be exact."""
         return {}
 
-    def untie_files(self, edit: Untie) -> tuple[tuple[str, ...], bool]:
-        """The weight files that an `Untie` changes, and whether it makes them anew."""
-        return (), False
+    def untie_footprint(self, edit: Untie) -> Footprint:
+        """What an `Untie` does to the files."""
+        return Footprint()
 
     def suppress(self, edit: Suppress) -> None:
         """Change which tokens the generation config suppresses."""
@@ -153,8 +187,12 @@ class Store(ABC):
         """The edit that takes a `Suppress` back, asked for before it is done."""
         raise UnsupportedEditError("this store cannot do this edit", where=self.name, found=edit.describe())
 
-    def expand(self, edit: AddTokens | Suppress) -> tuple[Edit, ...]:
-        """The edits that adding or suppressing tokens comes to here; asked for before anything changes."""
+    def expand_tokens(self, edit: AddTokens) -> tuple[Edit, ...]:
+        """The edits that adding tokens comes to here; asked for before anything changes."""
+        raise UnsupportedEditError("this store cannot do this edit", where=self.name, found=edit.describe())
+
+    def expand_suppression(self, edit: Suppress) -> tuple[Edit, ...]:
+        """The edits that suppressing tokens comes to here; asked for before anything changes."""
         raise UnsupportedEditError("this store cannot do this edit", where=self.name, found=edit.describe())
 
     def tokens_undone(self, edit: AddTokens) -> tuple[AddTokens, ...]:

@@ -233,10 +233,12 @@ class TensorStore(Store):
             new[at] = from_raw(edit.rows.to(dtype_string(new))).to(new.device)
         return new
 
-    def expand(self, edit: AddTokens | Suppress) -> tuple[Edit, ...]:
-        """The edit itself; nothing, where there is no generation config."""
-        if isinstance(edit, Suppress):
-            return (edit,) if self.generation_config() is not None else ()
+    def expand_suppression(self, edit: Suppress) -> tuple[Edit, ...]:
+        """The edit itself; nothing without a generation config."""
+        return (edit,) if self.generation_config() is not None else ()
+
+    def expand_tokens(self, edit: AddTokens) -> tuple[Edit, ...]:
+        """The edit itself."""
         if self.tokenizer is None:
             raise UnsupportedEditError("no tokenizer was given, and the plan changes it", where=self.name,
                                        found=edit.describe(), hint="give tokenizer=")  # fmt: skip

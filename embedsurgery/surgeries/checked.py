@@ -7,19 +7,17 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any, get_args
+from dataclasses import fields, replace
+from typing import Any
 
 from embedsurgery.adapters.adapter import Adapter, PeftFiles
 from embedsurgery.adapters.manifest import Manifest, TableRecord
 from embedsurgery.graph import Table
-from embedsurgery.plan import Edit, Grow, Plan, SetEntries, SetRows, Untie
+from embedsurgery.plan import Edit, Plan
 from embedsurgery.plugin_calls import call, check_json, wrong
 from embedsurgery.stores.store import Store
 from embedsurgery.surgeries.surgery import Base, Ground, RowOverride, Surgery
 from embedsurgery.tensors.raw import RawArray
-
-_EDITS = get_args(Edit)
 
 
 def started(surgery: Surgery, config: Any, store: Store, base: Base) -> Adapter:
@@ -131,18 +129,11 @@ def _plan(where: str, plan: Plan) -> Plan:
 
 
 def _edit(where: str, edit: Any) -> Edit:
-    if not isinstance(edit, _EDITS):
+    if not isinstance(edit, Edit):
         raise wrong(where, "edits such as SetRows", type(edit).__name__)
-    parts: dict[str, Any] = {}
-    if isinstance(edit, (SetRows, Untie)):
-        parts = {edit.table: edit.rows}
-    elif isinstance(edit, SetEntries):
-        parts = {edit.vector: edit.entries}
-    elif isinstance(edit, Grow):
-        parts = {**edit.rows, **edit.vectors}
-    for name, raw in parts.items():
+    for name, raw in edit.arrays().items():
         if not isinstance(raw, RawArray):
             raise wrong(where, f"what {name} gets as a RawArray", type(raw).__name__)
-    if isinstance(edit, (SetRows, SetEntries, Untie)):
-        edit = replace(edit, indices=_integers(where, edit.indices))
+    if any(field.name == "indices" for field in fields(edit)):
+        edit = replace(edit, indices=_integers(where, vars(edit)["indices"]))  # type: ignore[call-arg]
     return edit  # type: ignore[no-any-return]

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from embedsurgery.errors import EmbedSurgeryError, PlanError, UnsupportedError
+from embedsurgery.graph.architectures import ARCHITECTURES
 from embedsurgery.plan import Blocks, Edit, Plan, SetBlocks, SetRows
 from embedsurgery.plugins.hookspecs import StoreRecord
 from embedsurgery.stores.apply import apply
@@ -111,7 +112,7 @@ class StoreContract(Contract):
         self, tied: bool, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Each block is made from the rows as they are; the undo comes from a file."""
-        monkeypatch.setattr("embedsurgery.plan.edits.BLOCK_BYTES", 100)
+        monkeypatch.setattr("embedsurgery.plan.blocks.BLOCK_BYTES", 100)
         home = self.home(tmp_path, tied=tied, dtype=dtype)
         before, rows, seen = self.read(home), _rows(V), []
 
@@ -130,7 +131,7 @@ class StoreContract(Contract):
         self, tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """There is no half state."""
-        monkeypatch.setattr("embedsurgery.plan.edits.BLOCK_BYTES", 100)
+        monkeypatch.setattr("embedsurgery.plan.blocks.BLOCK_BYTES", 100)
 
         def block(start: int, stop: int, current: RawArray) -> RawArray:
             if stop == V:
@@ -190,7 +191,7 @@ class StoreContract(Contract):
             return
         assert self.record.recognises(tmp_path / "home")
         assert not self.record.recognises(tmp_path / "empty")
-        assert self.record.open(tmp_path / "home").graph == self.open(home).graph
+        assert self.record.open(tmp_path / "home", ARCHITECTURES).graph == self.open(home).graph
 
 
 def _patterns(shape: tuple[int, ...], dtype: str, seed: int) -> torch.Tensor:

@@ -232,7 +232,7 @@ class SurgeryContract(SurgerySetup):
         before = self.logits(model).detach()
         other = copy.deepcopy(model)
         assert bits(self.logits(other)) == bits(before)
-        found = es.attached(other)
+        found = es.get_attachment(other)
         assert found is not None
         with torch.no_grad():
             for parameter in found.parameters():
@@ -271,6 +271,6 @@ class SurgeryContract(SurgerySetup):
             with pytest.raises(BaseMismatchError):
                 act()
         assert state_bits(other) == before
-        assert es.attached(other) is None
+        assert es.get_attachment(other) is None
         assert contents(base) == files
         assert sorted(path.name for path in tmp_path.iterdir()) == ["base"]

@@ -93,11 +93,11 @@ def undo_of(tokenizer: Any, edit: AddTokens) -> tuple[AddTokens, ...]:
         return undone(slow_content(tokenizer), edit)
     content = _content(tokenizer)
     edits = undone(content, edit)
-    if edit.front is None and not edit.parts:
+    if edit.prefix is None and not edit.restore_parts:
         return edits
     parts = {PROCESSOR: content.body.get(PROCESSOR), TEMPLATE: getattr(tokenizer, TEMPLATE, None)}
     first = edits[0] if edits else AddTokens((), remove=not edit.remove)
-    return (replace(first, parts=parts), *edits[1:])
+    return (replace(first, restore_parts=parts), *edits[1:])
 
 
 def change_tokens(tokenizer: Any, edit: AddTokens) -> None:
@@ -114,7 +114,7 @@ def change_tokens(tokenizer: Any, edit: AddTokens) -> None:
     """
     tokenizer = _plain(tokenizer)
     if not _is_fast(tokenizer):
-        if edit.front is not None and edit.front.texts:
+        if edit.prefix is not None and edit.prefix.texts:
             raise UnsupportedError("a slow tokenizer has no post-processor that tokens could be put into",
                                    where=_name(tokenizer), found=type(tokenizer).__name__,
                                    hint="use the model's fast tokenizer, or bake without a front and write the markers "
@@ -123,7 +123,7 @@ def change_tokens(tokenizer: Any, edit: AddTokens) -> None:
         return
     content = _content(tokenizer)
     tokens = unsettled(content, edit.tokens, edit.remove)
-    if not tokens and edit.front is None and not edit.parts:
+    if not tokens and edit.prefix is None and not edit.restore_parts:
         return
     refuse_roles(roles_of(tokenizer), _templates(tokenizer), tokens, edit.remove, content.where)
     listed = _listed(tokenizer)
@@ -139,16 +139,16 @@ def change_tokens(tokenizer: Any, edit: AddTokens) -> None:
     _set(new, old.truncation, old.padding, old.encode_special_tokens)
     tokenizer._tokenizer = new
     listed[:] = relist
-    if edit.front is not None or edit.parts:
+    if edit.prefix is not None or edit.restore_parts:
         setattr(tokenizer, TEMPLATE, template)
 
 
 def _with_parts(tokenizer: Any, content: TokenizerJson, body: dict[str, Any], edit: AddTokens) -> Any:
     """Put another post-processor into the body, where the edit says so; returns the chat templates as they become."""
-    if edit.parts:
-        body[PROCESSOR] = edit.parts.get(PROCESSOR)
-        return edit.parts.get(TEMPLATE)
-    template, front = getattr(tokenizer, TEMPLATE, None), edit.front
+    if edit.restore_parts:
+        body[PROCESSOR] = edit.restore_parts.get(PROCESSOR)
+        return edit.restore_parts.get(TEMPLATE)
+    template, front = getattr(tokenizer, TEMPLATE, None), edit.prefix
     if front is None:
         return template
     refuse_held(content.body.get(PROCESSOR), _templates(tokenizer), front.contents, content.where)

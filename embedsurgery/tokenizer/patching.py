@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from embedsurgery.errors import PlanError, UnsupportedError
 from embedsurgery.files.json_patching import respell
 from embedsurgery.files.json_reading import parse_json, read_json, read_small
-from embedsurgery.plan import Front, PatchFile, Token
+from embedsurgery.plan import PatchFile, Prefix, Token
 from embedsurgery.tokenizer.classes import plain_config
 from embedsurgery.tokenizer.content import TokenizerJson
 from embedsurgery.tokenizer.edit import change, unsettled
@@ -118,7 +118,7 @@ def _encoder(data: bytes, where: object) -> Encode:
     return encoder(backend(data.decode(), where))
 
 
-def check_front(directory: Path, front: Front) -> None:
+def check_front(directory: Path, front: Prefix) -> None:
     """Refuse a tokenizer that does not do what it is said to, by really encoding; needs the tokenizers library.
 
     Raises:
@@ -139,7 +139,7 @@ def _within(ids: list[int], found: list[int]) -> bool:
 
 
 def token_patches(
-    directory: Path, tokens: Sequence[Token], remove: bool = False, front: Front | None = None
+    directory: Path, tokens: Sequence[Token], remove: bool = False, front: Prefix | None = None
 ) -> tuple[PatchFile, ...]:
     """The files that change when tokens come (or go), each byte that need not change as it was.
 
@@ -219,7 +219,7 @@ class _File:
 
 
 def _put_first(
-    directory: Path, content: TokenizerJson, files: dict[str, _File], front: Front
+    directory: Path, content: TokenizerJson, files: dict[str, _File], front: Prefix
 ) -> dict[str, tuple[bytes, bytes]]:
     """Change what files are to say so that tokens stand before every text; other files as name -> (old, new)."""
     config = files.setdefault(CONFIG, _File(None, {}, {}))

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from embedsurgery.errors import PlanError, UnsupportedError
-from embedsurgery.plan import Front
+from embedsurgery.plan import Prefix
 
 MARK = "<|soft:"
 """How the texts of baked virtual tokens begin."""
@@ -26,7 +26,7 @@ _BEGINS = re.compile(r"\s*\{\{-?\s*bos_token\s*-?\}\}")
 Piece = dict[str, Any]
 
 
-def put_first(processor: Mapping[str, Any] | None, front: Front, where: object) -> dict[str, Any]:
+def put_first(processor: Mapping[str, Any] | None, front: Prefix, where: object) -> dict[str, Any]:
     """The post-processor that does what one does, and puts tokens at the front of the first text as well.
 
     Args:
@@ -55,7 +55,7 @@ def put_first(processor: Mapping[str, Any] | None, front: Front, where: object) 
     return after[0] if len(after) == 1 else {"type": "Sequence", "processors": after}
 
 
-def put_first_in_chat(template: str, front: Front, bos: str | None, where: object) -> str:
+def put_first_in_chat(template: str, front: Prefix, bos: str | None, where: object) -> str:
     """A chat template whose every rendering begins with tokens' texts.
 
     Args:
@@ -133,7 +133,7 @@ def _offsets(processor: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{"type": "ByteLevel", **kept, "use_regex": True}]
 
 
-def _inserted(template: Mapping[str, Any], front: Front) -> dict[str, Any]:
+def _inserted(template: Mapping[str, Any], front: Prefix) -> dict[str, Any]:
     """A template with one more special token, which stands for all that are put at the front."""
     after = dict(template)
     for key in ("single", "pair"):

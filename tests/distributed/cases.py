@@ -51,7 +51,7 @@ def attached(kind: str, rows: list[int] | None = None, dtype: torch.dtype = torc
 
 def train(model: nn.Module, share: slice, reduce: Callable[[torch.Tensor], torch.Tensor], steps: int = STEPS) -> Any:
     """A few steps of SGD, which unlike Adam sees the gradients' scale; the losses over all processes, and the rows."""
-    attachment = es.attached(model)
+    attachment = es.get_attachment(model)
     assert attachment is not None
     optimizer = torch.optim.SGD(attachment.parameters(), lr=0.5, momentum=0.9)
     losses = []

@@ -58,7 +58,7 @@ def mixed(mix: Mix, share: slice, mean: Callable[[torch.Tensor], torch.Tensor]) 
         configs = {"a": es.SoftPromptConfig(num_virtual_tokens=3), "b": es.SoftPromptConfig(num_virtual_tokens=2)}
     torch.manual_seed(0)
     for name, config in configs.items():
-        attachment = es.attached(model)
+        attachment = es.get_attachment(model)
         if attachment is not None:
             attachment.activate()
         attachment = es.attach(model, config, name=name)
@@ -79,7 +79,7 @@ def mixed(mix: Mix, share: slice, mean: Callable[[torch.Tensor], torch.Tensor]) 
             loss = loss_of(wrapped, ids)
             loss.backward()
         else:
-            with attachment.rows(names[share]):
+            with attachment.per_sample(names[share]):
                 loss = loss_of(wrapped, ids)
                 loss.backward()
         optimizer.step()

@@ -21,7 +21,7 @@ def test_under_accelerates_hooks_the_rows_are_used(kind: str) -> None:
         assert "forward" in module.__dict__
     attachment = es.attach(model, es.TrainableTokensConfig(ROWS, **targets(kind)))
     want = attached(kind)
-    attachment.restore(es.attached(want).adapter())
+    attachment.restore(es.get_attachment(want).adapter())
     torch.testing.assert_close(logits(model), logits(want), rtol=0, atol=1e-6)
     assert not torch.allclose(logits(model), logits(tiny(kind)), atol=1e-3)
 

@@ -64,7 +64,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
 @pytest.mark.parametrize("how", WRAPS[1:])
 def test_an_adapter_loads_into_a_sharded_model(seen: list[Any], kind: str, how: str) -> None:
     model = attached(kind)
-    adapter = es.attached(model).adapter()
+    adapter = es.get_attachment(model).adapter()
     for rank in seen:
         found = rank[f"loaded {kind} {how}"]
         torch.testing.assert_close(found["logits"], logits(model), rtol=0, atol=1e-6)
@@ -130,7 +130,7 @@ def test_rows_of_any_layout_are_gathered_bit_for_bit(seen: list[Any]) -> None:
 
 
 def test_alone_an_attachment_saves_as_its_adapter_does(tmp_path: Path) -> None:
-    attachment = es.attached(attached("llama-tied"))
+    attachment = es.get_attachment(attached("llama-tied"))
     assert attachment.save(tmp_path / "a") == tmp_path / "a"
     attachment.adapter().save(tmp_path / "b")
     for name in ("adapter_config.json", "adapter_model.safetensors"):

@@ -67,7 +67,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
 def test_losses_and_rows_are_those_of_one_process(trained: list[Any], kind: str, how: str) -> None:
     want = alone(kind)
     check([rank[f"{kind} {how}"] for rank in trained], want)
-    begun = es.attached(attached(kind)).adapter().tensors
+    begun = es.get_attachment(attached(kind)).adapter().tensors
     for name, values in want["rows"].items():
         assert ((values - begun[name]).abs().amax(dim=1) > 1e-3).all()  # training moves every row, the unlooked-up too
 

@@ -71,7 +71,7 @@ def _unmerge_all(folder: Path, bed: Bed) -> object:
 
 
 def _log(folder: Path, bed: Bed) -> object:
-    return es.log_checkpoint(folder)
+    return es.list_merges(folder)
 
 
 def _adapter(base: str) -> tuple[Act, ...]:

@@ -134,15 +134,15 @@ def test_tokens_are_added_to_an_id(hub: Hub, base: Path, tmp_path: Path) -> None
 
 
 def test_extract_from_ids(hub: Hub, base: Path, merged: Path, adapter: es.Adapter) -> None:
-    found = es.extract(BASE, MERGED)
+    found = es.extract_checkpoint(BASE, MERGED)
     assert found.rows["model.embed_tokens.weight"] == 2
     assert found.adapter is not None
-    local = es.extract(base, merged)
+    local = es.extract_checkpoint(base, merged)
     assert local.adapter is not None
     assert found.adapter.raw == local.adapter.raw
     head = hub.repos[BASE].branches["main"]
     assert (found.adapter.manifest.base_model, found.adapter.manifest.revision) == (BASE, head)
-    assert es.extract(BASE, f"{BASE}@{head}").adapter is None
+    assert es.extract_checkpoint(BASE, f"{BASE}@{head}").adapter is None
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -157,10 +157,10 @@ def test_extract_from_a_peft_adapter_of_an_id(hub: Hub, base: Path, model: Any, 
     weight.data[9] += 1
     tuned.save_pretrained(tmp_path / "peft")
     hub.add("team/tuned", contents(tmp_path / "peft"))
-    found = es.extract(BASE, "team/tuned")
+    found = es.extract_checkpoint(BASE, "team/tuned")
     assert found.adapter is not None
     assert found.adapter.manifest.tables[0].indices == (9,)
-    assert found.adapter.raw == es.extract(base, tmp_path / "peft").adapter.raw
+    assert found.adapter.raw == es.extract_checkpoint(base, tmp_path / "peft").adapter.raw
 
 
 @pytest.mark.parametrize(("change", "words"), [

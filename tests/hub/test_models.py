@@ -19,8 +19,8 @@ from embedsurgery.errors import (
     OutputExistsError,
 )
 from embedsurgery.files.safetensors import encode_header
-from embedsurgery.hub import open_remote
 from embedsurgery.hub.ids import HubId
+from embedsurgery.hub.range_store import open_remote
 from embedsurgery.stores.checkpoint import open_checkpoint
 from tests.conftest import contents, listing, save, tiny, trained
 from tests.hub.answers import says, when
@@ -56,7 +56,7 @@ def test_a_graph_from_kilobytes(hub: Hub, big: str) -> None:
 
 def test_the_graph_is_the_directorys(hub: Hub, base: Path) -> None:
     assert es.walk(BASE).tables == es.walk(base).tables
-    remote, local = open_remote(HubId(BASE)), open_checkpoint(base)
+    remote, local = open_remote(HubId(BASE)).checkpoint, open_checkpoint(base)
     assert (remote.headers, remote.location, remote.config) == (local.headers, local.location, local.config)
     assert not [r for r in hub.seen("GET .*signature") if "range" not in r.headers]
 
@@ -261,7 +261,7 @@ def test_new_tokens_travel_with_the_tokenizer(hub: Hub, tmp_path: Path) -> None:
     folder = save(model, tmp_path / "base", shards=True)
     hub.add("team/grow", contents(folder))
     es.add_tokens_checkpoint(folder, ["<tool>"], tmp_path / "grown")
-    found = es.extract(folder, tmp_path / "grown")
+    found = es.extract_checkpoint(folder, tmp_path / "grown")
     assert found.adapter is not None
     assert found.adapter.manifest.new_tokens is not None
     report = push_merged("team/grow", [found.adapter], MERGED)
@@ -277,10 +277,10 @@ def test_the_log_of_an_id_reads_the_headers_of_records_alone(
 ) -> None:
     es.merge_checkpoint(base, (adapter, 0.5), tmp_path / "merged")
     hub.add("team/merged", contents(tmp_path / "merged"))
-    assert es.log_checkpoint("team/merged") == es.log_checkpoint(tmp_path / "merged")
-    assert [record.weight for record in es.log_checkpoint("team/merged")] == [0.5]
+    assert es.list_merges("team/merged") == es.list_merges(tmp_path / "merged")
+    assert [record.weight for record in es.list_merges("team/merged")] == [0.5]
     assert not hub.seen(r"/model.*\.safetensors")
-    assert es.log_checkpoint(BASE) == ()
+    assert es.list_merges(BASE) == ()
     es.unmerge_checkpoint("team/merged", tmp_path / "back", all=True)
     assert contents(tmp_path / "back") == contents(base)
 
@@ -290,7 +290,7 @@ def test_weights_go_along_when_a_merge_is_pushed(
 ) -> None:
     es.merge_checkpoint(base, (adapter, 0.5), tmp_path / "local")
     push_merged(BASE, [(adapter, 0.5)], MERGED)
-    (record,) = es.log_checkpoint(MERGED)
+    (record,) = es.list_merges(MERGED)
     assert record.weight == 0.5
     es.unmerge_checkpoint(MERGED, tmp_path / "back")
     found = save_from(hub, MERGED, tmp_path / "down")

@@ -54,7 +54,7 @@ def run(
 
 def test_a_prepared_model_trains_as_a_plain_one() -> None:
     accelerator, model, attachment, optimizer, loader = prepared()
-    assert es.attached(model) is attachment
+    assert es.get_attachment(model) is attachment
     before = state_bits(accelerator.unwrap_model(model))
     seen = run(accelerator, model, optimizer, loader)
 

@@ -142,8 +142,8 @@ def test_every_adapter_of_every_model_is_saved_and_others_are_refused(tmp_path: 
     checkpoint = str(saved(tmp_path, made, LightningCallback()))
     trainer(tmp_path, LightningCallback(), epochs=1).fit(again, loader(), ckpt_path=checkpoint)
     for one, other in ((made.model, again.model), (made.second, again.second)):
-        for name in es.attached(one).names:
-            left, right = (es.attached(model).adapter(name).tensors for model in (one, other))
+        for name in es.get_attachment(one).names:
+            left, right = (es.get_attachment(model).adapter(name).tensors for model in (one, other))
             assert all(torch.equal(left[tensor], right[tensor]) for tensor in left)
     expected = r"expected model: /b, c; second: default, found model: /b, a; second: default"
     with pytest.raises(AttachmentError, match=expected):

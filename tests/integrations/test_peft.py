@@ -60,16 +60,16 @@ def lora_parameters(model: Any) -> dict[str, torch.nn.Parameter]:
 @pytest.mark.parametrize("targets", [(), ("q_proj", "embed_tokens", "lm_head")])
 def test_both_train_with_the_gradients_of_the_dense_model(kind: str, order: str, targets: tuple[str, ...]) -> None:
     model, attachment = wrapped(order, kind, *targets)
-    assert es.attached(model) is attachment
-    assert es.attached(model.get_base_model()) is attachment
+    assert es.get_attachment(model) is attachment
+    assert es.get_attachment(model.get_base_model()) is attachment
     ours = {id(p) for p in attachment.parameters()}
     trainable = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in ours]
     assert sorted(trainable) == sorted(lora_parameters(model))
     with torch.no_grad():
         next(attachment.parameters()).normal_()
     dense = copy.deepcopy(model)
-    es.attached(dense).merge()
-    es.attached(dense).detach()
+    es.get_attachment(dense).merge()
+    es.get_attachment(dense).detach()
     (name,) = (n for n, _ in dense.named_parameters() if plain_name(n) == TABLE)
     weight = dense.get_parameter(name)
     weight.requires_grad_(True)
@@ -122,7 +122,7 @@ def test_both_save_and_load_onto_the_plain_base(order: str, targets: tuple[str, 
     es.attach(plain, adapter)
     again = peft.PeftModel.from_pretrained(plain, tmp_path / "lora")
     torch.testing.assert_close(logits(again), live, rtol=0, atol=1e-5)
-    es.attached(again).detach()
+    es.get_attachment(again).detach()
     es.merge(plain if not targets else again.get_base_model(), adapter)  # LoRA's layers hold the table now
     torch.testing.assert_close(logits(again), live, rtol=0, atol=1e-5)
 
@@ -184,7 +184,7 @@ def test_merging_unmerging_and_unloading_in_any_order(order: str, targets: tuple
         torch.testing.assert_close(logits(unloaded), live, rtol=0, atol=1e-5)
         return
     unloaded = model.merge_and_unload()
-    assert es.attached(unloaded) is attachment
+    assert es.get_attachment(unloaded) is attachment
     torch.testing.assert_close(logits(unloaded), live, rtol=0, atol=1e-5)
     attachment.merge()
     attachment.detach()
@@ -205,14 +205,14 @@ def test_unloading_a_layer_of_the_table_itself(order: str, used: bool, kind: str
         if used:
             logits(model)
         elif order == "rows first":
-            es.attached(model).requires_grad_(False)  # as PEFT leaves them
+            es.get_attachment(model).requires_grad_(False)  # as PEFT leaves them
         if not merge:
             logits(model.unload())
             continue
         unloaded = model.merge_and_unload()
         with pytest.raises(AttachmentError, match="a PEFT layer was merged"):
             logits(unloaded)
-        with es.attached(unloaded).disabled():
+        with es.get_attachment(unloaded).disabled():
             logits(unloaded)
 
 
@@ -229,7 +229,7 @@ def test_a_table_that_peft_trains_a_copy_of_is_refused(kind: str, saved: list[st
     if kind == "llama-untied":
         with pytest.raises(TableError, match="modules_to_save"):  # none of the candidates is the input's alone
             es.attach(wrapped_model, CONFIG, freeze=False)
-    assert es.attached(wrapped_model) is None
+    assert es.get_attachment(wrapped_model) is None
     assert state_bits(wrapped_model) == before
 
 
@@ -250,7 +250,7 @@ def test_a_second_adapter_through_the_wrapper_joins_the_first() -> None:
 def test_copies_of_the_wrapped_model_are_attached_and_apart(how: str, order: str) -> None:
     model, _ = wrapped(order)
     other = copy.deepcopy(model) if how == "deepcopy" else pickle.loads(pickle.dumps(model))
-    twin = es.attached(other)
+    twin = es.get_attachment(other)
     before = logits(model)
     assert torch.equal(logits(other), before)
     with torch.no_grad():
@@ -355,7 +355,7 @@ def test_tokens_that_peft_trains_too(kind: str, tokens: list[int], order: str) -
     model = peft.get_peft_model(model, peft.TrainableTokensConfig(token_indices=tokens))
     if order == "PEFT first":
         es.attach(model, CONFIG, freeze=False)
-    es.attached(model).unfreeze()
+    es.get_attachment(model).unfreeze()
     if tokens == [3, 4]:
         assert model(**batch()).loss.isfinite()
         return

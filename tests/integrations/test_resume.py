@@ -119,7 +119,7 @@ def test_what_is_no_forgotten_resume_passes() -> None:
     steps(*reread, 1)
     steps(model, optimizer, 1)
     for other in (twin[0], reread[0]):
-        assert torch.equal(rows(es.attached(other)), rows(attachment))
+        assert torch.equal(rows(es.get_attachment(other)), rows(attachment))
 
     model = tiny("llama-tied")  # attached with the saved rows, or set by hand
     from_adapter = es.attach(model, saved)
@@ -142,7 +142,7 @@ def test_a_copy_that_was_never_stepped_is_looked_at_as_well() -> None:
     steps(model, optimizer, 1)
     fresh, _ = attached()
     for other in (copy.deepcopy(fresh), pickle.loads(pickle.dumps(fresh))):
-        late = MAKERS["AdamW"](es.attached(other).parameters())
+        late = MAKERS["AdamW"](es.get_attachment(other).parameters())
         late.load_state_dict(copy.deepcopy(optimizer.state_dict()))
         with pytest.raises(AttachmentError, match="trained these rows before"):
             steps(other, late, 1)

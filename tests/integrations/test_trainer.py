@@ -336,7 +336,7 @@ def test_copies_made_after_training_are_apart(tmp_path: Path) -> None:
     trained = trainer(model, tmp_path, max_steps=2, save_strategy="no")
     trained.train()
     twin = copy.deepcopy(trained.model)
-    other = es.attached(twin)
+    other = es.get_attachment(twin)
     assert torch.equal(rows(other), rows(attachment))
     trainer(twin, tmp_path, max_steps=2, save_strategy="no").train()
     assert not torch.equal(rows(other), rows(attachment))

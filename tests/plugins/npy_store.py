@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 import embedsurgery as es
 from embedsurgery.graph import Table
+from embedsurgery.graph.architectures import ARCHITECTURES, Layout
 from embedsurgery.graph.from_names import Stored, walk_names
 from embedsurgery.plugins.hookspecs import StoreRecord
 from embedsurgery.stores.store import Store
@@ -22,13 +23,13 @@ _DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "int8": "I8"}
 class NpyStore(Store):
     """A directory of arrays."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, architectures: Mapping[str, Layout] = ARCHITECTURES) -> None:
         self.directory, self.name = directory, str(directory)
         self.config = json.loads((directory / "config.json").read_text())
         self.files = {name: f"{name}.npy" for name in json.loads((directory / LIST).read_text())}
         arrays = {name: self._map(name) for name in self.files}
         stored = [Stored(n, _DTYPES[str(a.dtype)], a.shape, n, self.files[n]) for n, a in arrays.items()]
-        self.graph = walk_names(stored, config=self.config, source=self.name)
+        self.graph = walk_names(stored, config=self.config, source=self.name, architectures=architectures)
 
     def _map(self, name: str, mode: str = "r") -> np.ndarray:
         return np.load(self.directory / self.files[name], mmap_mode=mode)  # type: ignore[call-overload]

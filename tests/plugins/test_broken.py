@@ -64,7 +64,7 @@ class Mine(Initializer):
 OTHERS = {
     "classifiers": "h.ClassifierRecord('NAME', lambda unknown: None)",
     "layouts": "h.LayoutRecord('NAME', Layout())",
-    "stores": "h.StoreRecord('NAME', lambda directory: False, lambda directory: None)",
+    "stores": "h.StoreRecord('NAME', lambda directory: False, lambda directory, architectures: None)",
     "commands": "h.CommandRecord('NAME', 'Does.', dict)",
     "card_sections": "h.CardSectionRecord('NAME', lambda manifest: None)",
 }

@@ -123,7 +123,7 @@ def test_at_attaching(name: str) -> None:
     with installed(surgery(**methods)), pytest.raises(PluginError, match=said) as caught:
         es.attach(model, Config([3, 17, 5]))
     assert "\n" not in str(caught.value)
-    assert (es.attached(model), state_bits(model)) == (None, before)
+    assert (es.get_attachment(model), state_bits(model)) == (None, before)
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
@@ -210,7 +210,7 @@ def test_an_initialiser(methods: Mapping[str, Any], said: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(("opens", "said"), [
-    (lambda directory: None, "expected Store, found NoneType"), (lambda directory: {}["x"], "failed .wrong.open.: "),
+    (lambda directory, architectures: None, "expected Store, found NoneType"), (lambda directory, architectures: {}["x"], "failed .wrong.open.: "),
 ])  # fmt: skip
 def test_a_store(opens: Any, said: str, tmp_path: Path) -> None:
     base = write_checkpoint(TinyModel(), tmp_path / "base")

@@ -145,7 +145,7 @@ def test_restored_removed_disabled_and_pickled() -> None:
 def test_a_batch_that_mixes() -> None:
     model, attachment, wanted = attached()
     base = TinyModel()(every_token()).detach()
-    with attachment.rows(["default", None]):
+    with attachment.per_sample(["default", None]):
         found = model(every_token()).detach()
     torch.testing.assert_close(found[0], wanted[0])
     torch.testing.assert_close(found[1], base[1])
@@ -288,7 +288,7 @@ def test_a_merged_model_is_copied_and_pickled() -> None:
     del model, attachment
     for other in (copied, pickle.loads(pickled)):
         torch.testing.assert_close(other(every_token()).detach(), wanted)
-        again = es.attached(other)
+        again = es.get_attachment(other)
         assert again is not None
         again.unmerge()
         assert state_bits(other) == base

@@ -20,6 +20,7 @@ import torch
 import embedsurgery as es
 from embedsurgery.adapters.adapter import Adapter, PeftFiles
 from embedsurgery.graph import Table
+from embedsurgery.graph.architectures import ARCHITECTURES, Layout
 from embedsurgery.initializers import Initializer, InitializerRecord, NewToken, TableView
 from embedsurgery.plan import PatchFile, Plan, SetRows, Untie
 from embedsurgery.plugins.hookspecs import StoreRecord
@@ -419,8 +420,8 @@ class WrongTies(WrongStore):
     caught: ClassVar = {"test_it_finds_the_tables": "", "test_the_projection_names_its_rows": ""}
 
     class store(NpyStore):
-        def __init__(self, directory: Path) -> None:
-            super().__init__(directory)
+        def __init__(self, directory: Path, architectures: Mapping[str, Layout] = ARCHITECTURES) -> None:
+            super().__init__(directory, architectures)
             tables = tuple(replace(table, aliases=()) for table in self.graph.tables)
             self.graph = replace(self.graph, tables=tables)
 
@@ -471,8 +472,8 @@ class WrongShapes(WrongStore):
     caught: ClassVar = {"test_a_bad_plan_is_refused_before_anything_changes": ""}
 
     class store(NpyStore):
-        def __init__(self, directory: Path) -> None:
-            super().__init__(directory)
+        def __init__(self, directory: Path, architectures: Mapping[str, Layout] = ARCHITECTURES) -> None:
+            super().__init__(directory, architectures)
             tables = tuple(replace(t, shape=(t.shape[0] + 1, t.shape[1])) for t in self.graph.tables)
             self.graph = replace(self.graph, tables=tables)
 
@@ -483,8 +484,8 @@ class WrongIntegers(WrongStore):
     caught: ClassVar = {"test_integers_are_refused": ""}
 
     class store(NpyStore):
-        def __init__(self, directory: Path) -> None:
-            super().__init__(directory)
+        def __init__(self, directory: Path, architectures: Mapping[str, Layout] = ARCHITECTURES) -> None:
+            super().__init__(directory, architectures)
             self.graph = replace(self.graph, tables=tuple(replace(t, dtype="F32") for t in self.graph.tables))
 
         def read_rows(self, name: str, indices: tuple[int, ...]) -> RawArray:

@@ -12,7 +12,7 @@ import transformers as tr
 from tokenizers import processors
 
 from embedsurgery.errors import EmbedSurgeryError, PlanError, UnsupportedError
-from embedsurgery.plan import AddTokens, Front, PatchFile, Token
+from embedsurgery.plan import AddTokens, PatchFile, Token
 from embedsurgery.tokenizer.classes import plain_config, rebuilds
 from embedsurgery.tokenizer.live import change_tokens, undo_of
 from embedsurgery.tokenizer.patching import check_front, token_patches

@@ -128,7 +128,7 @@ def test_merging_where_it_is_attached_names_the_way(begun: Start) -> None:
     model = begun.attached()
     before = state_bits(model)
     with pytest.raises(UnsupportedError, match=r"embedsurgery\.merge or merge_checkpoint makes tokens of it"):
-        es.attached(model).merge()
+        es.get_attachment(model).merge()
     assert state_bits(model) == before
 
 

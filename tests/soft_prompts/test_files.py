@@ -150,7 +150,7 @@ def test_a_head_that_was_trained_along_has_to_be_in_the_model(tmp_path: Path) ->
     model, adapter = tiny("bert-cls"), es.load(tmp_path)
     with pytest.raises(BaseMismatchError, match=r"trained with another head.*classifier"):
         es.attach(model, adapter)
-    assert es.attached(model) is None
+    assert es.get_attachment(model) is None
     head = {n.removeprefix("base_model."): t for n, t in adapter.tensors.items() if n.startswith("base_model.")}
     assert model.load_state_dict(head, strict=False).unexpected_keys == []
     es.attach(model, adapter)

@@ -339,7 +339,7 @@ def test_each_sample_with_a_prompt_of_its_own(how: str) -> None:
     ids, mask = padded(samples, "left")
     names = ["default", "short", None, "default"]
     options = {"greedy": {}, "beams": {"num_beams": 2}, "static": {"cache_implementation": "static"}}[how]
-    with att.rows(names):
+    with att.per_sample(names):
         out = model.generate(ids, attention_mask=mask, max_new_tokens=MORE, do_sample=False, **options)
         if how == "greedy":
             with pytest.raises(UnsupportedError, match=r"the batch is not that of att\.rows"):

@@ -178,9 +178,9 @@ def test_prompts_of_several_lengths_where_places_are_counted() -> None:
     model, att = prompted("bart", submodules="decoder")
     randomise(es.attach(model, es.SoftPromptConfig(2, submodules="decoder"), name="b"), seed=2)
     ids = torch.stack(rows(4, 4))
-    with att.rows(["b", "default"]), pytest.raises(UnsupportedError, match="with prompts of one length"):
+    with att.per_sample(["b", "default"]), pytest.raises(UnsupportedError, match="with prompts of one length"):
         model.generate(ids, max_new_tokens=3, do_sample=False)
-    with att.rows(["b", "b"]):
+    with att.per_sample(["b", "b"]):
         together = model.generate(ids, max_new_tokens=3, do_sample=False)
     att.activate("b")
     assert torch.equal(together, model.generate(ids, max_new_tokens=3, do_sample=False))

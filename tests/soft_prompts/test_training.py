@@ -94,8 +94,8 @@ def test_sampled_rows_are_those_of_real_tokens(known: bool) -> None:
 
 def copy_of(model: Any) -> Any:
     model = copy.deepcopy(model)
-    if es.attached(model) is not None:
-        es.attached(model).detach()
+    if es.get_attachment(model) is not None:
+        es.get_attachment(model).detach()
     model.config.max_position_embeddings = 100
     return model
 
@@ -289,18 +289,18 @@ def test_copies_have_a_prompt_of_their_own(how: str) -> None:
     ids, mask = padded(rows(7, 3), "left")
     with torch.no_grad():
         assert torch.equal(twin(ids, attention_mask=mask).logits, model(ids, attention_mask=mask).logits)
-        with es.attached(twin).disabled():
+        with es.get_attachment(twin).disabled():
             base = twin(ids, attention_mask=mask).logits
-        randomise(es.attached(twin), seed=7)
+        randomise(es.get_attachment(twin), seed=7)
         assert not torch.equal(twin(ids, attention_mask=mask).logits, base)
     options = {"max_new_tokens": 4, "do_sample": False, "attention_mask": mask, "cache_implementation": "static"}
-    assert not torch.equal(vectors(es.attached(twin)), vectors(att))
+    assert not torch.equal(vectors(es.get_attachment(twin)), vectors(att))
     own = tiny("llama")
-    es.attach(own, es.attached(twin).adapter())
+    es.attach(own, es.get_attachment(twin).adapter())
     assert torch.equal(twin.generate(ids, **options), own.generate(ids, **options))
-    es.attached(twin).detach()
+    es.get_attachment(twin).detach()
     assert torch.equal(twin(ids, attention_mask=mask).logits, base)
-    assert es.attached(model) is att
+    assert es.get_attachment(model) is att
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch's tracing, about itself
@@ -352,7 +352,7 @@ def test_switching_and_removing() -> None:
     check("b")
     att.remove("b")
     check(None)
-    assert es.attached(model) is None
+    assert es.get_attachment(model) is None
 
 
 @pytest.mark.parametrize("kind", ["llama", "bert-cls", "t5", "gpt2"])
@@ -369,7 +369,7 @@ def test_a_prompt_for_each_sample(kind: str, side: str | None) -> None:
     if kind == "t5":
         one = {"decoder_input_ids": torch.tensor([[0, 5, 6]])}
         more["decoder_input_ids"] = one["decoder_input_ids"].expand(4, -1)
-    with att.rows(names), torch.no_grad():
+    with att.per_sample(names), torch.no_grad():
         out = model(ids, **more).logits
         embeds = model.get_input_embeddings()(ids)
         if kind != "t5":
@@ -389,7 +389,7 @@ def test_each_sample_learns_its_own() -> None:
     plain = tiny("llama")
     names = ["b", None, "default"]
     given = batch(side="left")
-    with att.rows(names):
+    with att.per_sample(names):
         loss = model(**given).loss
         loss.backward()
     lost, count = 0.0, 0
@@ -425,7 +425,7 @@ def test_together_with_trained_tokens(first: str) -> None:
     att.activate("tokens", "prompt")
     losses = step_on(model, att.parameters())
     assert losses[-1] < losses[0] - 0.5
-    with att.rows(["prompt", "tokens", None]), torch.no_grad():
+    with att.per_sample(["prompt", "tokens", None]), torch.no_grad():
         out = model(ids.expand(3, -1)).logits
     close(out[2], tiny("llama")(ids[None]).logits[0].detach())
 

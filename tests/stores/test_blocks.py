@@ -26,7 +26,7 @@ CASES = [(home, layout, dtype) for home, kind in HOMES.items() for layout in kin
 
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("embedsurgery.plan.edits.BLOCK_BYTES", BLOCK)
+    monkeypatch.setattr("embedsurgery.plan.blocks.BLOCK_BYTES", BLOCK)
 
 
 @pytest.fixture

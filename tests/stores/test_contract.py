@@ -89,7 +89,7 @@ def test_undo_restores_every_bit(case: Case, tmp_path: Path) -> None:
 
 @every
 def test_blocks_set_every_row_and_undo(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("embedsurgery.plan.edits.BLOCK_BYTES", 100)
+    monkeypatch.setattr("embedsurgery.plan.blocks.BLOCK_BYTES", 100)
     before, identity, rows = case.read(), case.identity(), new_rows(V)
     undo = apply(Plan((SetBlocks(case.table, Blocks.of(to_raw(rows))),)), case.store(), spill=tmp_path)
     edited = case.edited(before, range(V), rows)
@@ -199,7 +199,7 @@ def test_a_bad_edit_is_refused_before_anything_changes(case: Case, bad: str, tmp
 
 @each_layout
 def test_a_block_that_raises_takes_everything_back(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("embedsurgery.plan.edits.BLOCK_BYTES", 100)
+    monkeypatch.setattr("embedsurgery.plan.blocks.BLOCK_BYTES", 100)
 
     def block(start: int, stop: int, current: RawArray) -> RawArray:
         if stop == V:

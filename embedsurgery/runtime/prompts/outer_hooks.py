@@ -7,32 +7,29 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from embedsurgery.runtime.prompts.caches import cache_of, is_filled
 from embedsurgery.runtime.prompts.inputs import IGNORED, first_of, has_input, is_by_token, size_of, with_front
+from embedsurgery.runtime.prompts.live import HeadCall, LivePrompts
 from embedsurgery.runtime.prompts.masks import extended_mask
 from embedsurgery.runtime.prompts.outputs import cut_encoder, trimmed
 from embedsurgery.runtime.prompts.stacks import Stack, can_generate
-
-if TYPE_CHECKING:
-    from embedsurgery.runtime.prompts.live import Prompts
 
 
 class Decoding:
     """A decoder whose encoder has a prompt: the mask of what it attends to there has to know it."""
 
-    def __init__(self, prompts: Prompts, parameters: tuple[str, ...]) -> None:
+    def __init__(self, prompts: LivePrompts, parameters: tuple[str, ...]) -> None:
         self.prompts = prompts
         self.parameters = parameters
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Pre-hook."""
-        live = None if self.prompts.reads.now() is not None else self.prompts.of("encoder")
+        live = None if self.prompts.stack_calls.now() is not None else self.prompts.of("encoder")
         if live is None:
             return None
         given = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
@@ -52,7 +49,7 @@ class Decoding:
 class Parent:
     """What holds encoder and decoder: its outputs tell of the encoder's, which are cut here."""
 
-    def __init__(self, prompts: Prompts, module: nn.Module) -> None:
+    def __init__(self, prompts: LivePrompts, module: nn.Module) -> None:
         self.prompts = prompts
         self.module = (module,)
         self.parameters = tuple(inspect.signature(module.forward).parameters)
@@ -67,26 +64,13 @@ class Parent:
         return cut_encoder(output, lambda batch, size: live.layout(batch, size - live.count, first, rolled=True))
 
 
-@dataclass(eq=False)
-class Front:
-    """One call of the root, while it runs.
-
-    Attributes:
-        kept: How many entries the head was given for the prompt, where outputs keep it.
-        one_more: Whether the head wants an entry that predicts the first token of the input.
-    """
-
-    kept: int = 0
-    one_more: bool = False
-
-
 class Heads:
     """The root, where it is more than what reads the tokens: its labels, and outputs that keep the prompt.
 
     A model of language learns to say the first token after the prompt as well, so its head gets one entry more.
     """
 
-    def __init__(self, prompts: Prompts, stack: Stack, root: nn.Module) -> None:
+    def __init__(self, prompts: LivePrompts, stack: Stack, root: nn.Module) -> None:
         self.prompts = prompts
         self.stack = stack
         self.parameters = tuple(inspect.signature(root.forward).parameters)
@@ -95,9 +79,9 @@ class Heads:
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Pre-hook."""
         prompts = self.prompts
-        left = prompts.fronts.now()
+        left = prompts.head_calls.now()
         if left is not None:  # by compiled code that was broken off
-            prompts.fronts.end(left)
+            prompts.head_calls.end(left)
         live = prompts.of(self.stack.name)
         if live is None:
             return None
@@ -108,11 +92,11 @@ class Heads:
         batch, length = size_of(given)
         labels = given.get("labels")
         if live.keep:
-            prompts.fronts.begin(Front(live.count, self.shifts and is_by_token(labels, batch, length)))
+            prompts.head_calls.begin(HeadCall(live.count, self.shifts and is_by_token(labels, batch, length)))
             return (), with_front(given, live.count, prompts.filler(), batch, length)
         if not self.shifts or not is_by_token(labels, batch, length):
             return None
-        prompts.fronts.begin(Front(one_more=True))
+        prompts.head_calls.begin(HeadCall(one_more=True))
         front = labels.new_full((batch, 1), IGNORED)
         _, lengths = live.of_batch(batch)
         if lengths is not None:  # what has no prompt has nothing that says its first token
@@ -127,23 +111,23 @@ class Heads:
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Post-hook."""
-        front = self.prompts.fronts.now()
+        front = self.prompts.head_calls.now()
         if front is None:
             return None
-        self.prompts.fronts.end(front)
+        self.prompts.head_calls.end(front)
         if front.kept or output is None:
             return None
         labels = kwargs["labels"]
         return trimmed(output, labels.shape[1])
 
 
-def later_masks(prompts: Prompts) -> Callable[..., Any]:
+def later_masks(prompts: LivePrompts) -> Callable[..., Any]:
     """What makes the masks of a generation before its model runs, which is too early for a prompt."""
     return _LaterMasks(prompts)
 
 
 class _LaterMasks:
-    def __init__(self, prompts: Prompts) -> None:
+    def __init__(self, prompts: LivePrompts) -> None:
         self.prompts = prompts
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

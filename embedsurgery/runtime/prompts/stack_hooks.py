@@ -8,8 +8,7 @@ What comes out of a call is cut in ``prompt_outputs.py``; what stands around the
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,14 +17,12 @@ from embedsurgery.errors import ConfigError, UnsupportedError
 from embedsurgery.runtime.prompts.caches import Seat, cache_of, check_seat, is_filled, make_room, seat_of, take_seat
 from embedsurgery.runtime.prompts.inputs import IGNORED, first_of, is_by_token, refuse_packed, size_of, without_front
 from embedsurgery.runtime.prompts.layout import Layout, counted_positions, extended_positions, is_virtual, spread
+from embedsurgery.runtime.prompts.live import LivePrompts, StackCall
 from embedsurgery.runtime.prompts.masks import extended_mask
 from embedsurgery.runtime.prompts.outputs import caches_in, cut, kept
 from embedsurgery.runtime.prompts.positions import Counting, learned_positions, window_of
 from embedsurgery.runtime.prompts.stacks import can_generate
 from embedsurgery.tensors.sharded import is_sharded
-
-if TYPE_CHECKING:
-    from embedsurgery.runtime.prompts.live import Live, Prompts
 
 _BY_TOKEN = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids", "global_attention_mask", "langs", "bbox",
              "visual_pos_masks")  # fmt: skip
@@ -38,41 +35,15 @@ _STATES = ("cache_params", "state", "mems")
 """Memory of models that have no cache of keys and values."""
 
 
-@dataclass(eq=False)
-class Call:
-    """One call of what reads the tokens, while it runs.
-
-    Attributes:
-        reading: Whose it is.
-        live: What stands in front of it.
-        layout: Where, if the prompt came in just now.
-        seat: Of the cache that the prompt is in already.
-        asked: The caller's ``logits_to_keep``, where that is seen to here.
-        plain: How many virtual tokens each sample begins with in the ids that are looked up next, where that is all
-            there is to know; else 0.
-        shape: Of the ids that the stack was given.
-        ids: What a lookup was given that runs just now.
-    """
-
-    reading: Reading
-    live: Live
-    layout: Layout | None = None
-    seat: Seat | None = None
-    asked: Any = None
-    plain: int = 0
-    shape: tuple[int, ...] = ()
-    ids: torch.Tensor | None = None
-
-
 class PromptLookup:
     """A lookup inside a stack that runs: real ids go their way, and virtual ones become the prompt's vectors."""
 
-    def __init__(self, prompts: Prompts) -> None:
+    def __init__(self, prompts: LivePrompts) -> None:
         self.prompts = prompts
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Pre-hook: the lookup gets some real id in the place of a virtual one."""
-        call = self.prompts.reads.now()
+        call = self.prompts.stack_calls.now()
         if call is None:
             return None
         call.ids = None
@@ -86,7 +57,7 @@ class PromptLookup:
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Post-hook."""
-        call = self.prompts.reads.now()
+        call = self.prompts.stack_calls.now()
         if call is None or call.ids is None:
             return None
         ids, call.ids = call.ids, None
@@ -120,7 +91,7 @@ class Reading:
 
     def __init__(
         self,
-        prompts: Prompts,
+        prompts: LivePrompts,
         stack: str,
         parameters: tuple[str, ...],
         module: nn.Module,
@@ -144,11 +115,11 @@ class Reading:
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Pre-hook: the prompt comes in, or is in the cache already."""
-        around = self.prompts.reads.now()
+        around = self.prompts.stack_calls.now()
         if around is not None:
-            if around.reading is not self:  # a module around this one has seen to it
+            if around.owner is not self:  # a module around this one has seen to it
                 return None
-            self.prompts.reads.end(around)  # compiled code that was broken off
+            self.prompts.stack_calls.end(around)  # compiled code that was broken off
         given = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
         cache = cache_of(given)
         live = self.prompts.of(self.stack)
@@ -167,11 +138,11 @@ class Reading:
             raise UnsupportedError("a soft prompt cannot go on from this model's kind of memory",
                                    where=type(module).__name__, expected="a cache of keys and values",
                                    hint="generate with use_cache=False")  # fmt: skip
-        front = self.prompts.fronts.now()
+        front = self.prompts.head_calls.now()
         if front is not None and front.kept:
             given = without_front(given, front.kept)
-        call = Call(self, live)
-        self.prompts.reads.begin(call)
+        call = StackCall(self, live)
+        self.prompts.stack_calls.begin(call)
         batch, length = size_of(given)
         if cache is not None and is_filled(cache):
             call.seat = check_seat(cache, live.names, self.stack)
@@ -183,10 +154,10 @@ class Reading:
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Post-hook."""
-        call = self.prompts.reads.now()
-        if call is None or call.reading is not self:
+        call = self.prompts.stack_calls.now()
+        if call is None or call.owner is not self:
             return None
-        self.prompts.reads.end(call)
+        self.prompts.stack_calls.end(call)
         if call.seat is not None:
             call.seat.inside = False
         layout = call.layout
@@ -195,15 +166,15 @@ class Reading:
         for cache in caches_in(output):
             with suppress(UnsupportedError):  # one without a length is refused when it comes back
                 if seat_of(cache) is None and is_filled(cache):
-                    take_seat(cache, layout, call.live.names)
+                    take_seat(cache, layout, call.prompt.names)
         if not self.cuts:
             return None
-        front = self.prompts.fronts.now()
-        found = cut(output, layout, keep=call.live.keep, one_more=front is not None and front.one_more)
+        front = self.prompts.head_calls.now()
+        found = cut(output, layout, keep=call.prompt.keep, one_more=front is not None and front.one_more)
         return found if call.asked is None else kept(found, call.asked)
 
-    def _begin(self, given: dict[str, Any], cache: Any, call: Call, batch: int, length: int) -> None:
-        live = call.live
+    def _begin(self, given: dict[str, Any], cache: Any, call: StackCall, batch: int, length: int) -> None:
+        live = call.prompt
         mask = given.get("attention_mask")
         first = first_of(mask)
         wants_cache = given.get("use_cache")

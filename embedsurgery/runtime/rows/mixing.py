@@ -77,7 +77,7 @@ class Batch:
         if self.tokens and tensor.dim() == (2 if tensor.is_floating_point() else 1) and count not in self.tokens:
             fits = False  # some of the tokens, of nobody knows which samples
         if not tensor.dim() or not fits or self._is_turned(tensor):
-            raise UnsupportedError("the batch is not that of att.rows()", where="first axis of a site's tensor",
+            raise UnsupportedError("the batch is not that of att.per_sample()", where="first axis of a site's tensor",
                                    expected=f"{known} samples, or each of them as many times",
                                    found=f"a tensor of shape {list(tensor.shape)}",
                                    hint="give one adapter name (or None) for each sample; where the model puts other "

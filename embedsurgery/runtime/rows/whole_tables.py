@@ -14,7 +14,7 @@ import torch
 
 from embedsurgery.adapters.adapter import Adapter
 from embedsurgery.errors import AttachmentError
-from embedsurgery.plan import SetBlocks, Undo
+from embedsurgery.plan import Undo
 from embedsurgery.runtime.rows.rows import Rows
 from embedsurgery.runtime.rows.sharded import plain_rows
 from embedsurgery.runtime.rows.sparse_lookup import picked, picks
@@ -156,13 +156,15 @@ def overflown(undo: Undo, store: Store) -> Iterator[tuple[str, list[int]]]:
         store: Where to.
     """
     for edit in undo.edits:
-        if not isinstance(edit, SetBlocks) or (table := store.graph.table(edit.table)).dtype != "F16":
+        whole = edit.whole()
+        if whole is None or (table := store.graph.table(whole[0])).dtype != "F16":
             continue
+        blocks = whole[1]
         lost: list[int] = []
-        for start, stop in edit.blocks.spans():
+        for start, stop in blocks.spans():
             now = store.read_block(store.copies(table)[0], start, stop)
-            before = edit.blocks.block(start, stop, now)
+            before = blocks.block(start, stop, now)
             gone = np.isfinite(before.float32()) & ~np.isfinite(now.float32())
             lost += [start + int(row) for row in np.flatnonzero(gone.any(axis=1))]
         if lost:
-            yield edit.table, lost
+            yield table.name, lost

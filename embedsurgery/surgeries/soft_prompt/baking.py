@@ -22,7 +22,7 @@ from embedsurgery.graph import Table, Vocabulary
 from embedsurgery.graph.config import as_mapping, named_ids, position_limit
 from embedsurgery.initializers.initializer import NewToken, TableView
 from embedsurgery.initializers.methods import Mean
-from embedsurgery.plan import AddTokens, Edit, Front, Grow, Plan, SetEntries, SetRows, Suppress, Token, Untie
+from embedsurgery.plan import AddTokens, Edit, Grow, Plan, Prefix, SetEntries, SetRows, Suppress, Token, Untie
 from embedsurgery.surgeries.soft_prompt.bake_config import BakeConfig, plain
 from embedsurgery.surgeries.soft_prompt.config import prompts_of
 from embedsurgery.surgeries.soft_prompt.lookup_scale import Scale, scale_of
@@ -64,7 +64,7 @@ def plan_prompt(adapter: Adapter, ground: Ground) -> Plan:
     new = _tokens(config.name or plain(ground.label), len(prompt), known, ground, vocabulary, config)
     front = _front(new, config, known, ground)
     baking = _Baking(ground, table, vocabulary, known, config, new, prompt)
-    edits = (AddTokens(tuple(new), front=front), *baking.edits())
+    edits = (AddTokens(tuple(new), prefix=front), *baking.edits())
     ground.state.texts.update({token.id: token.content for token in new})
     facts = {
         "name": _name(new[0]),
@@ -123,7 +123,7 @@ def _tokens(
     return assign_ids(contents, free, following, known.texts, special=True)
 
 
-def _front(new: Sequence[Token], config: BakeConfig, known: KnownTokens, ground: Ground) -> Front | None:
+def _front(new: Sequence[Token], config: BakeConfig, known: KnownTokens, ground: Ground) -> Prefix | None:
     """Where the tokenizer puts them by itself; None for nowhere."""
     others = any(text.startswith(MARK) for text in known.texts.values())
     front = config.front or ("all" if ground.alone and not others else "none")
@@ -134,7 +134,7 @@ def _front(new: Sequence[Token], config: BakeConfig, known: KnownTokens, ground:
                         found=f"{ground.state.front} and {_name(new[0])}", expected="one",
                         hint="bake with front='none', and choose by the markers in the text")  # fmt: skip
     ground.state.front = _name(new[0])
-    return Front(f"{MARK}{_name(new[0])}|>", tuple(t.content for t in new), tuple(t.id for t in new),
+    return Prefix(f"{MARK}{_name(new[0])}|>", tuple(t.content for t in new), tuple(t.id for t in new),
                  front in ("all", "text"), front in ("all", "chat"), config.after_bos)  # fmt: skip
 
 
@@ -142,7 +142,7 @@ def _name(token: Token) -> str:
     return token.content.removeprefix(MARK).rpartition(":")[0]
 
 
-def _where(front: Front) -> str:
+def _where(front: Prefix) -> str:
     return "all" if front.texts and front.chats else "text" if front.texts else "chat"
 
 

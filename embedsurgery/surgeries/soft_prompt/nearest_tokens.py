@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -16,8 +15,7 @@ from embedsurgery.adapters.adapter import Adapter
 from embedsurgery.adapters.locate import locate
 from embedsurgery.errors import EmbedSurgeryError, printable
 from embedsurgery.graph import Table
-from embedsurgery.plan.edits import spans
-from embedsurgery.stores.shards import ShardStore
+from embedsurgery.plan.blocks import spans
 from embedsurgery.stores.store import Store
 from embedsurgery.surgeries.soft_prompt.config import prompts_of
 from embedsurgery.surgeries.soft_prompt.lookup_scale import scale_of
@@ -135,22 +133,22 @@ def read_prompt(
     return Reading(tuple(tokens), total / max(count, 1), least if count else 0.0, greatest)
 
 
-def read_beside(vectors: npt.NDArray[np.float32], store: Store, table: Table, directory: Path) -> Reading:
+def read_beside(vectors: npt.NDArray[np.float32], store: Store, table: Table) -> Reading:
     """As `read_prompt`, of a table of a checkpoint, with the texts of its tokenizer where that tells them."""
     scale = scale_of(table, store.config)
     try:
-        texts = token_texts(directory)
+        texts = token_texts(store.directory)
     except EmbedSurgeryError:
         texts = None
     return read_prompt(vectors, store, table, texts, scale=1.0 if scale is None else scale.in_dtype(table.dtype))
 
 
-def card_lines(adapter: Adapter, base: Path | None) -> list[str]:
+def card_lines(adapter: Adapter, base: Store | None) -> list[str]:
     """What a model card says of a soft prompt: each virtual token's length, and its nearest words where the base is.
 
     Args:
         adapter: The soft prompt.
-        base: The base's directory, where it is at hand.
+        base: The base, where it is at hand.
     """
     lines = []
     for submodule, raw in prompts_of(adapter).items():
@@ -167,16 +165,15 @@ def card_lines(adapter: Adapter, base: Path | None) -> list[str]:
     return lines
 
 
-def _beside(adapter: Adapter, vectors: npt.NDArray[np.float32], base: Path | None) -> Reading | None:
-    """The reading beside a base, None where that is not there or another."""
-    if base is None or not base.is_dir():
+def _beside(adapter: Adapter, vectors: npt.NDArray[np.float32], base: Store | None) -> Reading | None:
+    """The reading beside a base; None without one, or for another."""
+    if base is None:
         return None
     try:
-        store = ShardStore.open(base)
-        located = locate(adapter, store)
+        located = locate(adapter, base)
     except EmbedSurgeryError:
         return None
-    return read_beside(vectors, store, located[adapter.manifest.tables[0].name], base)
+    return read_beside(vectors, base, located[adapter.manifest.tables[0].name])
 
 
 def _code(text: str) -> str:

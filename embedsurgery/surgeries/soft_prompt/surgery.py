@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from embedsurgery._version import __version__
@@ -114,7 +113,7 @@ class SoftPrompt(Surgery):
 
         return card_lines(adapter, None)
 
-    def card_lines_beside(self, adapter: Adapter, base: Path) -> list[str]:
+    def card_lines_beside(self, adapter: Adapter, base: Store) -> list[str]:
         """As `card_lines`, with the nearest words of a base that is at hand."""
         from embedsurgery.surgeries.soft_prompt.nearest_tokens import card_lines
 

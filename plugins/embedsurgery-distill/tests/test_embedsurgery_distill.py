@@ -159,7 +159,7 @@ def test_what_cannot_be_learned_is_refused(tiny: Any) -> None:
         with pytest.raises(ConfigError):
             pytest.fail(f"{distill(model, tokenizer, token, texts, **options)} of {token}, {options}")
         assert state_bits(model) == before
-        assert es.attached(model) is None
+        assert es.get_attachment(model) is None
         assert len(tokenizer) == ROWS
     slow = type("Slow", (), {"is_fast": False})()
     with pytest.raises(UnsupportedError, match="slow"):

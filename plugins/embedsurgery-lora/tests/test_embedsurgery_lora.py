@@ -25,7 +25,8 @@ from safetensors.torch import load_file, save_file
 import embedsurgery as es
 from embedsurgery.cli.main import cli
 from embedsurgery.errors import AdapterError, BaseMismatchError, ConfigError, EmbedSurgeryWarning, UnsupportedError
-from embedsurgery.plan.edits import BLOCK_BYTES, SetBlocks
+from embedsurgery.plan import SetBlocks
+from embedsurgery.plan.blocks import BLOCK_BYTES
 from embedsurgery.stores.modules import module_store
 from embedsurgery.stores.shards import ShardStore
 from embedsurgery.surgeries.surgery import Base
@@ -171,7 +172,7 @@ def test_one_update_for_both_ends_of_a_tie(kind: str, targets: list[str], tmp_pa
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "t5-tied"])
 def test_on_disk_in_bounded_memory(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of a few rows; every other byte is the base's; unmerged it is the base again."""
-    monkeypatch.setattr("embedsurgery.plan.edits.BLOCK_BYTES", 100)
+    monkeypatch.setattr("embedsurgery.plan.blocks.BLOCK_BYTES", 100)
     base, wrapped = by_peft(kind, tmp_path / "adapter")
     base.save_pretrained(tmp_path / "base")
     es.merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")

@@ -25,7 +25,7 @@ def main(out: Path, kind: str) -> None:
         state._shared_state["distributed_type"] = DistributedType.FSDP
     AcceleratorState._shared_state["fsdp_plugin"] = FullyShardedDataParallelPlugin()  # from the launcher's environment
     model = attached(kind)
-    optimizer = torch.optim.SGD(es.attached(model).parameters(), lr=0.5, momentum=0.9)
+    optimizer = torch.optim.SGD(es.get_attachment(model).parameters(), lr=0.5, momentum=0.9)
     model, optimizer = accelerator.prepare(model, optimizer)
     rank, size = accelerator.process_index, accelerator.num_processes
     share = slice(rank * BATCH // size, (rank + 1) * BATCH // size)
@@ -37,7 +37,7 @@ def main(out: Path, kind: str) -> None:
         optimizer.step()
         optimizer.zero_grad()
         losses.append(accelerator.reduce(loss.detach(), "mean").item())
-    attachment = es.attached(accelerator.unwrap_model(model))
+    attachment = es.get_attachment(accelerator.unwrap_model(model))
     attachment.save(out / f"adapter-{kind}")
     rows = attachment.adapter().tensors
     keep_rows(accelerator)

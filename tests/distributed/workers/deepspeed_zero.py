@@ -50,7 +50,7 @@ def main(out: Path) -> None:
     for kind in ("llama-tied", "llama-untied"):
         for stage in (1, 2, 3):
             model = attached(kind)
-            attachment = es.attached(model)
+            attachment = es.get_attachment(model)
             engine = engine_of(model, stage, list(attachment.parameters()))
             losses = []
             for step in range(STEPS):

@@ -64,7 +64,7 @@ def loaded(kind: str, how: str, adapter: Adapter) -> dict[str, Any]:
 def restored(how: str, adapter: Adapter) -> dict[str, Any]:
     """Rows set in place on a sharded model, also when a forward has left the root gathered."""
     model = wrap(attached("llama-tied"), how)
-    attachment = es.attached(model)
+    attachment = es.get_attachment(model)
     logits(model)
     attachment.restore(adapter)
     loss_of(model, batch(0)).backward()
@@ -100,14 +100,14 @@ def saved(out: Path) -> dict[str, Any]:
     save = Adapter.save
     Adapter.save = lambda self, directory: (calls.append(Path(directory)), save(self, directory))[1]
     try:
-        path = es.attached(model).save(out / "saved")
+        path = es.get_attachment(model).save(out / "saved")
     finally:
         Adapter.save = save
     there = sorted(p.name for p in path.iterdir())
     (out / "file").write_text("no directory")
     errors = []
     try:
-        es.attached(model).save(out / "file")
+        es.get_attachment(model).save(out / "file")
     except AdapterError as error:
         errors.append(str(error))
     return {"calls": len(calls), "there": there, "errors": errors}
@@ -116,11 +116,11 @@ def saved(out: Path) -> dict[str, Any]:
 def checkpoint(how: str, folder: Path) -> dict[str, Any]:
     """Torch's own checkpoint of model and optimizer, resumed with the rows that were saved beside it, and without."""
     model = wrap(attached("llama-tied"), how)
-    optimizer = torch.optim.AdamW(es.attached(model).parameters(), lr=1e-2)
+    optimizer = torch.optim.AdamW(es.get_attachment(model).parameters(), lr=1e-2)
     steps(model, optimizer, 0, 2)
     sharded, states = get_state_dict(inner(model), optimizer)
     dcp.save({"model": sharded, "optimizer": states}, checkpoint_id=str(folder))
-    es.attached(model).save(folder / "rows")
+    es.get_attachment(model).save(folder / "rows")
     expected = steps(model, optimizer, 2, 4)
     found: dict[str, Any] = {"expected": expected, "keys": sorted(sharded)}
     for name in ("resumed", "forgotten"):
@@ -201,7 +201,7 @@ def bits() -> bool:
 
 def main(out: Path) -> None:
     dist.init_process_group("gloo")
-    adapters = {kind: es.attached(attached(kind)).adapter() for kind in KINDS}
+    adapters = {kind: es.get_attachment(attached(kind)).adapter() for kind in KINDS}
     results: dict[str, Any] = {"bits": bits(), "saved": saved(out)}
     for kind in KINDS:
         for how in WRAPS[1:]:

@@ -78,7 +78,7 @@ def attached_to_a_part_of_what_was_sharded(out: Path) -> None:
 @case
 def ignored_by_fully_shard(out: Path) -> None:
     model = attached("llama-tied")
-    fully_shard(model, ignored_params=set(es.attached(model).parameters()))
+    fully_shard(model, ignored_params=set(es.get_attachment(model).parameters()))
     step(model)
 
 
@@ -195,7 +195,7 @@ def a_full_copy_of_a_table_of_its_own_group(out: Path) -> None:
 
 @case
 def merged_by_the_attachment(out: Path) -> None:
-    es.attached(wrap(attached("llama-tied"), "fsdp-layers")).merge()
+    es.get_attachment(wrap(attached("llama-tied"), "fsdp-layers")).merge()
 
 
 @case
@@ -204,19 +204,19 @@ def merged_while_the_root_is_gathered(out: Path) -> None:
     with torch.no_grad():
         loss_of(model, batch(0))
     assert not hasattr(model.lm_head.weight, "_local_tensor")
-    es.attached(model).merge()
+    es.get_attachment(model).merge()
 
 
 @case
 def merged_from_outside(out: Path) -> None:
-    adapter = es.attached(attached("llama-tied")).adapter()
+    adapter = es.get_attachment(attached("llama-tied")).adapter()
     es.merge(wrap(tiny("llama-tied"), "fsdp-root"), adapter)
 
 
 @case
 def saved_after_drifting(out: Path) -> None:
     model = nn.parallel.DistributedDataParallel(attached("llama-tied"))
-    attachment = es.attached(model)
+    attachment = es.get_attachment(model)
     with torch.no_grad():
         next(iter(attachment.parameters())).add_(dist.get_rank())
     attachment.save(out / "drifted")
