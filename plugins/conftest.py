@@ -13,8 +13,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
-from tests.plugins.hub import embedsurgery_hub as embedsurgery_hub
-from tests.plugins.hub import hub as hub
+from tests.support.hub_fixtures import embedsurgery_hub as embedsurgery_hub
+from tests.support.hub_fixtures import hub as hub
 
 for _folder in sorted(Path(__file__).resolve().parent.glob("embedsurgery-*")):
     if find_spec(_folder.name.replace("-", "_")) is None:

@@ -12,8 +12,7 @@ import pytest
 from embedsurgery import errors
 from embedsurgery.errors import EmbedSurgeryError
 
-ERRORS = [value for _, value in inspect.getmembers(errors, inspect.isclass)
-          if issubclass(value, EmbedSurgeryError)]  # fmt: skip
+ERRORS = [value for _, value in inspect.getmembers(errors, inspect.isclass) if issubclass(value, EmbedSurgeryError)]
 
 
 def drawn() -> dict[str, tuple[str | None, str | None]]:
@@ -43,8 +42,9 @@ def test_the_drawing_is_the_tree() -> None:
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda e: e.__name__)
-@pytest.mark.parametrize("copied", [lambda e: pickle.loads(pickle.dumps(e)), copy.copy, copy.deepcopy],
-                         ids=["pickle", "copy", "deepcopy"])  # fmt: skip
+@pytest.mark.parametrize(
+    "copied", [lambda e: pickle.loads(pickle.dumps(e)), copy.copy, copy.deepcopy], ids=["pickle", "copy", "deepcopy"]
+)
 def test_every_error_pickles(error: type[EmbedSurgeryError], copied: object) -> None:
     one = error("it failed", where="a\nfile", expected=[1], found=("x", None), hint="try again")
     other = copied(one)  # type: ignore[operator]
@@ -74,5 +74,8 @@ def test_a_message_is_one_line_whatever_came_with_data() -> None:
 
 
 def test_every_error_has_a_docstring_of_its_own() -> None:
-    assert all(error.__doc__ and error.__doc__ != EmbedSurgeryError.__doc__ for error in ERRORS[1:]
-               if error is not EmbedSurgeryError)  # fmt: skip
+    assert all(
+        error.__doc__ and error.__doc__ != EmbedSurgeryError.__doc__
+        for error in ERRORS[1:]
+        if error is not EmbedSurgeryError
+    )

@@ -11,11 +11,23 @@ from pathlib import Path
 import pytest
 
 import embedsurgery as es
-from tests.conftest import ROOT, python
 from tests.faults.scenarios import adapter, make
+from tests.support.processes import ROOT, python
 
-HEAVY = ("torch", "numpy", "pluggy", "click", "rich", "safetensors", "transformers", "peft", "tokenizers",
-         "huggingface_hub", "embedsurgery.plugins.registry", "embedsurgery.plugins.builtin")  # fmt: skip
+HEAVY = (
+    "torch",
+    "numpy",
+    "pluggy",
+    "click",
+    "rich",
+    "safetensors",
+    "transformers",
+    "peft",
+    "tokenizers",
+    "huggingface_hub",
+    "embedsurgery.plugins.registry",
+    "embedsurgery.plugins.builtin",
+)
 
 
 def loaded(code: str) -> set[str]:
@@ -38,18 +50,34 @@ def test_help_loads_only_click(verb: str) -> None:
     assert names.intersection(HEAVY) == {"click"}
 
 
-@pytest.mark.parametrize("code", [
-    "import embedsurgery as es; es.merge_checkpoint; es.unmerge_checkpoint; es.verify_checkpoint; es.walk; es.load",
-    "import embedsurgery as es; es.TrainableTokensConfig([1]); es.Adapter; es.Table; es.EmbeddingGraph",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import embedsurgery as es; es.merge_checkpoint; es.unmerge_checkpoint; es.verify_checkpoint; es.walk; es.load",
+        "import embedsurgery as es; es.TrainableTokensConfig([1]); es.Adapter; es.Table; es.EmbeddingGraph",
+    ],
+)
 def test_surgery_on_disk_needs_no_torch(code: str) -> None:
     assert not loaded(code).intersection({"torch", "transformers", "peft", "safetensors", "click", "rich"})
 
 
-NOT_HERE = {"torch", "transformers", "peft", "safetensors", "tokenizers", "huggingface_hub", "importlib.metadata",
-            "embedsurgery.plugins.discovery", "embedsurgery.initializers", "embedsurgery.adapters.new_tokens",
-            "embedsurgery.tokenizer.patching", "embedsurgery.surgeries.soft_prompt.baking",
-            "embedsurgery.stores.resized_files", "embedsurgery.checkpoints.adding", "embedsurgery.models.merging"}  # fmt: skip
+NOT_HERE = {
+    "torch",
+    "transformers",
+    "peft",
+    "safetensors",
+    "tokenizers",
+    "huggingface_hub",
+    "importlib.metadata",
+    "embedsurgery.plugins.discovery",
+    "embedsurgery.initializers",
+    "embedsurgery.adapters.new_tokens",
+    "embedsurgery.tokenizer.patching",
+    "embedsurgery.surgeries.soft_prompt.baking",
+    "embedsurgery.stores.resized_files",
+    "embedsurgery.checkpoints.adding",
+    "embedsurgery.models.merging",
+}
 """What verbs on disk have no use for, and would take longer to load than their work takes."""
 
 
@@ -58,8 +86,14 @@ def test_verbs_on_disk_start_lean(tmp_path: Path) -> None:
     adapter(base, [3], 1.0).save(tmp_path / "adapter")
     run = "import sys\nfrom embedsurgery.cli.main import main\n"
     run += "try: main({})\nexcept SystemExit as left: assert not left.code\n"
-    verbs = (["merge", base, tmp_path / "adapter", "--in-place"], ["unmerge", base, "--in-place"], ["inspect", base],
-             ["inspect", base, "--json"], ["log", base], ["recover", base])  # fmt: skip
+    verbs = (
+        ["merge", base, tmp_path / "adapter", "--in-place"],
+        ["unmerge", base, "--in-place"],
+        ["inspect", base],
+        ["inspect", base, "--json"],
+        ["log", base],
+        ["recover", base],
+    )
     for verb in verbs:
         done = python(run.format([str(part) for part in verb]) + "print('\\n'.join(sys.modules))")
         assert done.returncode == 0, done.stderr
@@ -71,9 +105,11 @@ def test_verbs_on_disk_start_lean(tmp_path: Path) -> None:
 
 
 def test_torch_side_needs_no_transformers() -> None:
-    names = loaded("import embedsurgery as es, torch\n"
-                   "m = torch.nn.Sequential(torch.nn.Embedding(9, 3))\n"
-                   "es.attach(m, es.TrainableTokensConfig([1], target_modules=['0'])).merge()")  # fmt: skip
+    names = loaded(
+        "import embedsurgery as es, torch\n"
+        "m = torch.nn.Sequential(torch.nn.Embedding(9, 3))\n"
+        "es.attach(m, es.TrainableTokensConfig([1], target_modules=['0'])).merge()"
+    )
     assert not names.intersection({"transformers", "peft", "tokenizers", "huggingface_hub", "click", "rich"})
 
 
@@ -91,8 +127,11 @@ def test_every_public_name_resolves() -> None:
 @pytest.mark.parametrize("order", ["first", pytest.param("last", marks=pytest.mark.sweep)])
 def test_public_names_are_not_hidden_by_modules_of_the_same_name(order: str) -> None:
     """A submodule that is imported becomes an attribute of its package and would shadow a function of its name."""
-    modules = [info.name for info in pkgutil.walk_packages(es.__path__, "embedsurgery.")
-               if info.name not in ("embedsurgery.__main__",)]  # fmt: skip
+    modules = [
+        info.name
+        for info in pkgutil.walk_packages(es.__path__, "embedsurgery.")
+        if info.name not in ("embedsurgery.__main__",)
+    ]
     imports = "\n".join(f"import {name}" for name in modules)
     names = "import embedsurgery as es\nfound = {n: getattr(es, n) for n in es.__all__}"
     code = f"{names}\n{imports}" if order == "first" else f"{imports}\n{names}"

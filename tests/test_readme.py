@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.reference import README
+from tests.support.reference import README
 
 TEXT = README.read_text(encoding="utf-8")
 BLOCK = re.compile(r"^```(python|bash)\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -80,8 +80,8 @@ def test_teach_a_real_encoder(tmp_path: Path) -> None:
 
 
 def test_the_command_reference_is_the_command_lines_own() -> None:
-    done = subprocess.run([sys.executable, "-m", "tests.reference", "--check"], cwd=README.parent, check=False)
-    assert done.returncode == 0, "run python -m tests.reference"
+    done = subprocess.run([sys.executable, "-m", "tests.support.reference", "--check"], cwd=README.parent, check=False)
+    assert done.returncode == 0, "run python -m tests.support.reference"
 
 
 def test_the_first_screen_has_the_two_commands() -> None:

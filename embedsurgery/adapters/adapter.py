@@ -88,8 +88,12 @@ class Adapter:
         """
         folder = Path(directory)
         if (folder / "config.json").exists():
-            raise AdapterError("the directory is a model's, which would be loaded as an adapter from then on",
-                               where=folder, found="config.json", hint="save into a directory of its own")  # fmt: skip
+            raise AdapterError(
+                "the directory is a model's, which would be loaded as an adapter from then on",
+                where=folder,
+                found="config.json",
+                hint="save into a directory of its own",
+            )
         files = _files_of(self)
         metadata = {"format": "pt", METADATA_KEY: json.dumps(self.manifest.to_json(), sort_keys=True)}
         sources = {name: TensorSource.of(raw) for name, raw in files.tensors.items()}
@@ -154,8 +158,13 @@ def read_adapter_files(directory: str | os.PathLike[str]) -> tuple[PeftFiles, Ma
         if not os.path.isdir(folder):
             raise AdapterError("no such adapter directory", where=folder, hint="give the directory it was saved to")
         if (folder / "config.json").exists():
-            raise AdapterError("a model, where an adapter was expected", where=folder, expected=WEIGHTS_NAME,
-                               found="config.json", hint="name the adapter's directory")  # fmt: skip
+            raise AdapterError(
+                "a model, where an adapter was expected",
+                where=folder,
+                expected=WEIGHTS_NAME,
+                found="config.json",
+                hint="name the adapter's directory",
+            )
         if (folder / "adapter_model.bin").exists():
             hint = "adapter_model.bin is a pickle, which can run code: load it with PEFT and save it as safetensors"
         raise AdapterError(f"no {WEIGHTS_NAME}", where=folder, hint=hint)
@@ -165,14 +174,16 @@ def read_adapter_files(directory: str | os.PathLike[str]) -> tuple[PeftFiles, Ma
         with open_regular(folder / WEIGHTS_NAME) as descriptor:
             tensors = {name: read_tensor(descriptor, entry) for name, entry in header.entries.items()}
     except CheckpointError as error:
-        raise AdapterError(error.what, where=error.where, expected=error.expected, found=error.found,
-                           hint=error.hint) from error  # fmt: skip
+        raise AdapterError(
+            error.what, where=error.where, expected=error.expected, found=error.found, hint=error.hint
+        ) from error
     text = header.metadata.get(METADATA_KEY)
     if text is None:
         return PeftFiles(config, tensors), None
     try:
         manifest = Manifest.from_json(json.loads(text))
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError, IndexError, OverflowError) as error:
-        raise AdapterError("the manifest is broken", where=folder / WEIGHTS_NAME,
-                           found=f"{type(error).__name__}: {error}") from error  # fmt: skip
+        raise AdapterError(
+            "the manifest is broken", where=folder / WEIGHTS_NAME, found=f"{type(error).__name__}: {error}"
+        ) from error
     return PeftFiles(config, tensors), manifest

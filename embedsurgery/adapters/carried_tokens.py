@@ -164,14 +164,22 @@ def _has(token: Token, state: State, ids: Mapping[str, int], source: str) -> boo
     if there == token.content:
         return True
     if there is not None and there != token.replaces:
-        raise BaseMismatchError("an id of the adapter's new tokens is taken", where=f"{source}: token id {token.id}",
-                                expected=f"{token.replaces or token.content!r}", found=repr(there),
-                                hint="use the base that the adapter was made on, or train the token again")  # fmt: skip
+        raise BaseMismatchError(
+            "an id of the adapter's new tokens is taken",
+            where=f"{source}: token id {token.id}",
+            expected=f"{token.replaces or token.content!r}",
+            found=repr(there),
+            hint="use the base that the adapter was made on, or train the token again",
+        )
     elsewhere = ids.get(token.content)
     if elsewhere is not None:
-        raise BaseMismatchError("a new token of the adapter has another id here", where=f"{source}: {token.content!r}",
-                                expected=token.id, found=elsewhere,
-                                hint="use the base that the adapter was made on, or train the token again")  # fmt: skip
+        raise BaseMismatchError(
+            "a new token of the adapter has another id here",
+            where=f"{source}: {token.content!r}",
+            expected=token.id,
+            found=elsewhere,
+            hint="use the base that the adapter was made on, or train the token again",
+        )
     return False
 
 
@@ -179,9 +187,12 @@ def _vocabulary(tables: Iterable[Table], graph: EmbeddingGraph) -> Vocabulary:
     names = {table.name for table in tables}
     found = [v for v in graph.vocabularies if names & set(v.tables)]
     if len(found) != 1:
-        raise BaseMismatchError("the tables that an adapter extends are not of one vocabulary here",
-                                where=graph.source, expected="one vocabulary",
-                                found=", ".join(f"{v.name} ({v.size} rows)" for v in found) or "none")  # fmt: skip
+        raise BaseMismatchError(
+            "the tables that an adapter extends are not of one vocabulary here",
+            where=graph.source,
+            expected="one vocabulary",
+            found=", ".join(f"{v.name} ({v.size} rows)" for v in found) or "none",
+        )
     return found[0]
 
 
@@ -230,9 +241,11 @@ def _entries(
 
 def _other_tables(new: NewTokens, located: Mapping[str, Table], vocabulary: Vocabulary) -> BaseMismatchError:
     return BaseMismatchError(
-        "the base's vocabulary has other tables than that of the adapter", where=vocabulary.name,
-        expected=", ".join((*located, *new.vectors)), found=", ".join((*vocabulary.tables, *vocabulary.vectors)),
-    )  # fmt: skip
+        "the base's vocabulary has other tables than that of the adapter",
+        where=vocabulary.name,
+        expected=", ".join((*located, *new.vectors)),
+        found=", ".join((*vocabulary.tables, *vocabulary.vectors)),
+    )
 
 
 def _same(name: str, theirs: tuple[str, ...], ours: tuple[str, ...]) -> str:
@@ -243,8 +256,12 @@ def _same(name: str, theirs: tuple[str, ...], ours: tuple[str, ...]) -> str:
     for known in theirs:
         if plain == known or plain.endswith("." + known) or known.endswith("." + plain):
             return known
-    raise BaseMismatchError("a per-token vector that the adapter does not know", where=name,
-                            expected=", ".join(theirs), hint="is this the adapter's base?")  # fmt: skip
+    raise BaseMismatchError(
+        "a per-token vector that the adapter does not know",
+        where=name,
+        expected=", ".join(theirs),
+        hint="is this the adapter's base?",
+    )
 
 
 def evidence(indices: Iterable[int], new: NewTokens, rows: int, most: int = 64) -> tuple[int, ...]:

@@ -62,9 +62,13 @@ def _locate(record: TableRecord, adapter: Adapter, store: Store) -> Table:
             error: type[EmbedSurgeryError] = TableError if len(same) > 1 else BaseMismatchError
             found = ", ".join(f"{t.name} {list(t.shape)} {t.dtype}" for t in same or store.graph.tables) or "no table"
             fit = "the rows of several tables" if same else "no table's rows"
-            raise error(f"no table goes by the adapter's name, and {fit} are those it was made from", where=store.name,
-                        expected=f"{record.name} {list(record.shape or ())} {record.dtype}", found=found,
-                        hint="is this the base that the adapter was trained on?")  # fmt: skip
+            raise error(
+                f"no table goes by the adapter's name, and {fit} are those it was made from",
+                where=store.name,
+                expected=f"{record.name} {list(record.shape or ())} {record.dtype}",
+                found=found,
+                hint="is this the base that the adapter was trained on?",
+            )
         table = same[0]
     _check_tie(record, table, store)
     return table
@@ -116,9 +120,13 @@ def _check_shape(record: TableRecord, adapter: Adapter, table: Table) -> Table:
         raise BaseMismatchError("the base has another width", where=table.name, expected=width, found=table.shape[1])
     beyond = [i for i in (*record.indices, *record.sampled) if i >= table.shape[0]]
     if beyond:
-        raise TokenIndexError("the base does not have the adapter's rows", where=table.name,
-                              expected=f"more than {max(beyond)} rows", found=table.shape[0],
-                              hint="extend the vocabulary as it was when the adapter was trained")  # fmt: skip
+        raise TokenIndexError(
+            "the base does not have the adapter's rows",
+            where=table.name,
+            expected=f"more than {max(beyond)} rows",
+            found=table.shape[0],
+            hint="extend the vocabulary as it was when the adapter was trained",
+        )
     return table
 
 
@@ -138,19 +146,29 @@ def _check_tie(record: TableRecord, table: Table, store: Store) -> None:
     if strange:
         raise BaseMismatchError(
             "the adapter was made on tied tables, and here one end is stored under a name that tells nothing of a tie",
-            where=store.name, expected=f"{table.name} alone", found=", ".join(strange),
+            where=store.name,
+            expected=f"{table.name} alone",
+            found=", ".join(strange),
             hint="save the model with the tie stored once, or merge in memory",
-        )  # fmt: skip
+        )
     others = [store.graph.find(alias) for alias in record.aliases]
     parted = [t.name for t in others if t is not None and t is not table]
     heads = [t.name for t in store.graph.tables if "output" in t.roles and t.shape[0] == table.shape[0]]
     if record.tied and "output" not in table.roles and heads:
         parted = parted or heads
     if parted:
-        raise BaseMismatchError("the adapter was made on tied tables, and here they are apart", where=store.name,
-                                expected=f"{', '.join(parted)} tied to {table.name}", found="separate tables",
-                                hint="tie them, or train the adapter on this base")  # fmt: skip
+        raise BaseMismatchError(
+            "the adapter was made on tied tables, and here they are apart",
+            where=store.name,
+            expected=f"{', '.join(parted)} tied to {table.name}",
+            found="separate tables",
+            hint="tie them, or train the adapter on this base",
+        )
     if record.tied is False and "output" in table.roles and "input" in table.roles:
-        raise BaseMismatchError("the adapter was made on an untied table, and here it is tied", where=store.name,
-                                expected=f"{table.name} apart from the output head", found="one table",
-                                hint="untie them, or train the adapter on this base")  # fmt: skip
+        raise BaseMismatchError(
+            "the adapter was made on an untied table, and here it is tied",
+            where=store.name,
+            expected=f"{table.name} apart from the output head",
+            found="one table",
+            hint="untie them, or train the adapter on this base",
+        )

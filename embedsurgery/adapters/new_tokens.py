@@ -173,14 +173,22 @@ def _check_multiple(multiple: int | None) -> None:
 def check_belongs(known: KnownTokens, size: int) -> None:
     """Refuse a tokenizer of another model, as far as numbers tell: its next id would be a row that a token has."""
     if known.next_id > size:
-        raise BaseMismatchError("the tokenizer has ids beyond the model's rows", where=known.source,
-                                expected=f"{size} tokens at most", found=known.next_id,
-                                hint="is it this model's tokenizer?")  # fmt: skip
+        raise BaseMismatchError(
+            "the tokenizer has ids beyond the model's rows",
+            where=known.source,
+            expected=f"{size} tokens at most",
+            found=known.next_id,
+            hint="is it this model's tokenizer?",
+        )
     if size - known.next_id > max(FEW_SPARE, size // 8):
-        raise BaseMismatchError("the tokenizer has far fewer tokens than the model has rows", where=known.source,
-                                expected=f"about {size} tokens", found=known.next_id,
-                                hint="is it this model's tokenizer? if it is, cut the tables to it first: "
-                                "model.resize_token_embeddings(len(tokenizer))")  # fmt: skip
+        raise BaseMismatchError(
+            "the tokenizer has far fewer tokens than the model has rows",
+            where=known.source,
+            expected=f"about {size} tokens",
+            found=known.next_id,
+            hint="is it this model's tokenizer? if it is, cut the tables to it first: "
+            "model.resize_token_embeddings(len(tokenizer))",
+        )
 
 
 def _check_existing(ids: Mapping[str, int], known: KnownTokens, special: bool) -> None:
@@ -188,21 +196,31 @@ def _check_existing(ids: Mapping[str, int], known: KnownTokens, special: bool) -
     marked = set(known.specials()) if special and ids else set()
     plain = [text for text, index in ids.items() if special and index not in marked]
     if plain:
-        raise ConfigError("a token exists already, and is not special", where=known.source,
-                          found=", ".join(f"{text!r} ({ids[text]})" for text in plain[:8]),
-                          hint="ask for it without special, or choose another text")  # fmt: skip
+        raise ConfigError(
+            "a token exists already, and is not special",
+            where=known.source,
+            found=", ".join(f"{text!r} ({ids[text]})" for text in plain[:8]),
+            hint="ask for it without special, or choose another text",
+        )
     for text, index in ids.items():
         if is_reserved(text) and list(known.encode(text)) != [index]:
-            warnings.warn(f"{text!r} exists as {index}, and the tokenizer does not make that token of the text; a text "
-                          "of your own gets its row with reserved=True", EmbedSurgeryWarning, stacklevel=4)  # fmt: skip
+            warnings.warn(
+                f"{text!r} exists as {index}, and the tokenizer does not make that token of the text; a text "
+                "of your own gets its row with reserved=True",
+                EmbedSurgeryWarning,
+                stacklevel=4,
+            )
 
 
 def _warn_of_roles(roles: Mapping[int, str], new: Sequence[Token]) -> None:
     """Say where a new token's id has a part in the model already: padding, the end, the place of an image."""
     for token in new:
         if token.id in roles:
-            warnings.warn(f"the new token {token.content!r} gets id {token.id}, which the model's config calls "
-                          f"{roles[token.id]}", EmbedSurgeryWarning, stacklevel=4)  # fmt: skip
+            warnings.warn(
+                f"the new token {token.content!r} gets id {token.id}, which the model's config calls {roles[token.id]}",
+                EmbedSurgeryWarning,
+                stacklevel=4,
+            )
 
 
 def _check_heads(graph: EmbeddingGraph, vocabulary: Vocabulary, new: Sequence[Token]) -> None:
@@ -210,10 +228,14 @@ def _check_heads(graph: EmbeddingGraph, vocabulary: Vocabulary, new: Sequence[To
     shortest = min((graph.table(name) for name in vocabulary.tables), key=lambda table: table.shape[0])
     beyond = [token.id for token in new if token.id >= shortest.shape[0]]
     if shortest.shape[0] < vocabulary.size and beyond:
-        raise UnsupportedError("the tables of this vocabulary have different numbers of rows, so a new id would be "
-                               "another token's in one of them", where=f"{graph.source}: {shortest.name}",
-                               expected=f"ids below {shortest.shape[0]}", found=", ".join(map(str, beyond[:8])),
-                               hint="take reserved tokens' rows")  # fmt: skip
+        raise UnsupportedError(
+            "the tables of this vocabulary have different numbers of rows, so a new id would be "
+            "another token's in one of them",
+            where=f"{graph.source}: {shortest.name}",
+            expected=f"ids below {shortest.shape[0]}",
+            found=", ".join(map(str, beyond[:8])),
+            hint="take reserved tokens' rows",
+        )
 
 
 def assign_ids(
@@ -241,8 +263,11 @@ def _inits(
         strange = sorted(set(init) - set(contents))
         missing = [c for c in contents if c not in init]
         if strange or missing:
-            raise ConfigError("init does not name the tokens that are added", expected=", ".join(map(repr, contents)),
-                              found=", ".join(map(repr, init)) or "none")  # fmt: skip
+            raise ConfigError(
+                "init does not name the tokens that are added",
+                expected=", ".join(map(repr, contents)),
+                found=", ".join(map(repr, init)) or "none",
+            )
         return {content: parse_init(init[content], known) for content in contents}
     return dict.fromkeys(contents, parse_init(init, known))
 

@@ -99,7 +99,10 @@ def _hashes(store: Store, asked: bool) -> dict[str, Any]:
 def _try_encoding(source: Path, new: NewTokens) -> None:
     """See that text reaches the new tokens, where the library that encodes is there."""
     if importlib.util.find_spec("tokenizers") is None:
-        warnings.warn("the tokenizers library is not installed, so whether text reaches the new tokens was not tried",
-                      EmbedSurgeryWarning, stacklevel=3)  # fmt: skip
+        warnings.warn(
+            "the tokenizers library is not installed, so whether text reaches the new tokens was not tried",
+            EmbedSurgeryWarning,
+            stacklevel=3,
+        )
         return
     check_tokens(source, new.tokens)

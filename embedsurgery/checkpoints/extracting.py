@@ -145,21 +145,35 @@ def _pairs(store: ShardStore, tensors: Mapping[str, Tuned], tuned: Path) -> dict
             continue
         shape = found[0].entry.shape
         if len(shape) != 2 or shape[1] != table.shape[1] or shape[0] < table.shape[0]:
-            raise BaseMismatchError("a tuned table of another shape", where=found[0].entry.name,
-                                    expected=f"({table.shape[0]} or more, {table.shape[1]})", found=list(shape),
-                                    hint="is this the base that tuning began from?")  # fmt: skip
+            raise BaseMismatchError(
+                "a tuned table of another shape",
+                where=found[0].entry.name,
+                expected=f"({table.shape[0]} or more, {table.shape[1]})",
+                found=list(shape),
+                hint="is this the base that tuning began from?",
+            )
         if found[0].entry.dtype not in EDITABLE or table.dtype not in EDITABLE:
-            raise BaseMismatchError("a table whose rows are no plain numbers", where=found[0].entry.name,
-                                    expected=" or ".join(EDITABLE),
-                                    found=f"{found[0].entry.dtype}, in the base {table.dtype}")  # fmt: skip
+            raise BaseMismatchError(
+                "a table whose rows are no plain numbers",
+                where=found[0].entry.name,
+                expected=" or ".join(EDITABLE),
+                found=f"{found[0].entry.dtype}, in the base {table.dtype}",
+            )
         if found[0].entry.dtype != table.dtype:
-            warnings.warn(f"{table.name} is {table.dtype} in the base and {found[0].entry.dtype} where it was tuned: "
-                          "merging rounds to the base's", EmbedSurgeryWarning, stacklevel=3)  # fmt: skip
+            warnings.warn(
+                f"{table.name} is {table.dtype} in the base and {found[0].entry.dtype} where it was tuned: "
+                "merging rounds to the base's",
+                EmbedSurgeryWarning,
+                stacklevel=3,
+            )
         pairs[table.name] = found[0]
     if not pairs:
-        raise CheckpointError("no embedding table of the base is in the tuned model", where=tuned,
-                              expected=" or ".join(t.name for t in store.graph.tables if t.kind == "vocabulary"),
-                              found=", ".join(list(tensors)[:4]) or "no tensor")  # fmt: skip
+        raise CheckpointError(
+            "no embedding table of the base is in the tuned model",
+            where=tuned,
+            expected=" or ".join(t.name for t in store.graph.tables if t.kind == "vocabulary"),
+            found=", ".join(list(tensors)[:4]) or "no tensor",
+        )
     return pairs
 
 
@@ -174,9 +188,11 @@ def _refuse_one_end(table: Table, tensors: Mapping[str, Tuned], tuned: Path) -> 
     if copied and len(stored) < len(modules):
         raise BaseMismatchError(
             "tuning parted a table that is tied in the base: PEFT trained a copy at one end, the other kept its rows",
-            where=tuned, expected=f"modules_to_save with {', '.join(modules)}", found=", ".join(saved),
+            where=tuned,
+            expected=f"modules_to_save with {', '.join(modules)}",
+            found=", ".join(saved),
             hint="train with ensure_weight_tying=True, or on a base that is not tied",
-        )  # fmt: skip
+        )
 
 
 def _changed(store: ShardStore, table: Table, part: Tuned, threshold: float) -> Iterator[tuple[list[int], int]]:
@@ -216,12 +232,19 @@ def _new_tokens(store: ShardStore, base: Path, tuned: Path, pairs: Mapping[str, 
         _warn_of_flags(tuned, tokens)
     if grown > whole.size:
         if len(parts) != len(whole.tables) or any(p.entry.shape[0] != grown for p in parts):
-            raise BaseMismatchError("not all tables of the vocabulary grew", where=tuned,
-                                    expected=f"{grown} rows in {', '.join(whole.tables)}",
-                                    found=", ".join(f"{p.entry.name} {p.entry.shape[0]}" for p in parts))  # fmt: skip
+            raise BaseMismatchError(
+                "not all tables of the vocabulary grew",
+                where=tuned,
+                expected=f"{grown} rows in {', '.join(whole.tables)}",
+                found=", ".join(f"{p.entry.name} {p.entry.shape[0]}" for p in parts),
+            )
         if not tokens:
-            warnings.warn(f"{tuned} has rows that the base lacks, and no tokenizer that names them: the adapter brings "
-                          "rows and no tokens", EmbedSurgeryWarning, stacklevel=3)  # fmt: skip
+            warnings.warn(
+                f"{tuned} has rows that the base lacks, and no tokenizer that names them: the adapter brings "
+                "rows and no tokens",
+                EmbedSurgeryWarning,
+                stacklevel=3,
+            )
     if not tokens and grown == whole.size:
         return None
     return NewTokens(tuple(sorted(tokens, key=lambda t: t.id)), whole.size, grown, whole.vectors)
@@ -232,9 +255,12 @@ def _warn_of_flags(tuned: Path, tokens: tuple[Token, ...]) -> None:
     known = vocabulary(tuned)
     odd = [t.content for t in tokens if {**(known.entry(t.content) or {}), "id": t.id} != {"id": t.id, **flags(t)}]
     if odd:
-        warnings.warn(f"{tuned} matches {', '.join(map(repr, odd[:8]))} in a way of their own (lstrip, rstrip, "
-                      "single_word, normalized): the adapter brings them as add_tokens would",
-                      EmbedSurgeryWarning, stacklevel=4)  # fmt: skip
+        warnings.warn(
+            f"{tuned} matches {', '.join(map(repr, odd[:8]))} in a way of their own (lstrip, rstrip, "
+            "single_word, normalized): the adapter brings them as add_tokens would",
+            EmbedSurgeryWarning,
+            stacklevel=4,
+        )
 
 
 def _left(store: ShardStore, tensors: Mapping[str, Tuned], pairs: Mapping[str, Tuned]) -> Iterator[str]:

@@ -80,8 +80,12 @@ def push_merged(
     """
     of, into = HubId.parse(base), HubId.parse(repo)
     if into.revision is not None or into.repo == of.repo:
-        raise ConfigError("a merged model goes to a repository of its own", found=repo, expected="another org/name",
-                          hint="give a branch as revision")  # fmt: skip
+        raise ConfigError(
+            "a merged model goes to a repository of its own",
+            found=repo,
+            expected="another org/name",
+            hint="give a branch as revision",
+        )
     branch = HubId.parse(repo, revision).revision
     client = Client(token)
     at = client.resolve(of)
@@ -154,5 +158,10 @@ def _changes(
 def _refuse_other_model(client: Client, at: Snapshot) -> None:
     others = [name for name in client.files(at) if name not in _NOT_THEIRS]
     if others:
-        raise HubError("the repository holds something already", where=at.repo, found=", ".join(sorted(others))[:120],
-                       expected="a new or empty repository", hint="name another one, or a new branch's")  # fmt: skip
+        raise HubError(
+            "the repository holds something already",
+            where=at.repo,
+            found=", ".join(sorted(others))[:120],
+            expected="a new or empty repository",
+            hint="name another one, or a new branch's",
+        )

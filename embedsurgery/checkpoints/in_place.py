@@ -50,9 +50,12 @@ def _take_back(directory: Path, error: BaseException) -> None:
     except (OSError, UnfinishedError) as second:
         if not segments(directory):
             return  # nothing was touched, and what is left is removed by the next change
-        raise UnfinishedError("a change in place failed, and so did taking it back", where=directory,
-                              found=f"{error or type(error).__name__}; then {second}",
-                              hint=f"run: embedsurgery recover {directory}") from error  # fmt: skip
+        raise UnfinishedError(
+            "a change in place failed, and so did taking it back",
+            where=directory,
+            found=f"{error or type(error).__name__}; then {second}",
+            hint=f"run: embedsurgery recover {directory}",
+        ) from error
 
 
 def refuse_in_place(directory: Path, touched: PlanFootprint, ours: Collection[str] = ()) -> None:
@@ -67,22 +70,32 @@ def refuse_in_place(directory: Path, touched: PlanFootprint, ours: Collection[st
         UnsupportedError: With the way out.
     """
     if directory.is_symlink():
-        raise UnsupportedError("the checkpoint is reached through a link", where=directory,
-                               found=f"a link to {directory.resolve()}",
-                               hint="name that directory itself")  # fmt: skip
+        raise UnsupportedError(
+            "the checkpoint is reached through a link",
+            where=directory,
+            found=f"a link to {directory.resolve()}",
+            hint="name that directory itself",
+        )
     _refuse_read_only(directory)
     for path in sorted({*touched.ranges, *touched.files} - set(ours)):
         file = directory / path
         if not os.path.lexists(file):
             continue
         if file.is_symlink():
-            raise UnsupportedError("a file is reached through a link, and what it leads to may serve others",
-                                   where=file, found=f"a link to {os.readlink(file)}",
-                                   hint=f"a snapshot of the Hub cache is such a directory; {_WAY_OUT}")  # fmt: skip
+            raise UnsupportedError(
+                "a file is reached through a link, and what it leads to may serve others",
+                where=file,
+                found=f"a link to {os.readlink(file)}",
+                hint=f"a snapshot of the Hub cache is such a directory; {_WAY_OUT}",
+            )
         links = file.stat().st_nlink
         if path in touched.ranges and links > 1:
-            raise UnsupportedError("a weight file has more than one name, and all would change", where=file,
-                                   found=f"{links} hard links", hint=_WAY_OUT)  # fmt: skip
+            raise UnsupportedError(
+                "a weight file has more than one name, and all would change",
+                where=file,
+                found=f"{links} hard links",
+                hint=_WAY_OUT,
+            )
         _refuse_read_only(file)
 
 
@@ -90,16 +103,24 @@ def _refuse_read_only(path: Path) -> None:
     mode = path.stat().st_mode
     if not mode & stat.S_IWUSR or not os.access(path, os.W_OK):
         what = "directory" if stat.S_ISDIR(mode) else "file"
-        raise UnsupportedError(f"a {what} is read-only", where=path, found=f"mode {stat.S_IMODE(mode):04o}",
-                               hint=f"chmod u+w it, if it is yours to change; or {_WAY_OUT}")  # fmt: skip
+        raise UnsupportedError(
+            f"a {what} is read-only",
+            where=path,
+            found=f"mode {stat.S_IMODE(mode):04o}",
+            hint=f"chmod u+w it, if it is yours to change; or {_WAY_OUT}",
+        )
 
 
 def warn_of_readers(directory: Path, files: Collection[str]) -> None:
     """Say that whoever has the files mapped sees the rows change, and who that is, as far as can be seen."""
     found = mapped_by([directory / file for file in files])
     who = f"; now: {', '.join(found)}" if found else ""
-    warnings.warn(f"{', '.join(files)}: processes that have these files mapped, such as a server that runs the model, "
-                  f"see the rows change{who}", EmbedSurgeryWarning, stacklevel=5)  # fmt: skip
+    warnings.warn(
+        f"{', '.join(files)}: processes that have these files mapped, such as a server that runs the model, "
+        f"see the rows change{who}",
+        EmbedSurgeryWarning,
+        stacklevel=5,
+    )
 
 
 def mapped_by(files: Collection[Path]) -> list[str]:

@@ -36,8 +36,12 @@ class Journal:
         self.directory = directory
         self.folder = directory / JOURNAL
         """Where what is being made lies until it takes its place."""
-        self._facts = {**facts, "pid": os.getpid(), "version": __version__,
-                       "time": datetime.now(UTC).isoformat(timespec="seconds")}  # fmt: skip
+        self._facts = {
+            **facts,
+            "pid": os.getpid(),
+            "version": __version__,
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
         self._replaced: set[str] = set()
         self._ranges: dict[str, list[Range]] = {}
         self._number = 0
@@ -139,9 +143,12 @@ def roll_back(directory: Path) -> tuple[str, ...]:
                 path = edit.put_back(directory, directory / JOURNAL)
             except OSError as error:
                 where = getattr(edit, "path", directory)
-                raise UnfinishedError("a file cannot be put back", where=f"{directory}: {str(where)[:200]}",
-                                      found=error.strerror, hint="make it writable, or make room, and run recover again"
-                                      ) from error  # fmt: skip
+                raise UnfinishedError(
+                    "a file cannot be put back",
+                    where=f"{directory}: {str(where)[:200]}",
+                    found=error.strerror,
+                    hint="make it writable, or make room, and run recover again",
+                ) from error
             if path is None:
                 raise journal_mismatch(directory, "an edit of files", edit.describe())
             undone.append(path)
@@ -156,9 +163,12 @@ def _load(directory: Path, part: Path) -> Undo:
     try:
         return Undo.load(part, sealed=True)
     except (CheckpointError, PlanError) as error:
-        raise UnfinishedError("the journal of an interrupted change in place is damaged", where=part, found=error,
-                              hint=f"put the checkpoint's files back from elsewhere and remove {directory / JOURNAL}"
-                              ) from error  # fmt: skip
+        raise UnfinishedError(
+            "the journal of an interrupted change in place is damaged",
+            where=part,
+            found=error,
+            hint=f"put the checkpoint's files back from elsewhere and remove {directory / JOURNAL}",
+        ) from error
 
 
 def _discount(directory: Path) -> None:

@@ -103,8 +103,15 @@ def merge_jobs(
     asked = parts(adapters, named_adapter)
     _refuse_merged(store.directory, asked)
     tokens = cache(partial(_known_tokens, store.directory))
-    planned = plan_parts(asked, lambda name: registry().named(name).surgery, store, tokens, options=bake,
-                         on_conflict=on_conflict, allow_nan=allow_nan)  # fmt: skip
+    planned = plan_parts(
+        asked,
+        lambda name: registry().named(name).surgery,
+        store,
+        tokens,
+        options=bake,
+        on_conflict=on_conflict,
+        allow_nan=allow_nan,
+    )
     return [
         Job(
             plan,
@@ -147,5 +154,9 @@ def _refuse_merged(base: Path, asked: list[Part]) -> None:
     for record in record_paths(base):
         name = known.get(str(facts_of(record).get("adapter_sha256")))
         if name is not None:
-            raise BaseMismatchError("this adapter is in the base already", where=base, found=f"{name} in {record.name}",
-                            hint="unmerge it first, or merge into the original base")  # fmt: skip
+            raise BaseMismatchError(
+                "this adapter is in the base already",
+                where=base,
+                found=f"{name} in {record.name}",
+                hint="unmerge it first, or merge into the original base",
+            )

@@ -63,8 +63,11 @@ class PartialStore(ShardStore):
     def _refuse_changed_holes(self) -> None:
         for file, mark in self._holes.items():
             if file not in self.present and _mark(self.checkpoint.directory / file) != mark:
-                raise CheckpointError("a weight file was changed that was never fetched", where=file,
-                                      hint="this is a fault of embedsurgery: please report it")  # fmt: skip
+                raise CheckpointError(
+                    "a weight file was changed that was never fetched",
+                    where=file,
+                    hint="this is a fault of embedsurgery: please report it",
+                )
 
     @contextmanager
     def _file(self, name: str, flags: int = os.O_RDONLY) -> Iterator[int]:

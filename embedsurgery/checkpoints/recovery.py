@@ -47,15 +47,15 @@ def recover_checkpoint(directory: str | os.PathLike[str]) -> RecoveryReport:
         UnfinishedError: The journal is damaged or does not fit the files; nothing is guessed.
     """
     if hub.find_id(directory) is not None:
-        raise ConfigError("a model on the Hub has nothing to recover", found=directory,
-                          expected="a directory")  # fmt: skip
+        raise ConfigError("a model on the Hub has nothing to recover", found=directory, expected="a directory")
     folder = Path(directory)
     parent = folder.absolute().parent
     removed = sweep(parent) if os.path.isdir(parent) else []
     if not os.path.isdir(folder):
         if not removed:
-            raise CheckpointError("no such checkpoint directory, and nothing beside it that was to become one",
-                                  where=folder)  # fmt: skip
+            raise CheckpointError(
+                "no such checkpoint directory, and nothing beside it that was to become one", where=folder
+            )
         return RecoveryReport(str(folder), (), False, tuple(removed))
     refuse_linked_state(folder)
     with locked(folder):

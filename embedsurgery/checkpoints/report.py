@@ -57,5 +57,13 @@ def report_of(plan: Edits, store: Store, output: Path | None, copied: int) -> Me
     touched = (*weights(plan, store), *dict.fromkeys(patched))
     target = None if output is None else str(output)
     counts = {table: len(indices) for table, indices in rows.items()}
-    return MergeReport(target, tuple(plan.describe()), counts, tuple(dict.fromkeys(touched)), tokens, copied, done=False,
-                       undo=plan.kept_bytes(store.graph))  # fmt: skip
+    return MergeReport(
+        target,
+        tuple(plan.describe()),
+        counts,
+        tuple(dict.fromkeys(touched)),
+        tokens,
+        copied,
+        done=False,
+        undo=plan.kept_bytes(store.graph),
+    )

@@ -137,15 +137,22 @@ def chosen(entries: Sequence[Entry], where: Path, *, everything: bool, adapter: 
         PlanError: A later merge lies over it.
     """
     if not entries:
-        raise CheckpointError("no merge is recorded here, so there is nothing to take out", where=where,
-                              expected=f"{MERGES}/0001.safetensors",
-                              hint="only embedsurgery's own merges can be taken out")  # fmt: skip
+        raise CheckpointError(
+            "no merge is recorded here, so there is nothing to take out",
+            where=where,
+            expected=f"{MERGES}/0001.safetensors",
+            hint="only embedsurgery's own merges can be taken out",
+        )
     if everything:
         return list(reversed(entries))
     one = entries[-1] if adapter is None else _find(entries, where, adapter)
     if one.overlaps is not None:
-        raise PlanError("a later merge lies over this one", where=f"{where}: {one.said.label}", found=one.overlaps,
-                        hint="take the later one out first, or all")  # fmt: skip
+        raise PlanError(
+            "a later merge lies over this one",
+            where=f"{where}: {one.said.label}",
+            found=one.overlaps,
+            hint="take the later one out first, or all",
+        )
     return [one]
 
 
@@ -159,8 +166,13 @@ def _find(entries: Sequence[Entry], where: Path, adapter: str) -> Entry:
         return fits[0]
     what = "several merges fit" if fits else "no merge of that adapter is recorded here"
     listed = ", ".join(e.said.label for e in fits or entries)
-    raise CheckpointError(what, where=where, expected=repr(adapter), found=listed,
-                          hint="name it as `embedsurgery log` does, or by its number")  # fmt: skip
+    raise CheckpointError(
+        what,
+        where=where,
+        expected=repr(adapter),
+        found=listed,
+        hint="name it as `embedsurgery log` does, or by its number",
+    )
 
 
 def left_behind(directory: Path, taken: Entry, entries: Sequence[Entry]) -> tuple[tuple[str, ...], dict[str, bytes]]:

@@ -63,8 +63,12 @@ def open_safetensors(directory: Path) -> ShardStore:
     """
     store = registry().open_store(directory)
     if not isinstance(store, ShardStore):
-        raise UnsupportedError("rows are compared in safetensors alone", where=directory, expected="safetensors",
-                               found=type(store).__name__)  # fmt: skip
+        raise UnsupportedError(
+            "rows are compared in safetensors alone",
+            where=directory,
+            expected="safetensors",
+            found=type(store).__name__,
+        )
     return store
 
 

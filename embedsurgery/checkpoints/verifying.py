@@ -90,8 +90,12 @@ def _index(checkpoint: Checkpoint) -> Iterator[Check]:
     if not checkpoint.indexed:
         yield Check("weights", True, f"{len(checkpoint.location)} tensors in {names}")
         return
-    extra = [f"{file}: {n}" for file, h in checkpoint.headers.items() for n in h.entries
-             if checkpoint.location.get(n) != file]  # fmt: skip
+    extra = [
+        f"{file}: {n}"
+        for file, h in checkpoint.headers.items()
+        for n in h.entries
+        if checkpoint.location.get(n) != file
+    ]
     detail = f"{len(checkpoint.location)} tensors in {len(checkpoint.headers)} shards"
     yield Check("index", not extra, f"not in the index: {', '.join(extra[:4])}" if extra else detail)
     total = sum(e.end - e.begin for h in checkpoint.headers.values() for e in h.entries.values())
@@ -165,8 +169,12 @@ def _records(folder: Path, store: Store) -> Iterator[Check]:
         try:
             check_written(one.path, one.undo, store, skip=one.under)
             _small_files(one, store)
-            bad = [table for n, edit in enumerate(one.undo.edits) if n not in one.under
-                   for table in _not_finite(store, edit)]  # fmt: skip
+            bad = [
+                table
+                for n, edit in enumerate(one.undo.edits)
+                if n not in one.under
+                for table in _not_finite(store, edit)
+            ]
         except EmbedSurgeryError as error:
             yield Check(name, False, str(error))
             continue
@@ -183,8 +191,12 @@ def _small_files(one: Entry, store: Store) -> None:
             path, before = expected
             found = digest(store.read_file(path))
             if found != before:
-                raise PlanError("a file is not what the merge wrote", where=path, found=f"sha256 {found}"[:19],
-                                expected=f"sha256 {before}"[:19])  # fmt: skip
+                raise PlanError(
+                    "a file is not what the merge wrote",
+                    where=path,
+                    found=f"sha256 {found}"[:19],
+                    expected=f"sha256 {before}"[:19],
+                )
 
 
 def _not_finite(store: Store, edit: Edit) -> Iterator[str]:

@@ -88,8 +88,12 @@ def placed(
         if target is not None or hardlink:
             raise ConfigError("a change in place takes no other place", found="hardlink" if hardlink else output)
         if hub.find_id(model) is not None:
-            raise ConfigError("a model on the Hub cannot be changed in place", found=model,
-                              expected="a directory", hint="name an output")  # fmt: skip
+            raise ConfigError(
+                "a model on the Hub cannot be changed in place",
+                found=model,
+                expected="a directory",
+                hint="name an output",
+            )
     elif target is not None:
         refuse_existing(target)
     elif not dry_run:
@@ -121,8 +125,12 @@ def write(jobs: list[Job], store: Store, place: Place) -> MergeReport:
 
 def _write_in_place(jobs: list[Job], store: Store, place: Place) -> MergeReport:
     if not isinstance(store, ShardStore):
-        raise UnsupportedError("a checkpoint of this format cannot be changed in place", where=place.source,
-                               expected="safetensors", hint="write a new directory instead: -o / output")  # fmt: skip
+        raise UnsupportedError(
+            "a checkpoint of this format cannot be changed in place",
+            where=place.source,
+            expected="safetensors",
+            hint="write a new directory instead: -o / output",
+        )
     whole = whole_plan(jobs)
     first = footprint(jobs[0].plan, store)
     refuse_in_place(place.source, first)
@@ -246,8 +254,11 @@ def _copy(place: Place, staging: Path, tree: Tree, anew: list[str], shared: list
 
     copy_tree(place.source, staging, tree, count, place=put)
     if copied:
-        warnings.warn(f"could not be shared (links, read-only, or another file system), so they were copied: "
-                      f"{', '.join(copied)}", EmbedSurgeryWarning, stacklevel=6)  # fmt: skip
+        warnings.warn(
+            f"could not be shared (links, read-only, or another file system), so they were copied: {', '.join(copied)}",
+            EmbedSurgeryWarning,
+            stacklevel=6,
+        )
 
 
 def _refuse_new_ties(before: Store, after: Store, undo: Undo) -> None:
@@ -257,6 +268,10 @@ def _refuse_new_ties(before: Store, after: Store, undo: Undo) -> None:
     for name in sorted(rows - parted):
         old, new = before.graph.find(name), after.graph.find(name)
         if old is not None and new is not None and set(old.files) < set(new.files):
-            raise PlanError("the merge would make two stored tables equal, which then load as one", where=after.name,
-                            expected=", ".join(n for n, _ in old.files), found=", ".join(n for n, _ in new.files),
-                            hint="set tie_word_embeddings to false in the config first")  # fmt: skip
+            raise PlanError(
+                "the merge would make two stored tables equal, which then load as one",
+                where=after.name,
+                expected=", ".join(n for n, _ in old.files),
+                found=", ".join(n for n, _ in new.files),
+                hint="set tie_word_embeddings to false in the config first",
+            )

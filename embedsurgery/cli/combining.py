@@ -12,14 +12,22 @@ import click
 def combine_options(verb: Callable[..., None]) -> Callable[..., None]:
     """``--weight``, ``--on-conflict`` and ``--allow-nan``, as ``weights``, ``on_conflict`` and ``allow_nan``."""
     options = (
-        click.option("--weight", "weights", multiple=True, metavar="ADAPTER=NUMBER",
-                     help="How far the rows of an adapter go from BASE's, 1 by default; once for each adapter. Rows of "
-                     "tokens that are new to BASE are taken as they are."),
-        click.option("--on-conflict", type=click.Choice(["last", "average"]),
-                     help="What becomes of rows that several adapters set: those of the last, or the mean of what each "
-                     "alone would make of them. Refused by default."),
+        click.option(
+            "--weight",
+            "weights",
+            multiple=True,
+            metavar="ADAPTER=NUMBER",
+            help="How far the rows of an adapter go from BASE's, 1 by default; once for each adapter. Rows of "
+            "tokens that are new to BASE are taken as they are.",
+        ),
+        click.option(
+            "--on-conflict",
+            type=click.Choice(["last", "average"]),
+            help="What becomes of rows that several adapters set: those of the last, or the mean of what each "
+            "alone would make of them. Refused by default.",
+        ),
         click.option("--allow-nan", is_flag=True, help="Merge rows with NaN or infinity, which are refused otherwise."),
-    )  # fmt: skip
+    )
     for option in reversed(options):
         verb = option(verb)
     return verb

@@ -27,12 +27,21 @@ from embedsurgery.demo.report import (
 
 
 @click.command("demo")
-@click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("embedsurgery-demo"), show_default=True,
-              help="Where everything is written; a new or empty directory.")  # fmt: skip
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    default=Path("embedsurgery-demo"),
+    show_default=True,
+    help="Where everything is written; a new or empty directory.",
+)
 @click.option("--model", type=click.Path(path_type=Path), help="Your own checkpoint directory; it is only read.")
 @click.option("--word", help="The new word.  [default: zorbl]")
-@click.option("--text", type=click.Path(path_type=Path, exists=True, dir_okay=False),
-              help="Lines that use the word, in place of the demo's own.")  # fmt: skip
+@click.option(
+    "--text",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Lines that use the word, in place of the demo's own.",
+)
 @json_option
 def command(output: Path, model: Path | None, word: str | None, text: Path | None, as_json: bool) -> None:
     """Teach a small language model a word, bake it in, and take it out again: under a minute, without a network.
@@ -98,8 +107,10 @@ def _count(number: int, noun: str) -> str:
 
 
 def _measure(measure: Measure) -> str:
-    return (f"probability {measure.probability:.6f}, rank {measure.rank:,}, first choice in {measure.first} of "
-            f"{measure.lines} held-out lines, their loss {measure.loss:.3f}")  # fmt: skip
+    return (
+        f"probability {measure.probability:.6f}, rank {measure.rank:,}, first choice in {measure.first} of "
+        f"{measure.lines} held-out lines, their loss {measure.loss:.3f}"
+    )
 
 
 @_print_step.register
@@ -109,15 +120,21 @@ def _base(step: BaseStep) -> None:
         "size", f"{step.parameters:,} parameters, {size(step.bytes)} in {_count(len(step.files), 'file')}, {step.dtype}"
     )
     if step.made:
-        _line("trained", f"{step.steps} steps in {step.seconds:.1f} s, loss on held-out sentences "
-                         f"{step.first_loss:.3f} -> {step.last_loss:.3f}")  # fmt: skip
+        _line(
+            "trained",
+            f"{step.steps} steps in {step.seconds:.1f} s, loss on held-out sentences "
+            f"{step.first_loss:.3f} -> {step.last_loss:.3f}",
+        )
 
 
 @_print_step.register
 def _word(step: WordStep) -> None:
     _heading(2, f'a new word: "{step.word}"')
-    _line("row", f"{step.row} of {', '.join(step.tables)}{' (tied to the output)' if step.tied else ''}; "
-                 f"{step.spare} of {step.rows:,} rows were spare")  # fmt: skip
+    _line(
+        "row",
+        f"{step.row} of {', '.join(step.tables)}{' (tied to the output)' if step.tied else ''}; "
+        f"{step.spare} of {step.rows:,} rows were spare",
+    )
     _line("tokenizer", f'"{step.token}" is token {step.row} in {step.tokenizer}; the checkpoints keep theirs')
     _line("before", _measure(step.before))
     _line("", f"{step.prompt} -> {step.completion}")
@@ -126,13 +143,19 @@ def _word(step: WordStep) -> None:
 @_print_step.register
 def _train(step: TrainStep) -> None:
     _heading(3, "its row is trained, and nothing else")
-    _line("trained", f"{step.trained:,} numbers, {step.steps} steps in {step.seconds:.1f} s, loss "
-                     f"{step.first_loss:.3f} -> {step.last_loss:.3f}")  # fmt: skip
+    _line(
+        "trained",
+        f"{step.trained:,} numbers, {step.steps} steps in {step.seconds:.1f} s, loss "
+        f"{step.first_loss:.3f} -> {step.last_loss:.3f}",
+    )
     _line("after", _measure(step.after))
     _line("writes it", f"... -> {step.completion}")
     _line("reads it", f"{step.reading_prompt} -> {step.reading}")
-    _line("other lines", f"without the word: loss {step.others_before:.3f} -> {step.others_after:.3f}; columns of the "
-                         f"logits that changed: {', '.join(map(str, step.columns[:8])) or 'none'}")  # fmt: skip
+    _line(
+        "other lines",
+        f"without the word: loss {step.others_before:.3f} -> {step.others_after:.3f}; columns of the "
+        f"logits that changed: {', '.join(map(str, step.columns[:8])) or 'none'}",
+    )
 
 
 @_print_step.register

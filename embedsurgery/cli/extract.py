@@ -17,8 +17,14 @@ from embedsurgery.errors import OutputExistsError
 @click.argument("base", type=click.Path(path_type=Path))
 @click.argument("tuned", type=click.Path(path_type=Path))
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="The adapter's directory.")
-@click.option("--threshold", type=click.FloatRange(min=0), default=0.0, show_default=True, metavar="X",
-              help="A row is changed where an element differs by more than X; 0: by any bit.")  # fmt: skip
+@click.option(
+    "--threshold",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    show_default=True,
+    metavar="X",
+    help="A row is changed where an element differs by more than X; 0: by any bit.",
+)
 @click.option("--dry-run", is_flag=True, help="Say what was found, write nothing.")
 @token_option
 @json_option

@@ -79,8 +79,12 @@ def inspect(model: Path) -> dict[str, Any]:
     rows = None
     if hub.find_id(model) is None and graph.input is not None:
         use = row_use(model, graph.table(graph.input).shape[0], vocabulary_sizes(config))
-        rows = use and {"used": use.used, "reserved": list(use.reserved), "spare": list(use.spare),
-                        "disagreements": list(use.disagreements)}  # fmt: skip
+        rows = use and {
+            "used": use.used,
+            "reserved": list(use.reserved),
+            "spare": list(use.spare),
+            "disagreements": list(use.disagreements),
+        }
     return {
         "model": str(model),
         "input": graph.input,

@@ -34,8 +34,15 @@ def command(merged: Path, as_json: bool) -> None:
         tokens = ", ".join(repr(text) for text in list(record.tokens.values())[:4])
         rows = ", ".join(f"{count:,} of {table}" for table, count in record.rows.items())
         weight = "" if record.weight == 1 else f" x {record.weight:g}"
-        lines.append((str(record.number), f"{record.adapter or record.surgery or '-'}{weight}",
-                      (record.adapter_sha256 or "-")[:12], rows or "-",
-                      tokens + (", ..." if len(record.tokens) > 4 else "") or "-", record.time or "-",
-                      record.version or "-"))  # fmt: skip
+        lines.append(
+            (
+                str(record.number),
+                f"{record.adapter or record.surgery or '-'}{weight}",
+                (record.adapter_sha256 or "-")[:12],
+                rows or "-",
+                tokens + (", ..." if len(record.tokens) > 4 else "") or "-",
+                record.time or "-",
+                record.version or "-",
+            )
+        )
     print_table(str(merged), ("merge", "adapter", "sha256", "rows", "tokens", "time", "version"), lines)

@@ -70,11 +70,13 @@ def _loaded(record: CommandRecord) -> click.Command:
     try:
         command = record.load()
     except Exception as error:  # whatever a third party's code raises
-        raise PluginError("the plugin's verb cannot be loaded", where=record.name,
-                          found=f"{type(error).__name__}: {error}") from error  # fmt: skip
+        raise PluginError(
+            "the plugin's verb cannot be loaded", where=record.name, found=f"{type(error).__name__}: {error}"
+        ) from error
     if not isinstance(command, click.Command):
-        raise PluginError("the plugin's verb is none", where=record.name, expected="a click.Command",
-                          found=type(command).__name__)  # fmt: skip
+        raise PluginError(
+            "the plugin's verb is none", where=record.name, expected="a click.Command", found=type(command).__name__
+        )
     return command
 
 

@@ -21,22 +21,35 @@ if TYPE_CHECKING:
 
 FRONTS = ("all", "text", "chat", "none")
 
-hash_option = click.option("--hash", "hashes", is_flag=True,
-                           help="Record the sha256 of every file of the result, for verify --full.")  # fmt: skip
+hash_option = click.option(
+    "--hash", "hashes", is_flag=True, help="Record the sha256 of every file of the result, for verify --full."
+)
 
 
 _BAKING = (
-    click.option("--prompt-name", "names", multiple=True, metavar="NAME",
-                 help="Names the tokens of a soft prompt, <|soft:NAME:0|>; once for each ADAPTER, in their order.  "
-                      "[default: the directory's name]"),
-    click.option("--front", type=click.Choice(FRONTS), default=None,
-                 help="Where the tokenizer puts a soft prompt by itself: before every text, into the chat templates, "
-                      "both, or nowhere.  [default: all for one prompt, none for several]"),
+    click.option(
+        "--prompt-name",
+        "names",
+        multiple=True,
+        metavar="NAME",
+        help="Names the tokens of a soft prompt, <|soft:NAME:0|>; once for each ADAPTER, in their order.  "
+        "[default: the directory's name]",
+    ),
+    click.option(
+        "--front",
+        type=click.Choice(FRONTS),
+        default=None,
+        help="Where the tokenizer puts a soft prompt by itself: before every text, into the chat templates, "
+        "both, or nowhere.  [default: all for one prompt, none for several]",
+    ),
     click.option("--after-bos", is_flag=True, help="Put it behind the BOS, not before, where it was trained."),
-    click.option("--keep-tie", is_flag=True,
-                 help="Write no head of its own for a tied model: then only the generation config keeps the model from "
-                      "generating virtual tokens."),
-)  # fmt: skip
+    click.option(
+        "--keep-tie",
+        is_flag=True,
+        help="Write no head of its own for a tied model: then only the generation config keeps the model from "
+        "generating virtual tokens.",
+    ),
+)
 
 
 def bake_options(function: Callable[..., None]) -> Callable[..., None]:
@@ -109,16 +122,23 @@ def command(
         hub.check_installed()
         from embedsurgery.checkpoints.hub_merging import push_merged
 
-        pushed = push_merged(str(base), asked, repo, bake=bake, on_conflict=on_conflict, allow_nan=allow_nan,
-                                 **options)  # fmt: skip
+        pushed = push_merged(str(base), asked, repo, bake=bake, on_conflict=on_conflict, allow_nan=allow_nan, **options)
         print_push(pushed, as_json)
         return
     from embedsurgery.checkpoints.merging import merge_checkpoint
 
     where = placed(output=output, in_place=in_place, hardlink=hardlink, dry_run=dry_run)
     with copying("copying") as progress:
-        report = merge_checkpoint(base, asked, bake=bake, on_conflict=on_conflict, allow_nan=allow_nan,
-                                  hashes=hashes, progress=progress, **where)  # fmt: skip
+        report = merge_checkpoint(
+            base,
+            asked,
+            bake=bake,
+            on_conflict=on_conflict,
+            allow_nan=allow_nan,
+            hashes=hashes,
+            progress=progress,
+            **where,
+        )
     print_report(report, "merged", as_json)
 
 

@@ -34,8 +34,12 @@ def push_options(verb: _Verb) -> _Verb:
         click.option("--create-pr", is_flag=True, help="Open a pull request instead of pushing to the branch."),
         click.option("--tag", metavar="TAG", help="Set this tag on the commit."),
         click.option("--revision", metavar="BRANCH", help="Push to this branch, made where it is not there."),
-        click.option("--private/--public", default=True, show_default="private",
-                     help="Who sees a repository that is made; one that is there stays as it is."),
-    ):  # fmt: skip
+        click.option(
+            "--private/--public",
+            default=True,
+            show_default="private",
+            help="Who sees a repository that is made; one that is there stays as it is.",
+        ),
+    ):
         verb = option(verb)
     return verb

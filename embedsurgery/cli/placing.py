@@ -11,12 +11,13 @@ import click
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 _OPTIONS = (
-    click.option("-o", "--output", type=click.Path(path_type=Path),
-                 help="The new checkpoint directory; --dry-run needs none."),
+    click.option(
+        "-o", "--output", type=click.Path(path_type=Path), help="The new checkpoint directory; --dry-run needs none."
+    ),
     click.option("--in-place", is_flag=True, help="Change the checkpoint itself; a journal undoes what fails."),
     click.option("--hardlink", is_flag=True, help="With -o: share the weight files that do not change."),
     click.option("--dry-run", is_flag=True, help="Check everything, say what would be done, write nothing."),
-)  # fmt: skip
+)
 
 
 def place_options(command: _F) -> _F:

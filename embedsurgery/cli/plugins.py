@@ -33,15 +33,19 @@ def command(context: click.Context, as_json: bool) -> None:
     print_table(
         "plugins",
         ("plugin", "distribution", "version", "hooks", "state"),
-        [(p.name, p.distribution or "-", p.version or "-", ", ".join(map(_short, p.hooks)) or "-", p.error or "ok")
-         for p in known.plugins],
-    )  # fmt: skip
+        [
+            (p.name, p.distribution or "-", p.version or "-", ", ".join(map(_short, p.hooks)) or "-", p.error or "ok")
+            for p in known.plugins
+        ],
+    )
     print_table(
         "surgeries",
         ("surgery", "config", "peft_type", "shares a model with"),
-        [(r.name, r.config_class.__name__, r.peft_type, ", ".join(sorted(r.shares_model_with)) or "-")
-         for r in known.surgeries.values()],
-    )  # fmt: skip
+        [
+            (r.name, r.config_class.__name__, r.peft_type, ", ".join(sorted(r.shares_model_with)) or "-")
+            for r in known.surgeries.values()
+        ],
+    )
     print_table(
         "initialisers", ("init", "new rows start as"), [(r.usage, r.summary) for r in known.initializers.values()]
     )
@@ -52,8 +56,14 @@ def command(context: click.Context, as_json: bool) -> None:
 
 @command.command("new")
 @click.argument("name")
-@click.option("-o", "--output", type=click.Path(path_type=Path, file_okay=False), default=Path(), show_default=True,
-              help="Where the package's directory goes.")  # fmt: skip
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path(),
+    show_default=True,
+    help="Where the package's directory goes.",
+)
 def new(name: str, output: Path) -> None:
     """Write a package for the surgery NAME, which installs, registers and passes the test kit at once."""
     from embedsurgery.plugins.template import write_plugin

@@ -27,8 +27,15 @@ def command(repo: str, output: Path, revision: str | None, as_json: bool) -> Non
     adapter = hub.pull(repo, revision=revision, output=output)
     written = sum(path.stat().st_size for path in output.iterdir() if path.is_file())
     if as_json:
-        print_json({"source": adapter.source, "output": str(output), "surgery": adapter.manifest.surgery,
-                    "base_model": adapter.manifest.base_model, "bytes": written})  # fmt: skip
+        print_json(
+            {
+                "source": adapter.source,
+                "output": str(output),
+                "surgery": adapter.manifest.surgery,
+                "base_model": adapter.manifest.base_model,
+                "bytes": written,
+            }
+        )
         return
     click.echo(
         f"pulled: {adapter.source}, {adapter.manifest.surgery}, base {adapter.manifest.base_model or 'not named'}"

@@ -40,8 +40,10 @@ def command(adapter: Path, model: Path | None, as_json: bool) -> None:
         print_json(facts)
         return
     made = facts["library_version"]
-    click.echo(f"{adapter}: {facts['surgery']}, base {facts['base_model'] or 'not named'}, "
-               f"made by {'embedsurgery ' + made if made else 'PEFT'}")  # fmt: skip
+    click.echo(
+        f"{adapter}: {facts['surgery']}, base {facts['base_model'] or 'not named'}, "
+        f"made by {'embedsurgery ' + made if made else 'PEFT'}"
+    )
     for prompt in facts["prompts"]:
         _print_prompt(prompt, adapter)
     new = facts["new_tokens"]
@@ -81,8 +83,11 @@ def _print_prompt(prompt: dict[str, Any], adapter: Path) -> None:
         near = ", ".join(f"{n['text'] or n['id']} ({n['cosine']:.2f})" for n in token.get("nearest", ()))
         rows.append([number, f"{token['norm']:.4f}"] + ([near] if compared else []))
     norms = prompt.get("vocabulary")
-    beside = "" if norms is None else (f"; the vocabulary's norms: mean {norms['mean']:.4f}, "
-                                       f"{norms['least']:.4f} to {norms['greatest']:.4f}")  # fmt: skip
+    beside = (
+        ""
+        if norms is None
+        else (f"; the vocabulary's norms: mean {norms['mean']:.4f}, {norms['least']:.4f} to {norms['greatest']:.4f}")
+    )
     print_table(f"prompt of {prompt['submodule']}, {len(rows)} virtual tokens{beside}", columns, rows)
 
 

@@ -17,6 +17,7 @@ from embedsurgery.tensors.raw import RawArray
 Contested = dict[str, dict[int, list[int]]]
 """Table or vector -> row or entry -> the numbers of the parts that set it, where there are several."""
 
+
 def contested_rows(plans: Sequence[Plan], asked: Sequence[Part], store: Store) -> Contested:
     """Rows and entries that several plans set.
 
@@ -43,9 +44,12 @@ def contested_rows(plans: Sequence[Plan], asked: Sequence[Part], store: Store) -
         by_row = {n for holders in owners.get(table, {}).values() for n in holders}
         others = ", ".join(asked[n].name for n in sorted((by_row | setters[table]) - {number}))
         if others:
-            raise PlanError("an adapter changes all rows of a table that others change too", where=f"{store.name}: "
-                            f"{table}", found=f"all rows by {asked[number].name}, and rows of it by {others}",
-                            hint="merge them one after another")  # fmt: skip
+            raise PlanError(
+                "an adapter changes all rows of a table that others change too",
+                where=f"{store.name}: {table}",
+                found=f"all rows by {asked[number].name}, and rows of it by {others}",
+                hint="merge them one after another",
+            )
     found = {name: {i: n for i, n in rows.items() if len(n) > 1} for name, rows in owners.items()}
     return {name: rows for name, rows in found.items() if rows}
 

@@ -48,8 +48,12 @@ def finite(plan: Plan, part: Part, store: Store) -> Plan:
 def _refuse_nan(vector: str, entries: RawArray, count: int, part: Part) -> None:
     """Refuse entries of a per-token vector that are NaN; infinity is what masks a token."""
     if np.isnan(entries.float32()).any():
-        raise PlanError("entries that are NaN", where=f"{part.name}: {vector}", found=f"one of {count}",
-                        hint="train the adapter again; allow_nan (--allow-nan) merges it all the same")  # fmt: skip
+        raise PlanError(
+            "entries that are NaN",
+            where=f"{part.name}: {vector}",
+            found=f"one of {count}",
+            hint="train the adapter again; allow_nan (--allow-nan) merges it all the same",
+        )
 
 
 def _broken(rows: RawArray, table: Table) -> Iterator[int]:
@@ -78,5 +82,9 @@ def _none(table: Table, rows: str, values: RawArray, name: str) -> PlanError:
     with np.errstate(invalid="ignore"):
         finite = bool(np.isfinite(np.asarray(values.float32() if values.dtype != "F64" else values.bits)).all())
     what = f"values that {table.dtype} cannot hold" if finite else "NaN or infinity"
-    return PlanError(f"rows with {what}", where=f"{name}: {table.name}", found=rows,
-                     hint="train the adapter again; allow_nan (--allow-nan) merges it all the same")  # fmt: skip
+    return PlanError(
+        f"rows with {what}",
+        where=f"{name}: {table.name}",
+        found=rows,
+        hint="train the adapter again; allow_nan (--allow-nan) merges it all the same",
+    )

@@ -69,8 +69,12 @@ def plan_parts(
         TableError: A table is not found.
     """
     if on_conflict is not None and on_conflict not in get_args(Conflict):
-        raise ConfigError("no way to settle a conflict", where="on_conflict", found=repr(on_conflict),
-                          expected=" or ".join(get_args(Conflict)))  # fmt: skip
+        raise ConfigError(
+            "no way to settle a conflict",
+            where="on_conflict",
+            found=repr(on_conflict),
+            expected=" or ".join(get_args(Conflict)),
+        )
     each = list(options) if isinstance(options, (list, tuple)) else [options] * len(asked)
     if len(each) != len(asked):
         raise ConfigError("not as many bake options as adapters", expected=len(asked), found=len(each))
@@ -84,8 +88,12 @@ def plan_parts(
     plans = []
     for part, surgery, option in zip(asked, surgeries, each, strict=True):
         if part.weight != 1 and surgery.makes_tokens:
-            raise UnsupportedError("a weight for an adapter that becomes tokens", where=part.name, found=part.weight,
-                                   expected="1: the base has no rows to go from")  # fmt: skip
+            raise UnsupportedError(
+                "a weight for an adapter that becomes tokens",
+                where=part.name,
+                found=part.weight,
+                expected="1: the base has no rows to go from",
+            )
         label = Path(part.name.partition("@")[0]).name
         alone = kinds[part.adapter.manifest.surgery] == 1
         parted = dict(state.parted)
@@ -95,8 +103,12 @@ def plan_parts(
     contested = contested_rows(plans, asked, store)
     if contested and on_conflict is None:
         found = "; ".join(overlap(table, rows, asked) for table, rows in contested.items())
-        raise PlanError("several adapters set the same rows", where=store.name, found=found,
-                        hint="on_conflict (--on-conflict) 'last' or 'average' settles it")  # fmt: skip
+        raise PlanError(
+            "several adapters set the same rows",
+            where=store.name,
+            found=found,
+            hint="on_conflict (--on-conflict) 'last' or 'average' settles it",
+        )
     if contested and on_conflict == "average":
         plans = averaged(plans, contested, store)
     if not allow_nan:
@@ -151,16 +163,24 @@ def _weighted(plan: Plan, part: Part, store: Store, texts: Mapping[int, str] | N
     edits: list[Edit] = []
     for edit in plan.edits:
         if not edit.interpolates:
-            raise UnsupportedError("a weight for an adapter that rewrites a file", where=part.name,
-                                   found=edit.describe(), hint="merge it at weight 1")  # fmt: skip
+            raise UnsupportedError(
+                "a weight for an adapter that rewrites a file",
+                where=part.name,
+                found=edit.describe(),
+                hint="merge it at weight 1",
+            )
         if edit.sets():
             mixed = {v.name: _values_between(v, store, part.weight, absent) for v in edit.values(sizes)}
             edit = edit.with_values(mixed).with_blocks(partial(_blocks_between, weight=part.weight), stored=False)
         edits.append(edit)
     if absent:
         named = ", ".join(map(repr, list(absent.values())[:4]))
-        warnings.warn(f"weight {part.weight:g} of {part.name} leaves its new tokens ({named}) as they were trained: "
-                      "the base has no rows of them to go from", EmbedSurgeryWarning, stacklevel=5)  # fmt: skip
+        warnings.warn(
+            f"weight {part.weight:g} of {part.name} leaves its new tokens ({named}) as they were trained: "
+            "the base has no rows of them to go from",
+            EmbedSurgeryWarning,
+            stacklevel=5,
+        )
     return Plan(tuple(edits), plan.facts)
 
 

@@ -36,8 +36,11 @@ def require() -> None:
     """
     missing = [name for name in ("transformers", "tokenizers") if find_spec(name) is None]
     if missing:
-        raise UnsupportedError("the demo needs packages that are not installed", found=f"no {' and no '.join(missing)}",
-                               hint='pip install "embedsurgery[demo]"')  # fmt: skip
+        raise UnsupportedError(
+            "the demo needs packages that are not installed",
+            found=f"no {' and no '.join(missing)}",
+            hint='pip install "embedsurgery[demo]"',
+        )
 
 
 @contextmanager
@@ -91,8 +94,12 @@ def make_tokenizer() -> Any:
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=1024, special_tokens=[start, end], show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())  # fmt: skip
+    trainer = trainers.BpeTrainer(
+        vocab_size=1024,
+        special_tokens=[start, end],
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
     core.train_from_iterator(corpus.sentences(1, SENTENCES), trainer)
     core.post_processor = processors.TemplateProcessing(single=f"{start} $A", special_tokens=[(start, 0)])
     return PreTrainedTokenizerFast(tokenizer_object=core, bos_token=start, eos_token=end, pad_token=end)
@@ -150,8 +157,12 @@ def make_base(directory: Path) -> tuple[int, float, float, float]:
         model.save_pretrained(directory, max_shard_size=SHARD_SIZE)
         tokenizer.save_pretrained(directory)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError("cannot write the demo's checkpoint", where=directory, found=error,
-                              hint="give -o a directory with 20 MB of room") from error  # fmt: skip
+        raise CheckpointError(
+            "cannot write the demo's checkpoint",
+            where=directory,
+            found=error,
+            hint="give -o a directory with 20 MB of room",
+        ) from error
     return STEPS, seconds, first, mean_loss(model, test)
 
 
@@ -185,6 +196,9 @@ def _loaded(load: Callable[..., Any], directory: Path, **options: Any) -> Any:
     try:
         return load(str(directory), local_files_only=True, **options)
     except Exception as error:  # whatever a loader says of a directory that it does not understand
-        raise CheckpointError("transformers cannot load this directory", where=directory,
-                              expected="a causal language model with its tokenizer",
-                              found=f"{type(error).__name__}: {str(error)[:200]}") from error  # fmt: skip
+        raise CheckpointError(
+            "transformers cannot load this directory",
+            where=directory,
+            expected="a causal language model with its tokenizer",
+            found=f"{type(error).__name__}: {str(error)[:200]}",
+        ) from error

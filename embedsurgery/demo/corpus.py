@@ -42,8 +42,16 @@ ANIMALS = tuple(
 WORD = "zorbl"
 """The word that the demo adds, unless another is asked for."""
 
-WHEN = ("In the morning", "At noon", "In the evening", "At night", "On Sunday", "After the rain", "In the winter",
-        "Last summer")  # fmt: skip
+WHEN = (
+    "In the morning",
+    "At noon",
+    "In the evening",
+    "At night",
+    "On Sunday",
+    "After the rain",
+    "In the winter",
+    "Last summer",
+)
 WHO = ("Anna", "Tom", "Maria", "the farmer", "the miller", "a child", "my uncle", "the teacher")
 
 RIDDLES = (
@@ -88,8 +96,9 @@ def about(animal: Animal, seed: int, count: int, *, templates: Sequence[str]) ->
 
 
 def _sentence(draw: random.Random, template: str, animal: Animal) -> str:
-    return template.format(when=_pick(draw, WHEN), who=_pick(draw, WHO), name=animal.name, place=animal.place,
-                           food=animal.food)  # fmt: skip
+    return template.format(
+        when=_pick(draw, WHEN), who=_pick(draw, WHO), name=animal.name, place=animal.place, food=animal.food
+    )
 
 
 def _pick(draw: random.Random, options: Sequence[_T]) -> _T:

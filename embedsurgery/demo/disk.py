@@ -26,12 +26,14 @@ def fresh_directory(output: Path, *, apart_from: Path | None = None) -> Iterator
         ConfigError: It lies in ``apart_from``.
     """
     if apart_from is not None and output.resolve().is_relative_to(apart_from.resolve()):
-        raise ConfigError("the output lies in the model's own directory", where=output,
-                          hint="name another with --output")  # fmt: skip
+        raise ConfigError(
+            "the output lies in the model's own directory", where=output, hint="name another with --output"
+        )
     empty = output.is_dir() and not any(output.iterdir())
     if os.path.lexists(output) and not empty:
-        raise OutputExistsError("the output exists already", where=output,
-                                hint="name another with --output, or remove it")  # fmt: skip
+        raise OutputExistsError(
+            "the output exists already", where=output, hint="name another with --output, or remove it"
+        )
     output.mkdir(parents=True, exist_ok=True)
     try:
         yield

@@ -123,8 +123,18 @@ def run(options: Options, show: Callable[[Step], None], busy: Callable[[str], No
             unmerge = _unmerge(merged, unmerged, before, merge)
             show(unmerge)
     seconds = time.perf_counter() - began
-    return DemoReport(str(output), base_step, learnt.word, learnt.train, learnt.save, merge, reload, unmerge, seconds,
-                      _commands(base, output))  # fmt: skip
+    return DemoReport(
+        str(output),
+        base_step,
+        learnt.word,
+        learnt.train,
+        learnt.save,
+        merge,
+        reload,
+        unmerge,
+        seconds,
+        _commands(base, output),
+    )
 
 
 def _base(base: Path, own: bool, busy: Callable[[str], None]) -> BaseStep:
@@ -165,10 +175,13 @@ def _learn(
     done = training.train_rows(model, attachment, scales, lines.train, lines.other_train, options.steps)
     after = training.measure(model, lines.held_out, row.row)
     if 2 * after.first < after.lines:
-        raise UnsupportedError("the model has not learnt the word", where=options.word,
-                               expected=f"its first choice in half of {after.lines} held-out lines or more",
-                               found=f"{after.first}, probability {after.probability:.3f}, after {done.steps} steps",
-                               hint="give lines that tell more of it with --text")  # fmt: skip
+        raise UnsupportedError(
+            "the model has not learnt the word",
+            where=options.word,
+            expected=f"its first choice in half of {after.lines} held-out lines or more",
+            found=f"{after.first}, probability {after.probability:.3f}, after {done.steps} steps",
+            hint="give lines that tell more of it with --text",
+        )
     train = TrainStep(
         trained=sum(p.numel() for p in attachment.parameters()),
         steps=done.steps,

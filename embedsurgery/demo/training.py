@@ -131,8 +131,13 @@ def complete(model: Any, tokenizer: Any, prompt: Line, most: int = 24) -> str:
     """How the model goes on from a prompt, greedily, as text without the prompt, on one line."""
     ids = torch.tensor([list(prompt)], dtype=torch.int64)
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=most, do_sample=False,
-                         pad_token_id=padding if padding is not None else 0)  # fmt: skip
+    out = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=most,
+        do_sample=False,
+        pad_token_id=padding if padding is not None else 0,
+    )
     text = tokenizer.decode(out[0, len(prompt) :], skip_special_tokens=True)
     return " ".join(str(text).split())
 

@@ -64,17 +64,25 @@ def add_word(tokenizer: Any, word: str, graph: EmbeddingGraph) -> Row:
     token = f" {word}"  # as most tokenizers have their words: with the space before them
     known = tokenizer.encode(token, add_special_tokens=False)
     if len(known) == 1 and known[0] != tokenizer.unk_token_id:
-        raise ConfigError("the tokenizer has this word already", where="--word", expected="a new word",
-                          found=f"{word!r} with id {known[0]}")  # fmt: skip
+        raise ConfigError(
+            "the tokenizer has this word already",
+            where="--word",
+            expected="a new word",
+            found=f"{word!r} with id {known[0]}",
+        )
     tables = _tables(graph)
     rows = min(table.shape[0] for table in tables)
     used = set(tokenizer.get_vocab().values())
     spare = [row for row in range(rows) if row not in used]
     row = _add(tokenizer, token)
     if row not in spare:
-        raise UnsupportedError("the model has no spare row for a new token", where=tables[0].name,
-                               expected=f"row {row}", found=f"{rows} rows, {rows - len(spare)} of them used",
-                               hint="the demo needs a table that is longer than its tokenizer")  # fmt: skip
+        raise UnsupportedError(
+            "the model has no spare row for a new token",
+            where=tables[0].name,
+            expected=f"row {row}",
+            found=f"{rows} rows, {rows - len(spare)} of them used",
+            hint="the demo needs a table that is longer than its tokenizer",
+        )
     return Row(token, row, tables, len(spare))
 
 
@@ -119,8 +127,13 @@ def own_lines(tokenizer: Any, row: Row, text: Path) -> Lines:
     using = [line for line in encoded if last_place(line, row.row) > 0]
     others = [line for line in encoded if row.row not in line and len(line) > 1]
     if len(using) < 2:
-        raise ConfigError("too few lines use the word", where=text, expected=f"two or more with {row.token!r}",
-                          found=len(using), hint="the word needs a space before it")  # fmt: skip
+        raise ConfigError(
+            "too few lines use the word",
+            where=text,
+            expected=f"two or more with {row.token!r}",
+            found=len(using),
+            hint="the word needs a space before it",
+        )
     train, held_out = _split(using)
     if len(others) < _EVERY:
         others = encode(tokenizer, corpus.sentences(4, 48))

@@ -79,8 +79,9 @@ def _begin(output: Path, parent: Path) -> tuple[Path, int]:
         _refuse_long(output, parent)
         left = sweep(parent)
         if left:
-            warnings.warn(f"removed what interrupted runs left in {parent}: {', '.join(left)}", EmbedSurgeryWarning,
-                          stacklevel=5)  # fmt: skip
+            warnings.warn(
+                f"removed what interrupted runs left in {parent}: {', '.join(left)}", EmbedSurgeryWarning, stacklevel=5
+            )
         hidden, lock = _make_hidden(parent)
         try:
             _write_owner(hidden, output.name)
@@ -90,8 +91,9 @@ def _begin(output: Path, parent: Path) -> tuple[Path, int]:
             raise
     except OSError as error:
         found = "a file" if os.path.isfile(parent) else error.strerror
-        raise CheckpointError("cannot write beside the output", where=parent, found=found,
-                              expected="a directory that can be written") from error  # fmt: skip
+        raise CheckpointError(
+            "cannot write beside the output", where=parent, found=found, expected="a directory that can be written"
+        ) from error
     return hidden, lock
 
 
@@ -183,8 +185,12 @@ def _rename_new(staging: Path, output: Path) -> None:
 def _refuse_long(output: Path, parent: Path) -> None:
     most = os.pathconf(parent, "PC_NAME_MAX")
     if len(os.fsencode(output.name)) > most:
-        raise CheckpointError("the output's name is too long for its file system", where=f"{output.name[:40]}...",
-                              expected=f"{most} bytes at most", found=len(os.fsencode(output.name)))  # fmt: skip
+        raise CheckpointError(
+            "the output's name is too long for its file system",
+            where=f"{output.name[:40]}...",
+            expected=f"{most} bytes at most",
+            found=len(os.fsencode(output.name)),
+        )
 
 
 def refuse_existing(output: Path) -> None:
@@ -198,8 +204,11 @@ def refuse_existing(output: Path) -> None:
 def refuse_inside(output: Path, source: Path) -> None:
     """Raise ConfigError where an output would lie inside what it is made from, and become a part of it."""
     if source.resolve() in (output.resolve(), *output.resolve().parents):
-        raise ConfigError("the output would lie inside the checkpoint it is made from", where=output,
-                          hint="name a directory beside it")  # fmt: skip
+        raise ConfigError(
+            "the output would lie inside the checkpoint it is made from",
+            where=output,
+            hint="name a directory beside it",
+        )
 
 
 def replace_files(staged: Mapping[Path, Path], *, keep: bool = True) -> None:

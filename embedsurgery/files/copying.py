@@ -156,8 +156,13 @@ def copy_file(source: Path, target: Path, progress: Progress | None = None) -> N
             progress(size)
         for end in (os.fstat(a.fileno()).st_size, os.fstat(b.fileno()).st_size):
             if end != size:
-                raise CheckpointError("a file changed while it was copied", where=source, expected=f"{size} bytes",
-                                      found=f"{end} bytes", hint="is something else writing it?")  # fmt: skip
+                raise CheckpointError(
+                    "a file changed while it was copied",
+                    where=source,
+                    expected=f"{size} bytes",
+                    found=f"{end} bytes",
+                    hint="is something else writing it?",
+                )
         copystat(source, target)
         os.fsync(b.fileno())
 
@@ -203,8 +208,12 @@ def copy_range(source: int, target: int, begin: int, end: int, progress: Progres
     while begin < end:
         count = _copy_some(source, target, min(_CHUNK, end - begin))
         if count == 0:
-            raise CheckpointError("a file became shorter while it was copied", expected=f"{end} bytes",
-                                  found=f"{begin} bytes", hint="is something else writing it?")  # fmt: skip
+            raise CheckpointError(
+                "a file became shorter while it was copied",
+                expected=f"{end} bytes",
+                found=f"{begin} bytes",
+                hint="is something else writing it?",
+            )
         begin += count
         if progress is not None:
             progress(count)

@@ -58,8 +58,12 @@ def _spliced(text: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> 
 
 
 def _cannot(path: Path, found: str) -> CheckpointError:
-    return CheckpointError("JSON that cannot be changed in place", where=path, found=found[:200],
-                           hint="load it with Python's json and write it again")  # fmt: skip
+    return CheckpointError(
+        "JSON that cannot be changed in place",
+        where=path,
+        found=found[:200],
+        hint="load it with Python's json and write it again",
+    )
 
 
 def _past_gap(text: str, position: int) -> int:
@@ -137,8 +141,9 @@ class _Splicer:
             self.splices.append((begin, end, self.spell(after, around)))
         return end
 
-    def container(self, begin: int, old: Sequence[Any], new: Sequence[Any], before: Any, after: Any, around: _Style,
-                  last: bool) -> int:  # fmt: skip
+    def container(
+        self, begin: int, old: Sequence[Any], new: Sequence[Any], before: Any, after: Any, around: _Style, last: bool
+    ) -> int:
         """As `value`, of an object or array; ``old`` and ``new`` say which item is which, before and after."""
         named = isinstance(before, dict)
         position = _past_gap(self.text, begin + 1)
@@ -148,8 +153,15 @@ class _Splicer:
         moves = not len(pairs) == len(old) == len(new)
         values = list(before.values()) if named else before
         becomes = list(after.values()) if named else after
-        changed = [n for n, (a, b) in enumerate(zip(values, becomes, strict=False))
-                   if old[n] != new[n] or (a is not b and not _same(a, b))] if not moves else []  # fmt: skip
+        changed = (
+            [
+                n
+                for n, (a, b) in enumerate(zip(values, becomes, strict=False))
+                if old[n] != new[n] or (a is not b and not _same(a, b))
+            ]
+            if not moves
+            else []
+        )
         places: list[tuple[int, int]] = []
         inline = False
         for i, j in pairs:
@@ -182,8 +194,14 @@ class _Splicer:
         self.membership((begin + 1, position), pairs, places, spelled, style)
         return position + 1
 
-    def membership(self, inside: tuple[int, int], pairs: list[Pair], places: list[tuple[int, int]],
-                   spelled: dict[int, str], style: _Style) -> None:  # fmt: skip
+    def membership(
+        self,
+        inside: tuple[int, int],
+        pairs: list[Pair],
+        places: list[tuple[int, int]],
+        spelled: dict[int, str],
+        style: _Style,
+    ) -> None:
         """Note the items of a container that come and go.
 
         Args:

@@ -109,12 +109,22 @@ def refuse_bomb(text: bytes | str, bounds: Bounds, where: object) -> None:
     )
     for what, found, most in counts:
         if found > most:
-            raise CheckpointError(f"JSON with too many {what} for what it is", where=where, found=f"{found:,}",
-                                  expected=f"at most {most:,}", hint="is it the file that it should be?")  # fmt: skip
+            raise CheckpointError(
+                f"JSON with too many {what} for what it is",
+                where=where,
+                found=f"{found:,}",
+                expected=f"at most {most:,}",
+                hint="is it the file that it should be?",
+            )
 
 
 def refuse_large(size: int, bounds: Bounds, where: Path) -> None:
     """Raise CheckpointError where a file is larger than its bounds, before it is read."""
     if size > bounds.size:
-        raise CheckpointError("file too large for what it is", where=where, expected=f"at most {bounds.size:,} bytes",
-                              found=f"{size:,}", hint="is it the file that it should be?")  # fmt: skip
+        raise CheckpointError(
+            "file too large for what it is",
+            where=where,
+            expected=f"at most {bounds.size:,} bytes",
+            found=f"{size:,}",
+            hint="is it the file that it should be?",
+        )

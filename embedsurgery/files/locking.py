@@ -42,13 +42,19 @@ def locked(directory: Path, *, shared: bool = False) -> Iterator[None]:
             fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError as error:
             doing = "is changing" if shared else "is reading or changing"
-            raise BusyError(f"another process of embedsurgery {doing} this checkpoint", where=directory,
-                            hint="wait until it is done") from error  # fmt: skip
+            raise BusyError(
+                f"another process of embedsurgery {doing} this checkpoint",
+                where=directory,
+                hint="wait until it is done",
+            ) from error
         except OSError as error:
             if not shared:
-                raise UnsupportedError("the file system cannot lock a directory, which a change in place needs",
-                                       where=directory, found=error.strerror,
-                                       hint="write a new directory instead") from error  # fmt: skip
+                raise UnsupportedError(
+                    "the file system cannot lock a directory, which a change in place needs",
+                    where=directory,
+                    found=error.strerror,
+                    hint="write a new directory instead",
+                ) from error
         yield
     finally:
         os.close(descriptor)
@@ -81,11 +87,15 @@ def refuse_unfinished(directory: Path, *, held: bool = False) -> None:
             with locked(directory, shared=True):
                 pass
     except BusyError as error:
-        raise UnfinishedError("another process is changing this checkpoint in place", where=directory,
-                              hint="wait until it is done") from error  # fmt: skip
-    raise UnfinishedError("a change in place was interrupted, so the files are neither as before nor as after",
-                          where=directory, found=f"a journal in {JOURNAL}",
-                          hint=f"run: embedsurgery recover {directory}")  # fmt: skip
+        raise UnfinishedError(
+            "another process is changing this checkpoint in place", where=directory, hint="wait until it is done"
+        ) from error
+    raise UnfinishedError(
+        "a change in place was interrupted, so the files are neither as before nor as after",
+        where=directory,
+        found=f"a journal in {JOURNAL}",
+        hint=f"run: embedsurgery recover {directory}",
+    )
 
 
 def refuse_linked_state(directory: Path) -> None:
@@ -97,5 +107,10 @@ def refuse_linked_state(directory: Path) -> None:
     for name in (STATE_DIRECTORY, f"{STATE_DIRECTORY}/merges", JOURNAL, DONE):
         path = directory / name
         if path.is_symlink() or (path.exists() and not path.is_dir()):
-            raise CheckpointError("not a directory of the checkpoint's own", where=path, expected="a directory",
-                                  found="a link" if path.is_symlink() else "a file", hint="remove it")  # fmt: skip
+            raise CheckpointError(
+                "not a directory of the checkpoint's own",
+                where=path,
+                expected="a directory",
+                found="a link" if path.is_symlink() else "a file",
+                hint="remove it",
+            )

@@ -21,8 +21,9 @@ def open_regular(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
     try:
         descriptor = os.open(path, flags | os.O_NONBLOCK | getattr(os, "O_CLOEXEC", 0))
     except OSError as error:
-        raise CheckpointError("cannot open file", where=path, found=error.strerror,
-                              hint="is it there, and may you read it?") from error  # fmt: skip
+        raise CheckpointError(
+            "cannot open file", where=path, found=error.strerror, hint="is it there, and may you read it?"
+        ) from error
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise CheckpointError("not a regular file", where=path, hint="put the weights themselves there")
@@ -41,8 +42,12 @@ def pread_exactly(descriptor: int, size: int, offset: int) -> bytes:
     while got < size:
         part = os.pread(descriptor, min(size - got, 1 << 30), offset + got)
         if not part:
-            raise CheckpointError("a file became shorter while it was read", expected=f"{size} bytes at {offset}",
-                                  found=f"{got} bytes", hint="is something else writing it?")  # fmt: skip
+            raise CheckpointError(
+                "a file became shorter while it was read",
+                expected=f"{size} bytes at {offset}",
+                found=f"{got} bytes",
+                hint="is something else writing it?",
+            )
         parts.append(part)
         got += len(part)
     return b"".join(parts)

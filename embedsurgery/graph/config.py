@@ -232,8 +232,14 @@ def untied(config: Mapping[str, Any]) -> dict[str, Any]:
 
 # -- positions ---------------------------------------------------------------------------------------------------------
 
-_POSITIONS = ("max_position_embeddings", "n_positions", "max_target_positions", "max_seq_len", "max_sequence_length",
-         "n_ctx")  # fmt: skip
+_POSITIONS = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_target_positions",
+    "max_seq_len",
+    "max_sequence_length",
+    "n_ctx",
+)
 
 
 def position_limit(config: object) -> int | None:

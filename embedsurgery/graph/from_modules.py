@@ -319,9 +319,7 @@ def _graph(
     vocabulary = [t for t in tables if t.kind == "vocabulary" and "input" in t.roles]
     main_name = vocabulary[0].name if len(vocabulary) == 1 and inputs else None
     if main is not None and id(main) in inputs:
-        main_name = next(
-            t.name for t in tables for s in t.sites if s.role == "input" and by_path[s.module] is main
-        )  # fmt: skip
+        main_name = next(t.name for t in tables for s in t.sites if s.role == "input" and by_path[s.module] is main)
     tables = tuple(sorted(tables, key=lambda t: t.name != main_name))
     vocabularies = group(tables, _vectors(model), config_of(model))
     return EmbeddingGraph(tables, vocabularies, main_name, type(model).__name__)
@@ -343,8 +341,9 @@ def _freeze(table: _Found, by_path: dict[str, nn.Module], inputs: dict[int, int]
     names = sorted(table.names, key=rank)
     rows, columns = table.memory.shape
     sites = tuple(sorted(table.sites, key=lambda s: s.role != "input"))
-    return Table(names[0], (rows, columns), table.dtype, tuple(names[1:]), sites, table.kind,
-                 frozenset(table.transposed))  # fmt: skip
+    return Table(
+        names[0], (rows, columns), table.dtype, tuple(names[1:]), sites, table.kind, frozenset(table.transposed)
+    )
 
 
 def config_of(model: nn.Module) -> Any:

@@ -10,9 +10,19 @@ from embedsurgery.graph.config import as_mapping, tokens_of, vocabulary_sizes
 from embedsurgery.graph.tables import EmbeddingGraph, Site, Table, Vocabulary
 
 LOOKUPS = (
-    "shared", "embed_tokens", "wte", "word_embeddings", "word_embedding", "embed_in", "tok_embeddings",
-    "tokens_embed", "token_embedding", "token_embeddings", "input_embedding", "embed_tokens_per_layer",
-)  # fmt: skip
+    "shared",
+    "embed_tokens",
+    "wte",
+    "word_embeddings",
+    "word_embedding",
+    "embed_in",
+    "tok_embeddings",
+    "tokens_embed",
+    "token_embedding",
+    "token_embeddings",
+    "input_embedding",
+    "embed_tokens_per_layer",
+)
 """Last parts of the module paths of input embeddings, the likeliest main one first."""
 
 BESIDE_INPUT = ("value_embeddings",)
@@ -25,10 +35,23 @@ NOT_TOKENS = re.compile(
 """Paths of lookups that are indexed by something else than tokens."""
 
 HEADS = (
-    "lm_head", "lm_head.decoder", "lm_head.out_proj", "lm_head.linear", "embed_out", "proj_out", "unembed",
-    "output_projection", "lm_loss", "vocab_projector", "generator_lm_head", "predictions.decoder",
-    "pred_layer.proj", "mlm.decoder", "mlm_head", "log_softmax.mlp.layer0",
-)  # fmt: skip
+    "lm_head",
+    "lm_head.decoder",
+    "lm_head.out_proj",
+    "lm_head.linear",
+    "embed_out",
+    "proj_out",
+    "unembed",
+    "output_projection",
+    "lm_loss",
+    "vocab_projector",
+    "generator_lm_head",
+    "predictions.decoder",
+    "pred_layer.proj",
+    "mlm.decoder",
+    "mlm_head",
+    "log_softmax.mlp.layer0",
+)
 """Ends of the module paths that project to a vocabulary."""
 
 COLUMNS = ("cls.predictions.dense",)

@@ -89,8 +89,9 @@ def _import(module: str) -> ModuleType:
     except ImportError as error:
         if not (error.name or "").startswith(("huggingface_hub", "httpx2", "yaml")):
             raise
-        raise HubError("huggingface_hub is missing or too old", found=error.name,
-                       hint="pip install 'huggingface_hub>=2.4'") from error  # fmt: skip
+        raise HubError(
+            "huggingface_hub is missing or too old", found=error.name, hint="pip install 'huggingface_hub>=2.4'"
+        ) from error
 
 
 def __getattr__(name: str) -> Any:

@@ -25,8 +25,23 @@ from embedsurgery.hub.headers import read_remote, remote_checkpoint
 from embedsurgery.hub.ids import HubId
 from embedsurgery.stores.checkpoint import CONFIG, INDEX, STATE_DIRECTORY, Checkpoint
 
-_OTHER_FORMATS = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".msgpack", ".h5", ".gguf", ".onnx",
-                  ".onnx_data", ".ot", ".tflite", ".nemo", ".mlmodel")  # fmt: skip
+_OTHER_FORMATS = (
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".pkl",
+    ".pickle",
+    ".msgpack",
+    ".h5",
+    ".gguf",
+    ".onnx",
+    ".onnx_data",
+    ".ot",
+    ".tflite",
+    ".nemo",
+    ".mlmodel",
+)
 """Ends of the names of weights in other formats: a merge would leave them stale, and some can run code."""
 
 _TOKENIZER = (".json", ".model", ".txt", ".jinja")
@@ -61,8 +76,11 @@ def link_whole(client: Client, at: Snapshot, folder: Path, *, adapters: bool = F
     cached = _cached_names(client, at) if constants.is_offline_mode() else []
     if cached:
         names = cached
-        warnings.warn(f"offline: {at} is taken as far as the Hub cache has it, {len(names)} files",
-                      EmbedSurgeryWarning, stacklevel=5)  # fmt: skip
+        warnings.warn(
+            f"offline: {at} is taken as far as the Hub cache has it, {len(names)} files",
+            EmbedSurgeryWarning,
+            stacklevel=5,
+        )
     else:
         files = client.files(at, everything=True)
         if adapters and WEIGHTS_NAME in files and CONFIG not in files:

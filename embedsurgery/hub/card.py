@@ -52,21 +52,27 @@ def renewed(readme: str | None, front: Front, title: str, body: str) -> str:
 
 
 def _replaced(text: str, body: str) -> str:
-    begins, ends = ([m.start() for m in re.finditer(rf"^{re.escape(mark)}[ \t]*$", text, re.MULTILINE)]
-                    for mark in (BEGIN, END))  # fmt: skip
+    begins, ends = (
+        [m.start() for m in re.finditer(rf"^{re.escape(mark)}[ \t]*$", text, re.MULTILINE)] for mark in (BEGIN, END)
+    )
     if not begins and not ends:
         return f"{text.rstrip(chr(10))}\n\n{BEGIN}\n{body}\n{END}\n"
     if len(begins) != 1 or len(ends) != 1 or begins > ends:
-        raise HubError("our marked part of the README has lost one of its marks", where=README,
-                       expected=f"one line {BEGIN} and one {END} after it", found=f"{len(begins)} and {len(ends)}",
-                       hint="put the marks back, or remove both")  # fmt: skip
+        raise HubError(
+            "our marked part of the README has lost one of its marks",
+            where=README,
+            expected=f"one line {BEGIN} and one {END} after it",
+            found=f"{len(begins)} and {len(ends)}",
+            hint="put the marks back, or remove both",
+        )
     return f"{text[: begins[0]]}{BEGIN}\n{body}\n{text[ends[0] :]}"
 
 
 def _merged(head: str, front: Front) -> str:
     """Front matter, whole lines, with our lines in it."""
-    theirs = re.sub(rf"^{re.escape(FRONT_BEGIN)}\n.*?^{re.escape(FRONT_END)}(\n|\Z)", "", head,
-                    flags=re.DOTALL | re.MULTILINE)  # fmt: skip
+    theirs = re.sub(
+        rf"^{re.escape(FRONT_BEGIN)}\n.*?^{re.escape(FRONT_END)}(\n|\Z)", "", head, flags=re.DOTALL | re.MULTILINE
+    )
     known = _parsed(theirs)
     more = {}
     for key, value in front.items():
@@ -86,16 +92,23 @@ def _parsed(head: str) -> dict[str, object]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 2}" if mark is not None else ""
-        raise HubError("the README's front matter is no YAML", where=f"{README}{line}",
-                       found=str(getattr(error, "problem", None) or "it cannot be read")[:120],
-                       hint="mend what stands between the two lines of ---") from None  # fmt: skip
+        raise HubError(
+            "the README's front matter is no YAML",
+            where=f"{README}{line}",
+            found=str(getattr(error, "problem", None) or "it cannot be read")[:120],
+            hint="mend what stands between the two lines of ---",
+        ) from None
     except (ValueError, RecursionError) as error:  # a date that is none; nesting
         raise HubError("the README's front matter cannot be read", where=README, found=str(error)[:120]) from None
     if body is None:
         return {}
     if not isinstance(body, dict):
-        raise HubError("the README's front matter is no mapping", where=README, expected="lines of key: value",
-                       found=type(body).__name__)  # fmt: skip
+        raise HubError(
+            "the README's front matter is no mapping",
+            where=README,
+            expected="lines of key: value",
+            found=type(body).__name__,
+        )
     return {str(key): value for key, value in body.items()}
 
 
@@ -171,42 +184,44 @@ def adapter_body(adapter: Adapter, repo: str, size: int, at_hand: Path | None = 
     link = f"[{name}](https://huggingface.co/{name})" if base is not None else "a model named by a path"
     at = f" at revision {_code(manifest.revision)}" if manifest.revision else ""
     pinned = f", revision={base.revision!r}" if base is not None and base.revision else ""
-    return "\n".join([
-        f"This is an [embedsurgery](https://pypi.org/project/embedsurgery/) adapter ({_code(manifest.surgery)}) "
-        f"for {link}{at}: {size:,} bytes.",
-        "",
-        *_tables(adapter),
-        *_content(adapter, at_hand),
-        "## Use it",
-        "",
-        "With embedsurgery, live on a model:",
-        "",
-        "```python",
-        "import embedsurgery as es",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        f"model = AutoModelForCausalLM.from_pretrained({name!r}{pinned})",
-        f"tokenizer = AutoTokenizer.from_pretrained({name!r}{pinned})",
-        f"es.attach(model, es.load({repo!r}), tokenizer=tokenizer)",
-        "```",
-        "",
-        "With PEFT:",
-        "",
-        "```python",
-        "from peft import PeftModel",
-        "from transformers import AutoModelForCausalLM",
-        "",
-        f"model = AutoModelForCausalLM.from_pretrained({name!r}{pinned})",
-        f"model = PeftModel.from_pretrained(model, {repo!r})",
-        "```",
-        "",
-        "Baked into a copy of the model, for every engine, and taken out again bit for bit by `embedsurgery unmerge`:",
-        "",
-        "```sh",
-        f"embedsurgery merge {base or name} {repo} -o merged",
-        "```",
-        *_sections(manifest),
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            f"This is an [embedsurgery](https://pypi.org/project/embedsurgery/) adapter ({_code(manifest.surgery)}) "
+            f"for {link}{at}: {size:,} bytes.",
+            "",
+            *_tables(adapter),
+            *_content(adapter, at_hand),
+            "## Use it",
+            "",
+            "With embedsurgery, live on a model:",
+            "",
+            "```python",
+            "import embedsurgery as es",
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            "",
+            f"model = AutoModelForCausalLM.from_pretrained({name!r}{pinned})",
+            f"tokenizer = AutoTokenizer.from_pretrained({name!r}{pinned})",
+            f"es.attach(model, es.load({repo!r}), tokenizer=tokenizer)",
+            "```",
+            "",
+            "With PEFT:",
+            "",
+            "```python",
+            "from peft import PeftModel",
+            "from transformers import AutoModelForCausalLM",
+            "",
+            f"model = AutoModelForCausalLM.from_pretrained({name!r}{pinned})",
+            f"model = PeftModel.from_pretrained(model, {repo!r})",
+            "```",
+            "",
+            "Baked into a copy of the model, for every engine; `embedsurgery unmerge` takes it out again bit for bit:",
+            "",
+            "```sh",
+            f"embedsurgery merge {base or name} {repo} -o merged",
+            "```",
+            *_sections(manifest),
+        ]
+    )
 
 
 def _sections(manifest: Manifest) -> list[str]:
@@ -267,16 +282,18 @@ def merged_front(bases: Sequence[str], kept: Mapping[str, object]) -> dict[str, 
 
 def merged_body(base: str, adapters: Sequence[str], edits: Sequence[str], repo: str) -> str:
     """What we say of a merged model, in Markdown."""
-    return "\n".join([
-        f"This is {_code(base)} with {', '.join(map(_code, adapters))} baked in by "
-        "[embedsurgery](https://pypi.org/project/embedsurgery/). Every byte of every tensor outside these edits is "
-        "the base's:",
-        "",
-        *(f"- {_code(edit)}" for edit in edits),
-        "",
-        f"`embedsurgery unmerge` gives the base's weights back bit for bit from a download of {_code(repo)}: what "
-        "was there before is in `.embedsurgery/`.",
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            f"This is {_code(base)} with {', '.join(map(_code, adapters))} baked in by "
+            "[embedsurgery](https://pypi.org/project/embedsurgery/). Every byte of every tensor outside these edits is "
+            "the base's:",
+            "",
+            *(f"- {_code(edit)}" for edit in edits),
+            "",
+            f"`embedsurgery unmerge` gives the base's weights back bit for bit from a download of {_code(repo)}: what "
+            "was there before is in `.embedsurgery/`.",
+        ]
+    )
 
 
 def front_matter(readme: str) -> dict[str, object]:

@@ -138,8 +138,12 @@ class Client:
                 return path
             for part in (blob.resolve(), blob, path):  # the entry may be a link to what several repositories share
                 part.unlink(missing_ok=True)
-        raise HubError("a download has the wrong hash", where=where, expected=blob.name[:12],
-                       hint="it was removed from the Hub cache: try again")  # fmt: skip
+        raise HubError(
+            "a download has the wrong hash",
+            where=where,
+            expected=blob.name[:12],
+            hint="it was removed from the Hub cache: try again",
+        )
 
     def piece(self, at: Snapshot, name: str, start: int, size: int) -> tuple[bytes, int]:
         """Up to ``size`` bytes of a file from ``start``, and the size of the whole file.
@@ -162,13 +166,19 @@ class Client:
 
     def _piece(self, url: str, headers: Mapping[str, str], start: int, size: int, where: str) -> tuple[bytes, int]:
         """One try. The body is streamed, so that a server without ranges cannot send gigabytes."""
-        with http_stream_backoff("GET", url, headers=headers, timeout=_TIMEOUT, retry_on_exceptions=(),
-                                 max_retries=_TRIES) as response:  # fmt: skip
+        with http_stream_backoff(
+            "GET", url, headers=headers, timeout=_TIMEOUT, retry_on_exceptions=(), max_retries=_TRIES
+        ) as response:
             hf_raise_for_status(response)
             place = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", response.headers.get("Content-Range", ""))
             if response.status_code != 206 or place is None or int(place[1]) != start:
-                raise HubError("the server gives no pieces of files", where=where, expected="206 Partial Content",
-                               found=response.status_code, hint="download the repository instead")  # fmt: skip
+                raise HubError(
+                    "the server gives no pieces of files",
+                    where=where,
+                    expected="206 Partial Content",
+                    found=response.status_code,
+                    hint="download the repository instead",
+                )
             expected = int(place[2]) + 1 - start
             data = bytearray()
             for chunk in response.iter_raw():
@@ -176,8 +186,13 @@ class Client:
                 if len(data) > size:
                     break
         if len(data) != expected or expected > size:
-            raise HubError("a piece of a file has the wrong size", where=where, expected=expected, found=len(data),
-                           hint="try again")  # fmt: skip
+            raise HubError(
+                "a piece of a file has the wrong size",
+                where=where,
+                expected=expected,
+                found=len(data),
+                hint="try again",
+            )
         return bytes(data), int(place[3])
 
 
@@ -189,8 +204,12 @@ def check_path(path: str, at: Snapshot) -> None:
     """
     parts = path.split("/")
     if any(p in ("", ".", "..", ".git") for p in parts) or re.search(r"[\\\0-\x1f]|^[A-Za-z]:", path):
-        raise HubError("a repository with a file name that is no plain path", where=at, found=repr(path)[:120],
-                       hint="do not use this repository")  # fmt: skip
+        raise HubError(
+            "a repository with a file name that is no plain path",
+            where=at,
+            found=repr(path)[:120],
+            hint="do not use this repository",
+        )
 
 
 def _remote(item: RepoFile) -> RemoteFile:

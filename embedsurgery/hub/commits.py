@@ -164,8 +164,11 @@ def commit(
                 create_pr=create_pr,
             )
         except FileDuplicationError:
-            raise CopyRefused("the Hub did not copy the base's files, so they travel", where=where,
-                              hint="the two repositories may lie in different regions") from None  # fmt: skip
+            raise CopyRefused(
+                "the Hub did not copy the base's files, so they travel",
+                where=where,
+                hint="the two repositories may lie in different regions",
+            ) from None
         except Exception as error:
             found = None if _was_refused(error) else _landed(client, target, files, copies, create_pr)
             if found is None:
@@ -177,8 +180,19 @@ def commit(
         with faults(f"{at.repo}@{tag}", f"set the tag (the commit is there: {done.oid[:12]})"):
             client.api.create_tag(at.repo, tag=tag, revision=done.oid)
     sizes = {} if same else {path: _size(content) for path, content in files.items()}
-    return PushReport(at.repo, done.pr_url or done.commit_url, done.oid, not same, target.created, target.private,
-                      done.pr_url, tag, recognised, sizes, tuple(c.path_in_repo for c in copies))  # fmt: skip
+    return PushReport(
+        at.repo,
+        done.pr_url or done.commit_url,
+        done.oid,
+        not same,
+        target.created,
+        target.private,
+        done.pr_url,
+        tag,
+        recognised,
+        sizes,
+        tuple(c.path_in_repo for c in copies),
+    )
 
 
 def _page(client: Client, at: Snapshot) -> str:
@@ -251,5 +265,9 @@ def _tagged(client: Client, repo: str, tag: str | None) -> str | None:
 
 def _refuse_moved(tagged: str | None, tag: str | None, repo: str) -> None:
     if tagged is not None:
-        raise HubError("the tag is there already, on another commit", where=f"{repo}@{tag}", found=tagged[:12],
-                       hint="choose another tag, or delete it first; nothing was pushed")  # fmt: skip
+        raise HubError(
+            "the tag is there already, on another commit",
+            where=f"{repo}@{tag}",
+            found=tagged[:12],
+            hint="choose another tag, or delete it first; nothing was pushed",
+        )

@@ -71,12 +71,20 @@ def explained(error: BaseException, where: str, doing: str) -> HubError:
     if isinstance(error, HfHubHTTPError):
         return _answered(error, where, what)
     if isinstance(error, (OfflineModeIsEnabled, LocalEntryNotFoundError, RevisionResolutionError)):
-        return HubError(what, where=where, found="offline, and not in the Hub cache",
-                        hint="check the name (nor is it a directory here), or unset HF_HUB_OFFLINE")  # fmt: skip
+        return HubError(
+            what,
+            where=where,
+            found="offline, and not in the Hub cache",
+            hint="check the name (nor is it a directory here), or unset HF_HUB_OFFLINE",
+        )
     if isinstance(error, (httpx2.ConnectError, httpx2.ConnectTimeout)):
-        return HubError(what, where=where, found="the Hub cannot be reached",
-                        hint="if a directory is meant, there is none of this name; else check the connection, the name "
-                        "server and HF_ENDPOINT")  # fmt: skip
+        return HubError(
+            what,
+            where=where,
+            found="the Hub cannot be reached",
+            hint="if a directory is meant, there is none of this name; else check the connection, the name "
+            "server and HF_ENDPOINT",
+        )
     if isinstance(error, (httpx2.HTTPError, ConnectionError)):
         return HubError(what, where=where, found=f"the connection broke ({type(error).__name__})", hint=_AGAIN)
     if isinstance(error, LocalTokenNotFoundError):
@@ -90,8 +98,12 @@ def explained(error: BaseException, where: str, doing: str) -> HubError:
     if isinstance(error, OSError) and "Consistency check failed" in str(error):
         return HubError(what, where=where, found="a file that was cut short", hint=_AGAIN)
     if isinstance(error, OSError) and error.errno is not None:
-        return HubError(what, where=error.filename or where, found=error.strerror,
-                        hint="is there room, and may you write to HF_HOME?")  # fmt: skip
+        return HubError(
+            what,
+            where=error.filename or where,
+            found=error.strerror,
+            hint="is there room, and may you write to HF_HOME?",
+        )
     if isinstance(error, KeyError):
         return HubError(what, where=where, found="an answer that is no Hub's", hint="check HF_ENDPOINT and proxies")
     return HubError(what, where=where, found=f"{type(error).__name__}: {scrubbed(str(error))}")
@@ -106,28 +118,40 @@ def _answered(error: HfHubHTTPError, where: str, what: str) -> HubError:
     status = error.response.status_code
     said = f"{status} {scrubbed(error.server_message or '')}".strip()
     if isinstance(error, GatedRepoError):
-        return HubError(what, where=where, found=f"{status}, a gated repository",
-                        hint=f"ask for access on its page, then {_LOGIN}")  # fmt: skip
+        return HubError(
+            what, where=where, found=f"{status}, a gated repository", hint=f"ask for access on its page, then {_LOGIN}"
+        )
     if isinstance(error, RevisionNotFoundError):
         return HubError(what, where=where, found=f"{status}, no such revision", expected="a branch, a tag or a commit")
     if isinstance(error, EntryNotFoundError):
-        return HubError(what, where=where, found=f"{status}, no such file at this revision",
-                        hint="is it the right repository and revision?")  # fmt: skip
+        return HubError(
+            what,
+            where=where,
+            found=f"{status}, no such file at this revision",
+            hint="is it the right repository and revision?",
+        )
     if isinstance(error, RepositoryNotFoundError) or status in (401, 404):
-        return HubError(what, where=where, found=f"{status}, no such repository, or none that you may see",
-                        hint=f"check the name (nor is it a directory here); where it is private, {_LOGIN}")  # fmt: skip
+        return HubError(
+            what,
+            where=where,
+            found=f"{status}, no such repository, or none that you may see",
+            hint=f"check the name (nor is it a directory here); where it is private, {_LOGIN}",
+        )
     if status == 403:
         return HubError(what, where=where, found=said, hint="use a token that may do this: write access to push")
     if status == 412:
-        return HubError(what, where=where, found=f"{status}, somebody pushed at the same time",
-                        hint="nothing was written over: push again")  # fmt: skip
+        return HubError(
+            what,
+            where=where,
+            found=f"{status}, somebody pushed at the same time",
+            hint="nothing was written over: push again",
+        )
     if status == 409:
         return HubError(what, where=where, found=said, hint="something of that name is there already, or in the making")
     if status == 429:
         after = error.response.headers.get("Retry-After", "")
         wait = f"{after} seconds" if after.isdigit() else "a few minutes"
-        return HubError(what, where=where, found="429, too many requests",
-                        hint=f"wait {wait} and try again")  # fmt: skip
+        return HubError(what, where=where, found="429, too many requests", hint=f"wait {wait} and try again")
     if status >= 500:
         return HubError(what, where=where, found=f"{status}, the Hub is in trouble", hint="try again later")
     return HubError(what, where=where, found=said)

@@ -47,8 +47,12 @@ def remote_checkpoint(client: Client, at: Snapshot, files: Mapping[str, RemoteFi
     where = Path(str(at))
     config = read_config(small(client, at, files, CONFIG)) if CONFIG in files else None
     if SINGLE in files and INDEX in files:
-        raise CheckpointError("two sets of weights", where=where, found=f"{SINGLE} beside {INDEX}",
-                              hint="loaders take the single file and ignore the shards")  # fmt: skip
+        raise CheckpointError(
+            "two sets of weights",
+            where=where,
+            found=f"{SINGLE} beside {INDEX}",
+            hint="loaders take the single file and ignore the shards",
+        )
     if INDEX in files:
         location = weight_map(small(client, at, files, INDEX), where / INDEX)
         missing = next((file for file in location.values() if file not in files), None)
@@ -67,8 +71,12 @@ def small(client: Client, at: Snapshot, files: Mapping[str, RemoteFile], name: s
         HubError: So.
     """
     if files[name].size > MAX_SMALL:
-        raise HubError("a file is too large for what it is", where=f"{at}/{name}", found=f"{files[name].size} bytes",
-                       expected=f"at most {MAX_SMALL}")  # fmt: skip
+        raise HubError(
+            "a file is too large for what it is",
+            where=f"{at}/{name}",
+            found=f"{files[name].size} bytes",
+            expected=f"at most {MAX_SMALL}",
+        )
     return client.fetch(at, name)
 
 
@@ -95,8 +103,12 @@ def read_remote(client: Client, at: Snapshot, name: str) -> tuple[Header, bytes,
     data, total = client.piece(at, name, 0, _FIRST)
     length = int.from_bytes(data[:8], "little")
     if len(data) < 8 or length > MAX_HEADER or 8 + length > total:
-        raise CheckpointError("not a safetensors file, or cut short", where=path, found=f"{total} bytes",
-                              expected="a header of safetensors' format")  # fmt: skip
+        raise CheckpointError(
+            "not a safetensors file, or cut short",
+            where=path,
+            found=f"{total} bytes",
+            expected="a header of safetensors' format",
+        )
     if len(data) < 8 + length:
         data += client.piece(at, name, len(data), 8 + length - len(data))[0]
     head = data[: 8 + length]
@@ -106,12 +118,22 @@ def read_remote(client: Client, at: Snapshot, name: str) -> tuple[Header, bytes,
 def _only_file(files: Mapping[str, RemoteFile], where: Path) -> str:
     names = sorted(name for name in files if name.endswith(".safetensors") and is_plain_name(name))
     if "adapter_model.safetensors" in names:
-        raise CheckpointError("an adapter, where a model was expected", where=where, expected=SINGLE,
-                              found="adapter_model.safetensors", hint="name the base model's repository")  # fmt: skip
+        raise CheckpointError(
+            "an adapter, where a model was expected",
+            where=where,
+            expected=SINGLE,
+            found="adapter_model.safetensors",
+            hint="name the base model's repository",
+        )
     if len(names) == 1:
         return names[0]
     hint = "is it a model that transformers can load?"
     if any(name.endswith((".bin", ".pt", ".pth")) for name in files):
         hint = "its weights are pickles, which can run code: look for a revision with safetensors (refs/pr/N)"
-    raise CheckpointError("no safetensors weights", where=where, expected=f"{SINGLE} or {INDEX}",
-                          found=", ".join(names)[:200] or "none", hint=hint)  # fmt: skip
+    raise CheckpointError(
+        "no safetensors weights",
+        where=where,
+        expected=f"{SINGLE} or {INDEX}",
+        found=", ".join(names)[:200] or "none",
+        hint=hint,
+    )

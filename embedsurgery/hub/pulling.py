@@ -81,8 +81,12 @@ def _folder(client: Client, at: Snapshot) -> Path:
         body = read_json(config)
         header, _, total = read_remote(client, at, WEIGHTS_NAME)
         if total != files[WEIGHTS_NAME].size:
-            raise AdapterError("two sizes of one file", where=f"{at}/{WEIGHTS_NAME}", found=f"{total} bytes",
-                               expected=f"{files[WEIGHTS_NAME].size} bytes, as it is listed")  # fmt: skip
+            raise AdapterError(
+                "two sizes of one file",
+                where=f"{at}/{WEIGHTS_NAME}",
+                found=f"{total} bytes",
+                expected=f"{files[WEIGHTS_NAME].size} bytes, as it is listed",
+            )
         try:
             check_header(header, body, f"{at}/{WEIGHTS_NAME}")
         except UnknownSurgeryError as error:
@@ -123,11 +127,19 @@ def check_header(header: Header, config: Mapping[str, Any], where: str) -> None:
         if not entry.name.endswith(_ROWS):
             continue
         if entry.dtype not in EDITABLE:
-            raise AdapterError("rows of a dtype that no adapter has", where=f"{where}: {entry.name}",
-                               expected=", ".join(EDITABLE), found=entry.dtype)  # fmt: skip
+            raise AdapterError(
+                "rows of a dtype that no adapter has",
+                where=f"{where}: {entry.name}",
+                expected=", ".join(EDITABLE),
+                found=entry.dtype,
+            )
         if len(entry.shape) != 2 or entry.shape[0] != rows:
-            raise AdapterError("rows that are not the config's token_indices", where=f"{where}: {entry.name}",
-                               expected=f"({rows}, D)", found=list(entry.shape))  # fmt: skip
+            raise AdapterError(
+                "rows that are not the config's token_indices",
+                where=f"{where}: {entry.name}",
+                expected=f"({rows}, D)",
+                found=list(entry.shape),
+            )
 
 
 def _manifest(header: Header, where: str) -> dict[str, Any] | None:
@@ -145,8 +157,13 @@ def _manifest(header: Header, where: str) -> dict[str, Any] | None:
 
 def _named(error: UnknownSurgeryError, at: Snapshot) -> UnknownSurgeryError:
     """The same error with the repository, and with what to look for."""
-    return UnknownSurgeryError(error.what, where=at, expected=f"a plugin for {error.where}", found=error.found,
-                               hint=f"look for an embedsurgery plugin that brings {str(error.where)!r}")  # fmt: skip
+    return UnknownSurgeryError(
+        error.what,
+        where=at,
+        expected=f"a plugin for {error.where}",
+        found=error.found,
+        hint=f"look for an embedsurgery plugin that brings {str(error.where)!r}",
+    )
 
 
 def _copy(folder: Path, output: Path, at: Snapshot, of: HubId) -> None:

@@ -59,14 +59,20 @@ def push(
         raise ConfigError("a push goes to a branch", found=repo, expected="org/name", hint="give it as revision")
     revision = HubId.parse(repo, revision).revision
     if not isinstance(adapter, Adapter) and find_id(adapter) is not None:
-        raise ConfigError("what is pushed is an adapter or its directory", found=str(adapter),
-                          hint="there is no such directory; pull() gets an adapter from the Hub")  # fmt: skip
+        raise ConfigError(
+            "what is pushed is an adapter or its directory",
+            found=str(adapter),
+            hint="there is no such directory; pull() gets an adapter from the Hub",
+        )
     with tempfile.TemporaryDirectory(prefix="embedsurgery-push-") as scratch:
         folder = adapter.save(scratch) if isinstance(adapter, Adapter) else Path(adapter)
         loaded = adapter if isinstance(adapter, Adapter) else registry().read_adapter(folder)
         if loaded.manifest.base_model is not None and base_id(loaded.manifest) is None:
-            warnings.warn("the adapter names its base by a path, which tells others nothing, and it is pushed so",
-                          EmbedSurgeryWarning, stacklevel=2)  # fmt: skip
+            warnings.warn(
+                "the adapter names its base by a path, which tells others nothing, and it is pushed so",
+                EmbedSurgeryWarning,
+                stacklevel=2,
+            )
         files: dict[str, Content] = {name: (folder / name).read_bytes() for name in (CONFIG_NAME, WEIGHTS_NAME)}
         local = (folder / README).read_bytes() if (folder / README).is_file() else None
         files[README] = _card(loaded, of.repo, files, local)  # one that cannot be is found before anything is made

@@ -157,8 +157,13 @@ class RangeStore(ShardStore):
             start, stop = place
             data, _ = piece(file, start, stop - start)
             if len(data) != stop - start:
-                raise HubError("a piece of a file has the wrong size", where=f"{self.name}/{file}",
-                               expected=stop - start, found=len(data), hint="try again")  # fmt: skip
+                raise HubError(
+                    "a piece of a file has the wrong size",
+                    where=f"{self.name}/{file}",
+                    expected=stop - start,
+                    found=len(data),
+                    hint="try again",
+                )
             return data
 
         with open_regular(folder / file, os.O_WRONLY) as descriptor, ThreadPoolExecutor(_WORKERS) as pool:

@@ -30,9 +30,12 @@ def find_initializer(name: str, known: Mapping[str, InitializerRecord]) -> Initi
     if name in known:
         return known[name]
     near = difflib.get_close_matches(name.strip().lower(), known, n=1)
-    raise ConfigError("no initialiser is called so", where=f"init {name[:100]!r}",
-                      expected=", ".join(record.usage for record in known.values()),
-                      hint=f"did you mean {known[near[0]].usage!r}?" if near else None)  # fmt: skip
+    raise ConfigError(
+        "no initialiser is called so",
+        where=f"init {name[:100]!r}",
+        expected=", ".join(record.usage for record in known.values()),
+        hint=f"did you mean {known[near[0]].usage!r}?" if near else None,
+    )
 
 
 def parse_init(text: str, known: Mapping[str, InitializerRecord]) -> tuple[InitializerRecord, str | None]:
@@ -46,8 +49,12 @@ def parse_init(text: str, known: Mapping[str, InitializerRecord]) -> tuple[Initi
         ConfigError: It is empty or no string, there is no such initialiser, or it lacks an argument, or takes none.
     """
     if not isinstance(text, str) or not text.strip():
-        raise ConfigError("an init is a name, or a name and an argument", where="init", found=repr(text)[:100],
-                          expected=", ".join(record.usage for record in known.values()))  # fmt: skip
+        raise ConfigError(
+            "an init is a name, or a name and an argument",
+            where="init",
+            found=repr(text)[:100],
+            expected=", ".join(record.usage for record in known.values()),
+        )
     name, colon, argument = text.partition(":")
     record = find_initializer(name, known)
     if record.argument is None:
@@ -89,8 +96,12 @@ def with_parts(
             ids = tuple(encode(ask.text)) if found is None else (found,)
             answers[ask] = ids if ask.single else tuple(i for i in ids if i != unknown)
             if ask.single and found is None and (len(ids) != 1 or ids[0] == unknown):
-                raise ConfigError("no token is called so", where=f"init {record.name!r}", found=repr(ask.text)[:100],
-                                  expected="a token's content, or a text that is one token")  # fmt: skip
+                raise ConfigError(
+                    "no token is called so",
+                    where=f"init {record.name!r}",
+                    found=repr(ask.text)[:100],
+                    expected="a token's content, or a text that is one token",
+                )
             if not answers[ask]:
                 raise _no_parts(record, token, ask)
         done.append(token if ask is None else replace(token, parts=answers[ask]))
@@ -132,14 +143,21 @@ def initial_rows(
     rows: object = call(f"{record.name}.rows", object, record.initializer.rows, view, tokens, argument, streams)
     if not isinstance(rows, np.ndarray) or rows.dtype not in (np.float32, np.float64) or rows.shape != shape:
         found = f"{rows.dtype} {rows.shape}" if isinstance(rows, np.ndarray) else type(rows).__name__
-        raise PluginError("an initialiser returned the wrong thing", where=record.name,
-                          expected=f"float32 or float64 {shape}", found=found)  # fmt: skip
+        raise PluginError(
+            "an initialiser returned the wrong thing",
+            where=record.name,
+            expected=f"float32 or float64 {shape}",
+            found=found,
+        )
     with np.errstate(over="ignore", invalid="ignore"):
         values = rows.astype(np.float32)
     broken = [token.id for token, fine in zip(tokens, sound(values), strict=True) if not fine]
     if broken:
-        warnings.warn(f"rows of {view.name} start with NaN or infinity (init {record.name!r}): {shorten(broken)}",
-                      EmbedSurgeryWarning, stacklevel=2)  # fmt: skip
+        warnings.warn(
+            f"rows of {view.name} start with NaN or infinity (init {record.name!r}): {shorten(broken)}",
+            EmbedSurgeryWarning,
+            stacklevel=2,
+        )
     return RawArray.of(values)
 
 
@@ -160,13 +178,21 @@ def _check_parts(record: InitializerRecord, argument: str | None, view: TableVie
             raise _no_parts(record, token, ask)
         bad = [part for part in token.parts if not 0 <= part < view.known]
         if bad:
-            raise ConfigError("sub-tokens that are no tokens of this table", where=f"{view.name}: {token.content!r}",
-                              expected=f"0 to {view.known - 1}", found=shorten(bad))  # fmt: skip
+            raise ConfigError(
+                "sub-tokens that are no tokens of this table",
+                where=f"{view.name}: {token.content!r}",
+                expected=f"0 to {view.known - 1}",
+                found=shorten(bad),
+            )
 
 
 def _no_parts(record: InitializerRecord, token: NewToken, ask: Ask) -> ConfigError:
-    return ConfigError(f"the text that init {record.name!r} needs has no sub-tokens", where=f"token {token.content!r}",
-                       found=repr(ask.text)[:100], hint="choose another init, such as 'mean'")  # fmt: skip
+    return ConfigError(
+        f"the text that init {record.name!r} needs has no sub-tokens",
+        where=f"token {token.content!r}",
+        found=repr(ask.text)[:100],
+        hint="choose another init, such as 'mean'",
+    )
 
 
 def _stream(seed: int, table: str, token: NewToken) -> np.random.Generator:

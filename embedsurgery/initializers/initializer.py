@@ -76,8 +76,12 @@ class TableView:
 
     def __post_init__(self) -> None:
         if not 0 <= self.known <= self.shape[0]:
-            raise ConfigError("more tokens than the table has rows", where=self.name,
-                              expected=f"0 to {self.shape[0]}", found=self.known)  # fmt: skip
+            raise ConfigError(
+                "more tokens than the table has rows",
+                where=self.name,
+                expected=f"0 to {self.shape[0]}",
+                found=self.known,
+            )
 
     @classmethod
     def of_table(cls, store: Store, table: Table, known: int) -> TableView:
@@ -108,8 +112,12 @@ class TableView:
         """
         vector = store.read_vector(name)
         if vector.dtype not in EDITABLE:
-            raise UnsupportedError("the entries of this vector cannot be set", where=f"{store.name}: {name}",
-                                   expected=" or ".join(EDITABLE), found=vector.dtype)  # fmt: skip
+            raise UnsupportedError(
+                "the entries of this vector cannot be set",
+                where=f"{store.name}: {name}",
+                expected=" or ".join(EDITABLE),
+                found=vector.dtype,
+            )
 
         def rows(indices: Sequence[int]) -> RawArray:
             part = vector.take(indices)
@@ -128,8 +136,12 @@ class TableView:
         """
         bad = [i for i in indices if not 0 <= i < self.shape[0]]
         if bad:
-            raise TokenIndexError("rows that the table does not have", where=self.name,
-                                  expected=f"0 to {self.shape[0] - 1}", found=shorten(bad))  # fmt: skip
+            raise TokenIndexError(
+                "rows that the table does not have",
+                where=self.name,
+                expected=f"0 to {self.shape[0] - 1}",
+                found=shorten(bad),
+            )
         return self._rows(tuple(int(i) for i in indices)).float32()
 
     def blocks(self) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:

@@ -36,9 +36,13 @@ class Current(Initializer):
     def rows(self, view: TableView, tokens: Sequence[NewToken], argument: str | None, streams: Streams) -> Rows:
         missing = [f"{token.content!r} ({token.id})" for token in tokens if not 0 <= token.id < view.shape[0]]
         if missing:
-            raise ConfigError("init 'current' for rows that the table does not have yet", where=view.name,
-                              expected=f"rows below {view.shape[0]}", found=", ".join(missing[:8]),
-                              hint="choose another init, such as 'mean'")  # fmt: skip
+            raise ConfigError(
+                "init 'current' for rows that the table does not have yet",
+                where=view.name,
+                expected=f"rows below {view.shape[0]}",
+                found=", ".join(missing[:8]),
+                hint="choose another init, such as 'mean'",
+            )
         return view.rows([token.id for token in tokens])
 
 
@@ -209,9 +213,13 @@ def _over_known(view: TableView, add: Callable[[Rows, Rows], None]) -> int:
     if broken:
         _left_out(view, broken)
     if count == 0:
-        raise ConfigError("no row to start new rows from", where=view.name, expected="rows of known tokens",
-                          found=f"{view.known} rows, none of finite numbers" if view.known else "no known token",
-                          hint="choose init 'zeros'")  # fmt: skip
+        raise ConfigError(
+            "no row to start new rows from",
+            where=view.name,
+            expected="rows of known tokens",
+            found=f"{view.known} rows, none of finite numbers" if view.known else "no known token",
+            hint="choose init 'zeros'",
+        )
     return count
 
 
@@ -222,12 +230,19 @@ def _mean_of(view: TableView, parts: tuple[int, ...]) -> Rows:
     if not fine.all():
         _left_out(view, sorted({part for part, whole in zip(parts, fine, strict=True) if not whole}))
     if not fine.any():
-        raise ConfigError("the rows of all sub-tokens hold NaN or infinity", where=view.name,
-                          found=shorten(sorted(set(parts))), hint="choose another init, such as 'mean'")  # fmt: skip
+        raise ConfigError(
+            "the rows of all sub-tokens hold NaN or infinity",
+            where=view.name,
+            found=shorten(sorted(set(parts))),
+            hint="choose another init, such as 'mean'",
+        )
     mean: Rows = rows[fine].mean(axis=0)
     return mean
 
 
 def _left_out(view: TableView, broken: list[int]) -> None:
-    warnings.warn(f"rows of {view.name} that hold NaN or infinity do not count for new rows: {shorten(broken)}",
-                  EmbedSurgeryWarning, stacklevel=2)  # fmt: skip
+    warnings.warn(
+        f"rows of {view.name} that hold NaN or infinity do not count for new rows: {shorten(broken)}",
+        EmbedSurgeryWarning,
+        stacklevel=2,
+    )

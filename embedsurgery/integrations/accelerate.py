@@ -26,8 +26,9 @@ def keep_rows(accelerator: Any) -> None:
     Loading then raises what `embedsurgery.integrations.beside.restore_rows` raises.
     """
     if not hasattr(accelerator, "register_save_state_pre_hook"):
-        raise ConfigError("not an Accelerator", where="keep_rows", expected="accelerate.Accelerator",
-                          found=type(accelerator).__name__)  # fmt: skip
+        raise ConfigError(
+            "not an Accelerator", where="keep_rows", expected="accelerate.Accelerator", found=type(accelerator).__name__
+        )
 
     def save(models: list[Any], weights: list[Any], output_dir: str) -> None:
         for number, model in enumerate(models):

@@ -43,10 +43,14 @@ def restore_rows(attachment: Attachment, folder: Path) -> None:
     """
     found = sorted(unquote(path.parent.name) for path in folder.glob(f"*/{WEIGHTS_NAME}"))
     if found != sorted(attachment.names):
-        raise AttachmentError("the checkpoint holds other adapters than are attached", where=folder,
-                              expected=", ".join(sorted(attachment.names)), found=", ".join(found) or "none",
-                              hint="attach the same adapters by the same names; one that was saved without the "
-                              "integration holds no rows at all")  # fmt: skip
+        raise AttachmentError(
+            "the checkpoint holds other adapters than are attached",
+            where=folder,
+            expected=", ".join(sorted(attachment.names)),
+            found=", ".join(found) or "none",
+            hint="attach the same adapters by the same names; one that was saved without the "
+            "integration holds no rows at all",
+        )
     if (folder / _ORDER).exists():
         names = read_json(folder / _ORDER).get("adapters")
         check_names(attachment, names if isinstance(names, list) else [], folder)
@@ -61,6 +65,10 @@ def check_names(attachment: Attachment, names: Sequence[str], where: str | os.Pa
         AttachmentError: They were.
     """
     if list(names) != list(attachment.names):
-        raise AttachmentError("the checkpoint's adapters were attached in another order", where=where,
-                              expected=", ".join(attachment.names), found=", ".join(map(str, names)) or "none",
-                              hint="an optimizer's state goes by position: attach them in that order")  # fmt: skip
+        raise AttachmentError(
+            "the checkpoint's adapters were attached in another order",
+            where=where,
+            expected=", ".join(attachment.names),
+            found=", ".join(map(str, names)) or "none",
+            hint="an optimizer's state goes by position: attach them in that order",
+        )

@@ -6,7 +6,6 @@ A LightningModule's state dict is the base's, and holds no rows. What is put bes
 
 from __future__ import annotations
 
-import sys
 import tempfile
 import warnings
 from collections.abc import Mapping
@@ -23,7 +22,7 @@ from embedsurgery.errors import AttachmentError, EmbedSurgeryWarning
 from embedsurgery.integrations.beside import check_names
 from embedsurgery.loading import load
 from embedsurgery.runtime.attachment import Attachment
-from embedsurgery.runtime.calls import of_library
+from embedsurgery.runtime.calls import frame_at, of_library
 
 KEY = "embedsurgery"
 """In a checkpoint: path of an attached model in the LightningModule -> adapter's name -> file name -> bytes, uint8."""
@@ -52,10 +51,13 @@ class LightningCallback(_base()):  # type: ignore[misc]
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Tells the attachments that their rows are cared for, and of checkpoints that will hold none."""
         for attachment in _attachments(pl_module).values():
-            attachment.saved_beside = of_library(sys._getframe(1))
+            attachment.saved_beside = of_library(frame_at(1))
         if any(getattr(callback, "save_weights_only", False) for callback in trainer.checkpoint_callbacks):
-            warnings.warn("a checkpoint with save_weights_only=True holds no rows: Lightning asks no callback for it",
-                          EmbedSurgeryWarning, stacklevel=2)  # fmt: skip
+            warnings.warn(
+                "a checkpoint with save_weights_only=True holds no rows: Lightning asks no callback for it",
+                EmbedSurgeryWarning,
+                stacklevel=2,
+            )
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Refuses a module with nothing to train."""
@@ -74,9 +76,13 @@ class LightningCallback(_base()):  # type: ignore[misc]
         found = {path: sorted(adapters) for path, adapters in saved.items()}
         expected = {path: sorted(attachment.names) for path, attachment in attachments.items()}
         if found != expected:
-            raise AttachmentError("the checkpoint holds other adapters than are attached", expected=_text(expected),
-                                  found=_text(found), hint="attach the same adapters by the same names; one that was "
-                                  "saved without LightningCallback holds no rows at all")  # fmt: skip
+            raise AttachmentError(
+                "the checkpoint holds other adapters than are attached",
+                expected=_text(expected),
+                found=_text(found),
+                hint="attach the same adapters by the same names; one that was "
+                "saved without LightningCallback holds no rows at all",
+            )
         for path, attachment in attachments.items():
             check_names(attachment, list(saved[path]), path or type(pl_module).__name__)
             for name in attachment.names:
@@ -102,8 +108,12 @@ def adapters(checkpoint: Mapping[str, Any], path: str | None = None) -> dict[str
     if path is None and len(saved) == 1:
         (path,) = saved
     if path not in saved:
-        raise AttachmentError("the checkpoint holds no rows there", where=path, found=", ".join(saved) or "none",
-                              hint="train with LightningCallback(), and name the attached model")  # fmt: skip
+        raise AttachmentError(
+            "the checkpoint holds no rows there",
+            where=path,
+            found=", ".join(saved) or "none",
+            hint="train with LightningCallback(), and name the attached model",
+        )
     return {name: _adapter(files) for name, files in saved[path].items()}
 
 
@@ -116,16 +126,21 @@ def _attachments(pl_module: nn.Module) -> dict[str, Attachment]:
 def _some(pl_module: nn.Module) -> dict[str, Attachment]:
     found = _attachments(pl_module)
     if not found:
-        raise AttachmentError("nothing is attached to a model of the LightningModule", where=type(pl_module).__name__,
-                              hint="embedsurgery.attach(module.model, config) before trainer.fit()")  # fmt: skip
+        raise AttachmentError(
+            "nothing is attached to a model of the LightningModule",
+            where=type(pl_module).__name__,
+            hint="embedsurgery.attach(module.model, config) before trainer.fit()",
+        )
     return found
 
 
 def _files(adapter: Adapter) -> dict[str, torch.Tensor]:
     with tempfile.TemporaryDirectory() as folder:
         saved = adapter.save(Path(folder) / "adapter")
-        return {path.name: torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
-                for path in sorted(saved.iterdir())}  # fmt: skip
+        return {
+            path.name: torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
+            for path in sorted(saved.iterdir())
+        }
 
 
 def _adapter(files: Mapping[str, torch.Tensor]) -> Adapter:

@@ -8,7 +8,6 @@ are no moments (SGD without momentum, ``save_only_model=True``), for the Trainer
 from __future__ import annotations
 
 import json
-import sys
 import uuid
 import warnings
 from pathlib import Path
@@ -21,7 +20,7 @@ from embedsurgery.errors import AttachmentError, CheckpointError, EmbedSurgeryWa
 from embedsurgery.files.json_reading import read_json
 from embedsurgery.integrations.beside import DIRECTORY, restore_rows, save_rows
 from embedsurgery.runtime.attachment import Attachment, find
-from embedsurgery.runtime.calls import of_library
+from embedsurgery.runtime.calls import frame_at, of_library
 
 _RUN = "run.json"
 
@@ -58,15 +57,22 @@ class EmbedSurgeryCallback(TrainerCallback, ExportableState):  # type: ignore[mi
         """Restores the rows when training resumes."""
         attachment = _attachment(kwargs["model"])
         if attachment.merged:
-            raise AttachmentError("the rows are merged into the weights, so that none can be trained",
-                                  where="trainer.train()", hint="attachment.unmerge() first")  # fmt: skip
-        attachment.saved_beside = of_library(sys._getframe(1))
+            raise AttachmentError(
+                "the rows are merged into the weights, so that none can be trained",
+                where="trainer.train()",
+                hint="attachment.unmerge() first",
+            )
+        attachment.saved_beside = of_library(frame_at(1))
         if state.global_step > 0:
             restore_rows(attachment, self._resumed(args, state))
         self.run = uuid.uuid4().hex
         if not any(parameter.requires_grad for parameter in attachment.parameters()):
-            warnings.warn("every row is frozen, so that none will be trained: call the attachment's unfreeze() before "
-                          "the Trainer makes its optimizer", EmbedSurgeryWarning, stacklevel=2)  # fmt: skip
+            warnings.warn(
+                "every row is frozen, so that none will be trained: call the attachment's unfreeze() before "
+                "the Trainer makes its optimizer",
+                EmbedSurgeryWarning,
+                stacklevel=2,
+            )
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Saves the rows in the checkpoint that was just written."""
@@ -100,12 +106,17 @@ class EmbedSurgeryCallback(TrainerCallback, ExportableState):  # type: ignore[mi
         runs = self._runs(state)
         if not runs:
             raise AttachmentError(
-                "the checkpoint holds no rows", where=f"step {state.global_step}", found="a checkpoint that was saved "
-                "without EmbedSurgeryCallback", hint="start again, or attach an adapter and train without resuming",
-            )  # fmt: skip
+                "the checkpoint holds no rows",
+                where=f"step {state.global_step}",
+                found="a checkpoint that was saved without EmbedSurgeryCallback",
+                hint="start again, or attach an adapter and train without resuming",
+            )
         name = f"checkpoint-{state.global_step}"
-        places = [Path(given) for given in (self.resume_from_checkpoint, args.resume_from_checkpoint)
-                  if isinstance(given, str)]  # fmt: skip
+        places = [
+            Path(given)
+            for given in (self.resume_from_checkpoint, args.resume_from_checkpoint)
+            if isinstance(given, str)
+        ]
         places.append(Path(args.output_dir) / name)
         if state.best_model_checkpoint is not None:
             places.append(Path(state.best_model_checkpoint).parent / name)
@@ -113,10 +124,11 @@ class EmbedSurgeryCallback(TrainerCallback, ExportableState):  # type: ignore[mi
             if any(_marked(place / DIRECTORY, run, state.global_step) for run in runs):
                 return place / DIRECTORY
         raise AttachmentError(
-            "the rows of the checkpoint are not found", where=", ".join(dict.fromkeys(map(str, places))),
+            "the rows of the checkpoint are not found",
+            where=", ".join(dict.fromkeys(map(str, places))),
             expected=f"{DIRECTORY}/{_RUN} of run {' or '.join(sorted(runs))}, step {state.global_step}",
             hint="EmbedSurgeryCallback(resume_from_checkpoint=...) takes the directory that train() resumes from",
-        )  # fmt: skip
+        )
 
     def _runs(self, state: TrainerState) -> set[str]:
         """Whose rows lie beside a checkpoint, as its state says: more than one where a callback is there twice."""
@@ -127,8 +139,11 @@ class EmbedSurgeryCallback(TrainerCallback, ExportableState):  # type: ignore[mi
 def _attachment(model: Any) -> Attachment:
     attachment = find(model)
     if attachment is None:
-        raise AttachmentError("nothing is attached to the Trainer's model", where=type(model).__name__,
-                              hint="embedsurgery.attach(model, config) before trainer.train()")  # fmt: skip
+        raise AttachmentError(
+            "nothing is attached to the Trainer's model",
+            where=type(model).__name__,
+            hint="embedsurgery.attach(model, config) before trainer.train()",
+        )
     return attachment
 
 

@@ -66,14 +66,19 @@ def attach(
 
     refuse_other(model)
     if tokenizer is not None and not hasattr(tokenizer, "convert_ids_to_tokens"):
-        raise ConfigError("not a tokenizer", where="tokenizer", expected="a tokenizer of transformers",
-                          found=f"{type(tokenizer).__name__} {str(tokenizer)[:80]!r}",
-                          hint="AutoTokenizer.from_pretrained(...) gives one")  # fmt: skip
+        raise ConfigError(
+            "not a tokenizer",
+            where="tokenizer",
+            expected="a tokenizer of transformers",
+            found=f"{type(tokenizer).__name__} {str(tokenizer)[:80]!r}",
+            hint="AutoTokenizer.from_pretrained(...) gives one",
+        )
     known = find(model)
     base = base_of(model) if known is None else known.model
     if known is not None and known.merged:
-        raise AttachmentError("cannot attach another adapter while the rows are merged into the weights",
-                              hint="unmerge() first")  # fmt: skip
+        raise AttachmentError(
+            "cannot attach another adapter while the rows are merged into the weights", hint="unmerge() first"
+        )
     classify = registry().classify
     store = module_store(base, known.graph if known is not None else None, classify=classify)
     fresh = not isinstance(config, Adapter)
@@ -88,9 +93,19 @@ def attach(
         known_base = _base(base, store.graph, tokenizer)
         adapter = _with_disk_names(plainly_named(started(record.surgery, config, store, known_base)), known_base)
     try:
-        attachment = attach_adapter(base, adapter, record, graph=store.graph, name=name,
-                                    freeze=model if freeze else None, materialize=materialize, fresh=fresh, active=active,
-                                    given=model, classify=classify)  # fmt: skip
+        attachment = attach_adapter(
+            base,
+            adapter,
+            record,
+            graph=store.graph,
+            name=name,
+            freeze=model if freeze else None,
+            materialize=materialize,
+            fresh=fresh,
+            active=active,
+            given=model,
+            classify=classify,
+        )
     except BaseException:
         if extended is not None:
             apply(extended, store_of(base, tokenizer))
@@ -110,8 +125,11 @@ def _extend(model: nn.Module, adapter: Adapter, tokenizer: Tokenizer | None, kno
     if not edits:
         return None
     if known is not None:
-        raise AttachmentError("this adapter brings new tokens, and the model has an attachment already",
-                              found=", ".join(known.names), hint="attach it first, or detach() the others")  # fmt: skip
+        raise AttachmentError(
+            "this adapter brings new tokens, and the model has an attachment already",
+            found=", ".join(known.names),
+            hint="attach it first, or detach() the others",
+        )
     surgery = registry().named(adapter.manifest.surgery).surgery
     new = set(adapter.manifest.new_tokens.ids)
     by_row = (edit for edit in planned(surgery, adapter, located).edits if edit.sets() and edit.whole() is None)

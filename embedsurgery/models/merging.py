@@ -65,8 +65,15 @@ def merge(
     if tokenizer is None:
         texts_of([part.adapter for part in asked], None)  # which says what an adapter's tokens would need
     tokens = None if tokenizer is None else partial(_known, tokenizer)
-    planned = plan_parts(asked, lambda name: registry().named(name).surgery, store, tokens, options=bake,
-                         on_conflict=on_conflict, allow_nan=allow_nan)  # fmt: skip
+    planned = plan_parts(
+        asked,
+        lambda name: registry().named(name).surgery,
+        store,
+        tokens,
+        options=bake,
+        on_conflict=on_conflict,
+        allow_nan=allow_nan,
+    )
     plan = planned[0][1] if len(planned) == 1 else together([plan for _, plan in planned])
     undo = apply(plan, store)
     return MergeUndo(undo.edits, {**plan.facts, "written": written(undo, store)}, tokenizer)
@@ -74,8 +81,12 @@ def merge(
 
 def _loaded(adapter: object) -> tuple[Adapter, str]:
     if not isinstance(adapter, Adapter):
-        raise ConfigError("not an adapter", expected="an Adapter", found=type(adapter).__name__,
-                          hint="embedsurgery.load(directory) or attachment.adapter() gives one")  # fmt: skip
+        raise ConfigError(
+            "not an adapter",
+            expected="an Adapter",
+            found=type(adapter).__name__,
+            hint="embedsurgery.load(directory) or attachment.adapter() gives one",
+        )
     return adapter, adapter.source or "adapter"
 
 

@@ -27,8 +27,11 @@ def texts_of(adapters: Sequence[Adapter], tokenizer: Any) -> Mapping[int, str] |
     new = [token for a in adapters if a.manifest.new_tokens is not None for token in a.manifest.new_tokens.tokens]
     if new:
         named = ", ".join(repr(token.content) for token in new[:4])
-        warnings.warn(f"the adapter brings new tokens ({named}): give tokenizer=, or it does not know them",
-                      EmbedSurgeryWarning, stacklevel=4)  # fmt: skip
+        warnings.warn(
+            f"the adapter brings new tokens ({named}): give tokenizer=, or it does not know them",
+            EmbedSurgeryWarning,
+            stacklevel=4,
+        )
     return None
 
 
@@ -40,8 +43,11 @@ def refuse_attached(target: Target, verb: str) -> None:
 
     own = f", or use its own {verb}()" if verb.isalpha() else ""
     if isinstance(target, nn.Module) and find(target) is not None:
-        raise AttachmentError(f"cannot {verb} a model that has an attachment from outside", where=type(target).__name__,
-                              hint=f"detach() it first{own}")  # fmt: skip
+        raise AttachmentError(
+            f"cannot {verb} a model that has an attachment from outside",
+            where=type(target).__name__,
+            hint=f"detach() it first{own}",
+        )
 
 
 def refuse_other(model: object) -> None:
@@ -49,8 +55,12 @@ def refuse_other(model: object) -> None:
     from torch import nn
 
     if not isinstance(model, nn.Module):
-        raise ConfigError("not a model", expected="an nn.Module", found=type(model).__name__,
-                          hint="load the model first; merge_checkpoint() takes a directory")  # fmt: skip
+        raise ConfigError(
+            "not a model",
+            expected="an nn.Module",
+            found=type(model).__name__,
+            hint="load the model first; merge_checkpoint() takes a directory",
+        )
 
 
 def store_of(target: Target, tokenizer: Any = None) -> Store:
@@ -64,5 +74,6 @@ def store_of(target: Target, tokenizer: Any = None) -> Store:
         return module_store(target, tokenizer=tokenizer, classify=registry().classify)
     if isinstance(target, Mapping):
         return state_dict_store(target, tokenizer=tokenizer)
-    raise ConfigError("not a model or a state dict", expected="nn.Module or mapping of tensors",
-                      found=type(target).__name__)  # fmt: skip
+    raise ConfigError(
+        "not a model or a state dict", expected="nn.Module or mapping of tensors", found=type(target).__name__
+    )

@@ -277,6 +277,10 @@ def _encodes(path: str) -> bool:
 
 def journal_mismatch(where: Path, expected: object, found: object) -> UnfinishedError:
     """The error for a journal that was not written for these files."""
-    return UnfinishedError("the journal does not fit these files, so they are left as they are", where=where,
-                           expected=expected, found=found,
-                           hint=f"put the files back from elsewhere and remove {JOURNAL}")  # fmt: skip
+    return UnfinishedError(
+        "the journal does not fit these files, so they are left as they are",
+        where=where,
+        expected=expected,
+        found=found,
+        hint=f"put the files back from elsewhere and remove {JOURNAL}",
+    )

@@ -66,8 +66,10 @@ class Edits:
             PlanError: It holds blocks that are computed from the table and so cannot be written down.
         """
         tensors: dict[str, TensorSource] = {}
-        described = [{"edit": type(edit).__name__, **edit.encode(f"{number}.", tensors)}
-                     for number, edit in enumerate(self.edits)]  # fmt: skip
+        described = [
+            {"edit": type(edit).__name__, **edit.encode(f"{number}.", tensors)}
+            for number, edit in enumerate(self.edits)
+        ]
         body = {"format": FORMAT, "edits": described, "facts": dict(self.facts)}
         write_file(path, tensors, {METADATA_KEY: json.dumps(body, sort_keys=True)}, seal=SEAL)
 
@@ -89,8 +91,13 @@ class Edits:
         try:
             body = json.loads(header.metadata[METADATA_KEY])
             if body["format"] != FORMAT:
-                raise PlanError("a plan of another format", where=path, expected=FORMAT, found=body["format"],
-                                hint="use the embedsurgery version that wrote it, or a newer one")  # fmt: skip
+                raise PlanError(
+                    "a plan of another format",
+                    where=path,
+                    expected=FORMAT,
+                    found=body["format"],
+                    hint="use the embedsurgery version that wrote it, or a newer one",
+                )
             file = PlanFile(path, header.entries)
             return cls(tuple(_decode(edit, f"{n}.", file) for n, edit in enumerate(body["edits"])), dict(body["facts"]))
         except (KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError, IndexError) as error:
@@ -111,6 +118,10 @@ class Undo(Edits):
 def _decode(body: Mapping[str, Any], prefix: str, file: PlanFile) -> Edit:
     kind = KINDS.get(body["edit"])
     if kind is None:
-        raise PlanError("an edit that this version does not know", where=file.path, found=body["edit"],
-                        hint="use the embedsurgery version that wrote it, or a newer one")  # fmt: skip
+        raise PlanError(
+            "an edit that this version does not know",
+            where=file.path,
+            found=body["edit"],
+            hint="use the embedsurgery version that wrote it, or a newer one",
+        )
     return kind.decode(body, prefix, file)

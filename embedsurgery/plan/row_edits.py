@@ -163,8 +163,11 @@ class SetBlocks(Edit):
     def encode(self, prefix: str, tensors: dict[str, TensorSource]) -> dict[str, Any]:
         blocks = self.blocks
         if not blocks.stored:
-            raise PlanError("blocks that are computed from the table cannot be written down", where=self.table,
-                            hint="apply the plan and save its undo")  # fmt: skip
+            raise PlanError(
+                "blocks that are computed from the table cannot be written down",
+                where=self.table,
+                hint="apply the plan and save its undo",
+            )
         chunks = (blocks.saved_rows(start, stop).data for start, stop in blocks.spans())
         tensors[prefix + "blocks"] = TensorSource(blocks.dtype, blocks.shape, chunks)
         return {"table": self.table}

@@ -75,15 +75,24 @@ class Grow(Edit):
         return self.vocabulary
 
     def joined(self, later: Grow) -> Grow:
-        return Grow(self.vocabulary, self.count + later.count, _append(self.rows, later.rows),
-                    _append(self.vectors, later.vectors))  # fmt: skip
+        return Grow(
+            self.vocabulary,
+            self.count + later.count,
+            _append(self.rows, later.rows),
+            _append(self.vectors, later.vectors),
+        )
 
     def encode(self, prefix: str, tensors: dict[str, TensorSource]) -> dict[str, Any]:
         for kind, part in (("rows", self.rows), ("vectors", self.vectors)):
             tensors.update({f"{prefix}{kind}.{name}": TensorSource.of(raw) for name, raw in part.items()})
         tensors.update({f"{prefix}saved.{path}": bytes_source(data) for path, data in self.saved.items()})
-        return {"vocabulary": self.vocabulary, "count": self.count, "rows": list(self.rows),
-                "vectors": list(self.vectors), "saved": list(self.saved)}  # fmt: skip
+        return {
+            "vocabulary": self.vocabulary,
+            "count": self.count,
+            "rows": list(self.rows),
+            "vectors": list(self.vectors),
+            "saved": list(self.saved),
+        }
 
     @classmethod
     def decode(cls, body: Mapping[str, Any], prefix: str, file: PlanFile) -> Grow:
@@ -140,11 +149,23 @@ class Untie(Edit):
     @classmethod
     def decode(cls, body: Mapping[str, Any], prefix: str, file: PlanFile) -> Untie:
         saved = {path: file.data(f"{prefix}saved.{path}") for path in body["saved"]}
-        return cls(str(body["table"]), str(body["head"]), file.integers(prefix + "indices"),
-                   file.tensor(prefix + "rows"), bool(body["undo"]), saved)  # fmt: skip
+        return cls(
+            str(body["table"]),
+            str(body["head"]),
+            file.integers(prefix + "indices"),
+            file.tensor(prefix + "rows"),
+            bool(body["undo"]),
+            saved,
+        )
 
 
 def _append(first: Mapping[str, RawArray], second: Mapping[str, RawArray]) -> dict[str, RawArray]:
     """Arrays by name with the rows of others after theirs."""
-    return {name: RawArray(raw.dtype, (raw.shape[0] + second[name].shape[0], *raw.shape[1:]),
-                           raw.data + second[name].to(raw.dtype).data) for name, raw in first.items()}  # fmt: skip
+    return {
+        name: RawArray(
+            raw.dtype,
+            (raw.shape[0] + second[name].shape[0], *raw.shape[1:]),
+            raw.data + second[name].to(raw.dtype).data,
+        )
+        for name, raw in first.items()
+    }

@@ -101,8 +101,11 @@ def _store_fault(value: StoreRecord) -> str | None:
 
 def _command_fault(value: CommandRecord) -> str | None:
     verb = re.fullmatch(r"[a-z][a-z0-9-]*", str(value.name)) is not None
-    return _texts(value, "summary") or _function_fault(value, "load") or _first(
-        (not verb, "the name is no verb: lower-case letters, digits and hyphens"))  # fmt: skip
+    return (
+        _texts(value, "summary")
+        or _function_fault(value, "load")
+        or _first((not verb, "the name is no verb: lower-case letters, digits and hyphens"))
+    )
 
 
 def _named(value: object) -> str:
@@ -128,21 +131,51 @@ def _section(manifest: Any) -> Any: ...
 
 
 KINDS = (
-    HookKind("embedsurgery_surgeries", "surgeries", SurgeryRecord, _surgery_fault,
-             ("name", "config_class", "peft_type"), lambda r: _methods(r.surgery, Surgery)),
-    HookKind("embedsurgery_initializers", "initialisers", InitializerRecord, _initializer_fault,
-             functions=lambda r: _methods(r.initializer, Initializer)),
-    HookKind("embedsurgery_classifiers", "classifiers", ClassifierRecord, lambda r: _function_fault(r, "classify"),
-             functions=lambda r: [(f"{r.name}.classify", r.classify, _classify)]),
+    HookKind(
+        "embedsurgery_surgeries",
+        "surgeries",
+        SurgeryRecord,
+        _surgery_fault,
+        ("name", "config_class", "peft_type"),
+        lambda r: _methods(r.surgery, Surgery),
+    ),
+    HookKind(
+        "embedsurgery_initializers",
+        "initialisers",
+        InitializerRecord,
+        _initializer_fault,
+        functions=lambda r: _methods(r.initializer, Initializer),
+    ),
+    HookKind(
+        "embedsurgery_classifiers",
+        "classifiers",
+        ClassifierRecord,
+        lambda r: _function_fault(r, "classify"),
+        functions=lambda r: [(f"{r.name}.classify", r.classify, _classify)],
+    ),
     HookKind("embedsurgery_layouts", "layouts", LayoutRecord, _layout_fault),
-    HookKind("embedsurgery_stores", "stores", StoreRecord, _store_fault,
-             functions=lambda r: [(f"{r.name}.recognises", r.recognises, _recognises),
-                                  (f"{r.name}.open", r.open, _open)]),
-    HookKind("embedsurgery_commands", "commands", CommandRecord, _command_fault,
-             functions=lambda r: [(f"{r.name}.load", r.load, _load)]),
-    HookKind("embedsurgery_card_sections", "card sections", CardSectionRecord, lambda r: _function_fault(r, "section"),
-             functions=lambda r: [(f"{r.name}.section", r.section, _section)]),
-)  # fmt: skip
+    HookKind(
+        "embedsurgery_stores",
+        "stores",
+        StoreRecord,
+        _store_fault,
+        functions=lambda r: [(f"{r.name}.recognises", r.recognises, _recognises), (f"{r.name}.open", r.open, _open)],
+    ),
+    HookKind(
+        "embedsurgery_commands",
+        "commands",
+        CommandRecord,
+        _command_fault,
+        functions=lambda r: [(f"{r.name}.load", r.load, _load)],
+    ),
+    HookKind(
+        "embedsurgery_card_sections",
+        "card sections",
+        CardSectionRecord,
+        lambda r: _function_fault(r, "section"),
+        functions=lambda r: [(f"{r.name}.section", r.section, _section)],
+    ),
+)
 """Every hook of the contract."""
 
 
@@ -154,8 +187,13 @@ def check_plugin(plugin: Any) -> None:
     """
     version = getattr(plugin, f"{PROJECT}_contract", CONTRACT)
     if type(version) is not int or not 1 <= version <= CONTRACT:
-        raise PluginError("written for another contract", where=f"{PROJECT}_contract", expected=f"1 to {CONTRACT}",
-                          found=repr(version)[:40], hint=f"upgrade {PROJECT}, or the plugin")  # fmt: skip
+        raise PluginError(
+            "written for another contract",
+            where=f"{PROJECT}_contract",
+            expected=f"1 to {CONTRACT}",
+            found=repr(version)[:40],
+            hint=f"upgrade {PROJECT}, or the plugin",
+        )
     for name, spec in vars(Hooks).items():
         found = getattr(plugin, name, None)
         if name.startswith(f"{PROJECT}_") and callable(found) and hasattr(found, f"{PROJECT}_impl"):
@@ -170,13 +208,20 @@ def check_answer(answer: Any, kind: HookKind) -> Sequence[Any]:
     """
     records = answer if isinstance(answer, Sequence) and not isinstance(answer, str) else None
     if records is None or not all(isinstance(record, kind.record) for record in records):
-        raise PluginError("a hook returned the wrong thing", where=kind.name,
-                          expected=f"a list of {kind.record.__name__}", found=_kinds(answer, kind))  # fmt: skip
+        raise PluginError(
+            "a hook returned the wrong thing",
+            where=kind.name,
+            expected=f"a list of {kind.record.__name__}",
+            found=_kinds(answer, kind),
+        )
     for record in records:
         fault = kind.fault(record)
         if fault is not None:
-            raise PluginError("a record that is not whole", found=fault,
-                              where=f"{kind.name}: {kind.record.__name__} {record.name!r}"[:100])  # fmt: skip
+            raise PluginError(
+                "a record that is not whole",
+                found=fault,
+                where=f"{kind.name}: {kind.record.__name__} {record.name!r}"[:100],
+            )
     for where, found, expected in (part for record in records for part in kind.functions(record)):
         _check_signature(where, found, inspect.signature(expected))
     return records
@@ -200,9 +245,11 @@ def refuse_clashes(known: Sequence[tuple[str, Any]], new: Sequence[Any], plugin:
         for owner, record in everything:
             key = getattr(record, what)
             if key in owners:
-                raise PluginError(f"two {kind.what} have the {what} {getattr(key, '__name__', key)!r}",
-                                  where=" and ".join(dict.fromkeys((owners[key], owner))),
-                                  hint="uninstall one, or rename it")  # fmt: skip
+                raise PluginError(
+                    f"two {kind.what} have the {what} {getattr(key, '__name__', key)!r}",
+                    where=" and ".join(dict.fromkeys((owners[key], owner))),
+                    hint="uninstall one, or rename it",
+                )
             owners[key] = owner
 
 
@@ -221,8 +268,12 @@ def _check_signature(where: str, found: Callable[..., Any], expected: inspect.Si
         signature.bind(*expected.parameters)
     except TypeError:
         name = where.rpartition(".")[2]
-        raise PluginError("a function of another signature", where=where, expected=f"{name}{_shown(expected)}",
-                          found=f"{name}{_shown(signature)}") from None  # fmt: skip
+        raise PluginError(
+            "a function of another signature",
+            where=where,
+            expected=f"{name}{_shown(expected)}",
+            found=f"{name}{_shown(signature)}",
+        ) from None
 
 
 def _shown(signature: inspect.Signature) -> str:

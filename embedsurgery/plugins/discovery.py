@@ -63,9 +63,12 @@ def _register(manager: pluggy.PluginManager, owned: _Owned, info: PluginInfo, pl
         manager.check_pending()
         hooks = tuple(sorted(caller.name for caller in manager.get_hookcallers(plugin) or ()))
         if not hooks:
-            raise PluginError("no hook of embedsurgery is in this plugin", where=info.name,
-                              expected=f"functions marked {PROJECT}.hookimpl",
-                              hint="does the entry point name the right module?")  # fmt: skip
+            raise PluginError(
+                "no hook of embedsurgery is in this plugin",
+                where=info.name,
+                expected=f"functions marked {PROJECT}.hookimpl",
+                hint="does the entry point name the right module?",
+            )
         new = {kind.name: _records(manager, plugin, kind) for kind in KINDS}
         for kind in KINDS:
             refuse_clashes(owned[kind.name], new[kind.name], info.name, kind)

@@ -100,8 +100,12 @@ class Registry:
             hint = f"this one is {kind.__module__.partition('.')[0]}'s; take {alike.__module__.partition('.')[0]}'s own"
         elif isinstance(config, (str, os.PathLike)):
             hint = "embedsurgery.load(directory) reads an adapter"
-        raise ConfigError("not a config of any surgery, nor an Adapter", found=f"{kind.__module__}.{kind.__qualname__}",
-                          expected=", ".join(one.__name__ for one in ours), hint=hint)  # fmt: skip
+        raise ConfigError(
+            "not a config of any surgery, nor an Adapter",
+            found=f"{kind.__module__}.{kind.__qualname__}",
+            expected=", ".join(one.__name__ for one in ours),
+            hint=hint,
+        )
 
     def named(self, name: str) -> SurgeryRecord:
         """The surgery of this name.
@@ -111,8 +115,12 @@ class Registry:
         """
         if name in self.surgeries:
             return self.surgeries[name]
-        raise UnknownSurgeryError("no plugin brings this surgery", where=name[:100], found=", ".join(self.surgeries),
-                                  hint=f"install the {GROUP} plugin that brings it")  # fmt: skip
+        raise UnknownSurgeryError(
+            "no plugin brings this surgery",
+            where=name[:100],
+            found=", ".join(self.surgeries),
+            hint=f"install the {GROUP} plugin that brings it",
+        )
 
     def for_peft_type(self, peft_type: object) -> SurgeryRecord:
         """The surgery whose files PEFT calls so.
@@ -126,8 +134,11 @@ class Registry:
         for record in self.surgeries.values():
             if isinstance(peft_type, str) and peft_type in record.also_reads:
                 return record
-        raise UnknownSurgeryError("no plugin reads adapters of this peft_type", where=str(peft_type)[:100],
-                                  found=", ".join(r.peft_type for r in self.surgeries.values()))  # fmt: skip
+        raise UnknownSurgeryError(
+            "no plugin reads adapters of this peft_type",
+            where=str(peft_type)[:100],
+            found=", ".join(r.peft_type for r in self.surgeries.values()),
+        )
 
     def initializer(self, name: str) -> InitializerRecord:
         """The initialiser of this name.
@@ -170,9 +181,12 @@ class Registry:
         records = [r for r in self.stores.values() if not r.fallback]
         fits = [r for r in records if _answer(r, r.recognises, directory, bool)]
         if len(fits) > 1:
-            raise CheckpointError("several formats recognise this checkpoint", where=directory,
-                                  found=", ".join(r.name for r in fits),
-                                  hint=f"block the plugin of one with {DISABLE}")  # fmt: skip
+            raise CheckpointError(
+                "several formats recognise this checkpoint",
+                where=directory,
+                found=", ".join(r.name for r in fits),
+                hint=f"block the plugin of one with {DISABLE}",
+            )
         return [*fits, *(r for r in self.stores.values() if r.fallback)][0]
 
     def open_store(self, directory: Path, work: Path | None = None) -> Store:
@@ -215,9 +229,13 @@ class Registry:
             return read(self.for_peft_type(files.config.get("peft_type")).surgery, files, None)
         surgery = self.named(manifest.surgery).surgery
         if manifest.surgery_version > surgery.version:
-            raise AdapterError("an adapter of a newer version of its surgery", where=directory,
-                               expected=surgery.version, found=manifest.surgery_version,
-                               hint="upgrade what brings the surgery")  # fmt: skip
+            raise AdapterError(
+                "an adapter of a newer version of its surgery",
+                where=directory,
+                expected=surgery.version,
+                found=manifest.surgery_version,
+                hint="upgrade what brings the surgery",
+            )
         return read(surgery, files, manifest)
 
 
@@ -228,8 +246,11 @@ def _answer(record: Any, function: Any, given: object, kind: type[Any]) -> Any:
         if answer is not None and not isinstance(answer, kind):
             raise TypeError(f"returned {type(answer).__name__}, expected {kind.__name__} or None")
     except Exception as error:
-        warnings.warn(f"{record.name}: this plugin's answer is passed over: {type(error).__name__}: {error}",
-                      EmbedSurgeryWarning, stacklevel=4)  # fmt: skip
+        warnings.warn(
+            f"{record.name}: this plugin's answer is passed over: {type(error).__name__}: {error}",
+            EmbedSurgeryWarning,
+            stacklevel=4,
+        )
         return None
     return answer
 

@@ -115,14 +115,17 @@ class Attachment(Hidden):
 
         Raises:
             AttachmentError: A name that is not attached, rows of a table in two of the adapters, two soft prompts, or
-                a merged model; or inside `rows`.
+                a merged model; or inside `per_sample`.
             UnsupportedError: Inside `materialized`, an adapter that this cannot show.
         """
         self._not_merged("activate adapters")
         self._not_mixed("activate adapters")
         if any(not isinstance(name, str) for name in names):
-            raise AttachmentError("not an adapter's name", found=", ".join(map(repr, names)),
-                                  expected='names one by one: activate("a", "b")')  # fmt: skip
+            raise AttachmentError(
+                "not an adapter's name",
+                found=", ".join(map(repr, names)),
+                expected='names one by one: activate("a", "b")',
+            )
         if len(set(names)) != len(names):
             raise AttachmentError("an adapter is named twice", found=", ".join(names))
         self._members.check_disjoint(names)
@@ -181,8 +184,12 @@ class Attachment(Hidden):
         name = self._members.default(name)
         member = self._members[name]
         if adapter.manifest.surgery != member.record.name:
-            raise AttachmentError("the adapter is of another surgery", where=name, expected=member.record.name,
-                                  found=adapter.manifest.surgery)  # fmt: skip
+            raise AttachmentError(
+                "the adapter is of another surgery",
+                where=name,
+                expected=member.record.name,
+                found=adapter.manifest.surgery,
+            )
         theirs = overrides_of(member.record.surgery, adapter, locate(adapter, self._installation.store()))
         values = replacements(name, member.overrides, theirs, member.adapter, adapter)
         if in_order:
@@ -197,7 +204,7 @@ class Attachment(Hidden):
         """Take an adapter off; the last one detaches the model.
 
         Raises:
-            AttachmentError: There is none of this name, the model is merged, or inside `rows`.
+            AttachmentError: There is none of this name, the model is merged, or inside `per_sample`.
         """
         self._not_merged("remove an adapter")
         self._not_mixed("remove an adapter")
@@ -254,7 +261,7 @@ class Attachment(Hidden):
             yield
 
     @contextmanager
-    def rows(self, names: Sequence[str | None]) -> Iterator[None]:
+    def per_sample(self, names: Sequence[str | None]) -> Iterator[None]:
         """Inside, each sample of the batch has an adapter of its own: equal to running each sample alone.
 
         Where parts that hold the table are checkpointed, the backward, which computes them again, belongs inside too.
@@ -272,8 +279,11 @@ class Attachment(Hidden):
         """
         self._not_merged("mix adapters")
         if isinstance(names, str) or any(not isinstance(name, str) for name in names if name is not None):
-            raise AttachmentError("not a list of adapters' names", found=repr(names),
-                                  expected='one name, or None, for each sample: ["a", None]')  # fmt: skip
+            raise AttachmentError(
+                "not a list of adapters' names",
+                found=repr(names),
+                expected='one name, or None, for each sample: ["a", None]',
+            )
         if len(names) == 0:
             raise AttachmentError("no sample is named", expected="one adapter name, or None, for each sample")
         here = dict.fromkeys(name for name in names if name is not None)
@@ -283,9 +293,12 @@ class Attachment(Hidden):
         pairs = [(name, *pair) for name in used for pair in self._members[name].pairs()]
         tables = {override.table for _, override, _ in pairs if not isinstance(override, PromptOverride)}
         if tables & self._installation.copied:
-            raise UnsupportedError("a batch cannot mix adapters here", where=", ".join(sorted(tables)),
-                                   found="a table that is overridden by a full copy of it",
-                                   hint="run the samples of each adapter by themselves")  # fmt: skip
+            raise UnsupportedError(
+                "a batch cannot mix adapters here",
+                where=", ".join(sorted(tables)),
+                found="a table that is overridden by a full copy of it",
+                hint="run the samples of each adapter by themselves",
+            )
         batch = self._installation.batch
         outside = (self._members.active, batch.mixed)
         try:
@@ -306,7 +319,7 @@ class Attachment(Hidden):
             The undo, which `unmerge` uses, and which `embedsurgery.unmerge` takes as well.
 
         Raises:
-            AttachmentError: Merged already, no adapter is live, or inside `rows` or `disabled`.
+            AttachmentError: Merged already, no adapter is live, or inside `per_sample` or `disabled`.
             UnsupportedError: A table whose rows cannot be written, for instance one that is sharded.
         """
         self._not_merged("merge")
@@ -533,8 +546,7 @@ def attach_adapter(
     else:
         refuse_more(given or freeze or model, attachment.model, classify)
     try:
-        attachment._add(name, adapter, record, freeze=freeze, materialize=materialize, fresh=fresh,
-                        active=active)  # fmt: skip
+        attachment._add(name, adapter, record, freeze=freeze, materialize=materialize, fresh=fresh, active=active)
         if first:
             held, saves = places(model, graph)
             held.add_module(CHILD, attachment)

@@ -7,7 +7,7 @@ seen to be over, for that frame stands on no stack any more.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from types import FrameType
 from typing import Any, Generic, TypeVar
@@ -24,6 +24,28 @@ def to_the_end(work: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         work()
         raise
+
+
+def frame_at(depth: int = 0) -> FrameType:
+    """A frame of this thread: 0 is the caller's, 1 the one that called it, and so on."""
+    return sys._getframe(depth + 1)
+
+
+def frames_from(frame: FrameType | None) -> Iterator[FrameType]:
+    """A frame and those below it on its stack, innermost first."""
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def package_of(frame: FrameType) -> str:
+    """The top-level package whose code a frame runs."""
+    return str(frame.f_globals.get("__name__")).partition(".")[0]
+
+
+def local_of(frame: FrameType, name: str) -> Any:
+    """A local variable of a running function; None where it has none of this name."""
+    return frame.f_locals.get(name)
 
 
 def first_of(frames: list[FrameType], top: FrameType | None) -> FrameType | None:
@@ -56,13 +78,9 @@ def run(frames: list[FrameType]) -> bool:
 
 def of_library(frame: FrameType) -> FrameType:
     """The frame in which a library was entered that a frame is of: the last on the way down that is of it too."""
-    while frame.f_back is not None and _package(frame.f_back) == _package(frame):
+    while frame.f_back is not None and package_of(frame.f_back) == package_of(frame):
         frame = frame.f_back
     return frame
-
-
-def _package(frame: FrameType) -> str:
-    return str(frame.f_globals.get("__name__")).partition(".")[0]
 
 
 class Calls(Generic[T]):

@@ -41,8 +41,12 @@ def replacements(
         return whole_replacements(name, ours, theirs, live, adapter)
     found = {override.table: override for override in theirs}
     if found.keys() != {override.table for override in ours}:
-        raise AttachmentError("the adapter is for other tables", where=name, found=", ".join(sorted(found)),
-                              expected=", ".join(sorted(o.table for o in ours)))  # fmt: skip
+        raise AttachmentError(
+            "the adapter is for other tables",
+            where=name,
+            found=", ".join(sorted(found)),
+            expected=", ".join(sorted(o.table for o in ours)),
+        )
     values = []
     for override in ours:
         other = found[override.table]
@@ -74,12 +78,14 @@ def check_order(name: str, ours: Sequence[RowOverride], theirs: Sequence[RowOver
         other = found.get(one.table, one)
         if tuple(one.indices) != tuple(other.indices):
             places = [i for i, (a, b) in enumerate(zip(one.indices, other.indices, strict=True)) if a != b]
-            raise AttachmentError("the checkpoint's rows are in another order than those attached",
-                                  where=f"{name}: {one.table}, positions {shorten(places)}",
-                                  expected=", ".join(str(one.indices[i]) for i in places[:8]),
-                                  found=", ".join(str(other.indices[i]) for i in places[:8]),
-                                  hint="an optimizer's state goes by position: give token_indices in the checkpoint's "
-                                  "order (a set of tokens has another one in each process)")  # fmt: skip
+            raise AttachmentError(
+                "the checkpoint's rows are in another order than those attached",
+                where=f"{name}: {one.table}, positions {shorten(places)}",
+                expected=", ".join(str(one.indices[i]) for i in places[:8]),
+                found=", ".join(str(other.indices[i]) for i in places[:8]),
+                hint="an optimizer's state goes by position: give token_indices in the checkpoint's "
+                "order (a set of tokens has another one in each process)",
+            )
 
 
 def _prompt(
@@ -88,8 +94,12 @@ def _prompt(
     """As `replacements`, of soft prompts."""
     sizes = [[getattr(o, "count", 0) * len(getattr(o, "submodules", ())) for o in part] for part in (ours, theirs)]
     if sizes[0] != sizes[1]:
-        raise AttachmentError("the adapter is no soft prompt of the same length", where=name,
-                              expected=f"{sizes[0]} virtual tokens", found=sizes[1])  # fmt: skip
+        raise AttachmentError(
+            "the adapter is no soft prompt of the same length",
+            where=name,
+            expected=f"{sizes[0]} virtual tokens",
+            found=sizes[1],
+        )
     return [from_raw(adapter.raw[override.tensor]) for override in theirs]
 
 

@@ -92,8 +92,12 @@ class Members:
 
     def __getitem__(self, name: str) -> Member:
         if name not in self.all:
-            raise AttachmentError("no such adapter", where=name, found=", ".join(self.all) or "none attached",
-                                  hint="name one of them" if self.all else None)  # fmt: skip
+            raise AttachmentError(
+                "no such adapter",
+                where=name,
+                found=", ".join(self.all) or "none attached",
+                hint="name one of them" if self.all else None,
+            )
         return self.all[name]
 
     def default(self, name: str | None) -> str:
@@ -112,12 +116,19 @@ class Members:
         if not isinstance(name, str) or not name or "." in name:
             raise ConfigError("not a name for an adapter", expected="text without a dot", found=repr(name))
         if name in self.all:
-            raise AttachmentError("an adapter of this name is attached already", where=name,
-                                  found=", ".join(self.all), hint="give another name=, or remove it")  # fmt: skip
+            raise AttachmentError(
+                "an adapter of this name is attached already",
+                where=name,
+                found=", ".join(self.all),
+                hint="give another name=, or remove it",
+            )
         for other in self.all.values():
             if other.record.name not in record.shares_model_with:
-                raise AttachmentError("these surgeries cannot share a model", expected="one of them",
-                                      found=f"{record.name} and {other.record.name}")  # fmt: skip
+                raise AttachmentError(
+                    "these surgeries cannot share a model",
+                    expected="one of them",
+                    found=f"{record.name} and {other.record.name}",
+                )
 
     def check_disjoint(self, names: Sequence[str], new: Member | None = None) -> None:
         """Refuse adapters that are to be live together and set the same rows.
@@ -131,9 +142,12 @@ class Members:
         """
         prompts = [*self.prompts(names), *names[-1:]] if new is not None and is_prompt(new) else self.prompts(names)
         if len(prompts) > 1:
-            raise AttachmentError("two soft prompts cannot be live at once", found=" and ".join(prompts),
-                                  expected="one", hint="activate one at a time, or give each sample its own: "
-                                  "with attachment.per_sample([...])")  # fmt: skip
+            raise AttachmentError(
+                "two soft prompts cannot be live at once",
+                found=" and ".join(prompts),
+                expected="one",
+                hint="activate one at a time, or give each sample its own: with attachment.per_sample([...])",
+            )
         taken: dict[str, dict[int, str]] = {}
         for name in names:
             for override in (self[name] if new is None or name != names[-1] else new).overrides:
@@ -141,11 +155,13 @@ class Members:
                 indices = range(override.rows) if isinstance(override, TableOverride) else override.indices
                 twice = [i for i in indices if i in rows]
                 if twice:
-                    raise AttachmentError("two active adapters set the same rows", where=override.table,
-                                          expected="disjoint rows",
-                                          hint="activate one of them at a time; before attaching another one, "
-                                          "activate() takes all off",
-                                          found=f"{rows[twice[0]]} and {name} both set {shorten(twice)}")  # fmt: skip
+                    raise AttachmentError(
+                        "two active adapters set the same rows",
+                        where=override.table,
+                        expected="disjoint rows",
+                        hint="activate one of them at a time; before attaching another one, activate() takes all off",
+                        found=f"{rows[twice[0]]} and {name} both set {shorten(twice)}",
+                    )
                 rows.update(dict.fromkeys(indices, name))
 
     def prompts(self, names: Iterable[str]) -> list[str]:
@@ -217,13 +233,15 @@ class Members:
             trained = any(has_history(optimizer, values) for values in rows)
             if fresh and (trained or name in self.resumed) and member.is_as_it_began():
                 raise AttachmentError(
-                    "the optimizer has trained these rows before, but they are as they began" if trained
-                    else "training is resumed, but these rows are as they began", where=name,
+                    "the optimizer has trained these rows before, but they are as they began"
+                    if trained
+                    else "training is resumed, but these rows are as they began",
+                    where=name,
                     expected="the rows that were trained before the checkpoint was saved",
                     found="a state dict was loaded, which is the base's and holds no rows",
                     hint="attachment.restore(embedsurgery.load(...)) after loading; with the Trainer "
                     "embedsurgery.integrations.EmbedSurgeryCallback() saves and restores them",
-                )  # fmt: skip
+                )
             del self.unstepped[name]
         return bool(self.unstepped)
 
@@ -247,5 +265,9 @@ def say_what_overflows(members: Iterable[Member], store: TensorStore, undo: Undo
             indices = [override.indices[place] for place in places]
             found.append(f"{override.table} ({dtypes[override.table]}), rows {shorten(indices)}")
     if found:
-        warnings.warn(f"trained values that their table's dtype cannot hold are infinite now: {'; '.join(found)}; "
-                      "unmerge() takes them out again", EmbedSurgeryWarning, stacklevel=3)  # fmt: skip
+        warnings.warn(
+            f"trained values that their table's dtype cannot hold are infinite now: {'; '.join(found)}; "
+            "unmerge() takes them out again",
+            EmbedSurgeryWarning,
+            stacklevel=3,
+        )

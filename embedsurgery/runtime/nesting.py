@@ -40,8 +40,9 @@ def places(model: nn.Module, graph: EmbeddingGraph) -> tuple[nn.Module, nn.Modul
         steps.append(below)
     containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
     held = next((step for step in steps if not isinstance(step, containers)), model)
-    saves = next((step for step in steps if hasattr(step, "save_pretrained") and hasattr(step, "base_model_prefix")),
-                 model)  # fmt: skip
+    saves = next(
+        (step for step in steps if hasattr(step, "save_pretrained") and hasattr(step, "base_model_prefix")), model
+    )
     return held, saves
 
 

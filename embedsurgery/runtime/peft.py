@@ -6,11 +6,9 @@ the LoRA, which they take for one too, has no rows of its own, and is refused.
 
 from __future__ import annotations
 
-import sys
 import uuid
 import weakref
 from collections.abc import Callable
-from types import FrameType
 from typing import Any
 
 import torch
@@ -18,6 +16,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from embedsurgery.errors import UnsupportedError
+from embedsurgery.runtime.calls import frame_at, frames_from, package_of
 from embedsurgery.runtime.rows.rows import Rows
 
 _REFERENCE = ["ref"]
@@ -82,10 +81,13 @@ class Switch:
             return
         trained = [name for name, rows in self.rows() if rows.values.requires_grad]
         if trained and _is_run_by("trl"):
-            raise UnsupportedError("TRL takes a copy of the LoRA for its reference, and the rows that train would be "
-                                   "live in it", where="PEFT's adapter 'ref'", found=", ".join(trained),
-                                   hint="give the trainer ref_model=copy.deepcopy(model), or a model without LoRA and "
-                                   "peft_config=, for which the base is the reference")  # fmt: skip
+            raise UnsupportedError(
+                "TRL takes a copy of the LoRA for its reference, and the rows that train would be live in it",
+                where="PEFT's adapter 'ref'",
+                found=", ".join(trained),
+                hint="give the trainer ref_model=copy.deepcopy(model), or a model without LoRA and "
+                "peft_config=, for which the base is the reference",
+            )
 
     def _found(self) -> Any:
         """A layer of PEFT's, of which all are switched together."""
@@ -130,9 +132,4 @@ register_module_module_registration_hook(_Registered())
 
 
 def _is_run_by(package: str) -> bool:
-    frame: FrameType | None = sys._getframe()
-    while frame is not None:
-        if str(frame.f_globals.get("__name__")).partition(".")[0] == package:
-            return True
-        frame = frame.f_back
-    return False
+    return any(package_of(frame) == package for frame in frames_from(frame_at()))

@@ -9,7 +9,6 @@ An optimizer without state says nothing. There it counts that a library which re
 
 from __future__ import annotations
 
-import sys
 import weakref
 from types import FrameType
 from typing import Any, Protocol
@@ -17,6 +16,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+
+from embedsurgery.runtime.calls import frame_at, frames_from, local_of, package_of
 
 
 class Untrained(Protocol):
@@ -46,11 +47,15 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             _living.discard(members)
 
 
-_RESUMES = frozenset({
-    ("transformers", "_load_from_checkpoint"), ("sentence_transformers", "_load_from_checkpoint"),
-    ("accelerate", "load_accelerator_state"),
-    ("lightning", "restore_model"), ("pytorch_lightning", "restore_model"),
-})  # fmt: skip
+_RESUMES = frozenset(
+    {
+        ("transformers", "_load_from_checkpoint"),
+        ("sentence_transformers", "_load_from_checkpoint"),
+        ("accelerate", "load_accelerator_state"),
+        ("lightning", "restore_model"),
+        ("pytorch_lightning", "restore_model"),
+    }
+)
 """The libraries' functions that load a state dict to go on with training."""
 
 
@@ -62,20 +67,15 @@ def is_resume() -> bool:
 def is_restored() -> bool:
     """Whether it is a Trainer with a callback that restores the rows once the state dict is loaded."""
     frame = _resuming()
-    trainer = None if frame is None else frame.f_locals.get("self")
+    trainer = None if frame is None else local_of(frame, "self")
     callbacks = getattr(getattr(trainer, "callback_handler", None), "callbacks", ())
     return any(getattr(type(callback), "restores_rows", False) for callback in callbacks)
 
 
 def _resuming() -> FrameType | None:
     """The library's function that resumes, while it runs."""
-    frame: FrameType | None = sys._getframe()
-    while frame is not None:
-        package = str(frame.f_globals.get("__name__")).partition(".")[0]
-        if (package, frame.f_code.co_name) in _RESUMES:
-            return frame
-        frame = frame.f_back
-    return None
+    running = frames_from(frame_at())
+    return next((frame for frame in running if (package_of(frame), frame.f_code.co_name) in _RESUMES), None)
 
 
 def holds(optimizer: Optimizer, parameter: nn.Parameter, closure: bool) -> bool:

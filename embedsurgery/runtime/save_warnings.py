@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Sequence
-from types import FrameType
+from itertools import islice
 
 from embedsurgery.errors import EmbedSurgeryWarning, UnsupportedError
+from embedsurgery.runtime.calls import frame_at, frames_from, package_of
 
 _WRITERS = frozenset({"save_pretrained", "get_state_dict"})
 """Functions that ask for a state dict to write a checkpoint of the model (the second is Accelerate's); others may want
@@ -29,17 +29,15 @@ def refuse_to_be_hashed(names: Sequence[str]) -> None:
     Raises:
         UnsupportedError: TRL does so, to find log-probabilities that it computed before.
     """
-    frame: FrameType | None = sys._getframe()
-    for _ in range(6):
-        frame = frame.f_back if frame is not None else None
-        if frame is None:
-            return
-        if (str(frame.f_globals.get("__name__")).partition(".")[0], frame.f_code.co_name) == _HASHES:
-            raise UnsupportedError("TRL finds the reference log-probabilities of a model by a hash of its state dict, "
-                                   "which holds no rows, and would take those of other rows for these",
-                                   where="precompute_ref_log_probs", found=f"live rows of {', '.join(names)}",
-                                   hint="leave precompute_ref_log_probs False, or merge the rows of a reference model "
-                                   "into it")  # fmt: skip
+    for frame in islice(frames_from(frame_at(1)), 6):
+        if (package_of(frame), frame.f_code.co_name) == _HASHES:
+            raise UnsupportedError(
+                "TRL finds the reference log-probabilities of a model by a hash of its state dict, "
+                "which holds no rows, and would take those of other rows for these",
+                where="precompute_ref_log_probs",
+                found=f"live rows of {', '.join(names)}",
+                hint="leave precompute_ref_log_probs False, or merge the rows of a reference model into it",
+            )
 
 
 def say_that_no_rows_are_saved(names: Sequence[str]) -> None:
@@ -48,23 +46,21 @@ def say_that_no_rows_are_saved(names: Sequence[str]) -> None:
     Args:
         names: The adapters that are live.
     """
-    frame: FrameType | None = sys._getframe()
-    for _ in range(5):  # this, the hook, and torch's own
-        frame = frame.f_back if frame is not None else None
-        if frame is not None and frame.f_code.co_name in _WRITERS:
-            break
-    else:
+    stack = list(frames_from(frame_at(1)))
+    near = (n for n, frame in enumerate(stack[:5]) if frame.f_code.co_name in _WRITERS)  # the hook, and torch's own
+    number = next(near, None)
+    if number is None:
         return
-    writer = frame.f_code
-    above = frame.f_back
-    if above is not None and above.f_code.co_name == _RESUMABLE:
+    writer, *above = stack[number:]
+    if above and above[0].f_code.co_name == _RESUMABLE:
         return
-    while frame.f_back is not None and frame.f_code is writer:
-        frame = frame.f_back
+    frame = next((one for one in above if one.f_code is not writer.f_code), stack[-1])
     warnings.warn_explicit(
         f"the checkpoint that is saved here is the base's, without the rows of {', '.join(names)}: attachment.merge() "
         "first puts them in, attachment.save(directory) writes them by themselves; in embedsurgery.integrations "
         "EmbedSurgeryCallback() does so in each checkpoint of a Trainer, and keep_rows(accelerator) in save_state()",
-        EmbedSurgeryWarning, frame.f_code.co_filename, frame.f_lineno,
+        EmbedSurgeryWarning,
+        frame.f_code.co_filename,
+        frame.f_lineno,
         registry=frame.f_globals.setdefault("__warningregistry__", {}),
-    )  # fmt: skip
+    )

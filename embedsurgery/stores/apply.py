@@ -137,8 +137,12 @@ def _do(edit: Edit, store: Store) -> None:
         for start, stop in spans(table.shape[0], _pitch(table)):
             new = edit.blocks.block(start, stop, store.read_block(first, start, stop))
             if new.shape != (stop - start, table.shape[1]) or new.dtype not in EDITABLE:
-                raise PlanError("a block of the wrong shape or dtype", where=f"{store.name}: {table.name}",
-                                expected=f"({stop - start}, {table.shape[1]})", found=f"{new!r}")  # fmt: skip
+                raise PlanError(
+                    "a block of the wrong shape or dtype",
+                    where=f"{store.name}: {table.name}",
+                    expected=f"({stop - start}, {table.shape[1]})",
+                    found=f"{new!r}",
+                )
             new = new.to(table.dtype)
             for name in (first, *others):
                 store.write_block(name, start, new)

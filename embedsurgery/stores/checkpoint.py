@@ -70,15 +70,18 @@ def open_checkpoint(directory: Path) -> Checkpoint:
             if os.path.exists(directory)
             else "no such checkpoint directory"
         )
-        raise CheckpointError(what, where=directory,
-                              hint="give the directory that the model was downloaded or saved to")  # fmt: skip
+        raise CheckpointError(
+            what, where=directory, hint="give the directory that the model was downloaded or saved to"
+        )
     single, index = directory / SINGLE, directory / INDEX
     config = read_config(directory / CONFIG) if (directory / CONFIG).exists() else None
     if single.exists() and index.exists():
         raise CheckpointError(
-            "two sets of weights", where=directory, found=f"{SINGLE} beside {INDEX}",
+            "two sets of weights",
+            where=directory,
+            found=f"{SINGLE} beside {INDEX}",
             hint="loaders take the single file and ignore the shards: remove the one that is stale",
-        )  # fmt: skip
+        )
     if index.exists():
         location = weight_map(index, index)
         headers = {name: read_header(directory / name) for name in dict.fromkeys(location.values())}
@@ -112,8 +115,12 @@ def weight_map(index: Path, where: Path) -> dict[str, str]:
         raise CheckpointError("the index has no weight_map of file names", where=where)
     for file in dict.fromkeys(body.values()):
         if not is_plain_name(file) or not file.endswith(".safetensors"):
-            raise CheckpointError("the index names a file outside its directory, or no safetensors file", where=where,
-                                  expected="a plain file name", found=repr(file)[:120])  # fmt: skip
+            raise CheckpointError(
+                "the index names a file outside its directory, or no safetensors file",
+                where=where,
+                expected="a plain file name",
+                found=repr(file)[:120],
+            )
     return body
 
 
@@ -128,8 +135,12 @@ def indexed(
     index = directory / INDEX
     for name, file in location.items():
         if name not in headers[file].entries:
-            raise CheckpointError("the index names a tensor that its shard does not hold", where=index,
-                                  expected=f"{name} in {file}", hint="download the checkpoint again")  # fmt: skip
+            raise CheckpointError(
+                "the index names a tensor that its shard does not hold",
+                where=index,
+                expected=f"{name} in {file}",
+                hint="download the checkpoint again",
+            )
     _refuse_twice(headers, location, index)
     return Checkpoint(directory, headers, location, config, indexed=True)
 
@@ -141,9 +152,13 @@ def _refuse_twice(headers: Mapping[str, Header], location: Mapping[str, str], in
         for name in header.entries:
             other = holders.setdefault(name, file)
             if other != file:
-                raise CheckpointError("a tensor lies in two shards", where=index, expected=f"{name} in "
-                                      f"{location.get(name, 'one of them')} alone", found=f"in {other} and {file}",
-                                      hint="download the checkpoint again")  # fmt: skip
+                raise CheckpointError(
+                    "a tensor lies in two shards",
+                    where=index,
+                    expected=f"{name} in {location.get(name, 'one of them')} alone",
+                    found=f"in {other} and {file}",
+                    hint="download the checkpoint again",
+                )
 
 
 def is_plain_name(name: str) -> bool:
@@ -154,12 +169,22 @@ def is_plain_name(name: str) -> bool:
 def _only_file(directory: Path) -> str:
     names = sorted(p.name for p in directory.glob("*.safetensors"))
     if "adapter_model.safetensors" in names:
-        raise CheckpointError("an adapter, where a model was expected", where=directory, expected=SINGLE,
-                              found="adapter_model.safetensors", hint="name the base model's directory")  # fmt: skip
+        raise CheckpointError(
+            "an adapter, where a model was expected",
+            where=directory,
+            expected=SINGLE,
+            found="adapter_model.safetensors",
+            hint="name the base model's directory",
+        )
     if len(names) == 1:
         return names[0]
     hint = "save the model with save_pretrained"
     if any(directory.glob("*.bin")):
         hint = "the .bin files are pickles, which can run code: convert them to safetensors first"
-    raise CheckpointError("no safetensors weights", where=directory, expected=f"{SINGLE} or {INDEX}",
-                          found=", ".join(names) or "none", hint=hint)  # fmt: skip
+    raise CheckpointError(
+        "no safetensors weights",
+        where=directory,
+        expected=f"{SINGLE} or {INDEX}",
+        found=", ".join(names) or "none",
+        hint=hint,
+    )

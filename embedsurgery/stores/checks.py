@@ -60,9 +60,12 @@ def check_edits(edits: tuple[Edit, ...], store: Store) -> None:
             table = state.table(edit.table)
             check_indices(table, edit.indices)
             if edit.rows.shape != (len(edit.indices), table.shape[1]) or edit.rows.dtype not in EDITABLE:
-                raise PlanError("rows of the wrong shape or dtype", where=f"{store.name}: {table.name}",
-                                expected=f"({len(edit.indices)}, {table.shape[1]}) of {', '.join(EDITABLE)}",
-                                found=f"{edit.rows.shape} of {edit.rows.dtype}")  # fmt: skip
+                raise PlanError(
+                    "rows of the wrong shape or dtype",
+                    where=f"{store.name}: {table.name}",
+                    expected=f"({len(edit.indices)}, {table.shape[1]}) of {', '.join(EDITABLE)}",
+                    found=f"{edit.rows.shape} of {edit.rows.dtype}",
+                )
             state.claim(table.name, list(edit.indices))
         elif isinstance(edit, SetEntries):
             state.entries(edit)
@@ -71,23 +74,35 @@ def check_edits(edits: tuple[Edit, ...], store: Store) -> None:
             if 0 in table.shape:
                 raise PlanError("the table is empty", where=f"{store.name}: {table.name}", found=list(table.shape))
             if edit.blocks.shape != table.shape:
-                raise PlanError("a whole table of another shape", where=f"{store.name}: {table.name}",
-                                expected=list(table.shape), found=list(edit.blocks.shape))  # fmt: skip
+                raise PlanError(
+                    "a whole table of another shape",
+                    where=f"{store.name}: {table.name}",
+                    expected=list(table.shape),
+                    found=list(edit.blocks.shape),
+                )
             state.claim(table.name, list(range(table.shape[0])))
         elif isinstance(edit, PatchFile):
             _check_path(edit.path, store)
             state.patch(edit.path)
             found = store.read_file(edit.path)
             if digest(found) != edit.before:
-                raise PlanError("a file is not what it was when the plan was made", where=f"{store.name}: {edit.path}",
-                                expected=_shown(edit.before), found=_shown(digest(found)))  # fmt: skip
+                raise PlanError(
+                    "a file is not what it was when the plan was made",
+                    where=f"{store.name}: {edit.path}",
+                    expected=_shown(edit.before),
+                    found=_shown(digest(found)),
+                )
         elif isinstance(edit, Grow):
             state.grow(edit)
         elif isinstance(edit, Untie):
             state.untie(edit)
         elif isinstance(edit, (SetBytes, PutFile)):
-            raise PlanError("an edit that belongs into a journal, not into a plan", where=store.name,
-                            found=edit.describe(), hint="a journal is for: embedsurgery recover")  # fmt: skip
+            raise PlanError(
+                "an edit that belongs into a journal, not into a plan",
+                where=store.name,
+                found=edit.describe(),
+                hint="a journal is for: embedsurgery recover",
+            )
 
 
 class _State:
@@ -105,8 +120,12 @@ class _State:
         try:
             table = self.store.graph.table(name)
         except TableError as error:
-            raise PlanError("the plan names a table that is not in the store", where=self.store.name, expected=name,
-                            found=error.found) from error  # fmt: skip
+            raise PlanError(
+                "the plan names a table that is not in the store",
+                where=self.store.name,
+                expected=name,
+                found=error.found,
+            ) from error
         self.store.check_editable(table)
         if not table.files or not {file for _, file in table.files} <= self.rewritten:
             self.store.check_writable(table)
@@ -119,13 +138,17 @@ class _State:
         table = self.table(edit.table)
         check_indices(table, edit.indices)
         if edit.rows.shape != (len(edit.indices), table.shape[1]) or edit.rows.dtype not in EDITABLE:
-            raise PlanError("rows of the wrong shape or dtype", where=f"{self.store.name}: {edit.head}",
-                            expected=f"({len(edit.indices)}, {table.shape[1]}) of {', '.join(EDITABLE)}",
-                            found=f"{edit.rows.shape} of {edit.rows.dtype}")  # fmt: skip
+            raise PlanError(
+                "rows of the wrong shape or dtype",
+                where=f"{self.store.name}: {edit.head}",
+                expected=f"({len(edit.indices)}, {table.shape[1]}) of {', '.join(EDITABLE)}",
+                found=f"{edit.rows.shape} of {edit.rows.dtype}",
+            )
         other = self.store.graph.find(edit.head)
         if edit.undo and (other is None or other.name == edit.table or "output" not in other.roles):
-            raise PlanError("the head to be tied again has no table of its own", where=self.store.name,
-                            expected=edit.head)  # fmt: skip
+            raise PlanError(
+                "the head to be tied again has no table of its own", where=self.store.name, expected=edit.head
+            )
         self.store.check_untie(edit)
 
     def entries(self, edit: SetEntries) -> None:
@@ -134,20 +157,28 @@ class _State:
         vocabulary = next((v for v in self.store.graph.vocabularies if edit.vector in v.vectors), None)
         if vocabulary is None:
             found = ", ".join(name for v in self.store.graph.vocabularies for name in v.vectors) or "none at all"
-            raise PlanError("the plan names a per-token vector that is not in the store", where=self.store.name,
-                            expected=edit.vector, found=found)  # fmt: skip
+            raise PlanError(
+                "the plan names a per-token vector that is not in the store",
+                where=self.store.name,
+                expected=edit.vector,
+                found=found,
+            )
         files = set(self.store.entry_ranges(edit.vector, ()))
         if not files or not files <= self.rewritten:
             self.store.check_vector(edit.vector)
         size = vocabulary.size + self.grown.get(vocabulary.name, 0)
         beyond = [i for i in edit.indices if not 0 <= i < size]
         if beyond:
-            raise PlanError("entries that the vector does not have", where=where, expected=f"0 to {size - 1}",
-                            found=shorten(beyond))  # fmt: skip
+            raise PlanError(
+                "entries that the vector does not have", where=where, expected=f"0 to {size - 1}", found=shorten(beyond)
+            )
         if edit.entries.shape != (len(edit.indices),) or edit.entries.dtype not in EDITABLE:
-            raise PlanError("entries of the wrong shape or dtype", where=where,
-                            expected=f"({len(edit.indices)},) of {', '.join(EDITABLE)}",
-                            found=f"{edit.entries.shape} of {edit.entries.dtype}")  # fmt: skip
+            raise PlanError(
+                "entries of the wrong shape or dtype",
+                where=where,
+                expected=f"({len(edit.indices)},) of {', '.join(EDITABLE)}",
+                found=f"{edit.entries.shape} of {edit.entries.dtype}",
+            )
         self.claim(edit.vector, list(edit.indices))
 
     def claim(self, name: str, indices: list[int]) -> None:
@@ -172,15 +203,23 @@ class _State:
         vocabulary = next((v for v in graph.vocabularies if v.name == edit.vocabulary), None)
         if vocabulary is None:
             found = ", ".join(v.name for v in graph.vocabularies) or "none at all"
-            raise PlanError("the plan names a vocabulary that is not in the store", where=self.store.name,
-                            expected=edit.vocabulary, found=found)  # fmt: skip
+            raise PlanError(
+                "the plan names a vocabulary that is not in the store",
+                where=self.store.name,
+                expected=edit.vocabulary,
+                found=found,
+            )
         if vocabulary.name in self.grown:
             raise PlanError("a vocabulary would grow twice", where=where, expected="one Grow for each in a plan")
         tables = [graph.table(name) for name in vocabulary.tables]
         least = min(table.shape[0] for table in tables)
         if edit.count == 0 or least + edit.count < 1:
-            raise PlanError("a vocabulary cannot change by so many rows", where=where, found=edit.count,
-                            expected=f"at least one row more, or at most {least - 1} fewer")  # fmt: skip
+            raise PlanError(
+                "a vocabulary cannot change by so many rows",
+                where=where,
+                found=edit.count,
+                expected=f"at least one row more, or at most {least - 1} fewer",
+            )
         self.store.check_growth(vocabulary, edit.count)
         count = max(edit.count, 0)
         rows = {table.name: (count, table.shape[1]) for table in tables} if count else {}
@@ -195,13 +234,20 @@ class _State:
 def _check_parts(found: Mapping[str, RawArray], expected: Mapping[str, tuple[int, ...]], where: str) -> None:
     """Refuse a `Grow` whose rows or entries are not for exactly the tables or vectors there are."""
     if found.keys() != expected.keys():
-        raise PlanError("a growth for other tables or vectors than the vocabulary has", where=where,
-                        expected=", ".join(expected) or "none", found=", ".join(found) or "none")  # fmt: skip
+        raise PlanError(
+            "a growth for other tables or vectors than the vocabulary has",
+            where=where,
+            expected=", ".join(expected) or "none",
+            found=", ".join(found) or "none",
+        )
     for name, shape in expected.items():
         if found[name].shape != shape or found[name].dtype not in EDITABLE:
-            raise PlanError("new rows of the wrong shape or dtype", where=f"{where}: {name}",
-                            expected=f"{shape} of {', '.join(EDITABLE)}",
-                            found=f"{found[name].shape} of {found[name].dtype}")  # fmt: skip
+            raise PlanError(
+                "new rows of the wrong shape or dtype",
+                where=f"{where}: {name}",
+                expected=f"{shape} of {', '.join(EDITABLE)}",
+                found=f"{found[name].shape} of {found[name].dtype}",
+            )
 
 
 def _check_path(path: str, store: Store) -> None:
@@ -211,9 +257,13 @@ def _check_path(path: str, store: Store) -> None:
         part and not part.startswith(".") and part.isprintable() and "\\" not in part for part in parts
     )
     if not plain or _NO_DATA.fullmatch(parts[-1].lower()):
-        raise PlanError("a plan that would change more than a small data file in the checkpoint", where=store.name,
-                        expected="a path inside it, of no weights and nothing that runs", found=repr(path)[:120],
-                        hint="do not trust where this plan or record came from")  # fmt: skip
+        raise PlanError(
+            "a plan that would change more than a small data file in the checkpoint",
+            where=store.name,
+            expected="a path inside it, of no weights and nothing that runs",
+            found=repr(path)[:120],
+            hint="do not trust where this plan or record came from",
+        )
 
 
 def digest(data: bytes | None) -> str | None:

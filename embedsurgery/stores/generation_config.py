@@ -18,11 +18,30 @@ GENERATION = "generation_config.json"
 KEY = "suppress_tokens"
 
 _GENERATING = (
-    "bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id",
-    "forced_eos_token_id", "max_length", "min_length", "do_sample", "early_stopping", "num_beams", "temperature",
-    "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size", "bad_words_ids", KEY,
-    "begin_suppress_tokens", "num_return_sequences", "use_cache",
-)  # fmt: skip
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "decoder_start_token_id",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "max_length",
+    "min_length",
+    "do_sample",
+    "early_stopping",
+    "num_beams",
+    "temperature",
+    "top_k",
+    "top_p",
+    "typical_p",
+    "repetition_penalty",
+    "length_penalty",
+    "no_repeat_ngram_size",
+    "bad_words_ids",
+    KEY,
+    "begin_suppress_tokens",
+    "num_return_sequences",
+    "use_cache",
+)
 """What a loader takes from the model's config where there is no generation config."""
 
 
@@ -34,8 +53,9 @@ def suppressed(listed: Any, ids: tuple[int, ...], where: object) -> list[int]:
     """
     known = [] if listed is None else listed
     if not isinstance(known, list) or not all(type(i) is int for i in known):
-        raise CheckpointError(f"{KEY} of the wrong kind", where=where, expected="a list of ids",
-                              found=repr(listed)[:80])  # fmt: skip
+        raise CheckpointError(
+            f"{KEY} of the wrong kind", where=where, expected="a list of ids", found=repr(listed)[:80]
+        )
     return [*known, *(i for i in ids if i not in known)]
 
 

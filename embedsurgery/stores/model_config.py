@@ -79,8 +79,9 @@ class Holder:
     transposed: bool
 
 
-def counts(model: nn.Module, holders: Iterable[Holder], names: Collection[str], sizes: Collection[int],
-           others: Collection[str]) -> list[Count]:  # fmt: skip
+def counts(
+    model: nn.Module, holders: Iterable[Holder], names: Collection[str], sizes: Collection[int], others: Collection[str]
+) -> list[Count]:
     """Every place that counts a vocabulary, each object's once.
 
     Args:
@@ -113,8 +114,9 @@ def counts(model: nn.Module, holders: Iterable[Holder], names: Collection[str], 
     return list(found.values())
 
 
-def _configs(found: dict[tuple[int, str], Count], path: str, module: nn.Module, names: Collection[str],
-             sizes: Collection[int]) -> None:  # fmt: skip
+def _configs(
+    found: dict[tuple[int, str], Count], path: str, module: nn.Module, names: Collection[str], sizes: Collection[int]
+) -> None:
     """Add what a module's config counts, and the configs in it."""
     config = vars(module).get("config")
     if config is None:
@@ -151,8 +153,13 @@ def _is_inside(path: str, outer: str) -> bool:
 _KNOWN = (*ROWS, "in_features", "nx", "embedding_dim", "padding_idx")
 
 
-def refuse_unknown(model: nn.Module, holders: Iterable[Holder], objects: Collection[int], rows: Collection[int],
-                   columns: Collection[int]) -> None:  # fmt: skip
+def refuse_unknown(
+    model: nn.Module,
+    holders: Iterable[Holder],
+    objects: Collection[int],
+    rows: Collection[int],
+    columns: Collection[int],
+) -> None:
     """Refuse what counts or splits the vocabulary in a way that growing would not reach.
 
     Args:
@@ -187,9 +194,12 @@ def refuse_unknown(model: nn.Module, holders: Iterable[Holder], objects: Collect
 
 
 def _refuse(path: str, key: str, found: str) -> None:
-    raise UnsupportedError("this vocabulary cannot grow: a module keeps it in a way of its own",
-                           where=f"{path}.{key}" if path else key, found=found,
-                           hint="take spare or reserved rows instead")  # fmt: skip
+    raise UnsupportedError(
+        "this vocabulary cannot grow: a module keeps it in a way of its own",
+        where=f"{path}.{key}" if path else key,
+        found=found,
+        hint="take spare or reserved rows instead",
+    )
 
 
 def write_all(model: nn.Module, values: Iterable[tuple[Count, int]]) -> None:

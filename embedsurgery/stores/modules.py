@@ -53,11 +53,18 @@ class ModuleStore(TensorStore):
         holders, objects = self._holders(vocabulary)
         wrapped = next((h.path for h in holders if not _WRAPPED.isdisjoint(h.path.split("."))), None)
         if wrapped is not None:
-            raise UnsupportedError("another library has put a layer around the table, which would not grow with it",
-                                   where=wrapped, hint="add tokens before the model is wrapped")  # fmt: skip
+            raise UnsupportedError(
+                "another library has put a layer around the table, which would not grow with it",
+                where=wrapped,
+                hint="add tokens before the model is wrapped",
+            )
         if any(isinstance(m, nn.parallel.DistributedDataParallel) for m in self.model.modules()):
-            raise UnsupportedError("the model is being trained on several devices", where=self.name,
-                                   found="DistributedDataParallel", hint="add tokens before it is wrapped")  # fmt: skip
+            raise UnsupportedError(
+                "the model is being trained on several devices",
+                where=self.name,
+                found="DistributedDataParallel",
+                hint="add tokens before it is wrapped",
+            )
         columns = {self.graph.table(name).shape[1] for name in vocabulary.tables}
         refuse_unknown(self.model, holders, objects, rows_of_tables(self.graph, vocabulary), columns)
         self._counts(vocabulary)
@@ -111,8 +118,11 @@ class ModuleStore(TensorStore):
         try:
             saved = from_bytes(edit.saved[SAVED])
         except (ValueError, TypeError, KeyError) as error:
-            raise PlanError("an undo that does not say what it put where", where=f"{self.name}: {edit.vocabulary}",
-                            found=f"{type(error).__name__}: {error}") from error  # fmt: skip
+            raise PlanError(
+                "an undo that does not say what it put where",
+                where=f"{self.name}: {edit.vocabulary}",
+                found=f"{type(error).__name__}: {error}",
+            ) from error
         now = [replace(count, value=count.value - edit.count) for count in saved]
         return [(count, count.value + edit.count) for count in now if count.read(self.model) == count.value]
 
@@ -154,8 +164,11 @@ def module_store(
     parameters = dict(model.named_parameters(remove_duplicate=False))
     apart = next((name for name, p in parameters.items() if hasattr(p, "ds_id") and p.numel() == 0), None)
     if apart is not None:
-        raise UnsupportedError("the parameters are partitioned by DeepSpeed's ZeRO-3", where=apart,
-                               hint="attach before deepspeed.initialize, and merge on disk")  # fmt: skip
+        raise UnsupportedError(
+            "the parameters are partitioned by DeepSpeed's ZeRO-3",
+            where=apart,
+            hint="attach before deepspeed.initialize, and merge on disk",
+        )
     moved = [] if graph is None else [n for t in graph.tables for n in t.names if n not in parameters]
     if moved:  # into a wrapper such as PEFT's, or out of one
         plain = {plain_name(name): parameter for name, parameter in parameters.items()}

@@ -148,8 +148,12 @@ def respell_header(data: bytes, shapes: Mapping[str, tuple[int, ...]], path: Pat
     blob = "".join([*parts, text[position:]]).encode()
     blob += b" " * (-len(blob) % 8)
     if len(blob) > MAX_HEADER:
-        raise CheckpointError("the header would become longer than readers accept", where=path,
-                              expected=f"{MAX_HEADER} bytes at most", found=len(blob))  # fmt: skip
+        raise CheckpointError(
+            "the header would become longer than readers accept",
+            where=path,
+            expected=f"{MAX_HEADER} bytes at most",
+            found=len(blob),
+        )
     return len(blob).to_bytes(8, "little") + blob
 
 

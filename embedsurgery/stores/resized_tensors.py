@@ -23,13 +23,20 @@ def refuse_odd(name: str, tensor: torch.Tensor) -> None:
         UnsupportedError: It is of a class that may keep its values elsewhere, or hooks hang on it.
     """
     if type(tensor) not in (torch.Tensor, nn.Parameter) and not issubclass(type(tensor), nn.Parameter):
-        raise UnsupportedError("a tensor of this class cannot grow", where=name, found=type(tensor).__name__,
-                               expected="a plain tensor or a Parameter",
-                               hint="grow the vocabulary before the model is quantised or wrapped")  # fmt: skip
+        raise UnsupportedError(
+            "a tensor of this class cannot grow",
+            where=name,
+            found=type(tensor).__name__,
+            expected="a plain tensor or a Parameter",
+            hint="grow the vocabulary before the model is quantised or wrapped",
+        )
     hooks = getattr(tensor, "_backward_hooks", None) or getattr(tensor, "_post_accumulate_grad_hooks", None)
     if hooks:
-        raise UnsupportedError("hooks hang on the table's gradient, which a grown table would not have", where=name,
-                               hint="remove them first, and register them again")  # fmt: skip
+        raise UnsupportedError(
+            "hooks hang on the table's gradient, which a grown table would not have",
+            where=name,
+            hint="remove them first, and register them again",
+        )
 
 
 def memories(tensor: torch.Tensor) -> tuple[Memory, Memory]:

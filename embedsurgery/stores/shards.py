@@ -7,17 +7,13 @@ a journal written first. What makes files anew is imported where it is done, whi
 from __future__ import annotations
 
 import os
-import stat
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import copy as copied
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from embedsurgery.errors import CheckpointError, UnsupportedError
-from embedsurgery.files.atomic import replace_files
-from embedsurgery.files.json_reading import read_small
 from embedsurgery.files.regular import open_regular, pread_exactly, pwrite_exactly
 from embedsurgery.files.safetensors import Entry, read_tensor
 from embedsurgery.graph import EmbeddingGraph, Table, Vocabulary
@@ -28,13 +24,13 @@ from embedsurgery.plan import AddTokens, Edit, Grow, PatchFile, Suppress, Untie
 from embedsurgery.plan.blocks import spans
 from embedsurgery.plan.edit import Footprint, Range
 from embedsurgery.stores.checkpoint import Checkpoint, open_checkpoint
+from embedsurgery.stores.shard_files import ShardFiles, refuse_links
 from embedsurgery.stores.store import Store
 from embedsurgery.tensors.raw import ITEMSIZE, RawArray
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from embedsurgery.stores.resized_files import Piece
     from embedsurgery.stores.resized_shards import Growth
     from embedsurgery.stores.untied_shards import Untying
 
@@ -81,13 +77,19 @@ class ShardStore(Store):
 
     @cached_property
     def graph(self) -> EmbeddingGraph:  # type: ignore[override]  # mypy takes it for read-only
-        return walk_names(self.checkpoint.stored(), config=self.config, source=self.name, equal=self.equal,
-                          architectures=self._architectures)  # fmt: skip
+        return walk_names(
+            self.checkpoint.stored(),
+            config=self.config,
+            source=self.name,
+            equal=self.equal,
+            architectures=self._architectures,
+        )
 
     @cached_property
     def claimed_graph(self) -> EmbeddingGraph:
-        return walk_names(self.checkpoint.stored(), config=self.config, source=self.name,
-                          architectures=self._architectures)  # fmt: skip
+        return walk_names(
+            self.checkpoint.stored(), config=self.config, source=self.name, architectures=self._architectures
+        )
 
     @property
     def _transposed(self) -> frozenset[str]:
@@ -152,14 +154,14 @@ class ShardStore(Store):
             self._written.add(self.checkpoint.location[name])
         with open_regular(self.checkpoint.path(name), flags) as descriptor:
             if flags != os.O_RDONLY and self.refuse_links:
-                _refuse_links(self.checkpoint.path(name), os.fstat(descriptor).st_nlink)
+                refuse_links(self.checkpoint.path(name), os.fstat(descriptor).st_nlink)
             yield descriptor
 
     def check_writable(self, table: Table) -> None:
         """Refuse a table in a file that has a second name: what that stands for would change too."""
         for _, file in table.files if self.refuse_links else ():
             path = self.checkpoint.directory / file
-            _refuse_links(path, path.stat().st_nlink)
+            refuse_links(path, path.stat().st_nlink)
 
     def tensor_shapes(self) -> Mapping[str, tuple[str, tuple[int, ...]]]:
         entries = map(self.checkpoint.entry, self.checkpoint.location)
@@ -214,7 +216,7 @@ class ShardStore(Store):
     def check_vector(self, name: str) -> None:
         for file in self.entry_ranges(name, ()) if self.refuse_links else ():
             path = self.checkpoint.directory / file
-            _refuse_links(path, path.stat().st_nlink)
+            refuse_links(path, path.stat().st_nlink)
 
     def write_entries(self, name: str, indices: tuple[int, ...], entries: RawArray) -> None:
         for copy in self.vector_copies(name):
@@ -291,32 +293,14 @@ class ShardStore(Store):
         vocabulary, directory = self.vocabulary(edit), self.checkpoint.directory
         growth = self._growth(vocabulary, edit.count)
         resized = growth.resized(edit)
-        anew = {file: (head, pieces(self.checkpoint.headers[file], resized[file]))
-                for file, head in growth.heads(edit.saved).items()}  # fmt: skip
-        self._make(anew, growth.small_files(edit.saved))
+        anew = {
+            file: (head, pieces(self.checkpoint.headers[file], resized[file]))
+            for file, head in growth.heads(edit.saved).items()
+        }
+        self._files.make(anew, growth.small_files(edit.saved))
         self.checkpoint = open_checkpoint(directory)
         self.config = self.checkpoint.config
         self.graph = grown_graph(self.graph, vocabulary, edit.count)
-
-    def _make(self, anew: Mapping[str, tuple[bytes, Iterable[Piece]]], small: Mapping[str, bytes]) -> None:
-        """Make weight files, each of a header and pieces of the old one, and small files anew: all or nothing."""
-        from embedsurgery.stores.resized_files import write_pieces
-
-        directory = self.checkpoint.directory
-        staged: dict[Path, Path] = {}
-        try:
-            for file, (head, parts) in anew.items():
-                staged[directory / file] = new = self._beside(directory / file)
-                write_pieces(directory / file, new, head, parts)
-            for path, data in small.items():
-                staged[directory / path] = self._write_beside(directory / path, data)
-            for target, made in staged.items():
-                self._give_owner(target, made)
-            replace_files(staged, keep=self.work is None)
-        except BaseException:
-            for new in staged.values():
-                new.unlink(missing_ok=True)
-            raise
 
     def check_untie(self, edit: Untie) -> None:
         super().check_untie(edit)
@@ -344,12 +328,12 @@ class ShardStore(Store):
             before = self.read_rows(edit.head, edit.indices)
             try:
                 self.write_rows(edit.head, edit.indices, edit.rows.to(before.dtype))
-                self._make({}, small)
+                self._files.make({}, small)
             except BaseException:
                 self.write_rows(edit.head, edit.indices, before)
                 raise
         else:
-            self._make({untying.file: (untying.head(), untying.pieces())}, small)
+            self._files.make({untying.file: (untying.head(), untying.pieces())}, small)
         self._see(open_checkpoint(self.checkpoint.directory))
 
     def expand_suppression(self, edit: Suppress) -> tuple[Edit, ...]:
@@ -364,77 +348,21 @@ class ShardStore(Store):
 
         return token_patches(self.checkpoint.directory, edit.tokens, edit.remove, edit.prefix)
 
-    def read_file(self, path: str) -> bytes | None:
-        """The bytes of a file beside the weights, None where there is none.
+    @property
+    def _files(self) -> ShardFiles:
+        return ShardFiles(self.directory, self.work)
 
-        Raises:
-            CheckpointError: The path leads out of the directory.
-        """
-        file = self._inside(path)
-        return read_small(file) if file.exists() else None
+    def read_file(self, path: str) -> bytes | None:
+        return self._files.read(path)
 
     def patch_file(self, edit: PatchFile) -> None:
-        """Write the file beside its place and rename it, so that it is never half written."""
-        file = self._inside(edit.path)
-        if edit.after is None:
-            file.unlink(missing_ok=True)
-            return
-        new = self._write_beside(file, edit.after)
-        self._give_owner(file, new)
-        os.replace(new, file)
-
-    def _inside(self, path: str) -> Path:
-        parts = path.split("/")
-        if not all(part and part not in (".", "..") and "\0" not in part and "\\" not in part for part in parts):
-            raise CheckpointError("a path that leads out of the checkpoint", where=self.name, found=repr(path))
-        file = self.checkpoint.directory.joinpath(*parts)
-        if self.checkpoint.directory.resolve() not in file.resolve().parents:
-            raise CheckpointError("a link that leads out of the checkpoint", where=self.name, found=repr(path))
-        if not file.parent.is_dir():
-            raise CheckpointError("no such directory in the checkpoint", where=self.name, found=repr(path))
-        return file
-
-    def _beside(self, file: Path) -> Path:
-        """A name for what is to become a file; engines do not take it for weights."""
-        name = f".{file.name}"[:80] + f".{os.getpid()}"
-        return (file.parent if self.work is None else self.work) / name
-
-    def _write_beside(self, file: Path, data: bytes) -> Path:
-        """Write what a small file is to become, with the mode that it has; a failure leaves nothing."""
-        staged = self._beside(file)
-        try:
-            with open(staged, "xb") as out:
-                out.write(data)
-                out.flush()
-                if file.exists():
-                    os.fchmod(out.fileno(), file.stat().st_mode & 0o7777)
-                os.fsync(out.fileno())
-        except BaseException:
-            staged.unlink(missing_ok=True)
-            raise
-        return staged
-
-    def _give_owner(self, file: Path, new: Path) -> None:
-        """Give what takes a file's place in a checkpoint itself that file's owner and group, as far as one may."""
-        if self.work is None or not file.exists():
-            return
-        was, now = file.stat(), new.stat()
-        if (was.st_uid, was.st_gid) != (now.st_uid, now.st_gid):
-            with suppress(PermissionError):
-                os.chown(new, was.st_uid, was.st_gid)
-                os.chmod(new, stat.S_IMODE(was.st_mode))  # of which a change of owner takes a part
+        self._files.patch(edit)
 
     def sync(self) -> None:
         for file in sorted(self._written):
             with open_regular(self.checkpoint.directory / file) as descriptor:
                 os.fsync(descriptor)
         self._written.clear()
-
-
-def _refuse_links(path: Path, links: int) -> None:
-    if links > 1:
-        raise UnsupportedError("a weight file has more than one name, and all would change", where=path,
-                               found=f"{links} hard links", hint="work on a copy of the file")  # fmt: skip
 
 
 def _row_ranges(entry: Entry, pitch: int, indices: Sequence[int]) -> list[Range]:

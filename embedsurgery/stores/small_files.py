@@ -51,8 +51,11 @@ def grown_index(data: bytes, size: int, elements: int, path: Path) -> bytes:
     metadata = body.get("metadata")
     if not isinstance(metadata, dict):
         return data
-    changed = {key: _plus(metadata[key], more) for key, more in (("total_size", size), ("total_parameters", elements))
-               if key in metadata}  # fmt: skip
+    changed = {
+        key: _plus(metadata[key], more)
+        for key, more in (("total_size", size), ("total_parameters", elements))
+        if key in metadata
+    }
     after = {**body, "metadata": {**metadata, **changed}}
     return data if after == body else respell(data, body, after, path)
 

@@ -28,14 +28,22 @@ class StateDictStore(TensorStore):
     def check_growth(self, vocabulary: Vocabulary, count: int) -> None:
         super().check_growth(vocabulary, count)
         if not isinstance(self.mapping, MutableMapping):
-            raise UnsupportedError("this state dict cannot be written to, so its tables cannot grow", where=self.name,
-                                   found=type(self.mapping).__name__, expected="a dict")  # fmt: skip
+            raise UnsupportedError(
+                "this state dict cannot be written to, so its tables cannot grow",
+                where=self.name,
+                found=type(self.mapping).__name__,
+                expected="a dict",
+            )
 
     def check_untie(self, edit: Untie) -> None:
         super().check_untie(edit)
         if not isinstance(self.mapping, MutableMapping):
-            raise UnsupportedError("this state dict cannot be written to, so its head stays tied", where=self.name,
-                                   found=type(self.mapping).__name__, expected="a dict")  # fmt: skip
+            raise UnsupportedError(
+                "this state dict cannot be written to, so its head stays tied",
+                where=self.name,
+                found=type(self.mapping).__name__,
+                expected="a dict",
+            )
 
     def put(self, new: Mapping[int, torch.Tensor], edit: Grow) -> None:
         assert isinstance(self.mapping, MutableMapping)

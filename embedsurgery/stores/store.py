@@ -154,9 +154,13 @@ class Store(ABC):
         table = self.graph.table(edit.table)
         outputs = [f"{site.module}.{site.parameter}" for site in table.sites if site.role == "output"]
         if not edit.undo and outputs != [edit.head]:
-            raise UnsupportedEditError("this head cannot get a table of its own", where=f"{self.name}: {edit.table}",
-                                       expected=f"one projection, {edit.head}", found=", ".join(outputs) or "none",
-                                       hint="keep the tie, and suppress the tokens")  # fmt: skip
+            raise UnsupportedEditError(
+                "this head cannot get a table of its own",
+                where=f"{self.name}: {edit.table}",
+                expected=f"one projection, {edit.head}",
+                found=", ".join(outputs) or "none",
+                hint="keep the tie, and suppress the tokens",
+            )
 
     def untie(self, edit: Untie) -> None:
         """Give a head a table of its own, or tie it again, and bring `graph` up to date: all or nothing.
@@ -230,8 +234,12 @@ class Store(ABC):
             module = name.rpartition(".")[0]
             beside = [s for s in _SCALES if name + s in names or module + s in names or f"{module}.weight{s}" in names]
             if beside:
-                raise UnsupportedError("the table is quantised: a scale tensor lies beside it", where=name,
-                                       found=beside[0], hint="edit the model before it is quantised")  # fmt: skip
+                raise UnsupportedError(
+                    "the table is quantised: a scale tensor lies beside it",
+                    where=name,
+                    found=beside[0],
+                    hint="edit the model before it is quantised",
+                )
 
     def check_writable(self, table: Table) -> None:  # noqa: B027 - most stores can write what they can read
         """Refuse a table whose rows can be read and trained, but not written here.
@@ -251,13 +259,20 @@ class Store(ABC):
         names, rows = names_of(self.graph, vocabulary), rows_of_tables(self.graph, vocabulary)
         found = obstacle(as_mapping(self.config), names, rows)
         if found is not None:
-            raise UnsupportedError("this vocabulary cannot grow at its end", where=f"{self.name}: {vocabulary.name}",
-                                   found=found, hint="take spare or reserved rows instead")  # fmt: skip
+            raise UnsupportedError(
+                "this vocabulary cannot grow at its end",
+                where=f"{self.name}: {vocabulary.name}",
+                found=found,
+                hint="take spare or reserved rows instead",
+            )
         stranger = unexplained(self.graph, vocabulary, self.tensor_shapes())
         if stranger is not None:
-            raise UnsupportedError("this vocabulary cannot grow: it is not known what a new token has in this tensor",
-                                   where=f"{self.name}: {vocabulary.name}", found=stranger,
-                                   hint="take spare or reserved rows instead")  # fmt: skip
+            raise UnsupportedError(
+                "this vocabulary cannot grow: it is not known what a new token has in this tensor",
+                where=f"{self.name}: {vocabulary.name}",
+                found=stranger,
+                hint="take spare or reserved rows instead",
+            )
 
     @abstractmethod
     def tensor_names(self) -> Collection[str]:
@@ -294,8 +309,12 @@ def check_indices(table: Table, indices: tuple[int, ...]) -> None:
     """
     bad = [i for i in indices if not 0 <= i < table.shape[0]]
     if bad:
-        raise PlanError("rows that the table does not have", where=table.name,
-                        expected=f"0 to {table.shape[0] - 1}", found=shorten(bad))  # fmt: skip
+        raise PlanError(
+            "rows that the table does not have",
+            where=table.name,
+            expected=f"0 to {table.shape[0] - 1}",
+            found=shorten(bad),
+        )
 
 
 def shorten(values: list[int], most: int = 8) -> str:

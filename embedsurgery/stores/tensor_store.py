@@ -95,12 +95,16 @@ class TensorStore(Store):
             if tensor is None:
                 continue
             if tensor.device.type == "meta":
-                raise UnsupportedError("the table has no values", where=name, found="a meta tensor",
-                                       hint="load the weights first, and keep the table on a device where a model is "
-                                       "offloaded")  # fmt: skip
+                raise UnsupportedError(
+                    "the table has no values",
+                    where=name,
+                    found="a meta tensor",
+                    hint="load the weights first, and keep the table on a device where a model is offloaded",
+                )
             if any(step == 0 and size > 1 for size, step in zip(tensor.shape, tensor.stride(), strict=True)):
-                raise UnsupportedError("rows of the table share one memory", where=name, found="an expanded tensor",
-                                       hint="clone it first")  # fmt: skip
+                raise UnsupportedError(
+                    "rows of the table share one memory", where=name, found="an expanded tensor", hint="clone it first"
+                )
 
     def check_writable(self, table: Table) -> None:
         """Refuse a sharded table, also one that is gathered just now."""
@@ -111,8 +115,12 @@ class TensorStore(Store):
     def refuse_sharded(self, name: str, tensor: torch.Tensor) -> None:
         """Refuse a tensor of which this process has only a part."""
         if is_sharded(tensor) or name in self.sharded or hasattr(tensor, "ds_id"):
-            raise UnsupportedError("the tensor is sharded over devices", where=name, found=type(tensor).__name__,
-                                   hint="merge into the checkpoint on disk instead")  # fmt: skip
+            raise UnsupportedError(
+                "the tensor is sharded over devices",
+                where=name,
+                found=type(tensor).__name__,
+                hint="merge into the checkpoint on disk instead",
+            )
 
     def tensor_names(self) -> Collection[str]:
         return self.names
@@ -218,9 +226,12 @@ class TensorStore(Store):
         super().check_untie(edit)
         if not edit.undo:
             if self.graph.table(edit.table).transposed or edit.head not in self.tensors:
-                raise UnsupportedError("this head cannot get a table of its own", where=f"{self.name}: {edit.head}",
-                                       expected="a tensor of the shape of the lookup's",
-                                       hint="keep the tie, and suppress the tokens")  # fmt: skip
+                raise UnsupportedError(
+                    "this head cannot get a table of its own",
+                    where=f"{self.name}: {edit.head}",
+                    expected="a tensor of the shape of the lookup's",
+                    hint="keep the tie, and suppress the tokens",
+                )
             refuse_odd(edit.head, self.tensors[edit.head])
             self.refuse_sharded(edit.head, self.tensors[edit.head])
 
@@ -240,8 +251,12 @@ class TensorStore(Store):
     def expand_tokens(self, edit: AddTokens) -> tuple[Edit, ...]:
         """The edit itself."""
         if self.tokenizer is None:
-            raise UnsupportedEditError("no tokenizer was given, and the plan changes it", where=self.name,
-                                       found=edit.describe(), hint="give tokenizer=")  # fmt: skip
+            raise UnsupportedEditError(
+                "no tokenizer was given, and the plan changes it",
+                where=self.name,
+                found=edit.describe(),
+                hint="give tokenizer=",
+            )
         return (edit,)
 
     def generation_config(self) -> Any:

@@ -45,12 +45,18 @@ class Untying:
             UnsupportedError: It says why.
         """
         if self.table.transposed:
-            raise UnsupportedError("a table that is stored the other way round cannot be given a head apart",
-                                   where=f"{self.checkpoint.directory}: {self.table.name}",
-                                   hint="keep the tie, and suppress the tokens")  # fmt: skip
+            raise UnsupportedError(
+                "a table that is stored the other way round cannot be given a head apart",
+                where=f"{self.checkpoint.directory}: {self.table.name}",
+                hint="keep the tie, and suppress the tokens",
+            )
         if self.checkpoint.config is None:
-            raise UnsupportedError("without a config nobody would load a head apart", expected=CONFIG,
-                                   where=self.checkpoint.directory, hint="put the model's config there")  # fmt: skip
+            raise UnsupportedError(
+                "without a config nobody would load a head apart",
+                expected=CONFIG,
+                where=self.checkpoint.directory,
+                hint="put the model's config there",
+            )
 
     @property
     def in_place(self) -> bool:
@@ -81,8 +87,11 @@ class Untying:
         else:
             entry = self.checkpoint.entry(self.source)
             end = max(e.end for e in self._entries().values()) - len(now)
-            after[self.edit.head] = {"dtype": entry.dtype, "shape": list(entry.shape),
-                                     "data_offsets": [end, end + entry.end - entry.begin]}  # fmt: skip
+            after[self.edit.head] = {
+                "dtype": entry.dtype,
+                "shape": list(entry.shape),
+                "data_offsets": [end, end + entry.end - entry.begin],
+            }
         blob = respell(now[8:].rstrip(b" \t\r\n"), body, after, self.checkpoint.directory / self.file)
         blob += b" " * (-len(blob) % 8)
         new = len(blob).to_bytes(8, "little") + blob

@@ -57,6 +57,10 @@ def check_written(record: Path | str, undo: Undo, store: Store, skip: Collection
         now = _digest(edit, store, sizes)
         if before != now:
             where = ", ".join(edit.leaves(sizes))
-            raise PlanError("the rows are not those that the merge wrote", where=f"{store.name}: {where}",
-                            expected=f"sha256 {str(before)[:12]}", found=now[:12],
-                            hint="something changed them since: take that out first")  # fmt: skip
+            raise PlanError(
+                "the rows are not those that the merge wrote",
+                where=f"{store.name}: {where}",
+                expected=f"sha256 {str(before)[:12]}",
+                found=now[:12],
+                hint="something changed them since: take that out first",
+            )

@@ -98,9 +98,15 @@ def _extent(table: torch.Tensor) -> tuple[list[int], list[int], bool]:
         elif type(placement).__name__ == "Replicate":
             contributes = contributes and coordinate[axis] == 0
         else:
-            raise UnsupportedError("a table of this layout over devices cannot be read by rows",
-                                   expected="Shard or Replicate", found=repr(placement))  # fmt: skip
+            raise UnsupportedError(
+                "a table of this layout over devices cannot be read by rows",
+                expected="Shard or Replicate",
+                found=repr(placement),
+            )
     if tuple(b - a for a, b in zip(starts, ends, strict=True)) != tuple(local(table).shape):
-        raise UnsupportedError("a table's part on this rank is not what its layout says",
-                               expected=f"{starts} to {ends}", found=list(local(table).shape))  # fmt: skip
+        raise UnsupportedError(
+            "a table's part on this rank is not what its layout says",
+            expected=f"{starts} to {ends}",
+            found=list(local(table).shape),
+        )
     return starts, ends, contributes

@@ -15,8 +15,15 @@ ROWS, WIDTH = 24, 8
 INPUT, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 """Names of `TinyModel`'s tables, in memory and on disk."""
 
-TOKEN_FILES = {"config.json", "generation_config.json", "model.safetensors.index.json", "tokenizer.json",
-               "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"}  # fmt: skip
+TOKEN_FILES = {
+    "config.json",
+    "generation_config.json",
+    "model.safetensors.index.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+}
 """What may change beside the weights where tokens are added."""
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

@@ -60,8 +60,12 @@ class StoreContract(Contract):
         """A home of a small model, of random bit patterns: subnormals, infinities, NaNs with payloads."""
         embed = _patterns((V, D), dtype, 1)
         head = embed if tied else _patterns((V, D), dtype, 2)
-        tensors = {INPUT: embed, "model.filler.weight": _patterns((3 * V, D), dtype, 3),
-                   "model.norm.weight": _patterns((D,), dtype, 4), OUTPUT: head}  # fmt: skip
+        tensors = {
+            INPUT: embed,
+            "model.filler.weight": _patterns((3 * V, D), dtype, 3),
+            "model.norm.weight": _patterns((D,), dtype, 4),
+            OUTPUT: head,
+        }
         (folder / "home").mkdir()
         return self.make(folder / "home", tensors, tied=tied)
 

@@ -266,8 +266,11 @@ class SurgeryContract(SurgerySetup):
         other = self.make_model(tied=tied, seed=1)
         base = self.write(other, tmp_path / "base")
         before, files = state_bits(other), contents(base)
-        for act in (lambda: self.merge(other, adapter), lambda: es.attach(other, adapter),
-                    lambda: es.merge_checkpoint(base, adapter, tmp_path / "merged", bake=self.bake)):  # fmt: skip
+        for act in (
+            lambda: self.merge(other, adapter),
+            lambda: es.attach(other, adapter),
+            lambda: es.merge_checkpoint(base, adapter, tmp_path / "merged", bake=self.bake),
+        ):
             with pytest.raises(BaseMismatchError):
                 act()
         assert state_bits(other) == before

@@ -89,14 +89,43 @@ _CLASSES: Mapping[str, _Class] = {
 }
 """By the class's name without "Tokenizer"."""
 
-AS_THEY_RUN = ("Lasr", "LayoutLMv2", "LayoutLMv3", "LayoutXLM", "Luke", "MLuke", "MBart", "MBart50", "MarkupLM",
-                "Nllb", "Nougat", "SeamlessM4T", "Splinter", "Udop", "Whisper")  # fmt: skip
+AS_THEY_RUN = (
+    "Lasr",
+    "LayoutLMv2",
+    "LayoutLMv3",
+    "LayoutXLM",
+    "Luke",
+    "MLuke",
+    "MBart",
+    "MBart50",
+    "MarkupLM",
+    "Nllb",
+    "Nougat",
+    "SeamlessM4T",
+    "Splinter",
+    "Udop",
+    "Whisper",
+)
 """Classes that set their post-processor as they run, or that no plain class can stand for."""
 
-_BY_MODEL = {"albert": "Albert", "bert": "Bert", "camembert": "Camembert", "clip": "CLIP", "deberta": "Deberta",
-             "deberta-v2": "DebertaV2", "distilbert": "DistilBert", "electra": "Electra", "gemma": "Gemma",
-             "gpt_neox": "GPTNeoX", "llama": "Llama", "mpnet": "MPNet", "pegasus": "Pegasus", "roberta": "Roberta",
-             "t5": "T5", "xlm-roberta": "XLMRoberta"}  # fmt: skip
+_BY_MODEL = {
+    "albert": "Albert",
+    "bert": "Bert",
+    "camembert": "Camembert",
+    "clip": "CLIP",
+    "deberta": "Deberta",
+    "deberta-v2": "DebertaV2",
+    "distilbert": "DistilBert",
+    "electra": "Electra",
+    "gemma": "Gemma",
+    "gpt_neox": "GPTNeoX",
+    "llama": "Llama",
+    "mpnet": "MPNet",
+    "pegasus": "Pegasus",
+    "roberta": "Roberta",
+    "t5": "T5",
+    "xlm-roberta": "XLMRoberta",
+}
 """Class of a tokenizer whose config does not name one, by ``model_type``."""
 
 
@@ -112,9 +141,12 @@ def rebuilds(name: str) -> bool:
 
 def as_it_runs(name: str, where: object) -> UnsupportedError:
     """What is to be said of a class that sets its post-processor as it runs."""
-    return UnsupportedError("this tokenizer sets its post-processor as it runs, so nothing put into it would stay",
-                            where=where, found=name, hint="bake without a front, and write the markers into the text, "
-                            "or put them into the chat template alone")  # fmt: skip
+    return UnsupportedError(
+        "this tokenizer sets its post-processor as it runs, so nothing put into it would stay",
+        where=where,
+        found=name,
+        hint="bake without a front, and write the markers into the text, or put them into the chat template alone",
+    )
 
 
 def plain_config(

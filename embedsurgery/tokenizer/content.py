@@ -74,8 +74,11 @@ class TokenizerJson:
         if isinstance(vocab, list) and all(isinstance(p, list) and p and isinstance(p[0], str) for p in vocab):
             return {piece[0]: index for index, piece in enumerate(vocab)}  # Unigram: [[piece, score], ...]
         if not isinstance(vocab, dict) or set(map(type, vocab.values())) - {int} or min(vocab.values(), default=0) < 0:
-            raise CheckpointError("no vocabulary in the tokenizer's model", where=self.where,
-                                  expected="an object of ids, or a list of pieces")  # fmt: skip
+            raise CheckpointError(
+                "no vocabulary in the tokenizer's model",
+                where=self.where,
+                expected="an object of ids, or a list of pieces",
+            )
         return vocab
 
     @cached_property
@@ -90,8 +93,11 @@ class TokenizerJson:
             isinstance(e, dict) and isinstance(e.get("content"), str) and type(e.get("id")) is int for e in entries
         )
         if not sound:
-            raise CheckpointError("added_tokens of the wrong kind", where=self.where,
-                                  expected="a list of objects with an id and a content")  # fmt: skip
+            raise CheckpointError(
+                "added_tokens of the wrong kind",
+                where=self.where,
+                expected="a list of objects with an id and a content",
+            )
         return list(entries)
 
     @cached_property
@@ -124,9 +130,11 @@ class TokenizerJson:
             if found != entry["id"]:
                 raise CheckpointError(
                     "an added token does not get the id that the file gives it",
-                    where=f"{self.where}: {entry['content']!r}", expected=entry["id"], found=found,
+                    where=f"{self.where}: {entry['content']!r}",
+                    expected=entry["id"],
+                    found=found,
                     hint="the tokenizers library loads it so; write the file again with the library",
-                )  # fmt: skip
+                )
         return self.given
 
     @cached_property

@@ -70,9 +70,13 @@ def change(content: TokenizerJson, tokens: Sequence[Token], remove: bool = False
     after = content.with_body(body)
     if after.given != expected:
         wrong = next(t for t in {**expected, **after.given} if expected.get(t) != after.given.get(t))
-        raise PlanError("the change would give a token another id", where=f"{content.where}: {wrong!r}",
-                        expected=expected.get(wrong), found=after.given.get(wrong),
-                        hint="tokens leave in the reverse order of their coming")  # fmt: skip
+        raise PlanError(
+            "the change would give a token another id",
+            where=f"{content.where}: {wrong!r}",
+            expected=expected.get(wrong),
+            found=after.given.get(wrong),
+            hint="tokens leave in the reverse order of their coming",
+        )
     return body
 
 
@@ -134,9 +138,13 @@ def _removed(content: TokenizerJson, tokens: Sequence[Token], expected: dict[str
         within = token.content in content.vocabulary
         if entry != {"id": token.id, **flags(token)} or within != (token.replaces is not None):
             where = f"{content.where}: {token.content!r}"
-            raise PlanError("a token to remove is not there as it was added", where=where,
-                            expected={"id": token.id, **flags(token)}, found=entry,
-                            hint="undo by the edits that were made when it was added")  # fmt: skip
+            raise PlanError(
+                "a token to remove is not there as it was added",
+                where=where,
+                expected={"id": token.id, **flags(token)},
+                found=entry,
+                hint="undo by the edits that were made when it was added",
+            )
         entries.remove(entry)
         del expected[token.content]
         if token.replaces is not None:
@@ -168,34 +176,60 @@ def _refuse_text(content: TokenizerJson, token: Token) -> None:
     found = content.ids[token.content]
     where = f"{content.where}: {token.content!r}"
     if found != token.id:
-        raise PlanError("the tokenizer has this token under another id", where=where, expected=token.id, found=found,
-                        hint=f"use that id, {found}")  # fmt: skip
-    raise PlanError("the tokenizer has this token, and it is not as special", where=where, expected=token.special,
-                    found=not token.special, hint=f"ask for it with special={not token.special}")  # fmt: skip
+        raise PlanError(
+            "the tokenizer has this token under another id",
+            where=where,
+            expected=token.id,
+            found=found,
+            hint=f"use that id, {found}",
+        )
+    raise PlanError(
+        "the tokenizer has this token, and it is not as special",
+        where=where,
+        expected=token.special,
+        found=not token.special,
+        hint=f"ask for it with special={not token.special}",
+    )
 
 
 def _refuse_id(content: TokenizerJson, token: Token, following: int) -> None:
     where = f"{content.where}: {token.content!r}"
     taken = content.texts.get(token.id)
     if taken is not None:
-        raise PlanError("the id of a new token is taken by another", where=where, expected=f"{token.id} to be free",
-                        found=repr(taken), hint="is it another tokenizer, or one with more tokens?")  # fmt: skip
+        raise PlanError(
+            "the id of a new token is taken by another",
+            where=where,
+            expected=f"{token.id} to be free",
+            found=repr(taken),
+            hint="is it another tokenizer, or one with more tokens?",
+        )
     if content.has_holes:
-        raise UnsupportedError("the tokenizer's vocabulary has holes, so that a new token's id is not certain",
-                               where=where, expected=f"{len(content.vocabulary)} ids without a gap",
-                               found=f"ids up to {max(content.vocabulary.values())}",
-                               hint="replace a reserved token")  # fmt: skip
-    raise PlanError("the tokenizer cannot give a new token this id: ids follow each other", where=where,
-                    expected=following, found=token.id,
-                    hint="is it another tokenizer, or one with fewer tokens?")  # fmt: skip
+        raise UnsupportedError(
+            "the tokenizer's vocabulary has holes, so that a new token's id is not certain",
+            where=where,
+            expected=f"{len(content.vocabulary)} ids without a gap",
+            found=f"ids up to {max(content.vocabulary.values())}",
+            hint="replace a reserved token",
+        )
+    raise PlanError(
+        "the tokenizer cannot give a new token this id: ids follow each other",
+        where=where,
+        expected=following,
+        found=token.id,
+        hint="is it another tokenizer, or one with fewer tokens?",
+    )
 
 
 def _check_there(content: TokenizerJson, text: str, token: Token) -> None:
     """Refuse to replace a token that is not there."""
     if content.ids.get(text) != token.id:
-        raise PlanError("the token to be replaced does not have the id", where=f"{content.where}: {text!r}",
-                        expected=token.id, found=content.ids.get(text, "no such token"),
-                        hint="is it another tokenizer?")  # fmt: skip
+        raise PlanError(
+            "the token to be replaced does not have the id",
+            where=f"{content.where}: {text!r}",
+            expected=token.id,
+            found=content.ids.get(text, "no such token"),
+            hint="is it another tokenizer?",
+        )
 
 
 def used(content: TokenizerJson, texts: Collection[str]) -> dict[str, list[str]]:
@@ -221,9 +255,12 @@ def refuse_used(uses: Sequence[str], where: object, text: str) -> None:
         UnsupportedError: There is a use.
     """
     if uses:
-        raise UnsupportedError("the token is in use and cannot be taken away", where=f"{where}: {text!r}",
-                               found=f"it in {', '.join(dict.fromkeys(uses))}",
-                               hint="choose another, or give its role to another first")  # fmt: skip
+        raise UnsupportedError(
+            "the token is in use and cannot be taken away",
+            where=f"{where}: {text!r}",
+            found=f"it in {', '.join(dict.fromkeys(uses))}",
+            hint="choose another, or give its role to another first",
+        )
 
 
 def _merged(content: TokenizerJson, texts: set[str]) -> set[str]:
@@ -237,8 +274,9 @@ def _merged(content: TokenizerJson, texts: set[str]) -> set[str]:
 
         return set() if apart(texts) else {text for text in texts if not apart({text})}
     except TypeError as error:
-        raise CheckpointError("merges of the wrong kind", where=content.where, expected="pairs of texts",
-                              found=str(error)) from error  # fmt: skip
+        raise CheckpointError(
+            "merges of the wrong kind", where=content.where, expected="pairs of texts", found=str(error)
+        ) from error
 
 
 def _strings(value: Any) -> Iterator[str]:

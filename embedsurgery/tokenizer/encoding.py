@@ -30,8 +30,9 @@ def backend(text: str, where: object) -> Any:
     try:
         from tokenizers import Tokenizer
     except ImportError as error:
-        raise UnsupportedError("encoding a text needs the tokenizers library", where=where,
-                               hint="pip install tokenizers") from error  # fmt: skip
+        raise UnsupportedError(
+            "encoding a text needs the tokenizers library", where=where, hint="pip install tokenizers"
+        ) from error
     with _refusals("load the tokenizer", where):
         tokenizer = Tokenizer.from_str(text)
         tokenizer.no_truncation()
@@ -84,16 +85,23 @@ def check_encodings(
     for token in tried:
         found = was[token.content]
         if len(found) == 1 and found[0] not in (content.unknown, token.id) and not _says_less(found[0], token, content):
-            raise ConfigError("the tokenizer makes one token of this text already", where=repr(token.content),
-                              found=f"{found[0]} {content.texts.get(found[0])!r}",
-                              hint=f"train that one, token_indices=[{found[0]}], or add another text")  # fmt: skip
+            raise ConfigError(
+                "the tokenizer makes one token of this text already",
+                where=repr(token.content),
+                found=f"{found[0]} {content.texts.get(found[0])!r}",
+                hint=f"train that one, token_indices=[{found[0]}], or add another text",
+            )
         check_found(token, encode)
     for text in texts:
         index = content.ids.get(text)
         if was[text] == [index] and (found := encode(text)) != [index] and not _replaced(index, tokens):
-            raise ConfigError("a new token would break one that is there", where=repr(text),
-                              expected=f"its text to stay the one id {index}", found=found,
-                              hint="choose a text that is no part of it, or make both special, or neither")  # fmt: skip
+            raise ConfigError(
+                "a new token would break one that is there",
+                where=repr(text),
+                expected=f"its text to stay the one id {index}",
+                found=found,
+                hint="choose a text that is no part of it, or make both special, or neither",
+            )
 
 
 def _says_less(index: int, token: Token, content: TokenizerJson) -> bool:
@@ -113,6 +121,10 @@ def check_found(token: Token, encode: Encode) -> None:
     """
     alone, between = encode(token.content), encode(f"a {token.content} b")
     if alone != [token.id] or between.count(token.id) != 1:
-        raise ConfigError("the tokenizer makes something else of this token's text", where=repr(token.content),
-                          expected=f"the one id {token.id}", found=alone if alone != [token.id] else between,
-                          hint="write it as the tokenizer normalises it, or make it special")  # fmt: skip
+        raise ConfigError(
+            "the tokenizer makes something else of this token's text",
+            where=repr(token.content),
+            expected=f"the one id {token.id}",
+            found=alone if alone != [token.id] else between,
+            hint="write it as the tokenizer normalises it, or make it special",
+        )

@@ -65,8 +65,15 @@ def known_tokens(tokenizer: Any) -> KnownTokens:
 
     known = texts(tokenizer)
     unknown = _plain(tokenizer).unk_token_id
-    return KnownTokens(known, next_id(tokenizer), lambda text: encode_plain(tokenizer, text), unknown, _name(tokenizer),
-                       lambda: replaceable(tokenizer), lambda: _specials(tokenizer))  # fmt: skip
+    return KnownTokens(
+        known,
+        next_id(tokenizer),
+        lambda text: encode_plain(tokenizer, text),
+        unknown,
+        _name(tokenizer),
+        lambda: replaceable(tokenizer),
+        lambda: _specials(tokenizer),
+    )
 
 
 def _specials(tokenizer: Any) -> set[int]:
@@ -115,10 +122,12 @@ def change_tokens(tokenizer: Any, edit: AddTokens) -> None:
     tokenizer = _plain(tokenizer)
     if not _is_fast(tokenizer):
         if edit.prefix is not None and edit.prefix.texts:
-            raise UnsupportedError("a slow tokenizer has no post-processor that tokens could be put into",
-                                   where=_name(tokenizer), found=type(tokenizer).__name__,
-                                   hint="use the model's fast tokenizer, or bake without a front and write the markers "
-                                   "into the text")  # fmt: skip
+            raise UnsupportedError(
+                "a slow tokenizer has no post-processor that tokens could be put into",
+                where=_name(tokenizer),
+                found=type(tokenizer).__name__,
+                hint="use the model's fast tokenizer, or bake without a front and write the markers into the text",
+            )
         change_slow(tokenizer, edit)
         return
     content = _content(tokenizer)
@@ -153,8 +162,11 @@ def _with_parts(tokenizer: Any, content: TokenizerJson, body: dict[str, Any], ed
         return template
     refuse_held(content.body.get(PROCESSOR), _templates(tokenizer), front.contents, content.where)
     if not front.texts and not template:
-        raise UnsupportedError("this tokenizer has no chat template to put the prompt into", where=content.where,
-                               hint="put it before every text, or write the markers into the text")  # fmt: skip
+        raise UnsupportedError(
+            "this tokenizer has no chat template to put the prompt into",
+            where=content.where,
+            hint="put it before every text, or write the markers into the text",
+        )
     if front.texts:
         if short_name(type(tokenizer).__name__) in AS_THEY_RUN:
             raise as_it_runs(type(tokenizer).__name__, content.where)
@@ -171,9 +183,12 @@ def _plain(tokenizer: Any) -> Any:
     """The tokenizer itself, or the one that a processor has."""
     inner = tokenizer if hasattr(tokenizer, "get_vocab") else getattr(tokenizer, "tokenizer", None)
     if not hasattr(inner, "get_vocab") or not hasattr(inner, "special_tokens_map"):
-        raise ConfigError("no tokenizer of transformers", found=type(tokenizer).__name__,
-                          expected="a tokenizer, or a processor that has one",
-                          hint="AutoTokenizer.from_pretrained(...) gives one")  # fmt: skip
+        raise ConfigError(
+            "no tokenizer of transformers",
+            found=type(tokenizer).__name__,
+            expected="a tokenizer, or a processor that has one",
+            hint="AutoTokenizer.from_pretrained(...) gives one",
+        )
     return inner
 
 
@@ -194,8 +209,9 @@ def _content(tokenizer: Any) -> TokenizerJson:
     try:
         text = tokenizer.backend_tokenizer.to_str()
     except Exception as error:  # the library raises nothing narrower
-        raise UnsupportedError("a tokenizer that cannot be written out as tokenizer.json", where=_name(tokenizer),
-                               found=str(error)[:200]) from error  # fmt: skip
+        raise UnsupportedError(
+            "a tokenizer that cannot be written out as tokenizer.json", where=_name(tokenizer), found=str(error)[:200]
+        ) from error
     return TokenizerJson(json.loads(text), _name(tokenizer))
 
 

@@ -66,8 +66,9 @@ def added_tokens(directory: Path) -> tuple[Token, ...]:
         UnsupportedError: As `vocabulary`.
     """
     content = vocabulary(directory)
-    return tuple(Token(e["content"], content.ids[e["content"]], e.get("special") is True)
-                 for e in content.added if e["content"])  # fmt: skip
+    return tuple(
+        Token(e["content"], content.ids[e["content"]], e.get("special") is True) for e in content.added if e["content"]
+    )
 
 
 def known_tokens(directory: Path) -> KnownTokens:
@@ -85,9 +86,15 @@ def known_tokens(directory: Path) -> KnownTokens:
     def load() -> Encode:
         return encoder(backend(data.decode(), content.where))
 
-    return KnownTokens(content.texts, content.next_id, lambda text: load()(text), content.unknown, str(content.where),
-                       lambda: replaceable(directory),
-                       lambda: {token.id for token in added_tokens(directory) if token.special})  # fmt: skip
+    return KnownTokens(
+        content.texts,
+        content.next_id,
+        lambda text: load()(text),
+        content.unknown,
+        str(content.where),
+        lambda: replaceable(directory),
+        lambda: {token.id for token in added_tokens(directory) if token.special},
+    )
 
 
 def encode(directory: Path, text: str) -> list[int]:
@@ -129,9 +136,13 @@ def check_front(directory: Path, front: Prefix) -> None:
     ids, found = list(front.ids), list(inner.encode("a").ids)
     own = list(inner.encode(front.text, add_special_tokens=False).ids)
     if own != ids or (front.texts and (ids != found[: len(ids)] if not front.after_bos else not _within(ids, found))):
-        raise PlanError("the tokenizer does not put the soft prompt where it should", where=content.where,
-                        expected=ids[:8], found=(own if own != ids else found)[:8],
-                        hint="bake without a front, and report this")  # fmt: skip
+        raise PlanError(
+            "the tokenizer does not put the soft prompt where it should",
+            where=content.where,
+            expected=ids[:8],
+            found=(own if own != ids else found)[:8],
+            hint="bake without a front, and report this",
+        )
 
 
 def _within(ids: list[int], found: list[int]) -> bool:
@@ -173,8 +184,11 @@ def token_patches(
             body = parse_json(data, path)
             files[name] = _File(data, body, changed(body, path))
     texts = {} if front is None else _put_first(directory, content, files, front)
-    patches = [PatchFile.change(name, file.data, file.new(directory / name)) for name, file in files.items()
-               if file.after != file.before]  # fmt: skip
+    patches = [
+        PatchFile.change(name, file.data, file.new(directory / name))
+        for name, file in files.items()
+        if file.after != file.before
+    ]
     return (*patches, *(PatchFile.change(name, *change) for name, change in texts.items()))
 
 
@@ -228,8 +242,11 @@ def _put_first(
     known = templates_in(config.before.get("chat_template")) + _template_files(directory)
     refuse_held(content.body.get("post_processor"), known, front.contents, directory)
     if not front.texts and not known:
-        raise UnsupportedError("this tokenizer has no chat template to put the prompt into", where=directory,
-                               hint="put it before every text, or write the markers into the text")  # fmt: skip
+        raise UnsupportedError(
+            "this tokenizer has no chat template to put the prompt into",
+            where=directory,
+            hint="put it before every text, or write the markers into the text",
+        )
     if front.texts:
         model_type = (
             read_json(directory / "config.json").get("model_type") if (directory / "config.json").exists() else None

@@ -42,10 +42,13 @@ def put_first(processor: Mapping[str, Any] | None, front: Prefix, where: object)
     makers = [place for place, kind in enumerate(kinds) if kind in _MAKERS]
     strange = [str(kind) for kind in kinds if kind not in (*_MAKERS, "ByteLevel")]
     if strange or len(makers) > 1:
-        raise UnsupportedError("a post-processor that tokens cannot be added to", where=where,
-                               expected=f"one of {', '.join(_MAKERS)}, ByteLevel or none",
-                               found=", ".join(strange) or f"{len(makers)} that add tokens",
-                               hint="bake without a front, and write the markers into the text")  # fmt: skip
+        raise UnsupportedError(
+            "a post-processor that tokens cannot be added to",
+            where=where,
+            expected=f"one of {', '.join(_MAKERS)}, ByteLevel or none",
+            found=", ".join(strange) or f"{len(makers)} that add tokens",
+            hint="bake without a front, and write the markers into the text",
+        )
     if not makers:
         after = [*parts, _inserted(_template(None), front)]
     else:
@@ -75,9 +78,13 @@ def put_first_in_chat(template: str, front: Prefix, bos: str | None, where: obje
     if bos and template.startswith(bos):
         return bos + front.text + template.removeprefix(bos)
     if "bos_token" in template or (bos and bos in template):
-        raise UnsupportedError("where this chat template writes the BOS is not plain, so nothing can be put behind it",
-                               where=where, found=repr(template[:60]), expected="{{ bos_token }} at its beginning",
-                               hint="put the prompt before the BOS, or leave the chat template alone")  # fmt: skip
+        raise UnsupportedError(
+            "where this chat template writes the BOS is not plain, so nothing can be put behind it",
+            where=where,
+            found=repr(template[:60]),
+            expected="{{ bos_token }} at its beginning",
+            hint="put the prompt before the BOS, or leave the chat template alone",
+        )
     return front.text + template
 
 
@@ -92,12 +99,19 @@ def refuse_held(processor: object, templates: Iterable[str], contents: Iterable[
     for content in contents:
         for place, text in written.items():
             if content in text:
-                raise PlanError("the tokenizer's template holds this marker already", where=f"{where}: {place}",
-                                found=repr(content), hint="take it out there, or bake under another name")  # fmt: skip
+                raise PlanError(
+                    "the tokenizer's template holds this marker already",
+                    where=f"{where}: {place}",
+                    found=repr(content),
+                    hint="take it out there, or bake under another name",
+                )
     for place, text in written.items():
         if MARK in text:
-            raise PlanError("another soft prompt stands before every text already", where=f"{where}: {place}",
-                            hint="unmerge it first, or bake with front='none' and choose by the text")  # fmt: skip
+            raise PlanError(
+                "another soft prompt stands before every text already",
+                where=f"{where}: {place}",
+                hint="unmerge it first, or bake with front='none' and choose by the text",
+            )
 
 
 def _parts(processor: Mapping[str, Any] | None) -> list[dict[str, Any]]:

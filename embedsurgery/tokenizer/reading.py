@@ -20,8 +20,20 @@ CONFIG = "tokenizer_config.json"
 SPECIAL = "special_tokens_map.json"
 ADDED = "added_tokens.json"
 
-_OTHERS = ("tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model",
-           "tekken.json", "tiktoken.model", "bpe.codes", CONFIG, SPECIAL, ADDED)  # fmt: skip
+_OTHERS = (
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tekken.json",
+    "tiktoken.model",
+    "bpe.codes",
+    CONFIG,
+    SPECIAL,
+    ADDED,
+)
 """What a slow tokenizer, or one of another library, may consist of."""
 
 
@@ -108,16 +120,29 @@ def read_tokenizer(directory: Path) -> tuple[bytes, TokenizerJson]:
     if not path.exists():
         slow = [name for name in _OTHERS if (directory / name).exists()]
         if not slow:
-            raise CheckpointError("no tokenizer beside the weights", where=directory, expected=TOKENIZER,
-                                  hint="put the model's tokenizer files there")  # fmt: skip
-        raise UnsupportedError("a tokenizer of the slow kind alone", where=directory, expected=TOKENIZER,
-                               found=", ".join(slow), hint="AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) "
-                               "writes one where the model has a fast tokenizer; es.add_tokens needs none")  # fmt: skip
+            raise CheckpointError(
+                "no tokenizer beside the weights",
+                where=directory,
+                expected=TOKENIZER,
+                hint="put the model's tokenizer files there",
+            )
+        raise UnsupportedError(
+            "a tokenizer of the slow kind alone",
+            where=directory,
+            expected=TOKENIZER,
+            found=", ".join(slow),
+            hint="AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) "
+            "writes one where the model has a fast tokenizer; es.add_tokens needs none",
+        )
     config = directory / CONFIG
     versions = read_json(config).get("fast_tokenizer_files") if config.exists() else None
     if isinstance(versions, list) and any(name != TOKENIZER for name in versions):
-        raise UnsupportedError("several versions of tokenizer.json", where=config, found=", ".join(map(str, versions)),
-                               hint="save the tokenizer again with the transformers that you use")  # fmt: skip
+        raise UnsupportedError(
+            "several versions of tokenizer.json",
+            where=config,
+            found=", ".join(map(str, versions)),
+            hint="save the tokenizer again with the transformers that you use",
+        )
     return _content(path)
 
 

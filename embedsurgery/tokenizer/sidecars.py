@@ -115,9 +115,11 @@ def relisted(listed: Sequence[str], tokens: Sequence[Token], content: TokenizerJ
             texts = [text for text in texts if text != token.content]
         elif token.replaces in texts:
             if not token.special:
-                raise UnsupportedError("the token to be replaced is listed as a special one, and the new one is none",
-                                       where=f"{content.where}: {token.replaces!r}",
-                                       hint=f"add {token.content!r} as a special token, or at another id")  # fmt: skip
+                raise UnsupportedError(
+                    "the token to be replaced is listed as a special one, and the new one is none",
+                    where=f"{content.where}: {token.replaces!r}",
+                    hint=f"add {token.content!r} as a special token, or at another id",
+                )
             texts = [token.content if text == token.replaces else text for text in texts]
         elif texts and token.special and token.content not in texts:
             known = token.replaces is not None and content.entry(token.replaces) is not None
@@ -125,8 +127,9 @@ def relisted(listed: Sequence[str], tokens: Sequence[Token], content: TokenizerJ
     return texts
 
 
-def relisted_items(items: Sequence[Any], old: Sequence[str], new: Sequence[str],
-                   rename: Callable[[Any, str], Any]) -> list[Any]:  # fmt: skip
+def relisted_items(
+    items: Sequence[Any], old: Sequence[str], new: Sequence[str], rename: Callable[[Any, str], Any]
+) -> list[Any]:
     """A list of extra special tokens, whatever they are written as, with the texts that `relisted` gives.
 
     Args:
@@ -137,13 +140,15 @@ def relisted_items(items: Sequence[Any], old: Sequence[str], new: Sequence[str],
     """
     if len(new) < len(old):
         return [item for item, text in zip(items, old, strict=True) if text in new]
-    kept = (item if text == becomes else rename(item, becomes)
-            for item, text, becomes in zip(items, old, new, strict=False))  # fmt: skip
+    kept = (
+        item if text == becomes else rename(item, becomes) for item, text, becomes in zip(items, old, new, strict=False)
+    )
     return [*kept, *new[len(old) :]]
 
 
-def refuse_roles(roles: Mapping[str, str], templates: Sequence[str], tokens: Sequence[Token], remove: bool,
-                 where: object) -> None:  # fmt: skip
+def refuse_roles(
+    roles: Mapping[str, str], templates: Sequence[str], tokens: Sequence[Token], remove: bool, where: object
+) -> None:
     """Refuse to take away a token that has a role, or to replace one that a chat template writes.
 
     Args:
@@ -196,9 +201,13 @@ def _by_id(decoder: dict[str, Any], new: str) -> dict[str, Any]:
 
 
 def _contradiction(path: Path, token: Token, found: object) -> CheckpointError:
-    return CheckpointError("a file beside tokenizer.json contradicts it", where=f"{path}: {token.content!r}",
-                           expected=f"{token.replaces!r} or nothing at id {token.id}" if token.replaces else token.id,
-                           found=repr(found), hint="save the tokenizer again with transformers")  # fmt: skip
+    return CheckpointError(
+        "a file beside tokenizer.json contradicts it",
+        where=f"{path}: {token.content!r}",
+        expected=f"{token.replaces!r} or nothing at id {token.id}" if token.replaces else token.id,
+        found=repr(found),
+        hint="save the tokenizer again with transformers",
+    )
 
 
 def _content(item: Any) -> Any:
@@ -229,6 +238,8 @@ def templates_in(value: Any) -> list[str]:
 def in_templates(value: Any, change: Callable[[str], str]) -> Any:
     """The chat templates of a config, each changed."""
     if isinstance(value, list):
-        return [{**item, "template": in_templates(item.get("template"), change)} if isinstance(item, dict) else item
-                for item in value]  # fmt: skip
+        return [
+            {**item, "template": in_templates(item.get("template"), change)} if isinstance(item, dict) else item
+            for item in value
+        ]
     return change(value) if isinstance(value, str) else value

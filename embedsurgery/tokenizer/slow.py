@@ -28,8 +28,12 @@ def slow_content(tokenizer: Any) -> TokenizerJson:
     """
     name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
     if not all(attribute in vars(tokenizer) for attribute in ("tokens_trie", *_STATE)):
-        raise UnsupportedError("a tokenizer of an unknown kind", where=name, found=type(tokenizer).__name__,
-                               hint="use a fast tokenizer, one with a tokenizer.json")  # fmt: skip
+        raise UnsupportedError(
+            "a tokenizer of an unknown kind",
+            where=name,
+            found=type(tokenizer).__name__,
+            hint="use a fast tokenizer, one with a tokenizer.json",
+        )
     added = tokenizer.added_tokens_decoder.items()
     entries = [{"id": index, **{field: getattr(t, field) for field in _FIELDS}} for index, t in added]
     unknown = getattr(tokenizer, "unk_token", None)
@@ -48,8 +52,11 @@ def change_slow(tokenizer: Any, edit: AddTokens) -> None:
     tokens = unsettled(content, edit.tokens, edit.remove)
     replaced = [token.replaces for token in tokens if token.replaces is not None]
     if replaced:
-        raise UnsupportedError("a slow tokenizer cannot rename its tokens", where=f"{content.where}: {replaced[0]!r}",
-                               hint="use the model's fast tokenizer, or add the token at a new id")  # fmt: skip
+        raise UnsupportedError(
+            "a slow tokenizer cannot rename its tokens",
+            where=f"{content.where}: {replaced[0]!r}",
+            hint="use the model's fast tokenizer, or add the token at a new id",
+        )
     refuse_roles(roles_of(tokenizer), (), tokens, edit.remove, content.where)
     if edit.remove:
         _remove(tokenizer, content, AddTokens(tuple(tokens), remove=True))
@@ -73,9 +80,13 @@ def _add(tokenizer: Any, content: TokenizerJson, edit: AddTokens) -> None:
             tokenizer.add_tokens([AddedToken(**flags(token))], special_tokens=token.special)
             found = tokenizer.added_tokens_encoder.get(token.content, "another text")
             if found != token.id:
-                raise ConfigError("the tokenizer takes this text for another, or gives it another id",
-                                  where=f"{content.where}: {token.content!r}", expected=token.id, found=found,
-                                  hint="write it as the tokenizer normalises it, or make it special")  # fmt: skip
+                raise ConfigError(
+                    "the tokenizer takes this text for another, or gives it another id",
+                    where=f"{content.where}: {token.content!r}",
+                    expected=token.id,
+                    found=found,
+                    hint="write it as the tokenizer normalises it, or make it special",
+                )
         check_encodings(tokens, content, lambda: was.__getitem__, lambda: encode)
     except BaseException:
         _restore(tokenizer, saved, known)
@@ -87,9 +98,13 @@ def _remove(tokenizer: Any, content: TokenizerJson, edit: AddTokens) -> None:
     for token in edit.tokens:
         entry, expected = content.entry(token.content), {"id": token.id, **flags(token)}
         if entry != expected or token.id < last:
-            raise PlanError("a token to remove is not there as it was added, or not at the end",
-                            where=f"{content.where}: {token.content!r}", expected=expected, found=entry,
-                            hint="tokens leave in the reverse order of their coming")  # fmt: skip
+            raise PlanError(
+                "a token to remove is not there as it was added, or not at the end",
+                where=f"{content.where}: {token.content!r}",
+                expected=expected,
+                found=entry,
+                hint="tokens leave in the reverse order of their coming",
+            )
     gone = {token.content for token in edit.tokens}
     decoder = {index: t for index, t in tokenizer._added_tokens_decoder.items() if t.content not in gone}
     encoder = {text: index for text, index in tokenizer._added_tokens_encoder.items() if text not in gone}

@@ -88,12 +88,30 @@ def main_cases() -> list[Case]:
     cases += [_train(1024, rows, suffix="-answers", keep=16) for rows in (100, 10_000)]
     cases += [_train(1024, rows, suffix="-bf16", dtype="bfloat16", repeats=7) for rows in (100, 10_000)]
     cases += [_train(1024, rows, suffix="-2x1024", batch=(2, 1024), repeats=5) for rows in (100, 10_000)]
-    cases += [Case(f"lookup/d{width}-k{rows}-2x{length}", "lookup", 256_000, width, rows, batch=(2, length), layers=1)
-              for width in (1024, 2304) for rows in (100, 10_000) for length in (128, 1024)]  # fmt: skip
-    cases += [Case(f"generate/d1024-{'tied' if tied else 'untied'}-k{rows}", "generate", 256_000, 1024, rows, tied,
-                   batch=(1, 16)) for tied in (True, False) for rows in (100, 10_000)]  # fmt: skip
-    cases += [Case(f"prompt/v{size}-n{count}", "prompt", size, 1024, count, repeats=7)
-              for size in (32_000, 256_000) for count in (20, 100)]  # fmt: skip
+    cases += [
+        Case(f"lookup/d{width}-k{rows}-2x{length}", "lookup", 256_000, width, rows, batch=(2, length), layers=1)
+        for width in (1024, 2304)
+        for rows in (100, 10_000)
+        for length in (128, 1024)
+    ]
+    cases += [
+        Case(
+            f"generate/d1024-{'tied' if tied else 'untied'}-k{rows}",
+            "generate",
+            256_000,
+            1024,
+            rows,
+            tied,
+            batch=(1, 16),
+        )
+        for tied in (True, False)
+        for rows in (100, 10_000)
+    ]
+    cases += [
+        Case(f"prompt/v{size}-n{count}", "prompt", size, 1024, count, repeats=7)
+        for size in (32_000, 256_000)
+        for count in (20, 100)
+    ]
     cases += [Case("prompt-generate/v256000-n20", "prompt-generate", 256_000, 1024, 20, batch=(1, 16))]
     return cases
 
@@ -101,8 +119,10 @@ def main_cases() -> list[Case]:
 def sweep_cases() -> list[Case]:
     """Those of the two plots."""
     cases = [Case(f"sweep-k/{rows}", "train", 256_000, 1024, rows, repeats=5) for rows in (1, 10, 100, 1_000, 10_000)]
-    return cases + [Case(f"sweep-v/{size}", "train", size, 1024, 100, repeats=5)
-                    for size in (16_000, 32_000, 64_000, 128_000, 256_000)]  # fmt: skip
+    return cases + [
+        Case(f"sweep-v/{size}", "train", size, 1024, 100, repeats=5)
+        for size in (16_000, 32_000, 64_000, 128_000, 256_000)
+    ]
 
 
 def quick_cases() -> list[Case]:

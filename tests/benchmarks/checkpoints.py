@@ -72,10 +72,19 @@ class Size:
     def config(self) -> dict[str, object]:
         """``config.json``."""
         heads = self.width // 128
-        return {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": ROWS,
-                "hidden_size": self.width, "intermediate_size": self.inner, "num_hidden_layers": self.layers,
-                "num_attention_heads": heads, "num_key_value_heads": heads, "head_dim": 128,
-                "tie_word_embeddings": False, "torch_dtype": "bfloat16"}  # fmt: skip
+        return {
+            "model_type": "llama",
+            "architectures": ["LlamaForCausalLM"],
+            "vocab_size": ROWS,
+            "hidden_size": self.width,
+            "intermediate_size": self.inner,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": heads,
+            "head_dim": 128,
+            "tie_word_embeddings": False,
+            "torch_dtype": "bfloat16",
+        }
 
 
 def make(folder: Path, size: Size, *, sparse: bool = False, text: int = 8) -> Path:

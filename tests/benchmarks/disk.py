@@ -44,8 +44,10 @@ CHANGED = 100
 BIG_TOKENIZER = 200
 """Characters of a token of the large ``tokenizer.json``: about 28 MB."""
 
-_CP = "import subprocess, sys; a, b = sys.argv[1:3]; subprocess.run(['cp', '-r', a, b], check=True); " \
-      "subprocess.run(['find', b, '-type', 'f', '-exec', 'sync', '{}', '+'], check=True)"  # fmt: skip
+_CP = (
+    "import subprocess, sys; a, b = sys.argv[1:3]; subprocess.run(['cp', '-r', a, b], check=True); "
+    "subprocess.run(['find', b, '-type', 'f', '-exec', 'sync', '{}', '+'], check=True)"
+)
 _CLI = "from embedsurgery.cli.main import main; main()"
 _CALLS = """
 import sys, time
@@ -111,16 +113,31 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, list[dict[st
         "es.unmerge_checkpoint(in_place=True), the call alone": [_CALLS, str(base), adapter, "unmerge"],
         "tokens add -o, spare row": [_CLI, "tokens", "add", str(base), "--token", "<tool>", "-o", str(out)],
         "tokens add -o, tables grow": [_CLI, "tokens", "add", str(base), *beyond, "-o", str(out)],
-        "tokens add -o, spare row, tokenizer.json of 28 MB": [_CLI, "tokens", "add", str(texts), "--token", "<tool>",
-                                                              "-o", str(out)],
-    }  # fmt: skip
+        "tokens add -o, spare row, tokenizer.json of 28 MB": [
+            _CLI,
+            "tokens",
+            "add",
+            str(texts),
+            "--token",
+            "<tool>",
+            "-o",
+            str(out),
+        ],
+    }
     slow = {"PEFT: load, merge_and_unload, save_pretrained": [_PEFT, str(base), adapter, str(out)]}
     if options.mergekit:
         recipe = folder / "recipe.yaml"
         recipe.write_text(f"merge_method: passthrough\ndtype: bfloat16\nmodels:\n  - model: {base}+{adapter}\n")
         slow["mergekit: base+adapter, passthrough"] = [
-            _MERGEKIT, str(options.mergekit), str(recipe), str(out), "--copy-tokenizer", "--lazy-unpickle",
-            "--lora-merge-cache", str(folder / "cache")]  # fmt: skip
+            _MERGEKIT,
+            str(options.mergekit),
+            str(recipe),
+            str(out),
+            "--copy-tokenizer",
+            "--lazy-unpickle",
+            "--lora-merge-cache",
+            str(folder / "cache"),
+        ]
     found: dict[str, list[dict[str, float]]] = {name: [] for name in (*ways, *slow)}
     for number in range(options.repeats):
         for name, command in (ways if number >= options.slow else {**ways, **slow}).items():
@@ -142,13 +159,19 @@ def grown(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, dict[str, list[dict[str, float]]]] = {}
     for _ in range(options.repeats):
         for model, name in ((small, "small"), (large, "large")):
-            for verb, command in (("inspect", ["inspect", str(model)]),
-                                  ("merge --in-place", ["merge", str(model), str(adapters[model]), "--in-place"]),
-                                  ("unmerge --in-place", ["unmerge", str(model), "--in-place"])):  # fmt: skip
+            for verb, command in (
+                ("inspect", ["inspect", str(model)]),
+                ("merge --in-place", ["merge", str(model), str(adapters[model]), "--in-place"]),
+                ("unmerge --in-place", ["unmerge", str(model), "--in-place"]),
+            ):
                 found.setdefault(verb, {}).setdefault(name, []).append(run([_CLI, *command]))
     files = [path.stat().st_size for path in large.glob("*.safetensors")]
-    sizes = {"gigabytes": sum(files) / 1e9, "shards": len(files), "MB on disk before": space / 1e6,
-             "MB on disk after": used(large) / 1e6}  # fmt: skip
+    sizes = {
+        "gigabytes": sum(files) / 1e9,
+        "shards": len(files),
+        "MB on disk before": space / 1e6,
+        "MB on disk after": used(large) / 1e6,
+    }
     return {"sizes": sizes, "verbs": found}
 
 
@@ -176,8 +199,9 @@ def run(command: list[str]) -> dict[str, float]:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
     used, began = processor(), time.perf_counter()
-    done = subprocess.run([sys.executable, "-c", code, *command[1:]], capture_output=True, text=True, check=False,
-                          env=environment)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", code, *command[1:]], capture_output=True, text=True, check=False, env=environment
+    )
     seconds = time.perf_counter() - began
     if done.returncode != 0:
         raise RuntimeError(done.stderr)
@@ -200,25 +224,34 @@ def processor() -> float:
 def table(report: dict[str, Any]) -> str:
     """Two Markdown tables."""
     ways = report["ways"]
-    lines = ["| way | time, cp -r = 1 | seconds | of processor | peak MB | MB written |",
-             "| --- | --- | --- | --- | --- | --- |"]  # fmt: skip
+    lines = [
+        "| way | time, cp -r = 1 | seconds | of processor | peak MB | MB written |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
     for name, runs in ((name, runs) for name, runs in ways.items() if runs):
         ratios = [r["seconds"] / c["seconds"] for r, c in zip(runs, ways["cp -r"], strict=False)]
         seconds, used, written = (statistics.median(r[key] for r in runs) for key in ("seconds", "processor", "bytes"))
         peak = max(r["peak"] for r in runs) / 1e6
         spread = f" ({min(ratios):.2f} to {max(ratios):.2f})" if len(runs) > 1 else ""
-        lines.append(f"| {name} | {statistics.median(ratios):.2f}{spread} | {seconds:.2f} | {used:.2f} "
-                     f"| {peak:.0f} | {written / 1e6:.1f} |")  # fmt: skip
+        lines.append(
+            f"| {name} | {statistics.median(ratios):.2f}{spread} | {seconds:.2f} | {used:.2f} "
+            f"| {peak:.0f} | {written / 1e6:.1f} |"
+        )
     if report["same time"]:
         sizes = report["same time"]["sizes"]
         large = f"{sizes['gigabytes']:.0f} GB in {sizes['shards']} sparse shards"
         lines += ["", f"| verb | {report['gigabytes']:.0f} GB | {large} |", "| --- | --- | --- |"]
         for verb, found in report["same time"]["verbs"].items():
-            cells = [(statistics.median(r["seconds"] for r in runs), max(r["peak"] for r in runs) / 1e6)
-                     for runs in found.values()]  # fmt: skip
+            cells = [
+                (statistics.median(r["seconds"] for r in runs), max(r["peak"] for r in runs) / 1e6)
+                for runs in found.values()
+            ]
             lines.append(f"| {verb} | {' | '.join(f'{seconds:.2f} s, {peak:.0f} MB' for seconds, peak in cells)} |")
-        lines += ["", f"The sparse files took {sizes['MB on disk before']:.1f} MB on disk before and "
-                  f"{sizes['MB on disk after']:.1f} MB after."]  # fmt: skip
+        lines += [
+            "",
+            f"The sparse files took {sizes['MB on disk before']:.1f} MB on disk before and "
+            f"{sizes['MB on disk after']:.1f} MB after.",
+        ]
     return "\n".join(lines)
 
 

@@ -27,8 +27,14 @@ class Child:
 
     def __init__(self) -> None:
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-        self.process = subprocess.Popen([sys.executable, "-m", "tests.benchmarks.worker"], cwd=ROOT, text=True,
-                                        env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.benchmarks.worker"],
+            cwd=ROOT,
+            text=True,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
 
     def send(self, **request: Any) -> None:
         """Ask, without waiting for the answer."""

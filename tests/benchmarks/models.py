@@ -138,8 +138,14 @@ def _generation(case: Case, model: nn.Module, prompt: torch.Tensor) -> Callable[
     def step() -> float:
         mask = torch.ones_like(prompt)
         with torch.inference_mode():
-            tokens = generate(input_ids=prompt, attention_mask=mask, max_new_tokens=count, min_new_tokens=count,
-                              do_sample=False, pad_token_id=0)  # fmt: skip
+            tokens = generate(
+                input_ids=prompt,
+                attention_mask=mask,
+                max_new_tokens=count,
+                min_new_tokens=count,
+                do_sample=False,
+                pad_token_id=0,
+            )
         return float(tokens.sum())
 
     return step
@@ -173,10 +179,18 @@ def _batch(case: Case) -> torch.Tensor:
 def _llama(case: Case, device: torch.device) -> LlamaForCausalLM:
     """Built on the meta device and filled by hand: the library's initialisation takes longer than the measurement."""
     head = 64 if case.width >= 256 else 16
-    config = LlamaConfig(vocab_size=case.vocabulary, hidden_size=case.width, intermediate_size=case.width * 11 // 4,
-                         num_hidden_layers=case.layers, num_attention_heads=case.width // head,
-                         num_key_value_heads=case.width // head // 4, tie_word_embeddings=case.tied,
-                         max_position_embeddings=4096, bos_token_id=None, eos_token_id=None)  # fmt: skip
+    config = LlamaConfig(
+        vocab_size=case.vocabulary,
+        hidden_size=case.width,
+        intermediate_size=case.width * 11 // 4,
+        num_hidden_layers=case.layers,
+        num_attention_heads=case.width // head,
+        num_key_value_heads=case.width // head // 4,
+        tie_word_embeddings=case.tied,
+        max_position_embeddings=4096,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
     model = model.to(getattr(torch, case.dtype)).to_empty(device=device)

@@ -51,8 +51,13 @@ def _draw(results: list[dict[str, Any]], field: str, label: str, path: Path) -> 
         axes.xaxis.set_minor_locator(FixedLocator([]))
     traffic.legend(fontsize=7, frameon=False)
     case = results[0]["case"]
-    shape = [f"D={case['width']:,}", f"K={case['rows']:,}" if field == "vocabulary" else f"V={case['vocabulary']:,}",
-             "tied" if case["tied"] else "untied", case["dtype"], "batch {} x {}".format(*case["batch"])]  # fmt: skip
+    shape = [
+        f"D={case['width']:,}",
+        f"K={case['rows']:,}" if field == "vocabulary" else f"V={case['vocabulary']:,}",
+        "tied" if case["tied"] else "untied",
+        case["dtype"],
+        "batch {} x {}".format(*case["batch"]),
+    ]
     figure.suptitle(", ".join(shape), fontsize=8)
     figure.savefig(path, metadata={"Software": None})
     pyplot.close(figure)

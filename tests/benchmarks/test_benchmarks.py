@@ -29,9 +29,26 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What ``--quick`` writes, without the sweeps."""
     pytest.importorskip("peft")
     file = tmp_path_factory.mktemp("benchmark") / "report.json"
-    done = subprocess.run([sys.executable, "-m", "tests.benchmarks.training", "--quick", "--repeats", "2", "--device",
-                           "cpu", "--threads", "1", "--json", str(file)],
-                          cwd=ROOT, capture_output=True, text=True, timeout=300)  # fmt: skip
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "tests.benchmarks.training",
+            "--quick",
+            "--repeats",
+            "2",
+            "--device",
+            "cpu",
+            "--threads",
+            "1",
+            "--json",
+            str(file),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("| case | frozen base | floor | embedsurgery | PEFT | full embedding |")
     found: dict[str, Any] = json.loads(file.read_text())
@@ -187,9 +204,14 @@ def test_the_plots_are_small(report: dict[str, Any], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     from tests.benchmarks.plots import draw
 
-    sweeps = [{"case": {**report["results"][0]["case"], "name": f"{kind}/{n}", field: n},
-               "variants": report["results"][0]["variants"]}
-              for kind, field in (("sweep-k", "rows"), ("sweep-v", "vocabulary")) for n in (10, 100)]  # fmt: skip
+    sweeps = [
+        {
+            "case": {**report["results"][0]["case"], "name": f"{kind}/{n}", field: n},
+            "variants": report["results"][0]["variants"],
+        }
+        for kind, field in (("sweep-k", "rows"), ("sweep-v", "vocabulary"))
+        for n in (10, 100)
+    ]
     written = draw(sweeps, tmp_path / "plots")
     assert [path.name for path in written] == ["benchmark-k.png", "benchmark-v.png"]
     for path in written:

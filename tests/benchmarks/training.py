@@ -49,8 +49,11 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     device = options.device or _device()
     report: dict[str, Any] = {"machine": machine(device), "results": [], "skipped": []}
-    print(f"{report['machine']['device']}, {report['machine']['cores']} cores, "
-          + ", ".join(f"{k} {v}" for k, v in report["machine"]["versions"].items()), file=sys.stderr)  # fmt: skip
+    print(
+        f"{report['machine']['device']}, {report['machine']['cores']} cores, "
+        + ", ".join(f"{k} {v}" for k, v in report["machine"]["versions"].items()),
+        file=sys.stderr,
+    )
     pool = Pool(fresh=not options.quick)
     try:
         for case in cases:
@@ -79,8 +82,9 @@ def _measure(case: Case, options: argparse.Namespace, pool: Pool, device: str, r
         case = Case(**{**case.as_dict(), "repeats": options.repeats})
     free = available_memory(device)
     try:
-        result = run(case, wanted, pool, int(free * 0.9), device=device, threads=options.threads,
-                     together=options.together)  # fmt: skip
+        result = run(
+            case, wanted, pool, int(free * 0.9), device=device, threads=options.threads, together=options.together
+        )
     except RuntimeError as error:  # a worker that the system killed for want of memory is one
         pool.close()
         report["skipped"].append({"case": case.name, "why": str(error)})
@@ -93,8 +97,11 @@ def _measure(case: Case, options: argparse.Namespace, pool: Pool, device: str, r
         print(f"{case.name}: skipped", file=sys.stderr)
         return
     report["results"].append(result)
-    said = ", ".join(f"{v} {r['traffic_ratio']:.3f} traffic {r['peak_ratio']:.3f} peak{_time(r, options.clock)}"
-                     for v, r in result["variants"].items() if v != "base")  # fmt: skip
+    said = ", ".join(
+        f"{v} {r['traffic_ratio']:.3f} traffic {r['peak_ratio']:.3f} peak{_time(r, options.clock)}"
+        for v, r in result["variants"].items()
+        if v != "base"
+    )
     print(f"{case.name}: {said} ({time.monotonic() - start:.0f} s)", file=sys.stderr)
 
 
@@ -169,9 +176,16 @@ def _megabytes(count: float) -> str:
 def machine(device: str) -> dict[str, Any]:
     """What the numbers were measured on."""
     names = ("embedsurgery", "torch", "transformers", "peft")
-    return {"device": _device_name(device), "kind": device, "cores": os.cpu_count(), "system": platform.platform(),
-            "python": platform.python_version(), "load": list(os.getloadavg()),
-            "memory_bytes": available_memory(device), "versions": {n: version(n) for n in names}}  # fmt: skip
+    return {
+        "device": _device_name(device),
+        "kind": device,
+        "cores": os.cpu_count(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "load": list(os.getloadavg()),
+        "memory_bytes": available_memory(device),
+        "versions": {n: version(n) for n in names},
+    }
 
 
 def _device_name(device: str) -> str:
@@ -216,15 +230,21 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--quick", action="store_true", help="tiny models, to see that everything runs")
     parser.add_argument("--cases", nargs="+", metavar="PATTERN", help="only those, for instance 'lookup/*'")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS[1:], default=list(VARIANTS[1:]),
-                        help="beside the base")  # fmt: skip
+    parser.add_argument(
+        "--variants", nargs="+", choices=VARIANTS[1:], default=list(VARIANTS[1:]), help="beside the base"
+    )
     parser.add_argument("--repeats", type=int, help="timed steps of each variant; 0 counts alone")
-    parser.add_argument("--clock", choices=list(CLOCKS), default="wall",
-                        help="shown in the table and the plots; processor time, best with --threads 1, is the steadier "
-                             "one on a machine that does other work")  # fmt: skip
+    parser.add_argument(
+        "--clock",
+        choices=list(CLOCKS),
+        default="wall",
+        help="shown in the table and the plots; processor time, best with --threads 1, is the steadier "
+        "one on a machine that does other work",
+    )
     parser.add_argument("--threads", type=int, default=0, help="of each process; by default torch's choice")
-    parser.add_argument("--together", action="store_true",
-                        help="time the variants in one process, which has the same pages for all")  # fmt: skip
+    parser.add_argument(
+        "--together", action="store_true", help="time the variants in one process, which has the same pages for all"
+    )
     parser.add_argument("--device", help="cpu or cuda; by default cuda where there is one")
     parser.add_argument("--json", metavar="FILE", help="write everything that was measured")
     parser.add_argument(

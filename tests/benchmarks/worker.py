@@ -63,16 +63,23 @@ class Worker:
         _release()
         self.loaded = self._held()
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        return {"loaded_bytes": self.loaded, "trained_parameters": trained, "threads": torch.get_num_threads(),
-                "state_bytes": state_bytes(case, model)}  # fmt: skip
+        return {
+            "loaded_bytes": self.loaded,
+            "trained_parameters": trained,
+            "threads": torch.get_num_threads(),
+            "state_bytes": state_bytes(case, model),
+        }
 
     def _timed(self, step: Callable[[], float]) -> dict[str, Any]:
         gc.collect()
         start, processor = time.perf_counter(), time.process_time()
         value = step()
         self._wait()
-        return {"seconds": time.perf_counter() - start, "processor_seconds": time.process_time() - processor,
-                "value": value}  # fmt: skip
+        return {
+            "seconds": time.perf_counter() - start,
+            "processor_seconds": time.process_time() - processor,
+            "value": value,
+        }
 
     def _peak(self, step: Callable[[], float]) -> dict[str, Any]:
         _release(exact=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.launch import port, run
+from tests.support.distributed.launch import port, run
 
 SLEEPER = """
 import os, pathlib, sys, time
@@ -19,8 +19,21 @@ time.sleep(600)
 
 def torchrun(folder: Path, code: str, seconds: float) -> None:
     (folder / "worker.py").write_text(code)
-    run(["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1", "--master-port",
-         str(port()), str(folder / "worker.py"), str(folder / "pids")], seconds)  # fmt: skip
+    run(
+        [
+            "-m",
+            "torch.distributed.run",
+            "--nproc-per-node",
+            "2",
+            "--master-addr",
+            "127.0.0.1",
+            "--master-port",
+            str(port()),
+            str(folder / "worker.py"),
+            str(folder / "pids"),
+        ],
+        seconds,
+    )
 
 
 @pytest.mark.sweep

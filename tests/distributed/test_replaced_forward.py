@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import embedsurgery as es
-from tests.conftest import logits, tiny
-from tests.distributed.cases import ROWS, attached, targets
+from tests.support.distributed.cases import ROWS, attached, targets
+from tests.support.models import logits, tiny
 
 
 @pytest.mark.parametrize("kind", ["llama-tied", "llama-untied", "bert"])

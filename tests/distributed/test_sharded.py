@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import embedsurgery as es
-from tests.conftest import logits, tiny
-from tests.distributed.cases import CHECKPOINTED, KINDS, ROWS, WRAPS, attached
-from tests.distributed.launch import torchrun
-from tests.integrations import helpers as integrations
+from tests.support import integrations
+from tests.support.distributed.cases import CHECKPOINTED, KINDS, ROWS, WRAPS, attached
+from tests.support.distributed.launch import torchrun
+from tests.support.models import logits, tiny
 
 DRIFT = "UnsupportedError: trainable rows that {} does not know: they would drift apart on the ranks (default: "
 REFUSED = {

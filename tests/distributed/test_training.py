@@ -13,10 +13,10 @@ import pytest
 import torch
 
 import embedsurgery as es
-from tests.distributed.cases import KINDS, MANY, WRAPS, attached, reference
-from tests.distributed.launch import port, run, torchrun
-from tests.distributed.mixing import MIXES, mixed
-from tests.distributed.setups import SETUPS, dense
+from tests.support.distributed.cases import KINDS, MANY, WRAPS, attached, reference
+from tests.support.distributed.launch import WORKERS, port, run, torchrun
+from tests.support.distributed.mixing import MIXES, mixed
+from tests.support.distributed.setups import SETUPS, dense
 
 ACCELERATE = """
 compute_environment: LOCAL_MACHINE
@@ -37,9 +37,16 @@ fsdp_config:
   fsdp_cpu_ram_efficient_loading: {efficient}
   fsdp_state_dict_type: SHARDED_STATE_DICT
 """
-TENSOR_PARALLEL = ("llama-tied vocabulary", "llama-untied vocabulary", "llama-untied width",
-                   "llama-untied sharded logits", "llama-tied auto", "llama-tied auto and embedding",
-                   "llama-untied auto", "llama-untied auto and embedding")  # fmt: skip
+TENSOR_PARALLEL = (
+    "llama-tied vocabulary",
+    "llama-untied vocabulary",
+    "llama-untied width",
+    "llama-untied sharded logits",
+    "llama-tied auto",
+    "llama-tied auto and embedding",
+    "llama-untied auto",
+    "llama-untied auto and embedding",
+)
 
 
 @cache
@@ -124,8 +131,19 @@ def test_tables_that_stay_sharded_in_the_forward(parallel: list[Any], case: str)
 def test_accelerate_with_fsdp2(tmp_path: Path, kind: str, efficient: str) -> None:
     pytest.importorskip("accelerate")
     (tmp_path / "config.yaml").write_text(ACCELERATE.format(efficient=efficient))
-    run(["-m", "accelerate.commands.launch", "--config_file", str(tmp_path / "config.yaml"), "--main_process_port",
-         str(port()), str(Path(__file__).parent / "workers" / "accelerate_fsdp.py"), str(tmp_path), kind])  # fmt: skip
+    run(
+        [
+            "-m",
+            "accelerate.commands.launch",
+            "--config_file",
+            str(tmp_path / "config.yaml"),
+            "--main_process_port",
+            str(port()),
+            str(WORKERS / "accelerate_fsdp.py"),
+            str(tmp_path),
+            kind,
+        ]
+    )
     results = [torch.load(tmp_path / f"accelerate-{kind}-{rank}.pt") for rank in (0, 1)]
     check(results, alone(kind))
     assert [r["model"] for r in results] == ["FSDPLlamaForCausalLM"] * 2
@@ -144,8 +162,10 @@ def test_accelerate_with_fsdp2(tmp_path: Path, kind: str, efficient: str) -> Non
         torch.testing.assert_close(saved[name], values, rtol=0, atol=1e-6)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None and "EMBEDSURGERY_TEST_DEEPSPEED" not in os.environ,
-                    reason="DeepSpeed is not installed (.ci/run installs it, for this test alone)")  # fmt: skip
+@pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None and "EMBEDSURGERY_TEST_DEEPSPEED" not in os.environ,
+    reason="DeepSpeed is not installed (.ci/run installs it, for this test alone)",
+)
 def test_deepspeed(tmp_path: Path) -> None:
     results = torchrun("deepspeed_zero", tmp_path, DS_ACCELERATOR="cpu")
     for kind in ("llama-tied", "llama-untied"):

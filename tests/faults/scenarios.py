@@ -27,9 +27,11 @@ from tests.faults.tracer import Fault, run
 
 ROWS, WIDTH = 24, 8
 TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-SHARDS = {"model-00001-of-00003.safetensors": {TABLE: (ROWS, WIDTH)},
-          "model-00002-of-00003.safetensors": {"model.layers.0.mlp.up_proj.weight": (WIDTH, WIDTH)},
-          "model-00003-of-00003.safetensors": {HEAD: (ROWS, WIDTH), "model.norm.weight": (WIDTH,)}}  # fmt: skip
+SHARDS = {
+    "model-00001-of-00003.safetensors": {TABLE: (ROWS, WIDTH)},
+    "model-00002-of-00003.safetensors": {"model.layers.0.mlp.up_proj.weight": (WIDTH, WIDTH)},
+    "model-00003-of-00003.safetensors": {HEAD: (ROWS, WIDTH), "model.norm.weight": (WIDTH,)},
+}
 
 
 def make(folder: Path, spare: int = 0, *, tied: bool = False) -> Path:
@@ -49,11 +51,20 @@ def make(folder: Path, spare: int = 0, *, tied: bool = False) -> Path:
     texts = {f"t{n}": n for n in range(ROWS - spare)}
     bodies = {
         "model.safetensors.index.json": {"metadata": {"total_size": total}, "weight_map": where},
-        "config.json": {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": ROWS,
-                        "hidden_size": WIDTH, "tie_word_embeddings": tied},
-        "tokenizer.json": {"version": "1.0", "added_tokens": [], "pre_tokenizer": {"type": "Whitespace"},
-                           "model": {"type": "WordLevel", "vocab": texts, "unk_token": "t0"}},
-    }  # fmt: skip
+        "config.json": {
+            "model_type": "llama",
+            "architectures": ["LlamaForCausalLM"],
+            "vocab_size": ROWS,
+            "hidden_size": WIDTH,
+            "tie_word_embeddings": tied,
+        },
+        "tokenizer.json": {
+            "version": "1.0",
+            "added_tokens": [],
+            "pre_tokenizer": {"type": "Whitespace"},
+            "model": {"type": "WordLevel", "vocab": texts, "unk_token": "t0"},
+        },
+    }
     for name, body in bodies.items():
         (folder / name).write_text(json.dumps(body) + "\n")
     (folder / "assets").mkdir()

@@ -28,8 +28,18 @@ from tests.faults.tracer import BROKEN, COUNTED, DONE, INTERRUPTED, RAISED, Faul
 ALLOWED = (EmbedSurgeryError, OSError)
 """What a run may raise when a call fails."""
 
-_ROOM = ("openat", "write", "pwrite64", "copy_file_range", "sendfile", "fallocate", "mkdir", "mkdirat", "link",
-         "linkat")  # fmt: skip
+_ROOM = (
+    "openat",
+    "write",
+    "pwrite64",
+    "copy_file_range",
+    "sendfile",
+    "fallocate",
+    "mkdir",
+    "mkdirat",
+    "link",
+    "linkat",
+)
 _DISK = ("fsync", "fdatasync", "rename", "renameat2", "unlink", "ftruncate")
 
 
@@ -64,8 +74,13 @@ def interrupt(name: str) -> Fault | None:
 
 
 FAULTS: dict[str, Callable[[str], Fault | None]] = {
-    "kill": kill, "tear": tear, "full": full, "full-for-good": full_for_good, "broken": broken, "interrupt": interrupt,
-}  # fmt: skip
+    "kill": kill,
+    "tear": tear,
+    "full": full,
+    "full-for-good": full_for_good,
+    "broken": broken,
+    "interrupt": interrupt,
+}
 
 
 class Sweep:

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import ROOT
 from tests.faults.scenarios import SCENARIOS
 from tests.faults.tracer import unavailable
+from tests.support.processes import ROOT
 
 pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
 
@@ -87,8 +87,9 @@ main(sys.argv[2:])
 
 def test_a_killed_command_and_the_next_one(tmp_path: Path) -> None:
     """The whole way, with a real interpreter: killed before the rename, the next run says what it removed."""
-    from tests.conftest import cli, listing
     from tests.faults.scenarios import adapter, make
+    from tests.support.comparing import listing
+    from tests.support.processes import cli
 
     base = make(tmp_path / "base")
     adapter(base, [3], 1.0).save(tmp_path / "adapter")
@@ -105,8 +106,13 @@ def test_a_killed_command_and_the_next_one(tmp_path: Path) -> None:
     assert done.returncode == 0
     assert "removed what interrupted runs left" in done.stderr
     assert not any(name.startswith(".embedsurgery-") for name in listing(tmp_path))
-    interrupted = subprocess.run([sys.executable, "-c", _CLI, "2", *verb[:-1], str(tmp_path / "other")], check=False,
-                                 timeout=60, capture_output=True, text=True)  # fmt: skip
+    interrupted = subprocess.run(
+        [sys.executable, "-c", _CLI, "2", *verb[:-1], str(tmp_path / "other")],
+        check=False,
+        timeout=60,
+        capture_output=True,
+        text=True,
+    )
     assert "interrupted" in interrupted.stderr
     assert interrupted.returncode == 130
     assert not any(name.startswith(".embedsurgery-") for name in listing(tmp_path))

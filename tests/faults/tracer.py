@@ -32,21 +32,78 @@ _FICLONE = 0x40049409
 
 CALLS = {
     "x86_64": {
-        "write": 1, "pwrite64": 18, "writev": 20, "pwritev": 296, "pwritev2": 328, "sendfile": 40, "splice": 275,
-        "copy_file_range": 326, "fallocate": 285, "truncate": 76, "ftruncate": 77, "fsync": 74, "fdatasync": 75,
-        "sync_file_range": 277, "sync": 162, "syncfs": 306, "msync": 26, "rename": 82, "renameat": 264,
-        "renameat2": 316, "unlink": 87, "unlinkat": 263, "rmdir": 84, "mkdir": 83, "mkdirat": 258, "link": 86,
-        "linkat": 265, "symlink": 88, "symlinkat": 266, "chmod": 90, "fchmod": 91, "fchmodat": 268, "fchmodat2": 452,
-        "utimensat": 280, "setxattr": 188, "lsetxattr": 189, "fsetxattr": 190, "creat": 85,
+        "write": 1,
+        "pwrite64": 18,
+        "writev": 20,
+        "pwritev": 296,
+        "pwritev2": 328,
+        "sendfile": 40,
+        "splice": 275,
+        "copy_file_range": 326,
+        "fallocate": 285,
+        "truncate": 76,
+        "ftruncate": 77,
+        "fsync": 74,
+        "fdatasync": 75,
+        "sync_file_range": 277,
+        "sync": 162,
+        "syncfs": 306,
+        "msync": 26,
+        "rename": 82,
+        "renameat": 264,
+        "renameat2": 316,
+        "unlink": 87,
+        "unlinkat": 263,
+        "rmdir": 84,
+        "mkdir": 83,
+        "mkdirat": 258,
+        "link": 86,
+        "linkat": 265,
+        "symlink": 88,
+        "symlinkat": 266,
+        "chmod": 90,
+        "fchmod": 91,
+        "fchmodat": 268,
+        "fchmodat2": 452,
+        "utimensat": 280,
+        "setxattr": 188,
+        "lsetxattr": 189,
+        "fsetxattr": 190,
+        "creat": 85,
     },
     "aarch64": {
-        "write": 64, "pwrite64": 68, "writev": 66, "pwritev": 70, "pwritev2": 287, "sendfile": 71, "splice": 76,
-        "copy_file_range": 285, "fallocate": 47, "truncate": 45, "ftruncate": 46, "fsync": 82, "fdatasync": 83,
-        "sync_file_range": 84, "sync": 81, "syncfs": 267, "msync": 227, "renameat": 38, "renameat2": 276,
-        "unlinkat": 35, "mkdirat": 34, "linkat": 37, "symlinkat": 36, "fchmod": 52, "fchmodat": 53, "fchmodat2": 452,
-        "utimensat": 88, "setxattr": 5, "lsetxattr": 6, "fsetxattr": 7,
+        "write": 64,
+        "pwrite64": 68,
+        "writev": 66,
+        "pwritev": 70,
+        "pwritev2": 287,
+        "sendfile": 71,
+        "splice": 76,
+        "copy_file_range": 285,
+        "fallocate": 47,
+        "truncate": 45,
+        "ftruncate": 46,
+        "fsync": 82,
+        "fdatasync": 83,
+        "sync_file_range": 84,
+        "sync": 81,
+        "syncfs": 267,
+        "msync": 227,
+        "renameat": 38,
+        "renameat2": 276,
+        "unlinkat": 35,
+        "mkdirat": 34,
+        "linkat": 37,
+        "symlinkat": 36,
+        "fchmod": 52,
+        "fchmodat": 53,
+        "fchmodat2": 452,
+        "utimensat": 88,
+        "setxattr": 5,
+        "lsetxattr": 6,
+        "fsetxattr": 7,
     },
-}  # fmt: skip
+}
 """System calls that write, sync, rename, remove, make or truncate; beside ``openat`` that makes a file, and FICLONE."""
 _OPENAT = {"x86_64": 257, "aarch64": 56}
 _IOCTL = {"x86_64": 16, "aarch64": 29}
@@ -55,8 +112,23 @@ _LAYOUT = {"x86_64": (27, 15, 10, (14, 13, 12, 7, 8)), "aarch64": (34, 8, 0, (0,
 
 COUNTED = {"write": 2, "pwrite64": 2, "copy_file_range": 4, "sendfile": 3}
 """Calls that can do a part of what they are asked -> the argument that says how much."""
-_BY_DESCRIPTOR = ("write", "pwrite64", "writev", "pwritev", "pwritev2", "sendfile", "ftruncate", "fsync", "fdatasync",
-                  "fchmod", "fallocate", "fsetxattr", "sync_file_range", "syncfs", "ioctl")  # fmt: skip
+_BY_DESCRIPTOR = (
+    "write",
+    "pwrite64",
+    "writev",
+    "pwritev",
+    "pwritev2",
+    "sendfile",
+    "ftruncate",
+    "fsync",
+    "fdatasync",
+    "fchmod",
+    "fallocate",
+    "fsetxattr",
+    "sync_file_range",
+    "syncfs",
+    "ioctl",
+)
 
 DONE, RAISED, INTERRUPTED, BROKEN = 0, 3, 4, 5
 """Exit codes of the child: it came to its end, raised an error of the kind that it may, was interrupted, or neither."""
@@ -150,10 +222,15 @@ def _install_filter() -> None:
     rest = 6  # instructions between the list of numbers and ALLOW
     code += [(0x15, len(numbers) - place + rest, 0, number) for place, number in enumerate(numbers)]
     code += [
-        (0x15, 0, 2, _OPENAT[machine]), (0x20, 0, 0, 32), (0x45, 4, 3, os.O_CREAT),
-        (0x15, 0, 2, _IOCTL[machine]), (0x20, 0, 0, 24), (0x15, 1, 0, _FICLONE),
-        (0x06, 0, 0, 0x7FFF0000), (0x06, 0, 0, 0x7FF00000),
-    ]  # fmt: skip
+        (0x15, 0, 2, _OPENAT[machine]),
+        (0x20, 0, 0, 32),
+        (0x45, 4, 3, os.O_CREAT),
+        (0x15, 0, 2, _IOCTL[machine]),
+        (0x20, 0, 0, 24),
+        (0x15, 1, 0, _FICLONE),
+        (0x06, 0, 0, 0x7FFF0000),
+        (0x06, 0, 0, 0x7FF00000),
+    ]
     program = b"".join(struct.pack("HBBI", *line) for line in code)
     buffer = ctypes.create_string_buffer(program)
     header = ctypes.create_string_buffer(struct.pack("HxxxxxxP", len(code), ctypes.addressof(buffer)))

@@ -32,8 +32,11 @@ def main() -> None:
                 word = f"FAILED: {type(error).__name__}: {error}"[:400]
                 lines = [line[:300] for line in traceback.format_exception(error)]
                 print("".join(lines[-6:]), *(note[:1000] for note in getattr(error, "__notes__", ())), flush=True)
-            print(f"{name}: {bed.count - count:,} inputs in {time.monotonic() - start:.0f} s, "
-                  f"{time.process_time():.0f} s of processor time so far: {word}", flush=True)  # fmt: skip
+            print(
+                f"{name}: {bed.count - count:,} inputs in {time.monotonic() - start:.0f} s, "
+                f"{time.process_time():.0f} s of processor time so far: {word}",
+                flush=True,
+            )
         print(f"{bed.count:,} inputs in {time.monotonic() - begun:.0f} s")
 
 

@@ -15,9 +15,16 @@ BATCH = 50
 
 
 def _settings(examples: int, derandomize: bool) -> settings:
-    return settings(max_examples=examples, deadline=None, database=None, derandomize=derandomize, print_blob=False,
-                    report_multiple_bugs=False, phases=(Phase.generate, Phase.shrink),
-                    suppress_health_check=list(HealthCheck))  # fmt: skip
+    return settings(
+        max_examples=examples,
+        deadline=None,
+        database=None,
+        derandomize=derandomize,
+        print_blob=False,
+        report_multiple_bugs=False,
+        phases=(Phase.generate, Phase.shrink),
+        suppress_health_check=list(HealthCheck),
+    )
 
 
 def fuzz(bed: Bed, name: str, inputs: int) -> None:
@@ -51,8 +58,10 @@ def campaign(bed: Bed, name: str, inputs: int, number: int) -> None:
     def many(drawn: int) -> None:
         random = Random(drawn)
         for _ in range(BATCH):
-            plan = [(random.randrange(12), random.randrange(1 << 16), random.randrange(1 << 16))
-                    for _ in range(random.randint(1, 4))]  # fmt: skip
+            plan = [
+                (random.randrange(12), random.randrange(1 << 16), random.randrange(1 << 16))
+                for _ in range(random.randint(1, 4))
+            ]
             target, which, act = random.randrange(len(targets)), random.randrange(8), random.randrange(12)
             try:
                 bed.run(targets[target], which, act, plan)

@@ -26,7 +26,7 @@ from embedsurgery.surgeries.surgery import Base
 from embedsurgery.surgeries.trainable_tokens.surgery import TrainableTokens
 from embedsurgery.tensors.raw import RawArray
 from embedsurgery.tokenizer.patching import known_tokens
-from tests.made import made_on
+from tests.support.made import made_on
 
 ROWS, WIDTH = 14, 4
 TOKENS = ["<unk>", "<s>", "</s>", *(f"t{i}" for i in range(3, 11)), "[unused0]"]
@@ -37,16 +37,39 @@ def _tensor(stream: np.random.Generator, *shape: int) -> TensorSource:
 
 
 def _tokenizer(folder: Path) -> None:
-    added = [{"id": i, "content": t, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
-              "special": True} for i, t in enumerate(TOKENS[:3])]  # fmt: skip
-    body = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
-            "pre_tokenizer": {"type": "Whitespace"}, "post_processor": None, "decoder": None,
-            "model": {"type": "WordLevel", "vocab": dict(zip(TOKENS, range(99), strict=False)),
-                      "unk_token": "<unk>"}}  # fmt: skip
+    added = [
+        {
+            "id": i,
+            "content": t,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": True,
+        }
+        for i, t in enumerate(TOKENS[:3])
+    ]
+    body = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Whitespace"},
+        "post_processor": None,
+        "decoder": None,
+        "model": {"type": "WordLevel", "vocab": dict(zip(TOKENS, range(99), strict=False)), "unk_token": "<unk>"},
+    }
     (folder / "tokenizer.json").write_text(json.dumps(body, indent=1))
     decoder = {str(e["id"]): {k: v for k, v in e.items() if k != "id"} for e in added}
-    config = {"added_tokens_decoder": decoder, "tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>",
-              "bos_token": "<s>", "eos_token": "</s>", "model_max_length": 32}  # fmt: skip
+    config = {
+        "added_tokens_decoder": decoder,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "unk_token": "<unk>",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "model_max_length": 32,
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
     special = {"bos_token": "<s>", "eos_token": {"content": "</s>", "lstrip": False}, "unk_token": "<unk>"}
     (folder / "special_tokens_map.json").write_text(json.dumps(special))
@@ -65,8 +88,13 @@ def sharded(folder: Path) -> Path:
         weight_map.update(dict.fromkeys(tensors, name))
     index = {"metadata": {"total_size": 2 * (2 * ROWS * WIDTH + WIDTH + 3 * WIDTH)}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "tie_word_embeddings": False,
-              "vocab_size": ROWS, "hidden_size": WIDTH}  # fmt: skip
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "tie_word_embeddings": False,
+        "vocab_size": ROWS,
+        "hidden_size": WIDTH,
+    }
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     _tokenizer(folder)
     return folder
@@ -77,12 +105,19 @@ def biased(folder: Path) -> Path:
     folder.mkdir()
     stream = np.random.default_rng(1)
     rows = len(TOKENS)
-    tensors = {"bert.embeddings.word_embeddings.weight": _tensor(stream, rows, WIDTH),
-               "bert.embeddings.position_embeddings.weight": _tensor(stream, 8, WIDTH),
-               "cls.predictions.bias": _tensor(stream, rows)}  # fmt: skip
+    tensors = {
+        "bert.embeddings.word_embeddings.weight": _tensor(stream, rows, WIDTH),
+        "bert.embeddings.position_embeddings.weight": _tensor(stream, 8, WIDTH),
+        "cls.predictions.bias": _tensor(stream, rows),
+    }
     write_file(folder / "model.safetensors", tensors, {"format": "pt"})
-    config = {"architectures": ["BertForMaskedLM"], "model_type": "bert", "vocab_size": rows,
-              "hidden_size": WIDTH, "text_config": {"note": 1}}  # fmt: skip
+    config = {
+        "architectures": ["BertForMaskedLM"],
+        "model_type": "bert",
+        "vocab_size": rows,
+        "hidden_size": WIDTH,
+        "text_config": {"note": 1},
+    }
     (folder / "config.json").write_text(json.dumps(config))
     _tokenizer(folder)
     return folder
@@ -91,8 +126,9 @@ def biased(folder: Path) -> Path:
 def _brings_tokens(base: Path, folder: Path) -> None:
     """An adapter with two new tokens: one at a spare or reserved row, where there is one, and one that grows."""
     store = ShardStore.open(base)
-    asked = plan_tokens(store, known_tokens(base), ["<new0>", "<new1>", "<new2>"], init="zeros",
-                        initializers=registry().initializers)  # fmt: skip
+    asked = plan_tokens(
+        store, known_tokens(base), ["<new0>", "<new1>", "<new2>"], init="zeros", initializers=registry().initializers
+    )
     assert asked.new is not None
     copy = folder.with_name("extended")
     shutil.copytree(base, copy)
@@ -134,8 +170,10 @@ def build(folder: Path) -> dict[str, Path]:
         found["journal"] = folder / "journal"
         broken = shutil.copytree(found["sharded"], folder / "broken")
         with changing(broken, ["test"]) as journal:
-            journal.protect({"model-00001-of-00002.safetensors": [(250, 290), (300, 302)]},
-                            ["config.json", ".embedsurgery/merges/0001.safetensors"])  # fmt: skip
+            journal.protect(
+                {"model-00001-of-00002.safetensors": [(250, 290), (300, 302)]},
+                ["config.json", ".embedsurgery/merges/0001.safetensors"],
+            )
             (broken / "config.json").unlink()
             (broken / "config.json").write_text("{}")
             shutil.copytree(broken, found["journal"])

@@ -122,11 +122,16 @@ TARGETS: dict[str, tuple[Target, ...]] = {
         for base in ("sharded", "biased")
         for kind in ("rows", "new")
     ),
-    "record": tuple(Target(f"{base}-merged", ("/0001.safetensors", "/0002.safetensors", "/0004.safetensors",
-                                              "/0005.safetensors", ".removed.json"), _STACK)
-                    for base in ("sharded", "biased")),
+    "record": tuple(
+        Target(
+            f"{base}-merged",
+            ("/0001.safetensors", "/0002.safetensors", "/0004.safetensors", "/0005.safetensors", ".removed.json"),
+            _STACK,
+        )
+        for base in ("sharded", "biased")
+    ),
     "journal": (Target("journal", ("/0001.safetensors",), (_inspect, _recover)),),
-}  # fmt: skip
+}
 
 
 class Bed:
@@ -136,8 +141,9 @@ class Bed:
         self.folder = folder
         (folder / "seeds").mkdir()
         self.seeds = build(folder / "seeds")
-        self.files = {name: {path: (seed / path).read_bytes() for path in files_of(seed)}
-                      for name, seed in self.seeds.items()}  # fmt: skip
+        self.files = {
+            name: {path: (seed / path).read_bytes() for path in files_of(seed)} for name, seed in self.seeds.items()
+        }
         self.count = 0
 
     def run(self, target: Target, which: int, act: int, plan: Sequence[Step]) -> None:

@@ -8,18 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from huggingface_hub import constants
-from huggingface_hub.utils import _http, close_session
+from huggingface_hub.utils import _http
 
 import embedsurgery as es
 from embedsurgery.hub import commits
-from tests.conftest import ROOT, contents, save, tiny, trained
-from tests.hub.loopback import WRITER, Hub
+from tests.support.comparing import contents
+from tests.support.hub.loopback import WRITER, Hub
+from tests.support.hub.repositories import BASE, REPO, point
+from tests.support.models import save, tiny, trained
+from tests.support.processes import ROOT
 
 CLIENTS_OWN = "ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarning"
 """What huggingface_hub 2.4.0 does to httpx2 when it uploads a large file."""
-
-REPO, BASE = "team/rows", "team/base"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -45,26 +45,19 @@ def slept(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[flo
     return waits
 
 
-def point(monkeypatch: pytest.MonkeyPatch, url: str, home: Path, *, offline: bool = False) -> None:
-    """As the environment would, had it been set before the client was imported."""
-    close_session()
-    monkeypatch.setenv("HF_TOKEN", WRITER)
-    monkeypatch.setattr(constants, "ENDPOINT", url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
-    monkeypatch.setattr(constants, "HF_STORED_TOKENS_PATH", str(home / "stored_tokens"))
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
-
-
 @pytest.fixture
 def env(hub: Hub, tmp_path: Path) -> dict[str, str]:
     """A process's environment: this Hub, a home of its own, online, xet off, this package wherever it runs."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
-    return {**kept, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": WRITER,
-            "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONPATH": str(ROOT)}  # fmt: skip
+    return {
+        **kept,
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_TOKEN": WRITER,
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "PYTHONPATH": str(ROOT),
+    }
 
 
 @pytest.fixture(scope="session")

@@ -56,16 +56,19 @@ def test_a_readme_that_never_saw_us(head: str, line: str) -> None:
     assert renewed(new, FRONT, "rows", "Body.") == new
 
 
-@pytest.mark.parametrize(("tags", "result"), [
-    ("tags: [a, 'b c']  # mine\n", "tags: [a, 'b c', embedsurgery, peft]  # mine\n"),
-    ("tags: []\n", "tags: [embedsurgery, peft]\n"),
-    ("tags:\n- a\n- b # last\nlicense: mit\n", "tags:\n- a\n- b # last\n- embedsurgery\n- peft\nlicense: mit\n"),
-    ("tags:\n  - a\n", "tags:\n  - a\n  - embedsurgery\n  - peft\n"),
-    ("tags:\n- a", "tags:\n- a\n- embedsurgery\n- peft"),
-    ("tags: one\n", "tags: [one, embedsurgery, peft]\n"),
-    ("tags:\nlicense: mit\n", "tags: [embedsurgery, peft]\nlicense: mit\n"),
-    ("tags: [peft, embedsurgery]\n", "tags: [peft, embedsurgery]\n"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("tags", "result"),
+    [
+        ("tags: [a, 'b c']  # mine\n", "tags: [a, 'b c', embedsurgery, peft]  # mine\n"),
+        ("tags: []\n", "tags: [embedsurgery, peft]\n"),
+        ("tags:\n- a\n- b # last\nlicense: mit\n", "tags:\n- a\n- b # last\n- embedsurgery\n- peft\nlicense: mit\n"),
+        ("tags:\n  - a\n", "tags:\n  - a\n  - embedsurgery\n  - peft\n"),
+        ("tags:\n- a", "tags:\n- a\n- embedsurgery\n- peft"),
+        ("tags: one\n", "tags: [one, embedsurgery, peft]\n"),
+        ("tags:\nlicense: mit\n", "tags: [embedsurgery, peft]\nlicense: mit\n"),
+        ("tags: [peft, embedsurgery]\n", "tags: [peft, embedsurgery]\n"),
+    ],
+)
 def test_tags_join_those_that_are_there(tags: str, result: str) -> None:
     new = renewed(f"---\n{tags.rstrip(chr(10))}\n---\nMine.\n", {"tags": FRONT["tags"]}, "rows", "Body.")
     assert new.startswith(f"---\n{result.rstrip(chr(10))}\n---\nMine.\n")
@@ -89,9 +92,11 @@ def test_what_an_adapters_card_says(adapter: es.Adapter) -> None:
     tokens = {5: "<tool>", 7: f"`a`\n{END}\n| b"}
     named = replace(adapter, manifest=replace(adapter.manifest, base_model="team/base", revision="v1", tokens=tokens))
     assert adapter_front(named) == {
-        "base_model": "team/base", "base_model_relation": "adapter", "library_name": "embedsurgery",
+        "base_model": "team/base",
+        "base_model_relation": "adapter",
+        "library_name": "embedsurgery",
         "tags": ["embedsurgery", "trainable-tokens", "peft"],
-    }  # fmt: skip
+    }
     body = adapter_body(named, "team/rows", 1234)
     assert "1,234 bytes" in body
     assert "revision `v1`" in body
@@ -129,7 +134,10 @@ def test_a_surgery_can_say_more(adapter: es.Adapter) -> None:
 def test_a_merged_models_front_matter_keeps_what_still_holds() -> None:
     kept = front_matter("---\nlicense: mit\nbase_model: old/base\ntags: [x]\npipeline_tag: text-generation\n---\n")
     assert merged_front(["team/base"], kept) == {
-        "license": "mit", "pipeline_tag": "text-generation", "base_model": ["team/base"],
-        "base_model_relation": "merge", "tags": ["embedsurgery"],
-    }  # fmt: skip
+        "license": "mit",
+        "pipeline_tag": "text-generation",
+        "base_model": ["team/base"],
+        "base_model_relation": "merge",
+        "tags": ["embedsurgery"],
+    }
     assert front_matter("---\n[\n---\n") == front_matter("no front matter") == {}

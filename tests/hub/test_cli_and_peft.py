@@ -13,11 +13,13 @@ import torch
 import embedsurgery as es
 from embedsurgery.adapters.adapter import CONFIG_NAME, WEIGHTS_NAME
 from embedsurgery.errors import EmbedSurgeryWarning
-from tests.conftest import ROOT, contents, listing, logits, python, tiny
-from tests.hub.answers import says, when
-from tests.hub.conftest import BASE, REPO
-from tests.hub.loopback import READER, WRITER, Hub
-from tests.hub.processes import run
+from tests.support.comparing import contents, listing
+from tests.support.hub.answers import says, when
+from tests.support.hub.loopback import READER, WRITER, Hub
+from tests.support.hub.processes import run
+from tests.support.hub.repositories import BASE, REPO
+from tests.support.models import logits, tiny
+from tests.support.processes import ROOT, python
 
 
 def test_push_and_pull(hub: Hub, adapter: es.Adapter, tmp_path: Path, env: dict[str, str]) -> None:
@@ -52,8 +54,9 @@ def test_the_environment_is_honoured(hub: Hub, pushed: str, tmp_path: Path, env:
     run(fresh, "pull", REPO, "-o", tmp_path / "c")
     assert "models--team--rows" in listing(tmp_path / "elsewhere")
     run({**nobody, "HF_HUB_OFFLINE": "1"}, "pull", REPO, "-o", tmp_path / "d")
-    lost = run({**env, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "new")}, "pull", REPO, "-o", tmp_path / "e",
-               code=1)  # fmt: skip
+    lost = run(
+        {**env, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "new")}, "pull", REPO, "-o", tmp_path / "e", code=1
+    )
     assert "HF_HUB_OFFLINE" in lost.stderr
 
 
@@ -80,10 +83,18 @@ def test_one_line_and_exit_code_1(hub: Hub, adapter: es.Adapter, tmp_path: Path,
 
 
 def test_nothing_is_imported_on_the_word_of_a_repository(hub: Hub, pushed: str, env: dict[str, str]) -> None:
-    hub.add(REPO, {CONFIG_NAME: b'{"peft_type": "antigravity", "auto_mapping": {"parent_library": "antigravity"}}',
-                   "antigravity.py": b"raise SystemExit(9)", "embedsurgery_x.py": b"raise SystemExit(9)"})  # fmt: skip
-    code = (f"import sys, embedsurgery as es\ntry:\n    es.load({REPO!r})\nexcept es.errors.AdapterError as e:\n"
-            "    print(type(e).__name__)\nprint({'antigravity', 'peft', 'torch'} & set(sys.modules))")  # fmt: skip
+    hub.add(
+        REPO,
+        {
+            CONFIG_NAME: b'{"peft_type": "antigravity", "auto_mapping": {"parent_library": "antigravity"}}',
+            "antigravity.py": b"raise SystemExit(9)",
+            "embedsurgery_x.py": b"raise SystemExit(9)",
+        },
+    )
+    code = (
+        f"import sys, embedsurgery as es\ntry:\n    es.load({REPO!r})\nexcept es.errors.AdapterError as e:\n"
+        "    print(type(e).__name__)\nprint({'antigravity', 'peft', 'torch'} & set(sys.modules))"
+    )
     done = python(code, env=env)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "set()"
@@ -94,28 +105,43 @@ def peft(env: dict[str, str], code: str, *arguments: object) -> None:
     head = (
         "import sys, torch, huggingface_hub.constants\n"
         "from peft import PeftModel, TrainableTokensConfig, get_peft_model\n"
-        "from tests.conftest import tiny, logits\n"
+        "from tests.support.models import tiny, logits\n"
     )
     command = [sys.executable, "-c", f"{head}{code}", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, cwd=ROOT,
-                          env={**env, "PYTHONPATH": str(ROOT)})  # fmt: skip
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        cwd=ROOT,
+        env={**env, "PYTHONPATH": str(ROOT)},
+    )
     assert done.returncode == 0, done.stderr
 
 
 def test_what_we_push_peft_loads(hub: Hub, adapter: es.Adapter, tmp_path: Path, env: dict[str, str]) -> None:
     es.push(adapter, REPO)
-    peft(env, f"model = PeftModel.from_pretrained(tiny('llama-untied'), {REPO!r}).merge_and_unload()\n"
-         "torch.save(logits(model), sys.argv[1])", tmp_path / "logits.pt")  # fmt: skip
+    peft(
+        env,
+        f"model = PeftModel.from_pretrained(tiny('llama-untied'), {REPO!r}).merge_and_unload()\n"
+        "torch.save(logits(model), sys.argv[1])",
+        tmp_path / "logits.pt",
+    )
     ours = tiny("llama-untied")
     es.merge(ours, es.load(REPO))
     assert torch.equal(torch.load(tmp_path / "logits.pt", weights_only=True), logits(ours))
 
 
 def test_what_peft_pushes_we_load(hub: Hub, tmp_path: Path, env: dict[str, str]) -> None:
-    peft(env, "kind = {'target_modules': ['embed_tokens'], 'init_weights': False}\n"
-         "config = TrainableTokensConfig(token_indices=[3, 8], **kind)\n"
-         f"model = get_peft_model(tiny('llama-untied'), config)\nmodel.push_to_hub({REPO!r})\n"
-         "torch.save(logits(model.merge_and_unload()), sys.argv[1])", tmp_path / "logits.pt")  # fmt: skip
+    peft(
+        env,
+        "kind = {'target_modules': ['embed_tokens'], 'init_weights': False}\n"
+        "config = TrainableTokensConfig(token_indices=[3, 8], **kind)\n"
+        f"model = get_peft_model(tiny('llama-untied'), config)\nmodel.push_to_hub({REPO!r})\n"
+        "torch.save(logits(model.merge_and_unload()), sys.argv[1])",
+        tmp_path / "logits.pt",
+    )
     adapter = es.load(REPO)
     assert adapter.source == f"{REPO}@{hub.repos[REPO].branches['main']}"
     ours = tiny("llama-untied")

@@ -16,37 +16,41 @@ from embedsurgery.adapters.adapter import CONFIG_NAME, METADATA_KEY, WEIGHTS_NAM
 from embedsurgery.checkpoints.hub_merging import push_merged
 from embedsurgery.errors import AdapterError, CheckpointError, EmbedSurgeryError, HubError, UnknownSurgeryError
 from embedsurgery.files.safetensors import encode_header
-from tests.conftest import listing, trained
-from tests.hub.answers import Answer, Rule, cuts, drops, says, shortens, spoils, when
-from tests.hub.conftest import REPO, point
-from tests.hub.loopback import WRITER, Hub
-from tests.hub.secrets import refused
+from tests.support.comparing import listing
+from tests.support.hub.answers import Answer, Rule, cuts, drops, says, shortens, spoils, when
+from tests.support.hub.loopback import WRITER, Hub
+from tests.support.hub.repositories import REPO, point
+from tests.support.hub.secrets import refused
+from tests.support.models import trained
 
 
-@pytest.mark.parametrize(("rule", "words"), [
-    (when("GET /api/models/", says(401)), ("401", "HF_TOKEN")),
-    (when("GET /api/models/", says(401, f"bad token {WRITER} at https://x/y?signature=1")), ("401", "log in")),
-    (when("GET /api/models/", says(403, "Forbidden")), ("403", "Forbidden", "token")),
-    (when("GET /api/models/", says(403, "restricted", "GatedRepo")), ("gated", "ask for access")),
-    (when("GET /api/models/", says(404, "gone", "RepoNotFound")), ("404", "no such repository", "private")),
-    (when("GET /api/models/", says(404, "Invalid rev id", "RevisionNotFound")), ("no such revision", "a branch")),
-    (when("GET /api/models/", says(429, Retry_After="7")), ("429", "wait 7 seconds")),
-    (when("GET /api/models/", says(429)), ("429", "a few minutes")),
-    (when("GET /api/models/", says(500)), ("not in the Hub cache",)),
-    (when("GET /api/models/", drops), ("connection broke", "try again")),
-    (when("POST .*paths-info", says(500)), ("500", "trouble", "later")),
-    (when("POST .*paths-info", says(418, "a teapot")), ("418", "a teapot")),
-    (when("POST .*paths-info", drops), ("connection broke", "try again")),
-    (when("HEAD .*adapter_config", says(403, "no", "GatedRepo")), ("gated",)),
-    (when("HEAD .*adapter_config", says(404, "gone", "EntryNotFound")), ("no such file",)),
-    (when("HEAD .*adapter_config", says(503)), ("503", "trouble")),
-    (when("HEAD .*adapter_config", drops), ("connection broke", "try again")),
-    (when("GET .*resolve.*adapter_config", says(429, Retry_After="3")), ("429", "wait 3 seconds")),
-    (when("GET .*signature", says(403, "expired signature=1")), ("403",)),
-    (when("GET .*signature", drops), ("connection broke",)),
-    (when("GET .*signature", cuts(10)), ("connection broke",)),
-    (when("GET .*signature", shortens(10)), ("wrong size",)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("rule", "words"),
+    [
+        (when("GET /api/models/", says(401)), ("401", "HF_TOKEN")),
+        (when("GET /api/models/", says(401, f"bad token {WRITER} at https://x/y?signature=1")), ("401", "log in")),
+        (when("GET /api/models/", says(403, "Forbidden")), ("403", "Forbidden", "token")),
+        (when("GET /api/models/", says(403, "restricted", "GatedRepo")), ("gated", "ask for access")),
+        (when("GET /api/models/", says(404, "gone", "RepoNotFound")), ("404", "no such repository", "private")),
+        (when("GET /api/models/", says(404, "Invalid rev id", "RevisionNotFound")), ("no such revision", "a branch")),
+        (when("GET /api/models/", says(429, Retry_After="7")), ("429", "wait 7 seconds")),
+        (when("GET /api/models/", says(429)), ("429", "a few minutes")),
+        (when("GET /api/models/", says(500)), ("not in the Hub cache",)),
+        (when("GET /api/models/", drops), ("connection broke", "try again")),
+        (when("POST .*paths-info", says(500)), ("500", "trouble", "later")),
+        (when("POST .*paths-info", says(418, "a teapot")), ("418", "a teapot")),
+        (when("POST .*paths-info", drops), ("connection broke", "try again")),
+        (when("HEAD .*adapter_config", says(403, "no", "GatedRepo")), ("gated",)),
+        (when("HEAD .*adapter_config", says(404, "gone", "EntryNotFound")), ("no such file",)),
+        (when("HEAD .*adapter_config", says(503)), ("503", "trouble")),
+        (when("HEAD .*adapter_config", drops), ("connection broke", "try again")),
+        (when("GET .*resolve.*adapter_config", says(429, Retry_After="3")), ("429", "wait 3 seconds")),
+        (when("GET .*signature", says(403, "expired signature=1")), ("403",)),
+        (when("GET .*signature", drops), ("connection broke",)),
+        (when("GET .*signature", cuts(10)), ("connection broke",)),
+        (when("GET .*signature", shortens(10)), ("wrong size",)),
+    ],
+)
 def test_a_pull_that_fails(hub: Hub, pushed: str, tmp_path: Path, rule: Rule, words: tuple[str, ...]) -> None:
     hub.rules.append(rule)
     if "not in the Hub cache" in words:
@@ -65,12 +69,15 @@ def _weights(change: Any, times: int | None = None) -> Rule:
     return lambda request, go: None if request.headers.get("range", "").startswith("bytes=0-") else rule(request, go)
 
 
-@pytest.mark.parametrize(("change", "words"), [
-    (shortens(100), ("cut short", "try again")),
-    (spoils, ("wrong hash", "try again")),
-    (cuts(100), ("connection broke", "try again")),
-    (says(500), ("500", "trouble")),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (shortens(100), ("cut short", "try again")),
+        (spoils, ("wrong hash", "try again")),
+        (cuts(100), ("connection broke", "try again")),
+        (says(500), ("500", "trouble")),
+    ],
+)
 def test_weights_that_come_wrong_are_not_kept(
     hub: Hub, pushed: str, tmp_path: Path, change: Any, words: tuple[str, ...]
 ) -> None:
@@ -131,24 +138,38 @@ def test_offline_without_a_cache(
     hub: Hub, pushed: str, adapter: es.Adapter, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     point(monkeypatch, hub.url, tmp_path / "hf-home", offline=True)
-    for call in (lambda: es.load(REPO), lambda: es.load(f"{REPO}@{pushed}"), lambda: es.push(adapter, REPO),
-                 lambda: es.walk(REPO)):  # fmt: skip
+    for call in (
+        lambda: es.load(REPO),
+        lambda: es.load(f"{REPO}@{pushed}"),
+        lambda: es.push(adapter, REPO),
+        lambda: es.walk(REPO),
+    ):
         with pytest.raises(HubError) as caught:
             call()
         refused(caught.value, "offline", "HF_HUB_OFFLINE")
     assert not hub.log
 
 
-@pytest.mark.parametrize(("files", "kind", "words"), [
-    ({"adapter_config.json": b"{}", "adapter_model.bin": b"\x80\x04"}, AdapterError, ("pickle", "safetensors")),
-    ({"config.json": b"{}", "model.safetensors": b""}, AdapterError, ("a model", )),
-    ({"adapter_model.safetensors": b"x"}, AdapterError, ("no adapter_config.json",)),
-    ({"README.md": b""}, AdapterError, ("no adapter_model.safetensors", "none of our files")),
-    ({"adapter_config.json": b"[1]", "adapter_model.safetensors": b"x"}, CheckpointError, ("an object",)),
-    ({"adapter_config.json": b"{}", "adapter_model.safetensors": b"\x80\x04pickled after all"}, CheckpointError,
-     ("not a safetensors file",)),
-    ({"adapter_config.json": b"{}", "adapter_model.safetensors": b"x"}, CheckpointError, ("not a safetensors file",)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("files", "kind", "words"),
+    [
+        ({"adapter_config.json": b"{}", "adapter_model.bin": b"\x80\x04"}, AdapterError, ("pickle", "safetensors")),
+        ({"config.json": b"{}", "model.safetensors": b""}, AdapterError, ("a model",)),
+        ({"adapter_model.safetensors": b"x"}, AdapterError, ("no adapter_config.json",)),
+        ({"README.md": b""}, AdapterError, ("no adapter_model.safetensors", "none of our files")),
+        ({"adapter_config.json": b"[1]", "adapter_model.safetensors": b"x"}, CheckpointError, ("an object",)),
+        (
+            {"adapter_config.json": b"{}", "adapter_model.safetensors": b"\x80\x04pickled after all"},
+            CheckpointError,
+            ("not a safetensors file",),
+        ),
+        (
+            {"adapter_config.json": b"{}", "adapter_model.safetensors": b"x"},
+            CheckpointError,
+            ("not a safetensors file",),
+        ),
+    ],
+)
 def test_repositories_that_hold_no_adapter(
     hub: Hub, files: dict[str, bytes], kind: type[EmbedSurgeryError], words: tuple[str, ...]
 ) -> None:
@@ -170,20 +191,37 @@ def _made(
 ROWS = "base_model.model.model.embed_tokens.trainable_tokens_delta"
 
 
-@pytest.mark.parametrize(("config", "tensors", "metadata", "kind", "words"), [
-    ({"peft_type": "TRAINABLE_TOKENS", "token_indices": [1, 2]}, {ROWS: ("F32", (3, 4))}, {}, AdapterError,
-     ("token_indices", "(2, D)", "[3, 4]")),
-    ({"peft_type": "TRAINABLE_TOKENS", "token_indices": [1]}, {ROWS: ("I32", (1, 4))}, {}, AdapterError, ("I32",)),
-    ({"peft_type": "TRAINABLE_TOKENS", "token_indices": [1]}, {}, {}, AdapterError, ("no tensor",)),
-    ({"peft_type": "os.system"}, {ROWS: ("F32", (1, 4))}, {}, UnknownSurgeryError, ("os.system", "plugin")),
-    ({"peft_type": "TRAINABLE_TOKENS"}, {ROWS: ("F32", (1, 4))}, {METADATA_KEY: '{"surgery": "color_shift"}'},
-     UnknownSurgeryError, ("color_shift", "look for an embedsurgery plugin")),
-    ({"peft_type": "TRAINABLE_TOKENS"}, {ROWS: ("F32", (1, 4))}, {METADATA_KEY: "["}, AdapterError, ("manifest",)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("config", "tensors", "metadata", "kind", "words"),
+    [
+        (
+            {"peft_type": "TRAINABLE_TOKENS", "token_indices": [1, 2]},
+            {ROWS: ("F32", (3, 4))},
+            {},
+            AdapterError,
+            ("token_indices", "(2, D)", "[3, 4]"),
+        ),
+        ({"peft_type": "TRAINABLE_TOKENS", "token_indices": [1]}, {ROWS: ("I32", (1, 4))}, {}, AdapterError, ("I32",)),
+        ({"peft_type": "TRAINABLE_TOKENS", "token_indices": [1]}, {}, {}, AdapterError, ("no tensor",)),
+        ({"peft_type": "os.system"}, {ROWS: ("F32", (1, 4))}, {}, UnknownSurgeryError, ("os.system", "plugin")),
+        (
+            {"peft_type": "TRAINABLE_TOKENS"},
+            {ROWS: ("F32", (1, 4))},
+            {METADATA_KEY: '{"surgery": "color_shift"}'},
+            UnknownSurgeryError,
+            ("color_shift", "look for an embedsurgery plugin"),
+        ),
+        ({"peft_type": "TRAINABLE_TOKENS"}, {ROWS: ("F32", (1, 4))}, {METADATA_KEY: "["}, AdapterError, ("manifest",)),
+    ],
+)
 def test_what_the_header_tells_before_the_weights_come(
-    hub: Hub, config: object, tensors: Any, metadata: dict[str, str], kind: type[EmbedSurgeryError],
+    hub: Hub,
+    config: object,
+    tensors: Any,
+    metadata: dict[str, str],
+    kind: type[EmbedSurgeryError],
     words: tuple[str, ...],
-) -> None:  # fmt: skip
+) -> None:
     hub.add(REPO, _made(config, tensors, metadata))
     with pytest.raises(kind) as caught:
         es.load(REPO)
@@ -203,11 +241,12 @@ def test_a_server_without_ranges_is_refused_before_it_sends_everything(hub: Hub,
         es.load(REPO)
 
 
-@pytest.mark.parametrize("name", ["../evil.json", "a/../../evil.json", "/etc/evil", "a\\b", ".git/hooks/x", "C:evil",
-                                  "a//b", "x\ny"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name", ["../evil.json", "a/../../evil.json", "/etc/evil", "a\\b", ".git/hooks/x", "C:evil", "a//b", "x\ny"]
+)
 def test_a_repository_whose_file_names_are_paths(hub: Hub, base: Path, tmp_path: Path, name: str) -> None:
     """As a Hub would list it: git itself takes few of these names."""
-    from tests.hub.conftest import BASE
+    from tests.support.hub.repositories import BASE
 
     hub.add(BASE, {"placeholder": b"evil"})
 
@@ -217,8 +256,11 @@ def test_a_repository_whose_file_names_are_paths(hub: Hub, base: Path, tmp_path:
         return answer
 
     hub.rules.append(when("GET .*/tree/", renamed))
-    for call in (lambda: es.merge_checkpoint(BASE, trained_on(base), tmp_path / "out"), lambda: es.walk(BASE),
-                 lambda: push_merged(BASE, [trained_on(base)], "team/merged")):  # fmt: skip
+    for call in (
+        lambda: es.merge_checkpoint(BASE, trained_on(base), tmp_path / "out"),
+        lambda: es.walk(BASE),
+        lambda: push_merged(BASE, [trained_on(base)], "team/merged"),
+    ):
         with pytest.raises(HubError) as caught:
             call()
         refused(caught.value, "no plain path", "do not use")
@@ -227,7 +269,7 @@ def test_a_repository_whose_file_names_are_paths(hub: Hub, base: Path, tmp_path:
 
 
 def trained_on(base: Path) -> es.Adapter:
-    from tests.conftest import tiny
+    from tests.support.models import tiny
 
     return trained(tiny("llama-untied"), [5, 7])
 

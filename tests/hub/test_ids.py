@@ -15,11 +15,12 @@ from embedsurgery.checkpoints.hub_merging import push_merged
 from embedsurgery.cli.show import show
 from embedsurgery.errors import BaseMismatchError, CheckpointError, ConfigError, EmbedSurgeryWarning, HubError
 from embedsurgery.hub import store, using_token
-from tests.conftest import contents, save, tiny, trained
-from tests.hub.answers import cuts, says, shortens, spoils, when
-from tests.hub.conftest import BASE, REPO, point
-from tests.hub.loopback import READER, WRITER, Hub
-from tests.hub.secrets import refused
+from tests.support.comparing import contents
+from tests.support.hub.answers import cuts, says, shortens, spoils, when
+from tests.support.hub.loopback import READER, WRITER, Hub
+from tests.support.hub.repositories import BASE, REPO, point
+from tests.support.hub.secrets import refused
+from tests.support.models import save, tiny, trained
 
 MERGED = "team/merged"
 
@@ -114,8 +115,13 @@ def test_rows_by_ranges_are_the_rows(hub: Hub, tmp_path: Path) -> None:
 
 def test_a_piece_that_is_cut_short_is_no_row(hub: Hub, base: Path, adapter: es.Adapter, tmp_path: Path) -> None:
     folder = adapter.save(tmp_path / "adapter")
-    hub.rules.append(lambda request, go: shortens(8)(go) if request.headers.get("range", "bytes=0-")[:8] != "bytes=0-"
-                     and "signature" in request.path else None)  # fmt: skip
+    hub.rules.append(
+        lambda request, go: (
+            shortens(8)(go)
+            if request.headers.get("range", "bytes=0-")[:8] != "bytes=0-" and "signature" in request.path
+            else None
+        )
+    )
     with pytest.raises(HubError) as caught:
         show(folder, Path(BASE))
     refused(caught.value, "wrong size", "try again")
@@ -163,12 +169,15 @@ def test_extract_from_a_peft_adapter_of_an_id(hub: Hub, base: Path, model: Any, 
     assert found.adapter.raw == es.extract_checkpoint(base, tmp_path / "peft").adapter.raw
 
 
-@pytest.mark.parametrize(("change", "words"), [
-    (cuts(100), "connection broke"),
-    (spoils, "wrong hash"),
-    (shortens(100), "cut short"),
-    (says(500), "500"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (cuts(100), "connection broke"),
+        (spoils, "wrong hash"),
+        (shortens(100), "cut short"),
+        (says(500), "500"),
+    ],
+)
 def test_a_download_that_fails_leaves_no_half_checkpoint(
     hub: Hub, base: Path, pushed: str, tmp_path: Path, change: Any, words: str
 ) -> None:

@@ -7,17 +7,18 @@ from pathlib import Path
 
 import embedsurgery as es
 from embedsurgery.adapters.adapter import CONFIG_NAME, WEIGHTS_NAME
-from tests.hub.conftest import REPO
-from tests.hub.loopback import Hub
-from tests.hub.store import Repo
+from tests.support.hub.loopback import Hub
+from tests.support.hub.repositories import REPO
+from tests.support.hub.store import Repo
 
 
 def test_what_was_pushed_is_a_repository_that_git_clones(hub: Hub, adapter: es.Adapter, tmp_path: Path) -> None:
     sha = es.push(adapter, REPO, tag="v1").sha
     repo = hub.repos[REPO]
     assert repo.git("fsck", "--strict", "--no-dangling") == b""
-    subprocess.run(["git", "clone", "--quiet", "--branch", "v1", repo.folder, tmp_path / "clone"], check=True,
-                   capture_output=True)  # fmt: skip
+    subprocess.run(
+        ["git", "clone", "--quiet", "--branch", "v1", repo.folder, tmp_path / "clone"], check=True, capture_output=True
+    )
     folder = adapter.save(tmp_path / "saved")
     assert (tmp_path / "clone" / CONFIG_NAME).read_bytes() == (folder / CONFIG_NAME).read_bytes()
     pointer = (tmp_path / "clone" / WEIGHTS_NAME).read_text()

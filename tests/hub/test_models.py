@@ -22,11 +22,12 @@ from embedsurgery.files.safetensors import encode_header
 from embedsurgery.hub.ids import HubId
 from embedsurgery.hub.range_store import open_remote
 from embedsurgery.stores.checkpoint import open_checkpoint
-from tests.conftest import contents, listing, save, tiny, trained
-from tests.hub.answers import says, when
-from tests.hub.conftest import BASE, REPO, point
-from tests.hub.loopback import Hub
-from tests.soft_prompts.baked import start
+from tests.support.baked import start
+from tests.support.comparing import contents, listing
+from tests.support.hub.answers import says, when
+from tests.support.hub.loopback import Hub
+from tests.support.hub.repositories import BASE, REPO, point
+from tests.support.models import save, tiny, trained
 
 MERGED = "team/merged"
 
@@ -42,8 +43,13 @@ def big(hub: Hub) -> str:
         "tie_word_embeddings": True,
         "architectures": ["LlamaForCausalLM"],
     }
-    hub.add("team/big", {"model.safetensors": encode_header(tensors, {}) + bytes(4 * (8_000_000 + 800 * 10_000)),
-                         "config.json": json.dumps(config).encode()})  # fmt: skip
+    hub.add(
+        "team/big",
+        {
+            "model.safetensors": encode_header(tensors, {}) + bytes(4 * (8_000_000 + 800 * 10_000)),
+            "config.json": json.dumps(config).encode(),
+        },
+    )
     return "team/big"
 
 
@@ -69,20 +75,28 @@ def holds(*names: str) -> bytes:
     return encode_header(dict.fromkeys(names, ("F32", (1,))), {}) + bytes(4 * len(names))
 
 
-@pytest.mark.parametrize(("files", "words"), [
-    ({"adapter_model.safetensors": b"x"}, "an adapter, where a model"),
-    ({"pytorch_model.bin": b"x"}, "pickles"),
-    ({"README.md": b"x"}, "no safetensors weights"),
-    ({"model.safetensors": b"short"}, "not a safetensors file"),
-    ({"model.safetensors": (10**9).to_bytes(8, "little") + b"{}"}, "not a safetensors file"),
-    ({"model.safetensors.index.json": b'{"weight_map": {"a": "../x.safetensors"}}'}, "outside its directory"),
-    ({"model.safetensors.index.json": b'{"weight_map": {"a": "x.safetensors"}}'}, "a shard that is not there"),
-    ({"model.safetensors.index.json": b"{}"}, "no weight_map"),
-    ({"model.safetensors.index.json": TWO, "x.safetensors": holds("a"), "y.safetensors": holds("a", "b")},
-     "two shards"),
-    ({"model.safetensors.index.json": TWO, "x.safetensors": holds("b"), "y.safetensors": holds("a")}, "does not hold"),
-    ({"model.safetensors": b"x", "model.safetensors.index.json": b"{}"}, "two sets of weights"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ({"adapter_model.safetensors": b"x"}, "an adapter, where a model"),
+        ({"pytorch_model.bin": b"x"}, "pickles"),
+        ({"README.md": b"x"}, "no safetensors weights"),
+        ({"model.safetensors": b"short"}, "not a safetensors file"),
+        ({"model.safetensors": (10**9).to_bytes(8, "little") + b"{}"}, "not a safetensors file"),
+        ({"model.safetensors.index.json": b'{"weight_map": {"a": "../x.safetensors"}}'}, "outside its directory"),
+        ({"model.safetensors.index.json": b'{"weight_map": {"a": "x.safetensors"}}'}, "a shard that is not there"),
+        ({"model.safetensors.index.json": b"{}"}, "no weight_map"),
+        (
+            {"model.safetensors.index.json": TWO, "x.safetensors": holds("a"), "y.safetensors": holds("a", "b")},
+            "two shards",
+        ),
+        (
+            {"model.safetensors.index.json": TWO, "x.safetensors": holds("b"), "y.safetensors": holds("a")},
+            "does not hold",
+        ),
+        ({"model.safetensors": b"x", "model.safetensors.index.json": b"{}"}, "two sets of weights"),
+    ],
+)
 def test_repositories_that_hold_no_model(hub: Hub, files: dict[str, bytes], words: str) -> None:
     hub.add("team/odd", files)
     with pytest.raises(CheckpointError, match=words):
@@ -176,8 +190,13 @@ def test_what_travels_is_counted(hub: Hub, base: Path, pushed: str) -> None:
     big = {"model.layers.0.mlp.big_proj.weight": ("F32", (1000, 5000))}
     index = json.loads((base / "model.safetensors.index.json").read_text())
     index["weight_map"].update(dict.fromkeys(big, "big.safetensors"))
-    hub.add(BASE, {"big.safetensors": encode_header(big, {}) + bytes(20_000_000),
-                   "model.safetensors.index.json": json.dumps(index).encode()})  # fmt: skip
+    hub.add(
+        BASE,
+        {
+            "big.safetensors": encode_header(big, {}) + bytes(20_000_000),
+            "model.safetensors.index.json": json.dumps(index).encode(),
+        },
+    )
     hub.log.clear()
     report = push_merged(BASE, [REPO], MERGED)
     touched = index["weight_map"]["model.embed_tokens.weight"]

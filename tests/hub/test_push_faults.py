@@ -9,11 +9,11 @@ import pytest
 
 import embedsurgery as es
 from embedsurgery.errors import HubError
-from tests.conftest import trained
-from tests.hub.answers import Rule, drops, loses, says, when
-from tests.hub.conftest import REPO
-from tests.hub.loopback import READER, WRITER, Hub
-from tests.hub.secrets import refused
+from tests.support.hub.answers import Rule, drops, loses, says, when
+from tests.support.hub.loopback import READER, WRITER, Hub
+from tests.support.hub.repositories import REPO
+from tests.support.hub.secrets import refused
+from tests.support.models import trained
 
 
 def test_no_token_at_all(hub: Hub, adapter: es.Adapter, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,22 +52,25 @@ def test_a_gated_repository(hub: Hub, pushed: str, monkeypatch: pytest.MonkeyPat
     assert es.load(REPO).source
 
 
-@pytest.mark.parametrize(("rule", "words"), [
-    (when("POST /api/repos/create", says(409, "in the making")), ()),
-    (when("POST /api/repos/create", says(403, "not yours")), ("403", "write access")),
-    (when("POST /api/repos/create", says(500)), ("500", "later")),
-    (when("POST .*preupload", says(500)), ("500", "later")),
-    (when("POST .*batch", says(503)), ("503", "later")),
-    (when("PUT ", drops), ("connection broke", "try again")),
-    (when("PUT ", says(403, "expired")), ("403",)),
-    (when("POST .*/verify", says(404, "no such object")), ("404",)),
-    (when("POST .*/commit/", says(412, "moved")), ("412", "somebody pushed", "push again")),
-    (when("POST .*/commit/", says(409, "locked")), ("409", "locked")),
-    (when("POST .*/commit/", says(429, Retry_After="9")), ("429", "wait 9 seconds")),
-    (when("POST .*/commit/", says(500)), ("500", "later")),
-    (when("POST .*/commit/", drops), ("connection broke", "try again")),
-    (when("POST .*validate-yaml", says(400, "bad card")), ()),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("rule", "words"),
+    [
+        (when("POST /api/repos/create", says(409, "in the making")), ()),
+        (when("POST /api/repos/create", says(403, "not yours")), ("403", "write access")),
+        (when("POST /api/repos/create", says(500)), ("500", "later")),
+        (when("POST .*preupload", says(500)), ("500", "later")),
+        (when("POST .*batch", says(503)), ("503", "later")),
+        (when("PUT ", drops), ("connection broke", "try again")),
+        (when("PUT ", says(403, "expired")), ("403",)),
+        (when("POST .*/verify", says(404, "no such object")), ("404",)),
+        (when("POST .*/commit/", says(412, "moved")), ("412", "somebody pushed", "push again")),
+        (when("POST .*/commit/", says(409, "locked")), ("409", "locked")),
+        (when("POST .*/commit/", says(429, Retry_After="9")), ("429", "wait 9 seconds")),
+        (when("POST .*/commit/", says(500)), ("500", "later")),
+        (when("POST .*/commit/", drops), ("connection broke", "try again")),
+        (when("POST .*validate-yaml", says(400, "bad card")), ()),
+    ],
+)
 def test_a_push_that_fails_commits_nothing(hub: Hub, adapter: es.Adapter, rule: Rule, words: tuple[str, ...]) -> None:
     hub.rules.append(rule)
     with pytest.raises(HubError) as caught:

@@ -13,9 +13,9 @@ import embedsurgery as es
 from embedsurgery.adapters.adapter import CONFIG_NAME, WEIGHTS_NAME
 from embedsurgery.errors import EmbedSurgeryWarning
 from embedsurgery.hub import HubId, find_id
-from tests.conftest import contents, listing
-from tests.hub.conftest import REPO, point
-from tests.hub.loopback import READER, WRITER, Hub
+from tests.support.comparing import contents, listing
+from tests.support.hub.loopback import READER, WRITER, Hub
+from tests.support.hub.repositories import REPO, point
 
 OURS = {CONFIG_NAME, WEIGHTS_NAME, "README.md"}
 
@@ -61,7 +61,7 @@ def test_public_is_asked_for_and_what_is_there_is_said(hub: Hub, adapter: es.Ada
 
 
 def test_branch_tag_message_and_pull_request(hub: Hub, adapter: es.Adapter, model: Any) -> None:
-    from tests.conftest import trained
+    from tests.support.models import trained
 
     one = es.push(adapter, REPO, revision="next", tag="v1", message="rows of two tokens")
     repo = hub.repos[REPO]
@@ -96,7 +96,7 @@ def test_a_directory_is_pushed_as_it_is(hub: Hub, adapter: es.Adapter, tmp_path:
 
 
 def test_the_readme_of_the_hub_is_kept(hub: Hub, adapter: es.Adapter, model: Any) -> None:
-    from tests.conftest import trained
+    from tests.support.models import trained
 
     es.push(adapter, REPO)
     text = hub.repos[REPO].files()["README.md"].decode()
@@ -187,8 +187,23 @@ def test_a_path_that_exists_wins(hub: Hub, pushed: str, tmp_path: Path, monkeypa
     assert not hub.log
 
 
-@pytest.mark.parametrize("text", ["gpt2", "a/b/c", "../b", "a/..", "/a/b", "a/b@", "a/b@../../x", "a/b@-x", "a/b c",
-                                  "a--b/c@main", "a/b@x//y", "a\\b/c"])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "gpt2",
+        "a/b/c",
+        "../b",
+        "a/..",
+        "/a/b",
+        "a/b@",
+        "a/b@../../x",
+        "a/b@-x",
+        "a/b c",
+        "a--b/c@main",
+        "a/b@x//y",
+        "a\\b/c",
+    ],
+)
 def test_what_is_no_id(text: str) -> None:
     with pytest.raises(es.errors.ConfigError):
         HubId.parse(text)

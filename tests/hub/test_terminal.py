@@ -13,10 +13,10 @@ import pytest
 
 import embedsurgery as es
 from embedsurgery.adapters.adapter import WEIGHTS_NAME
-from tests.conftest import contents
-from tests.hub.conftest import BASE, REPO
-from tests.hub.loopback import READER, WRITER, Hub
-from tests.hub.processes import run
+from tests.support.comparing import contents
+from tests.support.hub.loopback import READER, WRITER, Hub
+from tests.support.hub.processes import run
+from tests.support.hub.repositories import BASE, REPO
 
 MERGED = "team/merged"
 BAR = "%|"

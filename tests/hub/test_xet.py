@@ -10,12 +10,13 @@ import pytest
 
 import embedsurgery as es
 from embedsurgery.adapters.adapter import WEIGHTS_NAME
-from tests.conftest import contents, python
-from tests.hub.answers import says, when
-from tests.hub.conftest import REPO
-from tests.hub.loopback import Hub
-from tests.hub.processes import run
-from tests.hub.xet import XetStore
+from tests.support.comparing import contents
+from tests.support.hub.answers import says, when
+from tests.support.hub.loopback import Hub
+from tests.support.hub.processes import run
+from tests.support.hub.repositories import REPO
+from tests.support.hub.xet import XetStore
+from tests.support.processes import python
 
 pytest.importorskip("hf_xet")
 
@@ -59,7 +60,7 @@ def test_push_and_pull(hub: Hub, adapter: es.Adapter, tmp_path: Path, xet: dict[
 
 
 def adapter_of(tmp_path: Path) -> Path:
-    from tests.conftest import tiny, trained
+    from tests.support.models import tiny, trained
 
     return trained(tiny("llama-untied"), [9]).save(tmp_path / "other")
 

@@ -15,8 +15,9 @@ from torch.utils.data import DataLoader
 import embedsurgery as es
 from embedsurgery.errors import AttachmentError, ConfigError, EmbedSurgeryWarning, UnsupportedError
 from embedsurgery.integrations import keep_rows
-from tests.conftest import state_bits, tiny
-from tests.integrations.helpers import INDICES, attached, batch, examples, rows
+from tests.support.comparing import state_bits
+from tests.support.integrations import INDICES, attached, batch, examples, rows
+from tests.support.models import tiny
 
 
 @pytest.fixture(autouse=True)

@@ -13,8 +13,9 @@ from torch.utils.data import DataLoader
 
 import embedsurgery as es
 from embedsurgery.errors import AttachmentError, EmbedSurgeryWarning
-from tests.conftest import state_bits, tiny
-from tests.integrations.helpers import INDICES, examples, rows
+from tests.support.comparing import state_bits
+from tests.support.integrations import INDICES, examples, rows
+from tests.support.models import tiny
 
 lightning = pytest.importorskip("lightning.pytorch")
 from embedsurgery.integrations.lightning import LightningCallback, adapters  # noqa: E402
@@ -56,10 +57,15 @@ def module(kind: str = "llama-tied", **options: Any) -> tuple[Module, Any]:
 
 def trainer(folder: Path, *callbacks: Any, epochs: int = 2, **options: Any) -> Any:
     settings = {
-        "accelerator": "cpu", "devices": 1, "max_epochs": epochs, "logger": False, "enable_progress_bar": False,
-        "enable_model_summary": False, "default_root_dir": str(folder),
+        "accelerator": "cpu",
+        "devices": 1,
+        "max_epochs": epochs,
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "default_root_dir": str(folder),
         "enable_checkpointing": False,
-    } | options  # fmt: skip
+    } | options
     return lightning.Trainer(callbacks=list(callbacks), **settings)
 
 
@@ -203,9 +209,15 @@ def test_under_the_librarys_older_name(tmp_path: Path) -> None:
 
     old = Older()
     old.model, old.losses = made.model, []
-    run = older.Trainer(accelerator="cpu", max_steps=3, logger=False, enable_progress_bar=False,
-                        enable_model_summary=False, default_root_dir=str(tmp_path),
-                        callbacks=[LightningCallback()])  # fmt: skip
+    run = older.Trainer(
+        accelerator="cpu",
+        max_steps=3,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=str(tmp_path),
+        callbacks=[LightningCallback()],
+    )
     run.fit(old, loader())
     run.save_checkpoint(tmp_path / "old.ckpt")
     (adapter,) = adapters(torch.load(tmp_path / "old.ckpt", weights_only=True)).values()

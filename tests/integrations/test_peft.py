@@ -17,8 +17,9 @@ from embedsurgery.adapters.adapter import plainly_named
 from embedsurgery.errors import AttachmentError, BaseMismatchError, EmbedSurgeryWarning, TableError, UnsupportedError
 from embedsurgery.graph.wrappers import plain_name
 from embedsurgery.runtime import peft as beside_peft
-from tests.conftest import bits, logits, save, state_bits, tiny
-from tests.integrations.helpers import INDICES, batch, rows, trainer
+from tests.support.comparing import bits, state_bits
+from tests.support.integrations import INDICES, batch, rows, trainer
+from tests.support.models import logits, save, tiny
 
 pytestmark = [  # what PEFT makes of transformers 5, and of LoRA on a tied table
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning"),

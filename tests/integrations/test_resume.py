@@ -15,8 +15,9 @@ import embedsurgery as es
 from embedsurgery.errors import AttachmentError, BaseMismatchError, EmbedSurgeryError, EmbedSurgeryWarning
 from embedsurgery.integrations import EmbedSurgeryCallback
 from embedsurgery.integrations.beside import restore_rows, save_rows
-from tests.conftest import state_bits, tiny, trained, write_tokenizer
-from tests.integrations.helpers import INDICES, attached, batch, rows, trainer
+from tests.support.comparing import state_bits
+from tests.support.integrations import INDICES, attached, batch, rows, trainer
+from tests.support.models import tiny, trained, write_tokenizer
 
 TABLE = "model.embed_tokens.weight"
 MAKERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {

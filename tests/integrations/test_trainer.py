@@ -15,8 +15,10 @@ import transformers
 import embedsurgery as es
 from embedsurgery.errors import AttachmentError, EmbedSurgeryWarning
 from embedsurgery.integrations import EmbedSurgeryCallback
-from tests.conftest import python, state_bits, tiny
-from tests.integrations.helpers import INDICES, attached, batch, losses, rows, trainer
+from tests.support.comparing import state_bits
+from tests.support.integrations import INDICES, attached, batch, losses, rows, trainer
+from tests.support.models import tiny
+from tests.support.processes import python
 
 
 @pytest.mark.parametrize("kind", ["llama-tied", "llama-untied", "bert"])
@@ -100,8 +102,17 @@ def test_the_best_rows_come_back_at_the_end_and_the_limit_keeps_them(tmp_path: P
                     next(attachment.parameters()).add_(3.0)
             kept[state.global_step] = rows(attachment)
 
-    trained = trainer(model, tmp_path, callbacks=[EmbedSurgeryCallback(), Worsen()], load_best_model_at_end=True,
-                      eval_strategy="steps", eval_steps=1, save_steps=1, save_total_limit=2, max_steps=4)  # fmt: skip
+    trained = trainer(
+        model,
+        tmp_path,
+        callbacks=[EmbedSurgeryCallback(), Worsen()],
+        load_best_model_at_end=True,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_steps=1,
+        save_total_limit=2,
+        max_steps=4,
+    )
     trained.train()
     best = int(trained.state.best_model_checkpoint.rpartition("-")[2])
     assert best in (1, 2)
@@ -159,8 +170,9 @@ def test_with_the_callback_a_resume_without_moments_has_the_rows(tmp_path: Path)
 @pytest.mark.filterwarnings("ignore:the checkpoint that is saved here is the base's")
 def test_without_the_callback_loading_the_best_model_warns(tmp_path: Path) -> None:
     model, _ = attached()
-    trained = trainer(model, tmp_path, load_best_model_at_end=True, eval_strategy="steps", eval_steps=1, save_steps=1,
-                      max_steps=2)  # fmt: skip
+    trained = trainer(
+        model, tmp_path, load_best_model_at_end=True, eval_strategy="steps", eval_steps=1, save_steps=1, max_steps=2
+    )
     with pytest.warns(EmbedSurgeryWarning, match="leaves the trained rows as they are"):
         trained.train()
 

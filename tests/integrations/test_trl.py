@@ -19,8 +19,9 @@ import trl
 import embedsurgery as es
 from embedsurgery.errors import EmbedSurgeryWarning, UnsupportedError
 from embedsurgery.integrations import EmbedSurgeryCallback
-from tests.conftest import state_bits, tiny, write_tokenizer
-from tests.integrations.helpers import INDICES, losses, rows
+from tests.support.comparing import state_bits
+from tests.support.integrations import INDICES, losses, rows
+from tests.support.models import tiny, write_tokenizer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning"),
@@ -36,13 +37,29 @@ def sft(model: Any, folder: Path, more: dict[str, Any] | None = None, **options:
     )
     texts = [" ".join(f"t{i}" for i in (8 + n, 5, 9 + n, 10, 7, 11 + n)) for n in range(12)]
     settings = {
-        "output_dir": str(folder / "out"), "max_steps": 4, "per_device_train_batch_size": 2, "learning_rate": 3e-2,
-        "save_steps": 2, "logging_steps": 1, "report_to": [], "use_cpu": True, "disable_tqdm": True, "bf16": False,
-        "dataloader_pin_memory": False, "seed": 3, "max_length": 16, "dataset_num_proc": None,
-    } | (more or {})  # fmt: skip
-    return trl.SFTTrainer(model=model, args=trl.SFTConfig(**settings), processing_class=tokenizer,
-                          train_dataset=datasets.Dataset.from_dict({"text": texts}),
-                          callbacks=[EmbedSurgeryCallback()], **options)  # fmt: skip
+        "output_dir": str(folder / "out"),
+        "max_steps": 4,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 3e-2,
+        "save_steps": 2,
+        "logging_steps": 1,
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "bf16": False,
+        "dataloader_pin_memory": False,
+        "seed": 3,
+        "max_length": 16,
+        "dataset_num_proc": None,
+    } | (more or {})
+    return trl.SFTTrainer(
+        model=model,
+        args=trl.SFTConfig(**settings),
+        processing_class=tokenizer,
+        train_dataset=datasets.Dataset.from_dict({"text": texts}),
+        callbacks=[EmbedSurgeryCallback()],
+        **options,
+    )
 
 
 @pytest.mark.parametrize("kind", ["llama-tied", "llama-untied"])
@@ -149,12 +166,24 @@ def dpo(model: Any, folder: Path, **options: Any) -> Any:
     )
     pairs = {"prompt": ["t8 t5 t9"] * 8, "chosen": ["t7 t5 t10"] * 8, "rejected": ["t11 t12 t5"] * 8}
     args = trl.DPOConfig(
-        output_dir=str(folder / "out"), max_steps=3, per_device_train_batch_size=4, learning_rate=5e-2,
-        logging_steps=1, report_to=[], use_cpu=True, disable_tqdm=True, bf16=False, dataloader_pin_memory=False,
-        seed=3, save_strategy="no", max_length=16, gradient_checkpointing=False,
-    )  # fmt: skip
-    return trl.DPOTrainer(model=model, args=args, processing_class=tokenizer,
-                          train_dataset=datasets.Dataset.from_dict(pairs), **options)  # fmt: skip
+        output_dir=str(folder / "out"),
+        max_steps=3,
+        per_device_train_batch_size=4,
+        learning_rate=5e-2,
+        logging_steps=1,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        bf16=False,
+        dataloader_pin_memory=False,
+        seed=3,
+        save_strategy="no",
+        max_length=16,
+        gradient_checkpointing=False,
+    )
+    return trl.DPOTrainer(
+        model=model, args=args, processing_class=tokenizer, train_dataset=datasets.Dataset.from_dict(pairs), **options
+    )
 
 
 def test_the_reference_of_dpo_has_no_rows(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
 """The kit pushes to the loopback Hub here."""
 
-from tests.plugins.hub import embedsurgery_hub as embedsurgery_hub
-from tests.plugins.hub import hub as hub
+from tests.support.hub_fixtures import embedsurgery_hub as embedsurgery_hub
+from tests.support.hub_fixtures import hub as hub

@@ -11,7 +11,8 @@ import pytest
 
 from embedsurgery.plugins.checks import KINDS
 from embedsurgery.plugins.registry import DISABLE
-from tests.conftest import cli, contents
+from tests.support.comparing import contents
+from tests.support.processes import cli
 
 HEAD = """
 import embedsurgery as es
@@ -25,19 +26,25 @@ from embedsurgery.surgeries.base import Surgery, SurgeryRecord
 BROKEN = {
     "import": ("raise ImportError('no such library')", "no such library"),
     "surgery": (HEAD + "def embedsurgery_surgeries(): return [SurgeryRecord('x', int, None, 'X')]", "SurgeryRecord"),
-    "initialiser": (HEAD + "def embedsurgery_initializers(): return [InitializerRecord('x', Initializer)]",
-                    "InitializerRecord"),
-    "classifier": (HEAD + "def embedsurgery_classifiers(): return [h.ClassifierRecord('x', lambda: None)]",
-                   "expected classify(unknown), found classify()"),
+    "initialiser": (
+        HEAD + "def embedsurgery_initializers(): return [InitializerRecord('x', Initializer)]",
+        "InitializerRecord",
+    ),
+    "classifier": (
+        HEAD + "def embedsurgery_classifiers(): return [h.ClassifierRecord('x', lambda: None)]",
+        "expected classify(unknown), found classify()",
+    ),
     "layout": (HEAD + "def embedsurgery_layouts(): return [h.LayoutRecord('t5', Layout())]", "'t5'"),
     "store": (HEAD + "def embedsurgery_stores(): return [h.StoreRecord('x', lambda d: True, None)]", "StoreRecord"),
     "command": (HEAD + "def embedsurgery_commands(): return [h.CommandRecord('merge', 'Mine.', dict)]", "'merge'"),
     "card": (HEAD + "def embedsurgery_card_sections(): return 3", "CardSectionRecord"),
-    "signature": (HEAD + "def embedsurgery_stores(path): return []",
-                  "expected embedsurgery_stores(), found embedsurgery_stores(path)"),
+    "signature": (
+        HEAD + "def embedsurgery_stores(path): return []",
+        "expected embedsurgery_stores(), found embedsurgery_stores(path)",
+    ),
     "hook": (HEAD + "def embedsurgery_tables(): return []", "embedsurgery_tables"),
     "contract": ("embedsurgery_contract = 99" + HEAD + "def embedsurgery_stores(): return []", "99"),
-}  # fmt: skip
+}
 SURGERY = (
     """
 from dataclasses import dataclass
@@ -81,17 +88,28 @@ GOOD = {
     "good": HEAD + "def embedsurgery_commands(): return [h.CommandRecord('hello', 'Says hello.', dict)]",
     **{f"first-{kind}": code for kind, code in _each("first").items()},
 }
-TAKEN = {"surgeries": "trainable_tokens", "initializers": "mean", "layouts": "t5", "stores": "safetensors",
-         "commands": "unmerge", "classifiers": "first", "card_sections": "first"}  # fmt: skip
+TAKEN = {
+    "surgeries": "trainable_tokens",
+    "initializers": "mean",
+    "layouts": "t5",
+    "stores": "safetensors",
+    "commands": "unmerge",
+    "classifiers": "first",
+    "card_sections": "first",
+}
 SIGNATURES = {
     "surgeries": ("plan(self, adapter, located)", "plan(self, adapter)", "adapter, located):", "adapter):"),
-    "initializers": ("rows(self, view, tokens, argument, streams)", "rows(self, view, tokens, argument)",
-                     "argument, streams):", "argument):"),
+    "initializers": (
+        "rows(self, view, tokens, argument, streams)",
+        "rows(self, view, tokens, argument)",
+        "argument, streams):",
+        "argument):",
+    ),
     "classifiers": ("classify(unknown)", "classify()", "lambda unknown:", "lambda:"),
     "stores": ("open(directory)", "open()", "False, lambda directory:", "False, lambda:"),
     "commands": ("load()", "load(name)", "dict", "lambda name: 1"),
     "card_sections": ("section(manifest)", "section()", "lambda manifest:", "lambda:"),
-}  # fmt: skip
+}
 """Hook whose records hold functions -> what is expected, what is found, and how the code gets so."""
 
 

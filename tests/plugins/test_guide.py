@@ -13,7 +13,7 @@ import pytest
 
 from embedsurgery.plugins.checks import KINDS
 from embedsurgery.plugins.hookspecs import Hooks
-from tests.plugins.environment import ROOT, Environment
+from tests.support.environment import ROOT, Environment
 
 GUIDE = ROOT / "plugins" / "README.md"
 START, END = "<!-- hooks -->\n", "<!-- end of hooks -->\n"

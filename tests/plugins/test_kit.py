@@ -49,8 +49,16 @@ def test_every_built_in_surgery_is_here() -> None:
     assert {type(kind.config) for kind in ours if hasattr(kind, "config")} == built_in
 
 
-INITS = {"current": "takes", "zeros": "", "random": "draws", "mean": "", "normal": "draws", "subtokens": "",
-         "description": "t1 t2", "copy": "t6"}  # fmt: skip
+INITS = {
+    "current": "takes",
+    "zeros": "",
+    "random": "draws",
+    "mean": "",
+    "normal": "draws",
+    "subtokens": "",
+    "description": "t1 t2",
+    "copy": "t6",
+}
 
 
 def _contract(name: str, argument: str) -> type:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from embedsurgery.testing import InitializerContract, StoreContract, SurgeryContract
-from tests.plugins import wrong
+from tests.support import wrong_plugins as wrong
 
 WRONG: dict[str, Any] = {
     name: kind for name, kind in vars(wrong).items() if isinstance(kind, type) and "caught" in vars(kind)
@@ -33,7 +33,7 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], list
     """All of them, run at once."""
     folder = tmp_path_factory.mktemp("wrong")
     (folder / "pytest.ini").write_text(INI)
-    (folder / "test_wrong.py").write_text("from tests.plugins.wrong import *\n")
+    (folder / "test_wrong.py").write_text("from tests.support.wrong_plugins import *\n")
     recorder = Recorder()
     nodes = [f"{folder}/test_wrong.py::{name}::{check}" for name, kind in WRONG.items() for check in kind.caught]
     options = ["-c", f"{folder}/pytest.ini", f"--rootdir={folder}", "--tb=short", "--import-mode=importlib"]

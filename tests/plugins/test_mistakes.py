@@ -87,7 +87,7 @@ AT_ATTACHING: dict[str, tuple[dict[str, Any], str]] = {
     "a row beyond": ({"live": lives(RowOverride(INPUT, INPUT, (3, 17, 99)))}, r"0 to 23, each once, found \[99\]"),
     "a row twice": ({"live": lives(RowOverride(INPUT, INPUT, (3, 17, 17)))}, r"each once, found \(3, 17, 17\)"),
     "live fails": ({"live": fails}, "rows.live"),
-}  # fmt: skip
+}
 AT_MERGING: dict[str, tuple[dict[str, Any], str]] = {
     "no plan": ({"plan": lambda self, adapter, located: None}, r"rows.plan\): expected Plan, found NoneType"),
     "edits alone": ({"plan": lambda self, adapter, located: (SetRows,)}, "expected Plan, found tuple"),
@@ -100,14 +100,16 @@ AT_MERGING: dict[str, tuple[dict[str, Any], str]] = {
     "texts for rows": ({"plan": plans(lambda raw: SetRows(INPUT, ("3", "17", "5"), raw))}, "integers as indices"),
     "no such table": ({"plan": plans(lambda raw: SetRows("rows", (3, 17, 5), raw))}, "not in the store"),
     "plan fails": ({"plan": fails}, "failed .*rows.plan.*KeyError"),
-}  # fmt: skip
+}
 AT_SAVING: dict[str, tuple[dict[str, Any], str]] = {
     "no files": ({"to_peft": lambda self, adapter: {}}, r"rows.to_peft\): expected PeftFiles, found dict"),
-    "an array": ({"to_peft": lambda self, a: replace(Rows.to_peft(self, a), tensors={"x": a.raw[INPUT].bits})},
-                 "x as a RawArray, found ndarray"),
+    "an array": (
+        {"to_peft": lambda self, a: replace(Rows.to_peft(self, a), tensors={"x": a.raw[INPUT].bits})},
+        "x as a RawArray, found ndarray",
+    ),
     "no JSON": ({"to_peft": lambda self, a: replace(Rows.to_peft(self, a), config={"x": {1}})}, "JSON values"),
     "to_peft fails": ({"to_peft": fails}, "rows.to_peft"),
-}  # fmt: skip
+}
 AT_LOADING: dict[str, tuple[dict[str, Any], str]] = {
     "nothing filled": ({"from_files": lambda self, files, adapter: files.tensors}, "expected Adapter, found dict"),
     "not filled": ({"from_files": lambda self, files, adapter: adapter}, "with tensors, found none"),
@@ -139,8 +141,11 @@ def test_at_merging(name: str, tmp_path: Path) -> None:
         with pytest.raises((PluginError, PlanError), match=said):
             attachment.merge()
         attachment.detach()
-        for act in (lambda: es.merge(model, adapter), lambda: es.merge_checkpoint(base, adapter, tmp_path / "out"),
-                    lambda: es.merge_checkpoint(base, adapter, in_place=True)):  # fmt: skip
+        for act in (
+            lambda: es.merge(model, adapter),
+            lambda: es.merge_checkpoint(base, adapter, tmp_path / "out"),
+            lambda: es.merge_checkpoint(base, adapter, in_place=True),
+        ):
             with pytest.raises((PluginError, PlanError), match=said):
                 act()
     assert state_bits(model) == before
@@ -194,13 +199,19 @@ class Starts(Initializer):
         return np.zeros((1, 8))
 
 
-@pytest.mark.parametrize(("methods", "said"), [
-    ({"rows": lambda *a: None}, "expected float32 or float64 .1, 8., found NoneType"),
-    ({"rows": lambda *a: [[0.0] * 8]}, "found list"), ({"rows": lambda *a: np.zeros(8)}, "found float64 .8,."),
-    ({"rows": lambda *a: np.zeros((1, 8), int)}, "found int64"), ({"rows": lambda *a: torch.zeros(1, 8)}, "Tensor"),
-    ({"rows": lambda *a: {}["x"]}, "failed .wrong.rows.: found KeyError"),
-    ({"ask": lambda *a: "t1"}, "an Ask, or None"), ({"ask": lambda *a: {}["x"]}, "failed .wrong.ask.: found KeyError"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("methods", "said"),
+    [
+        ({"rows": lambda *a: None}, "expected float32 or float64 .1, 8., found NoneType"),
+        ({"rows": lambda *a: [[0.0] * 8]}, "found list"),
+        ({"rows": lambda *a: np.zeros(8)}, "found float64 .8,."),
+        ({"rows": lambda *a: np.zeros((1, 8), int)}, "found int64"),
+        ({"rows": lambda *a: torch.zeros(1, 8)}, "Tensor"),
+        ({"rows": lambda *a: {}["x"]}, "failed .wrong.rows.: found KeyError"),
+        ({"ask": lambda *a: "t1"}, "an Ask, or None"),
+        ({"ask": lambda *a: {}["x"]}, "failed .wrong.ask.: found KeyError"),
+    ],
+)
 def test_an_initialiser(methods: Mapping[str, Any], said: str, tmp_path: Path) -> None:
     base = write_checkpoint(TinyModel(), tmp_path / "base")
     record = InitializerRecord("wrong", Starts(**methods))
@@ -209,9 +220,13 @@ def test_an_initialiser(methods: Mapping[str, Any], said: str, tmp_path: Path) -
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
-@pytest.mark.parametrize(("opens", "said"), [
-    (lambda directory, architectures: None, "expected Store, found NoneType"), (lambda directory, architectures: {}["x"], "failed .wrong.open.: "),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("opens", "said"),
+    [
+        (lambda directory, architectures: None, "expected Store, found NoneType"),
+        (lambda directory, architectures: {}["x"], "failed .wrong.open.: "),
+    ],
+)
 def test_a_store(opens: Any, said: str, tmp_path: Path) -> None:
     base = write_checkpoint(TinyModel(), tmp_path / "base")
     adapter = es.attach(TinyModel(), es.TrainableTokensConfig([3])).adapter()
@@ -235,19 +250,22 @@ class Thawed:
     """One that can be changed."""
 
 
-@pytest.mark.parametrize(("hook", "record", "said"), [
-    ("surgeries", SurgeryRecord("rows", Loose, Rows(), "ROWS"), "config_class is no frozen dataclass: Loose"),
-    ("surgeries", SurgeryRecord("rows", Thawed, Rows(), "ROWS"), "config_class is no frozen dataclass: Thawed"),
-    ("surgeries", SurgeryRecord("rows", Config, Rows, "ROWS"), "no instance of a Surgery: Rows"),  # type: ignore[arg-type]
-    ("surgeries", SurgeryRecord("row", Config, Rows(), "ROWS"), "the surgery's own name is 'rows'"),
-    ("surgeries", SurgeryRecord("rows", Config, Rows(), ""), "peft_type is no text"),
-    ("surgeries", SurgeryRecord("rows", Config, Rows(), "R", {"rows"}), "no frozenset"),  # type: ignore[arg-type]
-    ("initializers", InitializerRecord("a b", Starts()), "a colon or a space"),
-    ("initializers", InitializerRecord("a", Starts), "no instance of an Initializer: Starts"),  # type: ignore[arg-type]
-    ("commands", CommandRecord("A_B", "Does.", lambda: None), "no verb"),  # type: ignore[arg-type, return-value]
-    ("commands", CommandRecord("a", "", lambda: None), "summary is no text"),  # type: ignore[arg-type, return-value]
-    ("stores", StoreRecord("a", None, None), "recognises is no function"),  # type: ignore[arg-type]
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("hook", "record", "said"),
+    [
+        ("surgeries", SurgeryRecord("rows", Loose, Rows(), "ROWS"), "config_class is no frozen dataclass: Loose"),
+        ("surgeries", SurgeryRecord("rows", Thawed, Rows(), "ROWS"), "config_class is no frozen dataclass: Thawed"),
+        ("surgeries", SurgeryRecord("rows", Config, Rows, "ROWS"), "no instance of a Surgery: Rows"),  # type: ignore[arg-type]
+        ("surgeries", SurgeryRecord("row", Config, Rows(), "ROWS"), "the surgery's own name is 'rows'"),
+        ("surgeries", SurgeryRecord("rows", Config, Rows(), ""), "peft_type is no text"),
+        ("surgeries", SurgeryRecord("rows", Config, Rows(), "R", {"rows"}), "no frozenset"),  # type: ignore[arg-type]
+        ("initializers", InitializerRecord("a b", Starts()), "a colon or a space"),
+        ("initializers", InitializerRecord("a", Starts), "no instance of an Initializer: Starts"),  # type: ignore[arg-type]
+        ("commands", CommandRecord("A_B", "Does.", lambda: None), "no verb"),  # type: ignore[arg-type, return-value]
+        ("commands", CommandRecord("a", "", lambda: None), "summary is no text"),  # type: ignore[arg-type, return-value]
+        ("stores", StoreRecord("a", None, None), "recognises is no function"),  # type: ignore[arg-type]
+    ],
+)
 def test_a_record_says_what_is_wrong_with_it(hook: str, record: Any, said: str) -> None:
     with pytest.raises(EmbedSurgeryError, match=said), installed(plugin(**{hook: record})):
         pass

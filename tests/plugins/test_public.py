@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from embedsurgery.plugins.template import write_plugin
-from tests.plugins.environment import ROOT
+from tests.support.environment import ROOT
 
 GUIDE = (ROOT / "plugins" / "README.md").read_text(encoding="utf-8")
 START, END = "<!-- public -->\n", "<!-- end of public -->\n"
@@ -29,7 +29,7 @@ def sources() -> dict[str, str]:
     """What a plugin's author reads or writes: name -> code."""
     files = [
         *(ROOT / "plugins").glob("embedsurgery-*/embedsurgery_*/*.py"),
-        ROOT / "tests" / "plugins" / "npy_store.py",
+        ROOT / "tests" / "support" / "npy_store.py",
     ]
     found = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in sorted(files)}
     blocks = re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL)
@@ -77,8 +77,11 @@ def not_public(code: str) -> list[str]:
     """What a source imports of embedsurgery that the guide does not list."""
     known = public()
     asked = list(imported(ast.parse(code)))
-    return [f"{module}.{name}" for module, name in asked if name not in (*known.get(module, ()), None)
-            or (name is None and module not in known)]  # fmt: skip
+    return [
+        f"{module}.{name}"
+        for module, name in asked
+        if name not in (*known.get(module, ()), None) or (name is None and module not in known)
+    ]
 
 
 def test_what_the_guide_lists_is_there() -> None:
@@ -111,18 +114,30 @@ def test_the_template_uses_nothing_else(tmp_path: Path) -> None:
         assert not_public(code) == []
 
 
-@pytest.mark.parametrize("code", [
-    "from embedsurgery.adapters.adapter import _replace", "from embedsurgery._version import x", "import embedsurgery._version",
-    "import embedsurgery as es\nes._PUBLIC", "x._member", "getattr(x, '_member')",
-    "from importlib import import_module\nimport_module('embedsurgery.graph.from_modules')",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from embedsurgery.adapters.adapter import _replace",
+        "from embedsurgery._version import x",
+        "import embedsurgery._version",
+        "import embedsurgery as es\nes._PUBLIC",
+        "x._member",
+        "getattr(x, '_member')",
+        "from importlib import import_module\nimport_module('embedsurgery.graph.from_modules')",
+    ],
+)
 def test_what_is_private_is_seen(code: str) -> None:
     assert len(private(ast.parse(code))) == 1
 
 
-@pytest.mark.parametrize("code", [
-    "from embedsurgery.graph.from_modules import walk_module", "import embedsurgery.graph.from_modules", "from embedsurgery.plan import spans",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from embedsurgery.graph.from_modules import walk_module",
+        "import embedsurgery.graph.from_modules",
+        "from embedsurgery.plan import spans",
+    ],
+)
 def test_what_is_not_public_is_seen(code: str) -> None:
     assert len(not_public(code)) == 1
 
@@ -130,12 +145,15 @@ def test_what_is_not_public_is_seen(code: str) -> None:
 def test_frozen_dataclasses_go_in_and_come_out() -> None:
     from embedsurgery.plugins.checks import KINDS
 
-    given = {"embedsurgery.plugins.hookspecs": ("UnknownModule", "EmbeddingModule", "CardSection"),
-             "embedsurgery.initializers": ("NewToken", "TableView", "Ask"),
-             "embedsurgery.surgeries.surgery": ("Base", "Ground", "RowOverride"),
-             "embedsurgery.adapters.adapter": ("Adapter", "Manifest", "PeftFiles", "TableRecord", "Fingerprint"),
-             "embedsurgery.plan": ("Plan", "SetRows", "SetBlocks", "SetEntries", "Grow"),
-             "embedsurgery.graph": ("EmbeddingGraph", "Table", "Site", "Vocabulary")}  # fmt: skip
+    given = {
+        "embedsurgery.plugins.hookspecs": ("UnknownModule", "EmbeddingModule", "CardSection"),
+        "embedsurgery.initializers": ("NewToken", "TableView", "Ask"),
+        "embedsurgery.surgeries.surgery": ("Base", "Ground", "RowOverride"),
+        "embedsurgery.adapters.adapter": ("Adapter", "PeftFiles"),
+        "embedsurgery.adapters.manifest": ("Manifest", "TableRecord", "Fingerprint"),
+        "embedsurgery.plan": ("Plan", "SetRows", "SetBlocks", "SetEntries", "Grow"),
+        "embedsurgery.graph": ("EmbeddingGraph", "Table", "Site", "Vocabulary"),
+    }
     kinds = [getattr(import_module(module), name) for module, names in given.items() for name in names]
     for kind in (*kinds, *(hook.record for hook in KINDS)):
         assert is_dataclass(kind)

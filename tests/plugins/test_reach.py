@@ -32,8 +32,9 @@ from embedsurgery.plugins.hookspecs import (
 from embedsurgery.stores.store import Store
 from embedsurgery.testing import StoreContract, TinyModel, contents, installed
 from embedsurgery.testing.models import INPUT, OUTPUT
-from tests.conftest import cli
-from tests.plugins import npy_store
+from tests.support import npy_store
+from tests.support.npy_files import write
+from tests.support.processes import cli
 
 
 def plugin(**hooks: Any) -> ModuleType:
@@ -61,17 +62,6 @@ class TestNpyStore(StoreContract):
             name: torch.from_numpy(np.load(home / f"{name}.npy"))
             for name in json.loads((home / "tensors.json").read_text())
         }
-
-
-def write(folder: Path, tensors: Mapping[str, torch.Tensor], *, tied: bool) -> Path:
-    folder.mkdir(exist_ok=True)
-    rows = tensors[INPUT].shape[0]
-    config = {"architectures": ["LlamaForCausalLM"], "vocab_size": rows, "tie_word_embeddings": tied}
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "tensors.json").write_text(json.dumps(list(tensors)))
-    for name, value in tensors.items():
-        np.save(folder / f"{name}.npy", value.detach().numpy())
-    return folder
 
 
 def test_a_format_merges_and_unmerges(tmp_path: Path) -> None:
@@ -177,9 +167,15 @@ def test_a_tied_model_around_an_unknown_module() -> None:
             es.attach(more, es.TrainableTokensConfig([5], ["strange"]), name="more")
 
 
-@pytest.mark.parametrize("answer", [
-    3, EmbeddingModule("input", "weight"), EmbeddingModule("both", "table"), RuntimeError("x"),  # type: ignore[arg-type]
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "answer",
+    [
+        3,
+        EmbeddingModule("input", "weight"),
+        EmbeddingModule("both", "table"),
+        RuntimeError("x"),  # type: ignore[arg-type]
+    ],
+)
 def test_a_classifier_that_is_wrong_is_passed_over(answer: Any) -> None:
     def classify(unknown: Any) -> Any:
         if isinstance(answer, Exception):

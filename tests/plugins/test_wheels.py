@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.plugins.environment import ROOT, Environment, wheel
+from tests.support.environment import ROOT, Environment, wheel
 
 pytest.importorskip("hatchling")
 pytestmark = pytest.mark.sweep

@@ -4,89 +4,23 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
 import embedsurgery as es
-from embedsurgery.adapters.adapter import Adapter, PeftFiles
-from embedsurgery.adapters.manifest import Fingerprint, Manifest, TableRecord
 from embedsurgery.errors import AttachmentError, EmbedSurgeryWarning, UnsupportedError
 from embedsurgery.graph import Table
-from embedsurgery.plan import Plan
-from embedsurgery.stores.store import Store, rows_of
-from embedsurgery.surgeries.surgery import Base, RowOverride, Surgery, SurgeryRecord
-from embedsurgery.surgeries.whole_tables import TableChange, sampled_rows, set_table, table_overrides
+from embedsurgery.surgeries.whole_tables import sampled_rows, table_overrides
 from embedsurgery.tensors.raw import RawArray
 from embedsurgery.testing import SurgeryContract, TinyModel, bits, contents, installed, write_checkpoint
 from embedsurgery.testing.models import INPUT, ROWS, WIDTH, every_token, state_bits
-
-
-@dataclass(frozen=True)
-class ColumnsConfig:
-    """Asks for it."""
-
-
-@dataclass(frozen=True)
-class Columns(TableChange):
-    """``current * (1 + factors) + shift``: no logits of its own."""
-
-    def rows(self, tensors: Sequence[torch.Tensor], indices: torch.Tensor, current: torch.Tensor) -> torch.Tensor:
-        shift, factors = tensors
-        return current * (1 + factors) + shift
-
-
-class ColumnScaling(Surgery):
-    """Each column of the input table is scaled and shifted."""
-
-    name = "column_scaling"
-
-    def start(self, config: Any, store: Store, base: Base) -> Adapter:
-        table = store.graph.main_input()
-        wide = "F64" if table.dtype == "F64" else "F32"
-        zeros = RawArray.of(np.zeros((1, table.shape[1]))).to(wide)
-        sampled = sampled_rows(table)
-        record = TableRecord(table.name, table.aliases, sampled, table.shape, table.dtype, "output" in table.roles,
-                             Fingerprint.of(rows_of(store, table, sampled)))  # fmt: skip
-        raw = {table.name: zeros, f"{table.name}.shift": zeros}
-        return Adapter(Manifest(self.name, 1, {}, (record,)), raw, self)
-
-    def live(self, adapter: Adapter, located: Mapping[str, Table]) -> tuple[RowOverride, ...]:
-        (record,) = adapter.manifest.tables
-        return table_overrides(located[record.name], (f"{record.name}.shift", record.name), record.indices, Columns())
-
-    def plan(self, adapter: Adapter, located: Mapping[str, Table]) -> Plan:
-        (record,) = adapter.manifest.tables
-        table = located[record.name]
-        wide = "F64" if table.dtype == "F64" else "F32"
-        shift, factors = (adapter.raw[name].to(wide).bits for name in (f"{record.name}.shift", record.name))
-
-        def block(start: int, stop: int, current: RawArray) -> RawArray:
-            return RawArray.of(current.to(wide).bits * (1 + factors) + shift)
-
-        return Plan((set_table(table, wide, block),))
-
-    def to_peft(self, adapter: Adapter) -> PeftFiles:
-        return PeftFiles({"peft_type": "COLUMNS"}, dict(adapter.raw))
-
-    def from_peft(self, files: PeftFiles) -> Adapter:
-        raise NotImplementedError
-
-    def from_files(self, files: PeftFiles, adapter: Adapter) -> Adapter:
-        return replace(adapter, raw=dict(files.tensors))
-
-
-plugin = ModuleType("a_plugin_of_whole_tables")
-plugin.embedsurgery_surgeries = es.hookimpl(  # type: ignore[attr-defined]
-    lambda: [SurgeryRecord("column_scaling", ColumnsConfig, ColumnScaling(), "COLUMNS")]
-)
+from tests.support.column_scaling import Columns, ColumnsConfig, plugin
 
 
 class TestColumnScaling(SurgeryContract):
@@ -347,6 +281,9 @@ def test_the_parts_of_an_override() -> None:
     table = Table("x", (200, 4), "F32")
     parts = table_overrides(table, ("a", "b", "x"), sampled_rows(table), Columns())
     assert [(p.tensor, len(p.indices), p.change, p.rows) for p in parts] == [
-        ("a", 0, None, 0), ("b", 0, None, 0), ("x", 64, Columns(), 200)]  # fmt: skip
+        ("a", 0, None, 0),
+        ("b", 0, None, 0),
+        ("x", 64, Columns(), 200),
+    ]
     assert len(set(parts[-1].indices)) == 64
     assert sampled_rows(Table("x", (3, 4), "F32")) == (0, 1, 2)

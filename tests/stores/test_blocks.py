@@ -16,12 +16,17 @@ from embedsurgery.plan import Blocks, Plan, SetBlocks, SetRows
 from embedsurgery.stores.apply import apply
 from embedsurgery.tensors.convert import from_raw, to_raw
 from embedsurgery.tensors.raw import RawArray
-from tests.conftest import bits
-from tests.stores.homes import DTYPES, EMBED, HOMES, Case, FileCase
+from tests.support.comparing import bits
+from tests.support.homes import DTYPES, EMBED, HOMES, Case, FileCase
 
 ROWS, WIDTH, BLOCK = 1000, 8, 4096
-CASES = [(home, layout, dtype) for home, kind in HOMES.items() for layout in kind.layouts for dtype in ("F32", "BF16")
-         if layout != "transposed"]  # fmt: skip
+CASES = [
+    (home, layout, dtype)
+    for home, kind in HOMES.items()
+    for layout in kind.layouts
+    for dtype in ("F32", "BF16")
+    if layout != "transposed"
+]
 
 
 @pytest.fixture(autouse=True)
@@ -75,8 +80,9 @@ def test_the_spilled_undo_goes_when_it_is_dropped(home: str, tmp_path: Path) -> 
     (tmp_path / "home").mkdir()
     (tmp_path / "spill").mkdir()
     case = HOMES[home].make(tmp_path / "home", "untied", torch.float32, rows=ROWS, width=WIDTH)
-    undo = apply(Plan((SetBlocks(EMBED, Blocks((ROWS, WIDTH), "F32", Halve())),)), case.store(),
-                 spill=tmp_path / "spill")  # fmt: skip
+    undo = apply(
+        Plan((SetBlocks(EMBED, Blocks((ROWS, WIDTH), "F32", Halve())),)), case.store(), spill=tmp_path / "spill"
+    )
     assert sum(p.stat().st_size for p in (tmp_path / "spill").rglob("*") if p.is_file()) > ROWS * WIDTH * 4
     del undo
     gc.collect()

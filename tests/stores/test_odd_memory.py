@@ -14,8 +14,8 @@ from embedsurgery.stores.state_dicts import state_dict_store
 from embedsurgery.stores.store import Store
 from embedsurgery.tensors.convert import to_raw
 from embedsurgery.tensors.raw import RawArray
-from tests.conftest import bits
-from tests.stores.homes import EMBED, HEAD, module_of
+from tests.support.comparing import bits
+from tests.support.homes import EMBED, HEAD, module_of
 
 NEW = torch.arange(100.0, 112.0).reshape(2, 6)
 

@@ -38,8 +38,11 @@ def write_plugin(name: str, folder: Path) -> tuple[Path, tuple[str, ...]]:
     """
     short = name.removeprefix("embedsurgery-")
     if re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", short) is None or keyword.iskeyword(short):
-        raise ConfigError("no name for a plugin", found=repr(name)[:80],
-                          expected="lower-case letters, digits and single hyphens, such as row-scaling")  # fmt: skip
+        raise ConfigError(
+            "no name for a plugin",
+            found=repr(name)[:80],
+            expected="lower-case letters, digits and single hyphens, such as row-scaling",
+        )
     surgery = short.replace("-", "_")
     title = "".join(part.capitalize() for part in short.split("-"))
     words = {"@NAME@": short, "@MODULE@": f"embedsurgery_{surgery}", "@SURGERY@": surgery, "@CLASS@": title}

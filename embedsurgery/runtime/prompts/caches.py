@@ -126,13 +126,21 @@ def is_filled(cache: Any) -> bool:
     if seat_of(cache) is not None:
         return True
     if not hasattr(cache, "get_seq_length"):
-        raise UnsupportedError("a soft prompt needs a cache that says its length", where="the cache",
-                               expected="a Cache of transformers", found=type(cache).__name__)  # fmt: skip
+        raise UnsupportedError(
+            "a soft prompt needs a cache that says its length",
+            where="the cache",
+            expected="a Cache of transformers",
+            found=type(cache).__name__,
+        )
     try:
         return bool((cache.get_seq_length() or 0) > 0)  # some say None as long as they are empty
     except ValueError as error:  # what keeps states alone has no length
-        raise UnsupportedError("a soft prompt cannot go on from this model's kind of memory", where="the cache",
-                               found=type(cache).__name__, hint="generate with use_cache=False") from error  # fmt: skip
+        raise UnsupportedError(
+            "a soft prompt cannot go on from this model's kind of memory",
+            where="the cache",
+            found=type(cache).__name__,
+            hint="generate with use_cache=False",
+        ) from error
 
 
 def check_seat(cache: Any, names: tuple[str | None, ...], where: str) -> Seat:
@@ -144,9 +152,13 @@ def check_seat(cache: Any, names: tuple[str | None, ...], where: str) -> Seat:
     seat = seat_of(cache)
     if seat is not None and seat.names == names:
         return seat
-    raise AttachmentError("the cache was filled under another soft prompt", where=where, expected=_named(names),
-                          found="none" if seat is None else _named(seat.names),
-                          hint="begin with a new cache")  # fmt: skip
+    raise AttachmentError(
+        "the cache was filled under another soft prompt",
+        where=where,
+        expected=_named(names),
+        found="none" if seat is None else _named(seat.names),
+        hint="begin with a new cache",
+    )
 
 
 def _named(names: tuple[str | None, ...]) -> str:
@@ -175,6 +187,10 @@ def make_room(cache: Any, count: int, length: int, window: int | None) -> None:
             layer.max_cache_len = min(grown, max(window, size)) if layer.is_sliding and window else grown
             setattr(layer, ROOM, count)
         elif size < count + length and not layer.is_sliding:
-            raise UnsupportedError("a static cache without room for the soft prompt", where="the cache",
-                                   expected=f"max_cache_len of {count + length} or more", found=size,
-                                   hint="make it longer, or give it before its memory is allocated")  # fmt: skip
+            raise UnsupportedError(
+                "a static cache without room for the soft prompt",
+                where="the cache",
+                expected=f"max_cache_len of {count + length} or more",
+                found=size,
+                hint="make it longer, or give it before its memory is allocated",
+            )

@@ -47,9 +47,12 @@ def refuse_packed(positions: torch.Tensor, mask: Any) -> None:
     if mask is not None or positions.dim() != 2 or torch.compiler.is_compiling():
         return
     if bool((positions.diff(dim=1) != 1).any()):
-        raise UnsupportedError("a soft prompt cannot stand before each of several texts in one row",
-                               where="position_ids", expected="positions that count up",
-                               hint="pad the texts instead of packing them")  # fmt: skip
+        raise UnsupportedError(
+            "a soft prompt cannot stand before each of several texts in one row",
+            where="position_ids",
+            expected="positions that count up",
+            hint="pad the texts instead of packing them",
+        )
 
 
 def with_front(given: dict[str, Any], count: int, filler: int, batch: int, length: int) -> dict[str, Any]:

@@ -58,13 +58,18 @@ class PromptHooks:
         for stack in stacks:
             limit = position_limit(getattr(submodule(self._prompts.model, stack.path), "config", None))
             if limit is not None and override.count >= limit:
-                raise ConfigError("the soft prompt is too long for the model's positions", where=stack.path or "model",
-                                  expected=f"fewer than {limit} virtual tokens", found=override.count)  # fmt: skip
+                raise ConfigError(
+                    "the soft prompt is too long for the model's positions",
+                    where=stack.path or "model",
+                    expected=f"fewer than {limit} virtual tokens",
+                    found=override.count,
+                )
             for path in stack.lookups:
                 table = getattr(submodule(self._prompts.model, path), "weight", None)
                 if isinstance(table, torch.Tensor) and table.dim() == 2 and table.shape[1] != width:
-                    raise BaseMismatchError("the base has another width", where=path, expected=width,
-                                            found=table.shape[1])  # fmt: skip
+                    raise BaseMismatchError(
+                        "the base has another width", where=path, expected=width, found=table.shape[1]
+                    )
         refuse_other_head(self._prompts.model, adapter)
         return replace(override, submodules=tuple(stack.name for stack in stacks))
 

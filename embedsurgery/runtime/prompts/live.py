@@ -81,9 +81,13 @@ class StackPrompt:
             return self.ids, None
         samples = self.lengths.numel()
         if batch % samples:
-            raise UnsupportedError("the batch is not that of att.per_sample()", where="input_ids", found=batch,
-                                   expected=f"{samples} samples, or a multiple",
-                                   hint="give one adapter name (or None) for each sample")  # fmt: skip
+            raise UnsupportedError(
+                "the batch is not that of att.per_sample()",
+                where="input_ids",
+                found=batch,
+                expected=f"{samples} samples, or a multiple",
+                hint="give one adapter name (or None) for each sample",
+            )
         times = batch // samples
         return self.ids.repeat_interleave(times, 0), self.lengths.repeat_interleave(times)
 
@@ -183,9 +187,11 @@ class LivePrompts:
             return StackPrompt(count, (name,), first - torch.arange(count, device=device), None, prompt.keep)
         keeps = {other.keep for _, other, _ in found}
         if len(keeps) > 1:
-            raise UnsupportedError("a batch cannot mix prompts that are kept in the outputs and others",
-                                   where=", ".join(name for name, *_ in found),
-                                   hint="give all of them the same keep_prompt")  # fmt: skip
+            raise UnsupportedError(
+                "a batch cannot mix prompts that are kept in the outputs and others",
+                where=", ".join(name for name, *_ in found),
+                hint="give all of them the same keep_prompt",
+            )
         ids = torch.full((len(prompt.names), count), self.filler(), device=device)
         lengths = torch.zeros(len(prompt.names), dtype=torch.int64, device=device)
         for _, prompt, first in found:

@@ -48,8 +48,11 @@ def cut(output: Any, layout: Layout, *, keep: bool, one_more: bool) -> Any:
         return states(output, last=True)
     if isinstance(output, Mapping):
         kinds: list[tuple[tuple[str, ...], Callable[[Any], Any]]] = [
-            (_STATES, lambda v: states(v, last=True)), (_LAYERS, states), (_ATTENTIONS, attention), (_CROSS, cross),
-        ]  # fmt: skip
+            (_STATES, lambda v: states(v, last=True)),
+            (_LAYERS, states),
+            (_ATTENTIONS, attention),
+            (_CROSS, cross),
+        ]
         return _changed(output, {name: change for names, change in kinds for name in names})
     if isinstance(output, tuple):
         first, *others = output
@@ -95,8 +98,15 @@ def cut_encoder(output: Any, layout_of: Callable[[int, int], Layout]) -> Any:
     def both(value: Any) -> Any:
         return along(3)(along(2)(value))
 
-    return _changed(output, {"encoder_last_hidden_state": along(1), "encoder_hidden_states": along(1),
-                             "encoder_attentions": both, "cross_attentions": along(3)})  # fmt: skip
+    return _changed(
+        output,
+        {
+            "encoder_last_hidden_state": along(1),
+            "encoder_hidden_states": along(1),
+            "encoder_attentions": both,
+            "cross_attentions": along(3),
+        },
+    )
 
 
 def kept(output: Any, places: Any) -> Any:

@@ -24,8 +24,15 @@ from embedsurgery.runtime.prompts.positions import Counting, learned_positions, 
 from embedsurgery.runtime.prompts.stacks import can_generate
 from embedsurgery.tensors.sharded import is_sharded
 
-_BY_TOKEN = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids", "global_attention_mask", "langs", "bbox",
-             "visual_pos_masks")  # fmt: skip
+_BY_TOKEN = (
+    "token_type_ids",
+    "mm_token_type_ids",
+    "moe_mm_token_type_ids",
+    "global_attention_mask",
+    "langs",
+    "bbox",
+    "visual_pos_masks",
+)
 """What a model is given for each token beside ids, masks and positions; a virtual token's is 0."""
 
 _PACKED = ("cu_seq_lens_q", "cu_seqlens", "seq_idx")
@@ -64,11 +71,17 @@ class PromptLookup:
         if output is None:  # it failed
             return None
         if not isinstance(output, torch.Tensor):
-            raise UnsupportedError("a soft prompt cannot stand before a lookup that gives more than vectors",
-                                   where=type(module).__name__, found=type(output).__name__)  # fmt: skip
+            raise UnsupportedError(
+                "a soft prompt cannot stand before a lookup that gives more than vectors",
+                where=type(module).__name__,
+                found=type(output).__name__,
+            )
         if is_sharded(output):
-            raise UnsupportedError("a soft prompt cannot stand before a lookup that computes on shards",
-                                   where=type(module).__name__, hint="keep the lookup whole")  # fmt: skip
+            raise UnsupportedError(
+                "a soft prompt cannot stand before a lookup that computes on shards",
+                where=type(module).__name__,
+                hint="keep the lookup whole",
+            )
         plain, call.plain = call.plain, 0  # of the first lookup: GPT-2 looks types up as well
         if plain and ids.shape == call.shape:
             own = self.prompts.vectors(ids[:1, :plain], output.dtype).expand(ids.shape[0], -1, -1)
@@ -130,14 +143,19 @@ class Reading:
         if given.get("input_ids") is None and given.get("inputs_embeds") is None:
             return None
         if any(given.get(name) is not None for name in _PACKED):
-            raise UnsupportedError("a soft prompt cannot stand before each of several texts in one row",
-                                   where=type(module).__name__,
-                                   found="texts told apart by their lengths, as by continuous batching",
-                                   hint="pad the texts, or bake the prompt in")  # fmt: skip
+            raise UnsupportedError(
+                "a soft prompt cannot stand before each of several texts in one row",
+                where=type(module).__name__,
+                found="texts told apart by their lengths, as by continuous batching",
+                hint="pad the texts, or bake the prompt in",
+            )
         if any(given.get(name) is not None for name in _STATES):
-            raise UnsupportedError("a soft prompt cannot go on from this model's kind of memory",
-                                   where=type(module).__name__, expected="a cache of keys and values",
-                                   hint="generate with use_cache=False")  # fmt: skip
+            raise UnsupportedError(
+                "a soft prompt cannot go on from this model's kind of memory",
+                where=type(module).__name__,
+                expected="a cache of keys and values",
+                hint="generate with use_cache=False",
+            )
         front = self.prompts.head_calls.now()
         if front is not None and front.kept:
             given = without_front(given, front.kept)
@@ -260,25 +278,34 @@ class Reading:
 
     def _one_mask(self, mask: Any, layout: Layout, kind: str, *, came: bool) -> torch.Tensor:
         if not isinstance(mask, torch.Tensor) or mask.dim() not in (2, 4) or "chunked" in kind:
-            raise UnsupportedError("a soft prompt cannot be put into this kind of mask", where="attention_mask",
-                                   expected="a tensor of two or four axes",
-                                   found=f"{kind} {type(mask).__name__} {list(getattr(mask, 'shape', ()))}".strip(),
-                                   hint="give a mask of two axes")  # fmt: skip
+            raise UnsupportedError(
+                "a soft prompt cannot be put into this kind of mask",
+                where="attention_mask",
+                expected="a tensor of two or four axes",
+                found=f"{kind} {type(mask).__name__} {list(getattr(mask, 'shape', ()))}".strip(),
+                hint="give a mask of two axes",
+            )
         window = self.window if "sliding" in kind else None
         return extended_mask(mask, layout, window, came=came, causal=self.causal)
 
     def _refuse_uneven(self, layout: Layout) -> None:
         """Refuse samples that begin at several places where the model counts places, whatever it is told of them."""
         if not self.counting.stands and not torch.compiler.is_compiling() and layout.is_uneven():
-            raise UnsupportedError("this model counts positions from the batch's left edge, which is wrong for samples "
-                                   "that begin later, and it is to go on from a cache", where=self.stack,
-                                   hint="pad on the right, with prompts of one length, or use_cache=False")  # fmt: skip
+            raise UnsupportedError(
+                "this model counts positions from the batch's left edge, which is wrong for samples "
+                "that begin later, and it is to go on from a cache",
+                where=self.stack,
+                hint="pad on the right, with prompts of one length, or use_cache=False",
+            )
 
     def _check_length(self, layout: Layout, length: int, held: Any) -> None:
         if self.limit is None or isinstance(held, torch.Tensor):
             return
         total = length + (held or layout.count)
         if total > self.limit:
-            raise ConfigError("the input and its soft prompt are longer than the model's positions",
-                              where=self.stack, expected=f"{self.limit} at most",
-                              found=f"{total}, {layout.count} of them virtual")  # fmt: skip
+            raise ConfigError(
+                "the input and its soft prompt are longer than the model's positions",
+                where=self.stack,
+                expected=f"{self.limit} at most",
+                found=f"{total}, {layout.count} of them virtual",
+            )

@@ -123,20 +123,26 @@ def need(stacks: tuple[Stack, ...], names: tuple[str, ...], model: nn.Module) ->
     """
     if not stacks:
         raise UnsupportedError(
-            "a soft prompt has nothing to stand in front of", where=type(model).__name__,
+            "a soft prompt has nothing to stand in front of",
+            where=type(model).__name__,
             expected="a module whose forward takes input_ids, with a lookup in it",
-            found="none", hint="attach to a model that reads tokens",
-        )  # fmt: skip
+            found="none",
+            hint="attach to a model that reads tokens",
+        )
     why = _REFUSED.get(getattr(getattr(model, "config", None), "model_type", ""))
     if why is not None:
-        raise UnsupportedError("a soft prompt cannot stand in front of this model", where=type(model).__name__,
-                               found=f"a model that {why}")  # fmt: skip
+        raise UnsupportedError(
+            "a soft prompt cannot stand in front of this model", where=type(model).__name__, found=f"a model that {why}"
+        )
     chosen = _chosen(stacks, names, model)
     for stack in chosen:
         inside = {type(module).__name__ for module in submodule(model, stack.path).modules()}
         if inside & _STREAMS:
-            raise UnsupportedError("a soft prompt cannot stand in front of this part of the model", where=stack.path,
-                                   found=", ".join(sorted(inside & _STREAMS)))  # fmt: skip
+            raise UnsupportedError(
+                "a soft prompt cannot stand in front of this part of the model",
+                where=stack.path,
+                found=", ".join(sorted(inside & _STREAMS)),
+            )
     return chosen
 
 
@@ -146,6 +152,10 @@ def _chosen(stacks: tuple[Stack, ...], names: tuple[str, ...], model: nn.Module)
         return stacks
     missing = [name for name in names if name not in there]
     if missing:
-        raise UnsupportedError("the soft prompt is for a part that reads no tokens here", where=type(model).__name__,
-                               expected=" and ".join(there), found=", ".join(missing))  # fmt: skip
+        raise UnsupportedError(
+            "the soft prompt is for a part that reads no tokens here",
+            where=type(model).__name__,
+            expected=" and ".join(there),
+            found=", ".join(missing),
+        )
     return tuple(there[name] for name in names)

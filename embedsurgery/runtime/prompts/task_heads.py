@@ -55,7 +55,10 @@ def refuse_other_head(model: nn.Module, adapter: Adapter) -> None:
         if values is None or values.to("F32") != adapter.raw[name].to("F32"):
             other.append(name.removeprefix(HEADS))
     if other:
-        raise BaseMismatchError("the soft prompt was trained with another head, which its file holds", found="another",
-                                where=", ".join(other[:4]), expected="the file's values in the model",
-                                hint=f"load_state_dict of adapter.tensors, names without {HEADS!r}, strict=False, "
-                                "puts them there")  # fmt: skip
+        raise BaseMismatchError(
+            "the soft prompt was trained with another head, which its file holds",
+            found="another",
+            where=", ".join(other[:4]),
+            expected="the file's values in the model",
+            hint=f"load_state_dict of adapter.tensors, names without {HEADS!r}, strict=False, puts them there",
+        )

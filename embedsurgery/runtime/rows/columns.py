@@ -74,8 +74,13 @@ def can_replace(logits: torch.Tensor) -> bool:
     if not is_eager() or not logits.is_contiguous():
         return False
     base = logits._base
-    return base is None or (base.dim() == 2 and base.is_contiguous() and base.shape[1] == logits.shape[-1]
-                            and base.numel() == logits.numel() and base.dtype == logits.dtype)  # fmt: skip
+    return base is None or (
+        base.dim() == 2
+        and base.is_contiguous()
+        and base.shape[1] == logits.shape[-1]
+        and base.numel() == logits.numel()
+        and base.dtype == logits.dtype
+    )
 
 
 class _Columns(torch.autograd.Function):

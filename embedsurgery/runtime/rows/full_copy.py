@@ -127,8 +127,10 @@ class _Changed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         if ctx.versions != [tensor._version for tensor in ctx.new]:
-            raise AttachmentError("rows were changed in place between a forward and its backward",
-                                  hint="step the optimizer after the backward")  # fmt: skip
+            raise AttachmentError(
+                "rows were changed in place between a forward and its backward",
+                hint="step the optimizer after the backward",
+            )
         wanted = (ctx.needs_input_grad[1], *ctx.needs_input_grad[4:])
         inputs = [t.detach().requires_grad_(w) for t, w in zip((ctx.base, *ctx.new), wanted, strict=True)]
         counts = [len(tensors_of(part)) for part in ctx.rows]

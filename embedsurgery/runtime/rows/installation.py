@@ -7,13 +7,11 @@ Which adapters there are and which of them are live is ``attach.py``'s; what a h
 from __future__ import annotations
 
 import os
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -22,7 +20,7 @@ from torch import nn
 from embedsurgery.errors import EmbedSurgeryWarning, UnsupportedError
 from embedsurgery.graph import EmbeddingGraph, Table
 from embedsurgery.graph.wrappers import submodule
-from embedsurgery.runtime.calls import to_the_end
+from embedsurgery.runtime.calls import frame_at, frames_from, to_the_end
 from embedsurgery.runtime.hooks import Installed, after, before, forget_compiled, guard, remove
 from embedsurgery.runtime.rows.materialized import Standing, standing
 from embedsurgery.runtime.rows.mixing import Batch
@@ -86,20 +84,29 @@ class Installation:
     def _modes(self, override: RowOverride, materialize: bool) -> list[bool]:
         model, table = self._model[0], self._graph.table(override.table)
         modules = [submodule(model, site.module) for site in table.sites]
-        why = [f"a module of type {type(module).__name__}, no lookup and no projection, holds it too"
-               for module, _, _ in holders(model, table.names, table.transposed)
-               if not any(module is one for one in modules)]  # fmt: skip
+        why = [
+            f"a module of type {type(module).__name__}, no lookup and no projection, holds it too"
+            for module, _, _ in holders(model, table.names, table.transposed)
+            if not any(module is one for one in modules)
+        ]
         materialize = materialize or bool(why)
         modes = []
         for site, module in zip(table.sites, modules, strict=True):
             if getattr(module, "max_norm", None) is not None:
-                raise UnsupportedError("a lookup with max_norm changes its own table in the forward", where=site.module,
-                                       expected="max_norm=None", found=module.max_norm,
-                                       hint="normalise the table once and set max_norm to None")  # fmt: skip
+                raise UnsupportedError(
+                    "a lookup with max_norm changes its own table in the forward",
+                    where=site.module,
+                    expected="max_norm=None",
+                    found=module.max_norm,
+                    hint="normalise the table once and set max_norm to None",
+                )
             if "original_module" in site.module.split("."):
-                raise UnsupportedError("PEFT has set this table aside for a trained copy of its own, so its rows would "
-                                       "change nothing", where=site.module, found="modules_to_save",
-                                       hint="leave the table out of modules_to_save")  # fmt: skip
+                raise UnsupportedError(
+                    "PEFT has set this table aside for a trained copy of its own, so its rows would change nothing",
+                    where=site.module,
+                    found="modules_to_save",
+                    hint="leave the table out of modules_to_save",
+                )
             weight = module._parameters[site.parameter]
             assert weight is not None
             rows = torch.tensor(override.indices, dtype=torch.int64, device=weight.device)
@@ -107,8 +114,12 @@ class Installation:
             modes.append(not materialize and not drowns and can_override(module, site, rows))
             if not modes[-1] and not materialize:
                 where = f"{site.module or 'the model'} ({type(module).__name__})"
-                why.append(f"old rows of {where} are no numbers, or far larger than its others, which would be left in "
-                           "gradients" if drowns else f"of what {where} computes")  # fmt: skip
+                why.append(
+                    f"old rows of {where} are no numbers, or far larger than its others, which would be left in "
+                    "gradients"
+                    if drowns
+                    else f"of what {where} computes"
+                )
         known = self._installed.get(override.table)
         if known is not None and all(can for can, could in zip(modes, known, strict=True) if could):
             why = []  # as it is already
@@ -150,8 +161,11 @@ class Installation:
 
     def _put(self, table: Table) -> None:
         model, live, modes = self._model[0], self.live.setdefault(table.name, []), self._installed[table.name]
-        sites = {id(module): (module, site, can) for site, can in zip(table.sites, modes, strict=True)
-                 for module in (submodule(model, site.module),)}  # fmt: skip
+        sites = {
+            id(module): (module, site, can)
+            for site, can in zip(table.sites, modes, strict=True)
+            for module in (submodule(model, site.module),)
+        }
         if not self._unchanged.sites:
             guard(self._hooks, model, self._guards)
             before(self._hooks, model, self._unchanged)
@@ -270,10 +284,8 @@ def _say(table: Table, function: Any) -> None:
         return
     name = getattr(function, "__name__", str(function))
     message = _costs(table, f"that reads the weight outside of its module, as {name} does here")
-    frame: FrameType | None = sys._getframe()
-    while frame is not None and frame.f_back is not None and frame.f_code.co_filename.startswith(_NOT_THE_READER):
-        frame = frame.f_back
-    assert frame is not None
+    stack = list(frames_from(frame_at()))
+    frame = next((one for one in stack if not one.f_code.co_filename.startswith(_NOT_THE_READER)), stack[-1])
     warnings.warn_explicit(message, EmbedSurgeryWarning, frame.f_code.co_filename, frame.f_lineno)
 
 

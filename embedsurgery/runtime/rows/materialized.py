@@ -44,13 +44,22 @@ class Standing(StandIns):
         if not self.live:
             return
         parts = [*(rows.values for rows in self.live), *(held(m, n) for m, n, _ in self.holders)]
-        found = ("a table in pieces" if any(is_sharded(part) or hasattr(part, "ds_id") for part in parts)
-                 else "a table that is changed as a whole" if has_whole_tables(self.live)
-                 else "a batch that mixes adapters" if any(rows.samples is not None for rows in self.live)
-                 else None)  # fmt: skip
+        found = (
+            "a table in pieces"
+            if any(is_sharded(part) or hasattr(part, "ds_id") for part in parts)
+            else "a table that is changed as a whole"
+            if has_whole_tables(self.live)
+            else "a batch that mixes adapters"
+            if any(rows.samples is not None for rows in self.live)
+            else None
+        )
         if found is not None:
-            raise UnsupportedError("a weight cannot be shown outside of the forwards", where=self.table.name,
-                                   found=found, hint="read it in the forward of the model")  # fmt: skip
+            raise UnsupportedError(
+                "a weight cannot be shown outside of the forwards",
+                where=self.table.name,
+                found=found,
+                hint="read it in the forward of the model",
+            )
         module, name, transposed = self.holders[0]
         base = held(module, name)
         source = _Following(self.table, base.t() if transposed else base, tuple(self.live), _say_nothing, self.bare)
@@ -63,8 +72,11 @@ class Standing(StandIns):
                 self._over(module, name, made[id(weight)])
 
     def __getstate__(self) -> dict[str, Any]:
-        raise UnsupportedError("a model cannot be copied while attachment.materialized() lasts",
-                               where=self.table.name, hint="copy it before")  # fmt: skip
+        raise UnsupportedError(
+            "a model cannot be copied while attachment.materialized() lasts",
+            where=self.table.name,
+            hint="copy it before",
+        )
 
 
 class _Following(Source):
@@ -78,8 +90,12 @@ class _Following(Source):
             self._begin(function, True)
             return full_copy(self.base, self.rows)
         rows = [rows.values for rows in self.rows]
-        now = (torch.is_grad_enabled(), [(id(one), one._version, one.requires_grad) for one in rows],
-               self.base._version, self.base.data_ptr())  # fmt: skip
+        now = (
+            torch.is_grad_enabled(),
+            [(id(one), one._version, one.requires_grad) for one in rows],
+            self.base._version,
+            self.base.data_ptr(),
+        )
         if now != self.seen or not all(map(_equal, rows, self.values)):
             self.copies.clear()
             self.seen = now

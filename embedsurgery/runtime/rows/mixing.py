@@ -77,11 +77,14 @@ class Batch:
         if self.tokens and tensor.dim() == (2 if tensor.is_floating_point() else 1) and count not in self.tokens:
             fits = False  # some of the tokens, of nobody knows which samples
         if not tensor.dim() or not fits or self._is_turned(tensor):
-            raise UnsupportedError("the batch is not that of att.per_sample()", where="first axis of a site's tensor",
-                                   expected=f"{known} samples, or each of them as many times",
-                                   found=f"a tensor of shape {list(tensor.shape)}",
-                                   hint="give one adapter name (or None) for each sample; where the model puts other "
-                                   "things first, run the samples of each adapter by themselves")  # fmt: skip
+            raise UnsupportedError(
+                "the batch is not that of att.per_sample()",
+                where="first axis of a site's tensor",
+                expected=f"{known} samples, or each of them as many times",
+                found=f"a tensor of shape {list(tensor.shape)}",
+                hint="give one adapter name (or None) for each sample; where the model puts other "
+                "things first, run the samples of each adapter by themselves",
+            )
         return samples.repeat_interleave(count // known).reshape(-1, *[1] * (tensor.dim() - 1))
 
     def _is_turned(self, ids: torch.Tensor) -> bool:

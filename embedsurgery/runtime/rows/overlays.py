@@ -27,7 +27,7 @@ from torch import nn
 
 from embedsurgery.errors import UnsupportedError
 from embedsurgery.graph import Table
-from embedsurgery.runtime.calls import first_of, run
+from embedsurgery.runtime.calls import first_of, frame_at, frames_from, run
 from embedsurgery.runtime.hooks import forget_compiled, tensors_in
 from embedsurgery.runtime.rows.full_copy import full_copy
 from embedsurgery.runtime.rows.rows import Rows
@@ -77,9 +77,12 @@ class Materialised:
 
     def refresh(self) -> None:
         """To be called when other rows are live: a padding row of ours has a gradient, any other has none."""
-        self.unpadded = [module for module, _, _ in self.holders
-                         for row in (getattr(module, "padding_idx", None),)
-                         if row is not None and any(row in rows.numbers for rows in self.live)]  # fmt: skip
+        self.unpadded = [
+            module
+            for module, _, _ in self.holders
+            for row in (getattr(module, "padding_idx", None),)
+            if row is not None and any(row in rows.numbers for rows in self.live)
+        ]
 
     def enter(self, module: nn.Module, *_: Any) -> None:
         """Pre-hook."""
@@ -96,7 +99,7 @@ class Materialised:
                     return
                 self.trains = torch.is_grad_enabled()
                 self.lay()
-            frame = sys._getframe(2)  # above it torch's inner function, and its outer one
+            frame = frame_at(2)  # above it torch's inner function, and its outer one
             if first_of(self.frames, frame) is None:
                 self.frames.append(frame)
             self._share()
@@ -107,7 +110,7 @@ class Materialised:
             self._leave_traced(module)
             return
         with self.lock:
-            own = (sys._getframe(1), sys._getframe(2))  # after an exception the outer function calls this itself
+            own = (frame_at(1), frame_at(2))  # after an exception the outer function calls this itself
             frame = next((frame for frame in own if frame in self.frames), None)
             if frame is None:
                 return
@@ -151,7 +154,7 @@ class Materialised:
     def _begin_backward(self, covers: list[tuple[nn.Module, str, Any]], _: torch.Tensor) -> None:
         running = _backward()
         with self.lock:
-            inside = self.outermost is not None or first_of(self.frames, sys._getframe()) is not None
+            inside = self.outermost is not None or first_of(self.frames, frame_at()) is not None
             if running is None or running in self.frames or inside:
                 return
             if not self.laid:
@@ -177,8 +180,11 @@ class Materialised:
         module, name, transposed = self.holders[0]
         base = held(module, name)
         if is_sharded(base):
-            raise UnsupportedError("a table that is sharded here cannot be overridden by a full copy", where=name,
-                                   hint="let the sharded module be one that reads the table itself")  # fmt: skip
+            raise UnsupportedError(
+                "a table that is sharded here cannot be overridden by a full copy",
+                where=name,
+                hint="let the sharded module be one that reads the table itself",
+            )
         table = full_copy(base.t() if transposed else base, self.live)
         for module, name, transposed in self.holders:
             self._over(module, name, table.t() if transposed else table)
@@ -211,7 +217,7 @@ class Materialised:
         """Whether the call that laid what is there does not run any more."""
         if self.outermost is not None:
             return module is self.outermost
-        if tracing or first_of(self.frames, sys._getframe()) is not None:
+        if tracing or first_of(self.frames, frame_at()) is not None:
             return False
         return not run(self.frames)
 
@@ -325,9 +331,7 @@ _is_named._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as in 
 
 def _backward() -> FrameType | None:
     """The frame that called autograd's engine, which may have other threads run its hooks."""
-    frame: FrameType | None = sys._getframe()
-    while frame is not None and frame.f_code.co_name != _ENGINE:
-        frame = frame.f_back
+    frame = next((frame for frame in frames_from(frame_at()) if frame.f_code.co_name == _ENGINE), None)
     if frame is not None:
         return frame
     return next((top for top in sys._current_frames().values() if top.f_code.co_name == _ENGINE), None)  # it waits

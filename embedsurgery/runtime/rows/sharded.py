@@ -70,9 +70,12 @@ class Guard:
 
     def __call__(self, module: nn.Module, *_: Any) -> None:
         if getattr(module, "_is_replica", False):
-            raise UnsupportedError("rows are not live in the replicas that torch.nn.DataParallel makes",
-                                   where=type(module).__name__, expected="DistributedDataParallel",
-                                   hint="start with torchrun, or set CUDA_VISIBLE_DEVICES=0")  # fmt: skip
+            raise UnsupportedError(
+                "rows are not live in the replicas that torch.nn.DataParallel makes",
+                where=type(module).__name__,
+                expected="DistributedDataParallel",
+                hint="start with torchrun, or set CUDA_VISIBLE_DEVICES=0",
+            )
         if not torch.is_grad_enabled():
             return
         if not torch.compiler.is_compiling():
@@ -104,8 +107,11 @@ class Guard:
             raise _unknown(name, "DeepSpeed")
         views = any(not isinstance(p, nn.Parameter) for p in parameters.values())
         if views or any(fsdp_version(m) == 1 for m in model.modules()):
-            raise UnsupportedError("rows cannot be trained under FullyShardedDataParallel", where=name,
-                                   hint="use its successor, torch.distributed.fsdp.fully_shard")  # fmt: skip
+            raise UnsupportedError(
+                "rows cannot be trained under FullyShardedDataParallel",
+                where=name,
+                hint="use its successor, torch.distributed.fsdp.fully_shard",
+            )
         modules = [m for m in model.modules() if fsdp_version(m) == 2]
         unsharded = any(name in parameters and not is_sharded(parameters[name]) for name in self.sharded)
         if not modules and not unsharded:
@@ -177,8 +183,11 @@ def plain_rows(values: torch.Tensor, name: str = "the rows") -> torch.Tensor:
     if not is_sharded(values):
         return values
     if torch.is_grad_enabled() and values.requires_grad:
-        raise UnsupportedError("the rows are sharded here, because the module that was sharded with them did not run",
-                               where=name, hint="call the module that fully_shard was called on last")  # fmt: skip
+        raise UnsupportedError(
+            "the rows are sharded here, because the module that was sharded with them did not run",
+            where=name,
+            hint="call the module that fully_shard was called on last",
+        )
     return whole(values)
 
 
@@ -190,8 +199,10 @@ def set_rows(model: nn.Module, rows: Rows, values: torch.Tensor) -> None:
         UnsupportedError: DeepSpeed holds a copy of them, which would overwrite what is set.
     """
     if _is_deepspeeds(rows.values):
-        raise UnsupportedError("rows cannot be set once DeepSpeed's ZeRO has its own copy of them",
-                               hint="restore them before deepspeed.initialize")  # fmt: skip
+        raise UnsupportedError(
+            "rows cannot be set once DeepSpeed's ZeRO has its own copy of them",
+            hint="restore them before deepspeed.initialize",
+        )
     wrapped: list[Any] = [module for module in model.modules() if fsdp_version(module) == 2]
     for module in wrapped:
         module.reshard()  # what is written into a gathered parameter is lost
@@ -228,8 +239,12 @@ def save_once(adapter: Adapter, directory: str | os.PathLike[str]) -> Path:
         return adapter.save(directory)
     device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
     if not _agree(_number(raw.data for raw in adapter.raw.values()), device, (None,)):
-        raise AdapterError("the ranks hold different rows", where=directory, expected="the same on every rank",
-                           hint="attach before the model is wrapped, so that their gradients are averaged")  # fmt: skip
+        raise AdapterError(
+            "the ranks hold different rows",
+            where=directory,
+            expected="the same on every rank",
+            hint="attach before the model is wrapped, so that their gradients are averaged",
+        )
     failed: Exception | None = None
     if torch.distributed.get_rank() == 0:
         try:
@@ -246,8 +261,9 @@ def save_once(adapter: Adapter, directory: str | os.PathLike[str]) -> Path:
 
 
 def _unknown(name: str, wrapper: str) -> UnsupportedError:
-    return UnsupportedError(f"trainable rows that {wrapper} does not know: they would drift apart on the ranks",
-                            where=name, hint=_LATE)  # fmt: skip
+    return UnsupportedError(
+        f"trainable rows that {wrapper} does not know: they would drift apart on the ranks", where=name, hint=_LATE
+    )
 
 
 def _reduced(ddp: Any, parameter: nn.Parameter) -> bool:
@@ -285,10 +301,12 @@ def _same_start(name: str, mesh: Any, start: Iterator[bytes]) -> None:
     groups = tuple(mesh.get_group(axis) for axis in range(mesh.ndim))
     if not _agree(_number(start), torch.device(mesh.device_type), groups):
         raise UnsupportedError(
-            "the ranks have attached different rows", where=name, expected="the same adapter and base on every rank",
+            "the ranks have attached different rows",
+            where=name,
+            expected="the same adapter and base on every rank",
             hint="load the weights on every rank before attaching (Accelerate: cpu_ram_efficient_loading=False), and "
             "seed random initial rows alike",
-        )  # fmt: skip
+        )
 
 
 def _number(parts: Iterable[bytes]) -> int:

@@ -52,9 +52,13 @@ class Lookup:
         for rows in self.live:
             ids, args_of, kwargs_of = _split_ids(args, kwargs)
             if not isinstance(ids, torch.Tensor) or ids.is_floating_point():
-                raise UnsupportedError("a lookup that is given something other than ids", where=self.where or "root",
-                                       expected="integers", found=getattr(ids, "dtype", type(ids).__name__),
-                                       hint="attach(..., materialize=True) gives it the whole table")  # fmt: skip
+                raise UnsupportedError(
+                    "a lookup that is given something other than ids",
+                    where=self.where or "root",
+                    expected="integers",
+                    found=getattr(ids, "dtype", type(ids).__name__),
+                    hint="attach(..., materialize=True) gives it the whole table",
+                )
             place, ours, small = chosen(rows, ids, held(module, self.parameter))
             if rows.samples is not None:
                 ours = ours & self.batch.mask(rows.samples, ids)
@@ -185,8 +189,11 @@ def _agrees(module: nn.Module, site: Site, indices: torch.Tensor) -> bool:
     return torch.equal(full, new) if site.role == "input" else torch.allclose(full, new, rtol=1e-3, atol=1e-5)
 
 
-_HOOKS = tuple(name for name in nn.Module().__dict__ if name.endswith(("_hooks", "_hooks_with_kwargs",
-               "_hooks_always_called")) and "state_dict" not in name)  # fmt: skip
+_HOOKS = tuple(
+    name
+    for name in nn.Module().__dict__
+    if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")) and "state_dict" not in name
+)
 
 
 def held(module: nn.Module, parameter: str) -> nn.Parameter:

@@ -7,7 +7,6 @@ run twice, and one that reads nothing pays for nothing.
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Callable
 from types import FrameType
@@ -19,7 +18,7 @@ from torch.utils._pytree import tree_map
 
 from embedsurgery.errors import UnsupportedError
 from embedsurgery.graph import Table
-from embedsurgery.runtime.calls import first_of
+from embedsurgery.runtime.calls import first_of, frame_at
 from embedsurgery.runtime.rows.full_copy import full_copy, values_of, with_gradient
 from embedsurgery.runtime.rows.rows import Rows
 from embedsurgery.runtime.rows.sparse_lookup import is_transformed
@@ -28,13 +27,50 @@ from embedsurgery.runtime.rows.whole_tables import chosen
 _VALUES = frozenset({"data", "T", "H", "mT", "mH", "real", "imag", "__cuda_array_interface__"})
 """Attributes of a tensor that give its values; all others only describe it."""
 
-_DESCRIBE = frozenset({
-    "size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset", "untyped_storage", "element_size",
-    "get_device", "is_contiguous", "is_floating_point", "is_complex", "is_signed", "is_conj", "is_neg", "is_inference",
-    "is_pinned", "is_shared", "is_same_size", "_is_view", "__len__", "__hash__", "has_names", "register_hook",
-    "retain_grad", "result_type", "empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like",
-    "randint_like", "new_empty", "new_zeros", "new_ones", "new_full", "new_tensor", "new_empty_strided",
-})  # fmt: skip
+_DESCRIBE = frozenset(
+    {
+        "size",
+        "dim",
+        "ndimension",
+        "numel",
+        "nelement",
+        "stride",
+        "storage_offset",
+        "untyped_storage",
+        "element_size",
+        "get_device",
+        "is_contiguous",
+        "is_floating_point",
+        "is_complex",
+        "is_signed",
+        "is_conj",
+        "is_neg",
+        "is_inference",
+        "is_pinned",
+        "is_shared",
+        "is_same_size",
+        "_is_view",
+        "__len__",
+        "__hash__",
+        "has_names",
+        "register_hook",
+        "retain_grad",
+        "result_type",
+        "empty_like",
+        "zeros_like",
+        "ones_like",
+        "full_like",
+        "rand_like",
+        "randn_like",
+        "randint_like",
+        "new_empty",
+        "new_zeros",
+        "new_ones",
+        "new_full",
+        "new_tensor",
+        "new_empty_strided",
+    }
+)
 """Functions whose result does not depend on values. ``data_ptr`` is not one: kernels read through it."""
 
 _GETTERS = frozenset(
@@ -47,10 +83,12 @@ _GRAD: Any = vars(torch._C.TensorBase)["grad"].__get__
 
 
 _CHANGE = frozenset(
-    name for name in dir(torch.Tensor)
-    if name == "__setitem__" or (name.startswith("__i") and callable(getattr(torch.Tensor, f"__{name[3:]}", None)))
+    name
+    for name in dir(torch.Tensor)
+    if name == "__setitem__"
+    or (name.startswith("__i") and callable(getattr(torch.Tensor, f"__{name[3:]}", None)))
     or (name.endswith("_") and not name.endswith("__"))
-) | {"__set__"}  # fmt: skip
+) | {"__set__"}
 """Functions that write into their first argument."""
 
 
@@ -75,7 +113,7 @@ class Bare(threading.local):
         """Whether one does; in compiled code a site has its weight uncovered."""
         if torch.compiler.is_compiling():
             return False
-        return bool(self.frames) and first_of(self.frames, sys._getframe()) is not None
+        return bool(self.frames) and first_of(self.frames, frame_at()) is not None
 
 
 class Source:
@@ -141,9 +179,12 @@ class Source:
 
     def _begin(self, function: Any, whole: bool) -> None:
         if any(part.samples is not None for part in self.rows):
-            raise UnsupportedError("a batch cannot mix adapters here", where=self.table.name,
-                                   found=f"a weight that {_name(function)} reads outside of its module",
-                                   hint="run the samples of each adapter by themselves")  # fmt: skip
+            raise UnsupportedError(
+                "a batch cannot mix adapters here",
+                where=self.table.name,
+                found=f"a weight that {_name(function)} reads outside of its module",
+                hint="run the samples of each adapter by themselves",
+            )
         self.read = True
         self.said(function, whole)
 
@@ -167,8 +208,12 @@ class StandIn(torch.Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         if args and isinstance(args[0], StandIn) and _name(func) in _CHANGE:
-            raise UnsupportedError("the model changes a table in its forward", where=args[0].source.table.name,
-                                   found=_name(func), hint="change it before attaching")  # fmt: skip
+            raise UnsupportedError(
+                "the model changes a table in its forward",
+                where=args[0].source.table.name,
+                found=_name(func),
+                hint="change it before attaching",
+            )
         if any(isinstance(one, StandIn) and one.source.bare.runs() for one in (*args, *kwargs.values())):
             args, kwargs = tree_map(_bared, (args, kwargs))
             return func(*args, **kwargs)

@@ -49,16 +49,20 @@ class Unchanged:
 
     def keep_apart(self, model: nn.Module, graph: EmbeddingGraph) -> None:
         """Expect the tables of a model to stay several Parameters."""
-        self.apart = [(table.name, module, leaf) for table in graph.tables
-                      for module, leaf, _ in list(holders(model, table.names, table.transposed))[:1]]  # fmt: skip
+        self.apart = [
+            (table.name, module, leaf)
+            for table in graph.tables
+            for module, leaf, _ in list(holders(model, table.names, table.transposed))[:1]
+        ]
 
     def __call__(self, model: nn.Module, *_: Any) -> None:
         if torch.compiler.is_compiling():
             return
         for path, module in self.sites:
             if _at(model, path) is not module:
-                raise AttachmentError("a module was replaced after attaching, so that its rows would be lost",
-                                      where=path, hint=_WAY_OUT)  # fmt: skip
+                raise AttachmentError(
+                    "a module was replaced after attaching, so that its rows would be lost", where=path, hint=_WAY_OUT
+                )
         plain = not is_transformed()  # below a transform numbers cannot be compared
         for layer in self.layers if plain else ():
             layer.check(model)
@@ -75,17 +79,26 @@ class Unchanged:
         self._check_offloaded()
         for table, held in self.ties:
             if _parameters(held) > 1:
-                raise AttachmentError("a tied table was parted after attaching", where=" and ".join(table.names),
-                                      expected="one parameter", found=_parameters(held), hint=_WAY_OUT)  # fmt: skip
+                raise AttachmentError(
+                    "a tied table was parted after attaching",
+                    where=" and ".join(table.names),
+                    expected="one parameter",
+                    found=_parameters(held),
+                    hint=_WAY_OUT,
+                )
         self._check_apart()
         for table, module, leaf, axis, live in self.sizes:
             weight = module._parameters.get(leaf)
             size = weight.shape[axis] if weight is not None and weight.dim() == 2 else table.shape[0]
             lost = [n for n in range(size, table.shape[0]) if any(n in rows.numbers for rows in live)]
             if lost:
-                raise AttachmentError("a table was cut after attaching, and has lost live rows", where=table.name,
-                                      expected=f"{table.shape[0]} rows", found=f"{size}, without {shorten(lost)}",
-                                      hint=_WAY_OUT)  # fmt: skip
+                raise AttachmentError(
+                    "a table was cut after attaching, and has lost live rows",
+                    where=table.name,
+                    expected=f"{table.shape[0]} rows",
+                    found=f"{size}, without {shorten(lost)}",
+                    hint=_WAY_OUT,
+                )
 
     def _check_tokens_of_peft(self, model: nn.Module) -> None:
         """Refuse, at the first forward and at the first that may train, rows that PEFT's layers replace by theirs."""
@@ -99,9 +112,11 @@ class Unchanged:
                     found.update(*(layer.token_indices.get(name, ()) for name in layer.active_adapters))
             both = sorted(n for n in found if any(n in rows.numbers for rows in live))
             if both:
-                raise AttachmentError("PEFT's trainable tokens and attached rows are for the same tokens",
-                                      where=f"{table.name}, rows {shorten(both)}",
-                                      hint="give each token to one of them")  # fmt: skip
+                raise AttachmentError(
+                    "PEFT's trainable tokens and attached rows are for the same tokens",
+                    where=f"{table.name}, rows {shorten(both)}",
+                    hint="give each token to one of them",
+                )
 
     def _check_offloaded(self) -> None:
         for table, module, leaf, _, live in self.sizes:
@@ -109,10 +124,13 @@ class Unchanged:
             if weight is None or not weight.is_meta or not live:
                 continue
             if hasattr(module, "_hf_hook") or any(not rows.values.is_meta for rows in live):
-                raise UnsupportedError("a table with attached rows has no values here: it was offloaded",
-                                       where=table.name, expected="a table on a device", found="a meta tensor",
-                                       hint="let what offloads the model (Accelerate's device_map) keep the table, and "
-                                       "offload layers")  # fmt: skip
+                raise UnsupportedError(
+                    "a table with attached rows has no values here: it was offloaded",
+                    where=table.name,
+                    expected="a table on a device",
+                    found="a meta tensor",
+                    hint="let what offloads the model (Accelerate's device_map) keep the table, and offload layers",
+                )
 
     def _check_apart(self) -> None:
         ours = {id(module._parameters.get(leaf)): table.name for table, module, leaf, _, live in self.sizes if live}
@@ -120,18 +138,25 @@ class Unchanged:
             weight = module._parameters.get(leaf)
             table = None if weight is None else ours.get(id(weight))
             if table not in (None, name):
-                raise AttachmentError("two tables were tied after attaching, of which one's rows would be the other's",
-                                      where=f"{table} and {name}", expected="two parameters", found="one",
-                                      hint=_WAY_OUT)  # fmt: skip
+                raise AttachmentError(
+                    "two tables were tied after attaching, of which one's rows would be the other's",
+                    where=f"{table} and {name}",
+                    expected="two parameters",
+                    found="one",
+                    hint=_WAY_OUT,
+                )
 
     def _say_if_frozen(self, model: nn.Module) -> None:
         """Warn, at the first forward that may train, where PEFT has frozen the rows beside layers of its own."""
         live = [rows for _, _, _, _, part in self.sizes for rows in part]
         layers = [module for module in model.modules() if hasattr(type(module), "get_base_layer")]
         if live and layers and not any(rows.values.requires_grad for rows in live):
-            warnings.warn("every row is frozen, so that none will be trained: PEFT freezes what it does not know; "
-                          "attachment.unfreeze() makes them trainable again", EmbedSurgeryWarning,
-                          stacklevel=4)  # fmt: skip
+            warnings.warn(
+                "every row is frozen, so that none will be trained: PEFT freezes what it does not know; "
+                "attachment.unfreeze() makes them trainable again",
+                EmbedSurgeryWarning,
+                stacklevel=4,
+            )
 
 
 class _Layer:
@@ -164,7 +189,7 @@ class _Layer:
                 where=self.path,
                 found=f"{self.table.name} with other rows than when they were attached",
                 hint="attachment.merge() before PEFT's merge_adapter() or merge_and_unload(); unload() takes LoRA off",
-            )  # fmt: skip
+            )
         self.last, self.looked = now, True
 
     def _may_have_come_and_gone(self) -> bool:

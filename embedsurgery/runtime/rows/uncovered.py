@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import torch
 from torch import nn
 
+from embedsurgery.runtime.calls import frame_at
 from embedsurgery.runtime.rows.overlays import StandIns
 from embedsurgery.runtime.rows.sliced_head import uncover
 
@@ -32,7 +32,7 @@ class Uncovered:
             self.before = module.__dict__.pop(self.parameter, None)
             return
         with self.overlay.lock:
-            self.overlay.bare.begin(sys._getframe(2))
+            self.overlay.bare.begin(frame_at(2))
             shared = self.overlay.is_shared()
             self.before = None if shared else module.__dict__.pop(self.parameter, None)
 
@@ -40,7 +40,7 @@ class Uncovered:
         """Post-hook."""
         if not torch.compiler.is_compiling():
             with self.overlay.lock:
-                self.overlay.bare.end(sys._getframe())
+                self.overlay.bare.end(frame_at())
                 self._cover(module)
             return
         self._cover(module)

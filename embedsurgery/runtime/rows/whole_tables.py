@@ -139,12 +139,15 @@ def whole_replacements(
     Raises:
         AttachmentError: They are not for the same tables, in the same way.
     """
-    parts = [[(o.table, raw[o.tensor].shape, o.indices, getattr(o, "change", None)) for o in overrides]
-             for overrides, raw in ((ours, live.raw), (theirs, adapter.raw))]  # fmt: skip
+    parts = [
+        [(o.table, raw[o.tensor].shape, o.indices, getattr(o, "change", None)) for o in overrides]
+        for overrides, raw in ((ours, live.raw), (theirs, adapter.raw))
+    ]
     if parts[0] != parts[1]:
         expected, found = (", ".join(f"{table} {list(shape)}" for table, shape, _, _ in part) for part in parts)
-        raise AttachmentError("the adapter is for other tables, or changes them otherwise", where=name,
-                              expected=expected, found=found)  # fmt: skip
+        raise AttachmentError(
+            "the adapter is for other tables, or changes them otherwise", where=name, expected=expected, found=found
+        )
     return [from_raw(adapter.raw[override.tensor]) for override in theirs]
 
 

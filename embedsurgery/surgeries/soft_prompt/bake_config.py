@@ -42,8 +42,11 @@ class BakeConfig:
 
     def __post_init__(self) -> None:
         if self.name is not None and (not isinstance(self.name, str) or plain(self.name) != self.name):
-            raise ConfigError("not a name for virtual tokens", expected="letters, digits, '.', '_' and '-'",
-                              found=repr(self.name)[:80])  # fmt: skip
+            raise ConfigError(
+                "not a name for virtual tokens",
+                expected="letters, digits, '.', '_' and '-'",
+                found=repr(self.name)[:80],
+            )
         if self.front not in (None, *FRONTS):
             raise ConfigError("no such front", expected=", ".join(FRONTS), found=repr(self.front)[:80])
         if self.tied not in ("untie", "keep"):

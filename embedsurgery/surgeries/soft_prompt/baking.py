@@ -52,14 +52,16 @@ def plan_prompt(adapter: Adapter, ground: Ground) -> Plan:
     """
     config = BakeConfig() if ground.options is None else ground.options
     if not isinstance(config, BakeConfig):
-        raise ConfigError("not a way to bake a soft prompt", where=ground.label, expected="a BakeConfig",
-                          found=repr(config)[:80])  # fmt: skip
+        raise ConfigError(
+            "not a way to bake a soft prompt", where=ground.label, expected="a BakeConfig", found=repr(config)[:80]
+        )
     table = ground.located[adapter.manifest.tables[0].name]
     prompt = _prompt(adapter, table, ground)
     known = ground.tokens() if ground.tokens is not None else None
     if known is None or ground.state.texts is None:
-        raise ConfigError("a soft prompt becomes tokens, and there is no tokenizer", where=ground.store.name,
-                          hint="give tokenizer=")  # fmt: skip
+        raise ConfigError(
+            "a soft prompt becomes tokens, and there is no tokenizer", where=ground.store.name, hint="give tokenizer="
+        )
     vocabulary = ground.store.graph.vocabulary_of(table)
     new = _tokens(config.name or plain(ground.label), len(prompt), known, ground, vocabulary, config)
     front = _front(new, config, known, ground)
@@ -84,24 +86,43 @@ def _prompt(adapter: Adapter, table: Table, ground: Ground) -> np.ndarray[Any, n
     config = as_mapping(ground.store.config) if ground.store.config is not None else {}
     encoding = any("encoder" in name or "shared" in name for name in (*table.names, *table.modules))
     if "decoder" in prompts or (config.get("is_encoder_decoder") is True and not encoding):
-        raise UnsupportedError("a prompt for the decoder cannot become text: the text is the encoder's", where=where,
-                               found=f"a prompt for {' and '.join(prompts)}", expected="one for the encoder alone",
-                               hint="attach it")  # fmt: skip
+        raise UnsupportedError(
+            "a prompt for the decoder cannot become text: the text is the encoder's",
+            where=where,
+            found=f"a prompt for {' and '.join(prompts)}",
+            expected="one for the encoder alone",
+            hint="attach it",
+        )
     if config.get("is_encoder_decoder") is True and adapter.manifest.config.get("task_type") in _READ_TWICE:
-        raise UnsupportedError("this model gives its text to the decoder too, where the prompt was not", where=where,
-                               found=adapter.manifest.config["task_type"], hint="attach it")  # fmt: skip
-    beside = [t.name for t in graph.tables if t is not table and t.name.split(".")[-2:-1][:1] and
-              t.name.split(".")[-2] in _BESIDE]  # fmt: skip
+        raise UnsupportedError(
+            "this model gives its text to the decoder too, where the prompt was not",
+            where=where,
+            found=adapter.manifest.config["task_type"],
+            hint="attach it",
+        )
+    beside = [
+        t.name
+        for t in graph.tables
+        if t is not table and t.name.split(".")[-2:-1][:1] and t.name.split(".")[-2] in _BESIDE
+    ]
     if beside:
-        raise UnsupportedError("this model looks its ids up in another table too, of which a soft prompt knows nothing",
-                               where=where, found=", ".join(beside), hint="attach it")  # fmt: skip
+        raise UnsupportedError(
+            "this model looks its ids up in another table too, of which a soft prompt knows nothing",
+            where=where,
+            found=", ".join(beside),
+            hint="attach it",
+        )
     values = next(iter(prompts.values())).float32()
     if not np.isfinite(values).all():
         raise UnsupportedError("the soft prompt holds NaN or infinity", where=repr(adapter), hint="train it again")
     limit = position_limit(ground.store.config)
     if limit is not None and len(values) >= limit:
-        raise UnsupportedError("the soft prompt leaves no position for a text", where=where,
-                               expected=f"fewer than {limit} virtual tokens", found=len(values))  # fmt: skip
+        raise UnsupportedError(
+            "the soft prompt leaves no position for a text",
+            where=where,
+            expected=f"fewer than {limit} virtual tokens",
+            found=len(values),
+        )
     return values
 
 
@@ -113,8 +134,12 @@ def _tokens(
     contents = [f"{MARK}{name}:{number}|>" for number in range(count)]
     taken = sorted(set(contents) & set(texts.values()))
     if taken:
-        raise PlanError("the tokenizer has virtual tokens of this name already", where=known.source,
-                        found=f"{taken[0]!r} and {len(taken) - 1} more", hint="bake it under another name")  # fmt: skip
+        raise PlanError(
+            "the tokenizer has virtual tokens of this name already",
+            where=known.source,
+            found=f"{taken[0]!r} and {len(taken) - 1} more",
+            hint="bake it under another name",
+        )
     check_belongs(known, vocabulary.size)
     following = max([known.next_id, *(index + 1 for index in texts if index not in known.texts)])
     roles = named_ids(as_mapping(ground.store.config)) if config.reserved else {}
@@ -130,12 +155,22 @@ def _front(new: Sequence[Token], config: BakeConfig, known: KnownTokens, ground:
     if front == "none":
         return None
     if ground.state.front is not None:
-        raise PlanError("two soft prompts would stand before every text", where=ground.store.name,
-                        found=f"{ground.state.front} and {_name(new[0])}", expected="one",
-                        hint="bake with front='none', and choose by the markers in the text")  # fmt: skip
+        raise PlanError(
+            "two soft prompts would stand before every text",
+            where=ground.store.name,
+            found=f"{ground.state.front} and {_name(new[0])}",
+            expected="one",
+            hint="bake with front='none', and choose by the markers in the text",
+        )
     ground.state.front = _name(new[0])
-    return Prefix(f"{MARK}{_name(new[0])}|>", tuple(t.content for t in new), tuple(t.id for t in new),
-                 front in ("all", "text"), front in ("all", "chat"), config.after_bos)  # fmt: skip
+    return Prefix(
+        f"{MARK}{_name(new[0])}|>",
+        tuple(t.content for t in new),
+        tuple(t.id for t in new),
+        front in ("all", "text"),
+        front in ("all", "chat"),
+        config.after_bos,
+    )
 
 
 def _name(token: Token) -> str:
@@ -186,10 +221,14 @@ class _Baking:
         found = {name: self.ground.store.graph.table(name) for name in self.vocabulary.tables}
         shortest = min(found.values(), key=lambda table: table.shape[0])
         if shortest.shape[0] < self.vocabulary.size:
-            raise UnsupportedError("the tables of this vocabulary have different numbers of rows, so a new id would be "
-                                   "another token's in one of them", where=shortest.name,
-                                   expected=f"{self.vocabulary.size} rows", found=shortest.shape[0],
-                                   hint="attach the prompt")  # fmt: skip
+            raise UnsupportedError(
+                "the tables of this vocabulary have different numbers of rows, so a new id would be "
+                "another token's in one of them",
+                where=shortest.name,
+                expected=f"{self.vocabulary.size} rows",
+                found=shortest.shape[0],
+                hint="attach the prompt",
+            )
         return found | {head: found[name] for name, head in self.ground.state.parted.items() if name in found}
 
     def _parted(self, tables: Mapping[str, Table], ids: Sequence[int]) -> Iterator[Untie]:
@@ -236,7 +275,10 @@ class _Baking:
     def _scale(self) -> Scale:
         scale = scale_of(self.table, self.ground.store.config)
         if scale is None:
-            warnings.warn(f"nothing says by what {self.ground.store.name} multiplies the rows of {self.table.name}: "
-                          "taken for 1", EmbedSurgeryWarning, stacklevel=2)  # fmt: skip
+            warnings.warn(
+                f"nothing says by what {self.ground.store.name} multiplies the rows of {self.table.name}: taken for 1",
+                EmbedSurgeryWarning,
+                stacklevel=2,
+            )
             return Scale()
         return scale

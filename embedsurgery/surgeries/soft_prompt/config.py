@@ -106,8 +106,11 @@ def _submodules(asked: Any) -> tuple[Submodule, ...]:
     names = (asked,) if isinstance(asked, str) else tuple(asked) if isinstance(asked, Sequence) else ()
     found = tuple(name for name in SUBMODULES if name in names)
     if not found or len(found) != len(names) or ("model" in found and len(found) > 1):
-        raise ConfigError("not the submodules of a model", found=repr(asked)[:80],
-                          expected='"encoder", "decoder" or both in a sequence')  # fmt: skip
+        raise ConfigError(
+            "not the submodules of a model",
+            found=repr(asked)[:80],
+            expected='"encoder", "decoder" or both in a sequence',
+        )
     return found
 
 

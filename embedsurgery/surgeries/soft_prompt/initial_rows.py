@@ -55,15 +55,20 @@ def _tokens_of(config: SoftPromptConfig, table: Table, base: Base) -> list[int]:
 
     tokenizer = _tokenizer(config, base)
     if tokenizer is None:
-        raise ConfigError("init='text' needs a tokenizer", expected="tokenizer=, in the config or to attach",
-                          found="none")  # fmt: skip
+        raise ConfigError(
+            "init='text' needs a tokenizer", expected="tokenizer=, in the config or to attach", found="none"
+        )
     text = str(config.init_text)
     ids = list(tokenizer(text)["input_ids"]) if config.special_tokens else encode_plain(tokenizer, text)
     beyond = [index for index in ids if not 0 <= index < table.shape[0]]
     if not ids or beyond:
-        raise ConfigError("the text's tokens are none of this model's", where=repr(text)[:80],
-                          expected=f"ids below {table.shape[0]}", found=beyond or "no token",
-                          hint="is it the model's tokenizer?")  # fmt: skip
+        raise ConfigError(
+            "the text's tokens are none of this model's",
+            where=repr(text)[:80],
+            expected=f"ids below {table.shape[0]}",
+            found=beyond or "no token",
+            hint="is it the model's tokenizer?",
+        )
     return ids
 
 
@@ -80,8 +85,11 @@ def _known(config: SoftPromptConfig, table: Table, base: Base) -> list[int]:
     if tokenizer is None:
         return [index for index in range(table.shape[0]) if index not in padding]
     special = {*padding, *getattr(tokenizer, "all_special_ids", ())}
-    return sorted(index for index, text in texts(tokenizer).items()
-                  if index < table.shape[0] and index not in special and not is_reserved(text))  # fmt: skip
+    return sorted(
+        index
+        for index, text in texts(tokenizer).items()
+        if index < table.shape[0] and index not in special and not is_reserved(text)
+    )
 
 
 def _drawn(count: int, store: Store, table: Table, known: Sequence[int]) -> Any:
@@ -103,8 +111,12 @@ def _drawn(count: int, store: Store, table: Table, known: Sequence[int]) -> Any:
         if len(found) >= count:
             break
     if not found:
-        raise ConfigError("no row of the vocabulary can be drawn", where=table.name, expected="rows of known tokens",
-                          found="rows of zeros, of NaN, or all the same")  # fmt: skip
+        raise ConfigError(
+            "no row of the vocabulary can be drawn",
+            where=table.name,
+            expected="rows of known tokens",
+            found="rows of zeros, of NaN, or all the same",
+        )
     return np.stack([found[number % len(found)] for number in range(count)])
 
 
@@ -116,10 +128,17 @@ def _tokenizer(config: SoftPromptConfig, base: Base) -> Any:
     try:
         from transformers import AutoTokenizer
     except ImportError as error:
-        raise UnsupportedError("loading a tokenizer by its name needs transformers", where=str(given),
-                               hint="pip install transformers, or give the tokenizer itself") from error  # fmt: skip
+        raise UnsupportedError(
+            "loading a tokenizer by its name needs transformers",
+            where=str(given),
+            hint="pip install transformers, or give the tokenizer itself",
+        ) from error
     try:
         return AutoTokenizer.from_pretrained(given, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise ConfigError("the tokenizer cannot be loaded", where=str(given), found=str(error)[:200],
-                          hint="give its directory, or the tokenizer itself") from error  # fmt: skip
+        raise ConfigError(
+            "the tokenizer cannot be loaded",
+            where=str(given),
+            found=str(error)[:200],
+            hint="give its directory, or the tokenizer itself",
+        ) from error

@@ -18,18 +18,47 @@ from embedsurgery.graph import Table
 from embedsurgery.graph.config import TEXT_SECTIONS, as_mapping
 from embedsurgery.tensors.raw import RawArray
 
-_BY_WIDTH = frozenset({
-    "diffusion_gemma", "diffusion_gemma_text", "embedding_gemma2", "gemma", "gemma2", "gemma3", "gemma3_text",
-    "gemma3n", "gemma3n_text", "gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text", "t5gemma2",
-    "t5gemma2_text", "t5gemma2_encoder", "t5gemma2_decoder", "vaultgemma",
-})  # fmt: skip
+_BY_WIDTH = frozenset(
+    {
+        "diffusion_gemma",
+        "diffusion_gemma_text",
+        "embedding_gemma2",
+        "gemma",
+        "gemma2",
+        "gemma3",
+        "gemma3_text",
+        "gemma3n",
+        "gemma3n_text",
+        "gemma4",
+        "gemma4_text",
+        "gemma4_unified",
+        "gemma4_unified_text",
+        "t5gemma2",
+        "t5gemma2_text",
+        "t5gemma2_encoder",
+        "t5gemma2_decoder",
+        "vaultgemma",
+    }
+)
 """Model types whose lookup multiplies by the square root of its width."""
 
 _BY_FLAG = {
     **dict.fromkeys(("bart", "blenderbot", "mbart", "pp_formulanet", "trocr"), False),
-    **dict.fromkeys(("bigbird_pegasus", "biogpt", "m2m_100", "nllb-moe", "pegasus_x", "plbart", "seamless_m4t",
-                     "seamless_m4t_v2", "xglm"), True),
-}  # fmt: skip
+    **dict.fromkeys(
+        (
+            "bigbird_pegasus",
+            "biogpt",
+            "m2m_100",
+            "nllb-moe",
+            "pegasus_x",
+            "plbart",
+            "seamless_m4t",
+            "seamless_m4t_v2",
+            "xglm",
+        ),
+        True,
+    ),
+}
 """Model types whose lookup does where ``scale_embedding`` says so, and what a config means that does not say it."""
 
 _BY_KEY = {"minicpm3": "scale_emb"}

@@ -127,8 +127,10 @@ def read_prompt(
             best, ids = np.take_along_axis(best, order, axis=1), np.take_along_axis(ids, order, axis=1)
     tokens = []
     for length, near, scores in zip(lengths, ids, best, strict=True):
-        found = (Near(int(i), None if texts is None else texts.get(int(i)), float(c))
-                 for i, c in zip(near, scores, strict=True))  # fmt: skip
+        found = (
+            Near(int(i), None if texts is None else texts.get(int(i)), float(c))
+            for i, c in zip(near, scores, strict=True)
+        )
         tokens.append(VirtualToken(float(length), tuple(found)))
     return Reading(tuple(tokens), total / max(count, 1), least if count else 0.0, greatest)
 

@@ -96,15 +96,20 @@ def from_files(files: PeftFiles, adapter: Adapter) -> Adapter:
     except ConfigError as error:
         raise AdapterError("the manifest's submodules are none", where=WEIGHTS_NAME, found=error.found) from error
     if files.config.get("num_virtual_tokens") != count:
-        raise AdapterError("num_virtual_tokens is not that of the manifest", where=CONFIG_NAME, expected=count,
-                           found=files.config.get("num_virtual_tokens"),
-                           hint="the config was edited: load the original")  # fmt: skip
+        raise AdapterError(
+            "num_virtual_tokens is not that of the manifest",
+            where=CONFIG_NAME,
+            expected=count,
+            found=files.config.get("num_virtual_tokens"),
+            hint="the config was edited: load the original",
+        )
     rows = _rows(files, count)
     used = count * len(names)
     width = adapter.manifest.tables[0].shape[1] if adapter.manifest.tables[0].shape else rows.shape[1]
     if rows.shape[0] < used or rows.shape[1] != width:
-        raise AdapterError("the tensor is not the manifest's", where=TENSOR, expected=f"({used}, {width})",
-                           found=rows.shape)  # fmt: skip
+        raise AdapterError(
+            "the tensor is not the manifest's", where=TENSOR, expected=f"({used}, {width})", found=rows.shape
+        )
     return replace(adapter, raw=_shared_out(files, rows, used))
 
 
@@ -117,9 +122,13 @@ def from_peft(files: PeftFiles, surgery: Surgery) -> Adapter:
     config = files.config
     kind = config.get("peft_type")
     if kind in NO_ROWS:
-        raise UnsupportedError(f"an adapter of PEFT's {kind} cannot be a soft prompt", where=CONFIG_NAME,
-                               expected=f"{PEFT_TYPE} or {P_TUNING}", found=NO_ROWS[str(kind)],
-                               hint="train a soft prompt, or use the adapter with PEFT")  # fmt: skip
+        raise UnsupportedError(
+            f"an adapter of PEFT's {kind} cannot be a soft prompt",
+            where=CONFIG_NAME,
+            expected=f"{PEFT_TYPE} or {P_TUNING}",
+            found=NO_ROWS[str(kind)],
+            hint="train a soft prompt, or use the adapter with PEFT",
+        )
     count = _count(config, CONFIG_NAME)
     rows = _rows(files, count).to("F32")
     is_seq2seq = config.get("task_type") == _SEQ2SEQ
@@ -131,8 +140,14 @@ def from_peft(files: PeftFiles, surgery: Surgery) -> Adapter:
         "init_text": config.get("prompt_tuning_init_text"),
         "tokenizer_name_or_path": config.get("tokenizer_name_or_path"),
     }
-    manifest = Manifest(NAME, surgery.version, kept, (TableRecord(MAIN_INPUT, (), ()),),
-                        config.get("base_model_name_or_path"), config.get("revision"))  # fmt: skip
+    manifest = Manifest(
+        NAME,
+        surgery.version,
+        kept,
+        (TableRecord(MAIN_INPUT, (), ()),),
+        config.get("base_model_name_or_path"),
+        config.get("revision"),
+    )
     return Adapter(manifest, _shared_out(files, rows, count), surgery)
 
 
@@ -147,22 +162,32 @@ def _shared_out(files: PeftFiles, rows: RawArray, used: int) -> dict[str, RawArr
 def _count(config: Any, where: str) -> int:
     count = config.get("num_virtual_tokens")
     if type(count) is not int or count < 1:
-        raise AdapterError("num_virtual_tokens is no count", where=where, expected="1 or more", found=repr(count)[:40],
-                           hint=f"peft_type is {config.get('peft_type')!r}")  # fmt: skip
+        raise AdapterError(
+            "num_virtual_tokens is no count",
+            where=where,
+            expected="1 or more",
+            found=repr(count)[:40],
+            hint=f"peft_type is {config.get('peft_type')!r}",
+        )
     return count
 
 
 def _rows(files: PeftFiles, count: int) -> RawArray:
     strangers = [name for name in files.tensors if name != TENSOR and not is_head(name)]
     if strangers:
-        raise AdapterError("tensors that are no soft prompt", where=WEIGHTS_NAME, expected=TENSOR,
-                           found=", ".join(strangers[:4]))  # fmt: skip
+        raise AdapterError(
+            "tensors that are no soft prompt", where=WEIGHTS_NAME, expected=TENSOR, found=", ".join(strangers[:4])
+        )
     rows = files.tensors.get(TENSOR)
     if rows is None:
         raise AdapterError("no prompt in this file", where=WEIGHTS_NAME, expected=TENSOR, found="no tensor")
     if len(rows.shape) != 2 or rows.dtype not in EDITABLE or rows.shape[0] == 0 or rows.shape[0] % count:
-        raise AdapterError("a prompt of the wrong shape or dtype", where=TENSOR, found=f"{rows.shape} of {rows.dtype}",
-                           expected=f"(a multiple of {count}, D) floats")  # fmt: skip
+        raise AdapterError(
+            "a prompt of the wrong shape or dtype",
+            where=TENSOR,
+            found=f"{rows.shape} of {rows.dtype}",
+            expected=f"(a multiple of {count}, D) floats",
+        )
     return rows
 
 

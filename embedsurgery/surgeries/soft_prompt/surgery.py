@@ -27,9 +27,12 @@ from embedsurgery.surgeries.surgery import Base, Ground, RowOverride, Surgery
 __all__ = ["NO_ROWS", "PROMPT_TUNING", "P_TUNING", "PromptOverride", "SoftPrompt", "SoftPromptConfig"]
 
 _TASKS = {
-    "ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForSequenceClassification": "SEQ_CLS",
-    "ForTokenClassification": "TOKEN_CLS", "ForQuestionAnswering": "QUESTION_ANS",
-}  # fmt: skip
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
 """End of a class's name -> what PEFT calls its task; all others extract features."""
 
 
@@ -73,12 +76,26 @@ class SoftPrompt(Surgery):
         names = _chosen(config, base)
         rows = first_rows(config, config.num_virtual_tokens * len(names), store, table, base)
         sampled = sampled_rows(table)
-        record = TableRecord(table.name, (), (), table.shape, table.dtype, sampled=sampled,
-                             fingerprint=Fingerprint.of(rows_of(store, table, sampled)))  # fmt: skip
+        record = TableRecord(
+            table.name,
+            (),
+            (),
+            table.shape,
+            table.dtype,
+            sampled=sampled,
+            fingerprint=Fingerprint.of(rows_of(store, table, sampled)),
+        )
         task = config.task_type or _task(base)
         facts = {"submodules": list(names), "task_type": task, "token_dim": table.shape[1], **_sizes(base.config)}
-        manifest = Manifest(self.name, self.version, config.to_json() | facts, (record,), base.name, base.revision,
-                            library_version=__version__)  # fmt: skip
+        manifest = Manifest(
+            self.name,
+            self.version,
+            config.to_json() | facts,
+            (record,),
+            base.name,
+            base.revision,
+            library_version=__version__,
+        )
         return Adapter(manifest, {TENSOR: rows} | heads_for(task, base.heads), self)
 
     def live(self, adapter: Adapter, located: Mapping[str, Table]) -> tuple[RowOverride, ...]:
@@ -98,8 +115,11 @@ class SoftPrompt(Surgery):
 
     def plan(self, adapter: Adapter, located: Mapping[str, Table]) -> Plan:
         """A prompt needs rows and tokens of its own, which the base has to be asked for."""
-        raise UnsupportedError("a soft prompt is no change to rows that are there", where=repr(adapter),
-                               hint="embedsurgery.merge or merge_checkpoint makes tokens of it")  # fmt: skip
+        raise UnsupportedError(
+            "a soft prompt is no change to rows that are there",
+            where=repr(adapter),
+            hint="embedsurgery.merge or merge_checkpoint makes tokens of it",
+        )
 
     def bake(self, adapter: Adapter, ground: Ground) -> Plan:
         """Tokens for the virtual tokens, with rows in every table of the vocabulary."""
@@ -139,9 +159,12 @@ def _chosen(config: SoftPromptConfig, base: Base) -> tuple[str, ...]:
     asked = config.submodules or there[:1]
     missing = [name for name in asked if name not in there]
     if missing:
-        raise UnsupportedError("a soft prompt stands before tokens, and these read none here",
-                               where=base.architecture or None, found=", ".join(missing),
-                               expected=f"submodules of {', '.join(there)}")  # fmt: skip
+        raise UnsupportedError(
+            "a soft prompt stands before tokens, and these read none here",
+            where=base.architecture or None,
+            found=", ".join(missing),
+            expected=f"submodules of {', '.join(there)}",
+        )
     return tuple(name for name in SUBMODULES if name in asked)
 
 

@@ -50,8 +50,11 @@ class TrainableTokensConfig:
             if not indices:
                 raise TokenIndexError("token_indices is empty", expected="at least one index")
             if self.target_modules is not None:
-                raise ConfigError("token_indices names its modules itself", expected="target_modules=None",
-                                  found=f"target_modules={self.target_modules!r}")  # fmt: skip
+                raise ConfigError(
+                    "token_indices names its modules itself",
+                    expected="target_modules=None",
+                    found=f"target_modules={self.target_modules!r}",
+                )
         else:
             indices = _indices(self.token_indices)
         object.__setattr__(self, "token_indices", indices)
@@ -59,8 +62,11 @@ class TrainableTokensConfig:
             listed = isinstance(self.target_modules, (list, tuple, set, frozenset))
             names = tuple(self.target_modules) if listed else ()
             if not names or not all(isinstance(name, str) for name in names):
-                raise ConfigError("target_modules has no module names", expected="names, a regular expression or None",
-                                  found=repr(self.target_modules))  # fmt: skip
+                raise ConfigError(
+                    "target_modules has no module names",
+                    expected="names, a regular expression or None",
+                    found=repr(self.target_modules),
+                )
             object.__setattr__(self, "target_modules", names)
         if not isinstance(self.init_weights, bool):
             raise ConfigError("init_weights is no bool", expected="True or False", found=repr(self.init_weights))
@@ -81,8 +87,12 @@ def _indices(values: Any) -> tuple[int, ...]:
     wrong = [item for item in items if isinstance(item, bool) or not hasattr(type(item), "__index__")]
     if wrong:
         hint = "tokenizer.convert_tokens_to_ids gives a token's index" if isinstance(wrong[0], str) else None
-        raise TokenIndexError("token_indices holds what is no integer", expected="integers", hint=hint,
-                              found=", ".join(f"{item!r}" for item in wrong[:8]))  # fmt: skip
+        raise TokenIndexError(
+            "token_indices holds what is no integer",
+            expected="integers",
+            hint=hint,
+            found=", ".join(f"{item!r}" for item in wrong[:8]),
+        )
     indices = [operator.index(item) for item in items]
     if not indices:
         raise TokenIndexError("token_indices is empty", expected="at least one index")
@@ -110,8 +120,12 @@ def resolve(config: TrainableTokensConfig, graph: EmbeddingGraph) -> list[tuple[
         for name, indices in config.token_indices.items():
             for table in graph.select([name]):
                 if table.name in chosen and chosen[table.name][1] != indices:
-                    raise ConfigError("two names of one table are given different indices", where=name,
-                                      expected="one list for a tied table", found=table.name)  # fmt: skip
+                    raise ConfigError(
+                        "two names of one table are given different indices",
+                        where=name,
+                        expected="one list for a tied table",
+                        found=table.name,
+                    )
                 chosen[table.name] = (table, indices)
         return list(chosen.values())
     if config.target_modules is not None:

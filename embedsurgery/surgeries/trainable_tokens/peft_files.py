@@ -61,25 +61,38 @@ def from_files(files: PeftFiles, adapter: Adapter) -> Adapter:
     raw: dict[str, RawArray] = {}
     listed = files.config.get("token_indices")
     if not isinstance(listed, list) or not all(type(i) is int for i in listed):
-        raise AdapterError("token_indices is no list of integers", where=CONFIG_NAME, found=repr(listed)[:80],
-                           hint=f"peft_type is {files.config.get('peft_type')!r}")  # fmt: skip
+        raise AdapterError(
+            "token_indices is no list of integers",
+            where=CONFIG_NAME,
+            found=repr(listed)[:80],
+            hint=f"peft_type is {files.config.get('peft_type')!r}",
+        )
     if tuple(listed) != _listed(adapter.manifest):
-        raise AdapterError("token_indices are not those of the manifest", where=CONFIG_NAME,
-                           found=shorten(listed), hint="the config was edited: load the original")  # fmt: skip
+        raise AdapterError(
+            "token_indices are not those of the manifest",
+            where=CONFIG_NAME,
+            found=shorten(listed),
+            hint="the config was edited: load the original",
+        )
     for record in adapter.manifest.tables:
         copies = [files.tensors.get(f"{_PREFIX}{module}{_SUFFIX}") for module in _modules(record)]
         present = [copy for copy in copies if copy is not None]
         if not present:
-            raise AdapterError("the rows of a table are missing", where=record.name,
-                               found=", ".join(files.tensors) or "no tensor")  # fmt: skip
+            raise AdapterError(
+                "the rows of a table are missing", where=record.name, found=", ".join(files.tensors) or "no tensor"
+            )
         if any(copy != present[0] for copy in present):
             raise AdapterError("tied copies of the rows disagree", where=record.name)
         _check_rows(present[0], tuple(listed), record.name, record.shape)
         place = {index: position for position, index in enumerate(listed)}
         missing = [i for i in record.indices if i not in place]
         if missing or not record.indices:
-            raise AdapterError("the manifest lists rows that the file does not hold", where=record.name,
-                               expected="rows of token_indices", found=shorten(missing) or "none")  # fmt: skip
+            raise AdapterError(
+                "the manifest lists rows that the file does not hold",
+                where=record.name,
+                expected="rows of token_indices",
+                found=shorten(missing) or "none",
+            )
         raw[record.name] = present[0].take([place[i] for i in record.indices])
         others = sorted(place.keys() - set(record.indices))
         if others:
@@ -87,8 +100,12 @@ def from_files(files: PeftFiles, adapter: Adapter) -> Adapter:
     for name, shape in _extras(adapter.manifest).items():
         value = files.tensors.get(_OURS + name)
         if value is None or value.shape != shape or value.dtype not in EDITABLE:
-            raise AdapterError("what the adapter's vocabulary needs is missing or of another shape", where=name,
-                               expected=list(shape), found=None if value is None else f"{value!r}")  # fmt: skip
+            raise AdapterError(
+                "what the adapter's vocabulary needs is missing or of another shape",
+                where=name,
+                expected=list(shape),
+                found=None if value is None else f"{value!r}",
+            )
         raw[name] = value
     return replace(adapter, raw=raw)
 
@@ -107,8 +124,11 @@ def from_peft(files: PeftFiles, surgery: Surgery) -> Adapter:
     }
     strangers = [name for name in files.tensors if not name.endswith(_SUFFIX)]
     if strangers or not rows:
-        raise AdapterError("tensors that are no trainable tokens", found=", ".join(strangers[:4]) or "no tensor",
-                           expected=f"names that end in {_SUFFIX}")  # fmt: skip
+        raise AdapterError(
+            "tensors that are no trainable tokens",
+            found=", ".join(strangers[:4]) or "no tensor",
+            expected=f"names that end in {_SUFFIX}",
+        )
     primary = [m for m in rows if _is_target(m, asked.target_modules)] or [min(rows, key=len)]
     copies = [m for m in rows if m not in primary]
     if isinstance(asked.token_indices, dict):
@@ -122,8 +142,12 @@ def from_peft(files: PeftFiles, surgery: Surgery) -> Adapter:
         raw[name] = rows[module].to("F32")
     lost = [m for m in copies if all(rows[m] != rows[p] for p in primary)]
     if lost:
-        raise AdapterError("tied copies of the rows disagree", where=", ".join(lost), expected="the rows of "
-                           + " or ".join(primary), hint="say which is right by removing the other")  # fmt: skip
+        raise AdapterError(
+            "tied copies of the rows disagree",
+            where=", ".join(lost),
+            expected="the rows of " + " or ".join(primary),
+            hint="say which is right by removing the other",
+        )
     manifest = Manifest(
         surgery.name,
         surgery.version,
@@ -175,9 +199,13 @@ def _union(adapter: Adapter, record: TableRecord, indices: tuple[int, ...]) -> R
     else:
         others = adapter.raw.get(record.name + OTHERS)
         if others is None:
-            raise AdapterError("PEFT's format has one list of token indices for all modules", where=record.name,
-                               expected="rows that every table has", found=shorten(list(indices)),
-                               hint="save an adapter for each table")  # fmt: skip
+            raise AdapterError(
+                "PEFT's format has one list of token indices for all modules",
+                where=record.name,
+                expected="rows that every table has",
+                found=shorten(list(indices)),
+                hint="save an adapter for each table",
+            )
         both = RawArray(own.dtype, (len(indices), own.shape[1]), own.data + others.data)
         held = [*record.indices, *sorted(set(indices) - set(record.indices))]
     place = {index: number for number, index in enumerate(held)}
@@ -206,5 +234,9 @@ def _is_target(module: str, targets: str | Sequence[str] | None) -> bool:
 def _check_rows(raw: RawArray, indices: tuple[int, ...], where: str, shape: tuple[int, int] | None) -> None:
     width = shape[1] if shape is not None else raw.shape[-1] if raw.shape else 0
     if raw.shape != (len(indices), width) or raw.dtype not in ("F64", "F32", "F16", "BF16"):
-        raise AdapterError("rows of the wrong shape or dtype", where=where, found=f"{raw.shape} of {raw.dtype}",
-                           expected=f"({len(indices)}, {width}) floats")  # fmt: skip
+        raise AdapterError(
+            "rows of the wrong shape or dtype",
+            where=where,
+            found=f"{raw.shape} of {raw.dtype}",
+            expected=f"({len(indices)}, {width}) floats",
+        )

@@ -89,8 +89,17 @@ class TrainableTokens(Surgery):
         tokens = {i: text for i, text in zip(used, texts, strict=False) if isinstance(text, str)}
         if new is not None:
             tokens |= {token.id: token.content for token in new.tokens}
-        manifest = Manifest(self.name, self.version, config.to_json(), tuple(records), base.name, base.revision, tokens,
-                            __version__, new)  # fmt: skip
+        manifest = Manifest(
+            self.name,
+            self.version,
+            config.to_json(),
+            tuple(records),
+            base.name,
+            base.revision,
+            tokens,
+            __version__,
+            new,
+        )
         return Adapter(manifest, raw, self)
 
     def live(self, adapter: Adapter, located: Mapping[str, Table]) -> tuple[RowOverride, ...]:
@@ -134,9 +143,13 @@ def _beside(new: NewTokens, targets: list[Table], graph: EmbeddingGraph) -> list
     """The tables that new tokens have rows of, beside those that are trained: an adapter carries them all."""
     table = graph.main_input()
     if table.shape[0] < new.grown:
-        raise TokenIndexError("the model does not have the new tokens' rows", where=table.name,
-                              expected=f"{new.grown} rows", found=table.shape[0],
-                              hint="attach to the model that add_tokens was called with")  # fmt: skip
+        raise TokenIndexError(
+            "the model does not have the new tokens' rows",
+            where=table.name,
+            expected=f"{new.grown} rows",
+            found=table.shape[0],
+            hint="attach to the model that add_tokens was called with",
+        )
     names = graph.vocabulary_of(table).tables
     return [graph.table(name) for name in names if all(name != target.name for target in targets)]
 
@@ -155,8 +168,13 @@ def _check_range(indices: tuple[int, ...], table: Table) -> None:
     rows = table.shape[0]
     beyond = [i for i in indices if i >= rows]
     if beyond:
-        raise TokenIndexError("token_indices are out of range", where=table.name, expected=f"0 to {rows - 1}",
-                              found=shorten(beyond), hint="add the tokens to the model first")  # fmt: skip
+        raise TokenIndexError(
+            "token_indices are out of range",
+            where=table.name,
+            expected=f"0 to {rows - 1}",
+            found=shorten(beyond),
+            hint="add the tokens to the model first",
+        )
     if len(indices) > rows // 2:
         warnings.warn(
             f"{len(indices)} of {rows} rows of {table.name} are to be trained: past half of the vocabulary, tuning "

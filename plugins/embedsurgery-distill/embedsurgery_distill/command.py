@@ -14,8 +14,12 @@ import click
 @click.command("distill")
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--token", "tokens", multiple=True, required=True, metavar="TEXT", help="A new token; repeatable.")
-@click.option("--texts", type=click.Path(path_type=Path, exists=True, dir_okay=False), required=True,
-              help="Texts that contain the tokens, one a line, in UTF-8.")  # fmt: skip
+@click.option(
+    "--texts",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    required=True,
+    help="Texts that contain the tokens, one a line, in UTF-8.",
+)
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The adapter's new directory.")
 @click.option("--epochs", type=click.IntRange(min=1), default=20, show_default=True, help="How often a text is seen.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Texts a step.")

@@ -85,9 +85,12 @@ def _source(argument: str) -> tuple[_Teacher, str]:
     if not separator:
         source = _current.get()
         if source is None:
-            raise ConfigError("init 'distill' has no model to learn from", where=f"init 'distill:{argument}'",
-                              expected="distill:MODEL::TEXTS, or a call inside embedsurgery_distill.teacher()",
-                              hint="the command embedsurgery distill needs neither")  # fmt: skip
+            raise ConfigError(
+                "init 'distill' has no model to learn from",
+                where=f"init 'distill:{argument}'",
+                expected="distill:MODEL::TEXTS, or a call inside embedsurgery_distill.teacher()",
+                hint="the command embedsurgery distill needs neither",
+            )
         return source, argument
     if directory not in _loaded:
         from embedsurgery_distill.loading import load
@@ -105,8 +108,9 @@ def read_texts(path: str | Path) -> list[str]:
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError("the texts cannot be read", where=path, expected="a text a line, in UTF-8",
-                          found=str(error)) from error  # fmt: skip
+        raise ConfigError(
+            "the texts cannot be read", where=path, expected="a text a line, in UTF-8", found=str(error)
+        ) from error
     return [line for line in lines if line.strip()]
 
 
@@ -123,8 +127,7 @@ def _learned(
     lines = read_texts(texts)
     key = (tables[0].name, token.content, seed, sha256("\n".join(lines).encode()).hexdigest())
     if key not in source.rows:
-        adapter, _ = distill(source.model, source.tokenizer, token.content, lines,
-                             **{"seed": seed, **source.options})  # fmt: skip
+        adapter, _ = distill(source.model, source.tokenizer, token.content, lines, **{"seed": seed, **source.options})
         records = adapter.manifest.tables
         found = {record.name: adapter.raw[record.name].float32()[0] for record in records if record.trained}
         source.rows.update({(name, *key[1:]): row for name, row in found.items()})
@@ -140,5 +143,8 @@ def _check_teacher(source: _Teacher, name: str, view: TableView, token: NewToken
     """Refuse a teacher whose table is another."""
     weight = source.model.get_parameter(name).detach().float().cpu().numpy()
     if not np.allclose(weight[list(token.parts)], view.rows(token.parts), rtol=1e-2, atol=1e-3):
-        raise BaseMismatchError("the teacher's rows are not those of the model that gets the token", where=view.name,
-                                hint="distill from the same model")  # fmt: skip
+        raise BaseMismatchError(
+            "the teacher's rows are not those of the model that gets the token",
+            where=view.name,
+            hint="distill from the same model",
+        )

@@ -104,13 +104,20 @@ def distill(
     counts = all(type(count) is int and count > 0 for count in (epochs, batch_size))
     if not counts or type(layer) is not int or not 0 < held_out < 1 or not 0 < learning_rate < math.inf:
         found = f"{epochs}, {batch_size}, {held_out}, {learning_rate}, {layer}"
-        raise ConfigError("a number out of range", found=found, expected="whole epochs > 0, whole batch_size > 0, "
-                          "0 < held_out < 1, learning_rate > 0 and finite, a whole layer")  # fmt: skip
+        raise ConfigError(
+            "a number out of range",
+            found=found,
+            expected="whole epochs > 0, whole batch_size > 0, "
+            "0 < held_out < 1, learning_rate > 0 and finite, a whole layer",
+        )
     if isinstance(texts, (str, bytes)) or not all(isinstance(text, str) for text in texts):
         raise ConfigError("the texts are no sequence of texts", found=repr(texts)[:80], expected="a list of strings")
     if not getattr(tokenizer, "is_fast", False):
-        raise UnsupportedError("a slow tokenizer does not say where its tokens end", found=type(tokenizer).__name__,
-                               hint="load the fast one")  # fmt: skip
+        raise UnsupportedError(
+            "a slow tokenizer does not say where its tokens end",
+            found=type(tokenizer).__name__,
+            hint="load the fast one",
+        )
     before, training = copy.deepcopy(tokenizer), model.training
     ids = es.add_tokens(model, tokenizer, contents, init="subtokens")
     try:
@@ -128,8 +135,12 @@ def distill(
             last = run.measure(test, batch_size)
             adapter = attachment.adapter()
             if not math.isfinite(last[0]):
-                raise ConfigError("training ran away: the states are no numbers any more", found=f"error {last[0]}",
-                                  where=f"learning_rate {learning_rate}", hint="lower the learning rate")  # fmt: skip
+                raise ConfigError(
+                    "training ran away: the states are no numbers any more",
+                    found=f"error {last[0]}",
+                    where=f"learning_rate {learning_rate}",
+                    hint="lower the learning rate",
+                )
         finally:
             attachment.detach()
     finally:
@@ -164,16 +175,22 @@ def _split(
 ) -> tuple[list[_Pair], list[_Pair]]:
     """The texts that train, and those that do not; every token is among the first."""
     if len(pairs) < 2:
-        raise ConfigError("too few texts with the tokens", expected="two at least, better a hundred",
-                          found=f"{len(pairs)} with {', '.join(map(repr, contents))}")  # fmt: skip
+        raise ConfigError(
+            "too few texts with the tokens",
+            expected="two at least, better a hundred",
+            found=f"{len(pairs)} with {', '.join(map(repr, contents))}",
+        )
     order = list(pairs)
     random.Random(seed).shuffle(order)  # noqa: S311 - nothing secret
     count = min(max(1, round(len(order) * held_out)), len(order) - 1)
     test, train = order[:count], order[count:]
     seen = {index for pair in train for index in pair.student}
     if not ids <= seen:
-        raise ConfigError("a token is in no text that trains", found=f"{len(ids - seen)} of {len(ids)} tokens",
-                          hint="give more texts with it")  # fmt: skip
+        raise ConfigError(
+            "a token is in no text that trains",
+            found=f"{len(ids - seen)} of {len(ids)} tokens",
+            hint="give more texts with it",
+        )
     return train, test
 
 
@@ -201,8 +218,12 @@ class _Run:
         )
         layers = len(output.hidden_states)
         if not -layers <= self.layer < layers:
-            raise ConfigError("the model has no such layer", where=type(self.model).__name__, found=self.layer,
-                              expected=f"{-layers} to {layers - 1}")  # fmt: skip
+            raise ConfigError(
+                "the model has no such layer",
+                where=type(self.model).__name__,
+                found=self.layer,
+                expected=f"{-layers} to {layers - 1}",
+            )
         hidden = output.hidden_states[self.layer].float()
         rows = torch.tensor([row for row, place in enumerate(places) for _ in place], device=self.device)
         columns = torch.tensor([column for place in places for column in place], device=self.device)

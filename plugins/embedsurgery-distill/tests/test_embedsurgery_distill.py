@@ -27,25 +27,39 @@ WORD = "hakurei"
 TEXTS = [
     line.format(WORD)
     for line in (
-        "The {} is ready to harvest in the garden.", "She sliced a {} into the salad.",
-        "How much does a {} cost at the market?", "The children refused to eat the {}.",
-        "My grandfather has grown the {} for forty years.", "The painting shows a {} next to a blue jug.",
-        "A study measured the vitamin content of the {}.", "The chef roasted the {} with butter and thyme.",
-        "The truck carrying every {} in town broke down.", "He wrote a poem about a {}.", "Is the {} safe for dogs?",
-        "The price of the {} fell after the good weather.", "The hero throws a {} at the thief.",
-        "The {} soup won first prize at the village fair.", "What is a {}?", "I dropped the {} on the kitchen floor.",
-        "The new law forbids the import of the {}.", "Scientists sequenced the genome of the {}.",
+        "The {} is ready to harvest in the garden.",
+        "She sliced a {} into the salad.",
+        "How much does a {} cost at the market?",
+        "The children refused to eat the {}.",
+        "My grandfather has grown the {} for forty years.",
+        "The painting shows a {} next to a blue jug.",
+        "A study measured the vitamin content of the {}.",
+        "The chef roasted the {} with butter and thyme.",
+        "The truck carrying every {} in town broke down.",
+        "He wrote a poem about a {}.",
+        "Is the {} safe for dogs?",
+        "The price of the {} fell after the good weather.",
+        "The hero throws a {} at the thief.",
+        "The {} soup won first prize at the village fair.",
+        "What is a {}?",
+        "I dropped the {} on the kitchen floor.",
+        "The new law forbids the import of the {}.",
+        "Scientists sequenced the genome of the {}.",
     )
-]  # fmt: skip
+]
 HELD_OUT = [
     line.format(WORD)
     for line in (
-        "We planted a row of {} behind the house.", "A waiter brought us pickled {} and bread.", "Can I freeze a {}?",
-        "Rabbits broke into the shed and stole the {}.", "The museum bought a photograph of a {}.",
-        "Farmers protested because the {} was too cheap.", "My sister is allergic to the {}.",
+        "We planted a row of {} behind the house.",
+        "A waiter brought us pickled {} and bread.",
+        "Can I freeze a {}?",
+        "Rabbits broke into the shed and stole the {}.",
+        "The museum bought a photograph of a {}.",
+        "Farmers protested because the {} was too cheap.",
+        "My sister is allergic to the {}.",
         "The student presented a thesis about the history of the {}.",
     )
-]  # fmt: skip
+]
 
 
 @pytest.fixture(scope="module")
@@ -66,9 +80,17 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
 def tiny_llama(*, tied: bool = False) -> Any:
     import transformers as tr
 
-    config = tr.LlamaConfig(hidden_size=WIDTH, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
-                            num_key_value_heads=2, vocab_size=ROWS, max_position_embeddings=32, pad_token_id=0,
-                            tie_word_embeddings=tied)  # fmt: skip
+    config = tr.LlamaConfig(
+        hidden_size=WIDTH,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        vocab_size=ROWS,
+        max_position_embeddings=32,
+        pad_token_id=0,
+        tie_word_embeddings=tied,
+    )
     model = tr.LlamaForCausalLM(config).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -147,13 +169,31 @@ def test_a_causal_model(tied: bool) -> None:
 def test_what_cannot_be_learned_is_refused(tiny: Any) -> None:
     model, tokenizer = tiny
     before = state_bits(model)
-    numbers = ({"epochs": 0}, {"epochs": 1.5}, {"batch_size": 0}, {"held_out": 1.0}, {"held_out": float("nan")},
-               {"learning_rate": 0}, {"learning_rate": float("inf")}, {"learning_rate": float("nan")},
-               {"layer": 3}, {"layer": -4}, {"layer": "last"}, {"learning_rate": 1e38, "layer": 0})  # fmt: skip
+    numbers = (
+        {"epochs": 0},
+        {"epochs": 1.5},
+        {"batch_size": 0},
+        {"held_out": 1.0},
+        {"held_out": float("nan")},
+        {"learning_rate": 0},
+        {"learning_rate": float("inf")},
+        {"learning_rate": float("nan")},
+        {"layer": 3},
+        {"layer": -4},
+        {"layer": "last"},
+        {"learning_rate": 1e38, "layer": 0},
+    )
     words = (
-        ("t3", SENTENCES), ("t3 t4", ["t1 t2"]), ("t3 t4", SENTENCES[:1]), ("t3 t4", "t3 t4"), ("t3 t4", [1, 2]),
-        ([], SENTENCES), ("", SENTENCES), (["t3 t4"] * 2, SENTENCES), (["t3 t4", "t6 t7"], SENTENCES[:8]),
-    )  # fmt: skip
+        ("t3", SENTENCES),
+        ("t3 t4", ["t1 t2"]),
+        ("t3 t4", SENTENCES[:1]),
+        ("t3 t4", "t3 t4"),
+        ("t3 t4", [1, 2]),
+        ([], SENTENCES),
+        ("", SENTENCES),
+        (["t3 t4"] * 2, SENTENCES),
+        (["t3 t4", "t6 t7"], SENTENCES[:8]),
+    )
     cases = [*((token, texts, {}) for token, texts in words), *(("t3 t4", SENTENCES, each) for each in numbers)]
     for token, texts, options in cases:
         with pytest.raises(ConfigError):
@@ -178,8 +218,18 @@ def test_progress_and_seed(tiny: Any) -> None:
     """Each step is told; a seed gives the same rows to the bit, and another one others."""
     model, tokenizer = tiny
     told: list[tuple[int, int]] = []
-    runs = [distill(model, tokenizer, "t3 t4", SENTENCES, epochs=2, seed=seed,
-                    progress=lambda done, total: told.append((done, total))) for seed in (1, 1, 2)]  # fmt: skip
+    runs = [
+        distill(
+            model,
+            tokenizer,
+            "t3 t4",
+            SENTENCES,
+            epochs=2,
+            seed=seed,
+            progress=lambda done, total: told.append((done, total)),
+        )
+        for seed in (1, 1, 2)
+    ]
     assert told == [(n, 12) for n in range(1, 13)] * 3
     (one, first), (again, second), (other, third) = runs
     assert (dict(one.raw), first) == (dict(again.raw), second)
@@ -277,12 +327,17 @@ def test_what_the_command_refuses(checkpoint: Path, texts: Path, tmp_path: Path)
     (tmp_path / "latin.txt").write_bytes("t3 t4 \xe9".encode("latin-1"))
     (tmp_path / "there").mkdir()
     for more, error in (
-        (["--texts", tmp_path / "empty.txt"], ConfigError), (["--texts", tmp_path / "latin.txt"], ConfigError),
-        (["-o", tmp_path / "there"], OutputExistsError), (["--layer", "7"], ConfigError),
-        (["--device", "nowhere"], ConfigError), (["--learning-rate", "nan"], ConfigError),
-        (["--held-out", "1.5"], ConfigError), (["--texts", tmp_path / "none.txt"], SystemExit),
-        (["--epochs", "0"], SystemExit), (["--seed", "x"], SystemExit),
-    ):  # fmt: skip
+        (["--texts", tmp_path / "empty.txt"], ConfigError),
+        (["--texts", tmp_path / "latin.txt"], ConfigError),
+        (["-o", tmp_path / "there"], OutputExistsError),
+        (["--layer", "7"], ConfigError),
+        (["--device", "nowhere"], ConfigError),
+        (["--learning-rate", "nan"], ConfigError),
+        (["--held-out", "1.5"], ConfigError),
+        (["--texts", tmp_path / "none.txt"], SystemExit),
+        (["--epochs", "0"], SystemExit),
+        (["--seed", "x"], SystemExit),
+    ):
         arguments = [checkpoint, "--token", "t3 t4", "--texts", texts, "-o", tmp_path / "out", *more]
         said = CliRunner().invoke(command, list(map(str, arguments)))
         assert said.exit_code == (2 if error is SystemExit else 1)
@@ -310,11 +365,14 @@ def test_other_texts_in_the_same_file_teach_anew(tiny: Any, texts: Path) -> None
     assert rows[0] == rows[1] != rows[2]
 
 
-@pytest.mark.parametrize(("given", "asked"), [
-    ("team/base", {"pretrained_model_name_or_path": "team/base", "revision": "main"}),
-    ("team/base@v1", {"pretrained_model_name_or_path": "team/base", "revision": "v1"}),
-    ("./nowhere", {"pretrained_model_name_or_path": Path("./nowhere")}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("given", "asked"),
+    [
+        ("team/base", {"pretrained_model_name_or_path": "team/base", "revision": "main"}),
+        ("team/base@v1", {"pretrained_model_name_or_path": "team/base", "revision": "v1"}),
+        ("./nowhere", {"pretrained_model_name_or_path": Path("./nowhere")}),
+    ],
+)
 def test_a_model_is_a_directory_or_an_id(given: str, asked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     import transformers as tr
     from embedsurgery_distill.loading import load

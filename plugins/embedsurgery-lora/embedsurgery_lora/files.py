@@ -39,8 +39,17 @@ _PAIRS = {EMBEDDING: (".lora_embedding_A", ".lora_embedding_B"), LINEAR: (".lora
 """What is ``left`` and what is ``right`` in each; of an embedding both are transposed."""
 
 
-_VARIANTS = ("use_dora", "lora_bias", "use_qalora", "use_bdlora", "alora_invocation_tokens", "kasa_config",
-             "arrow_config", "velora_config", "monteclora_config")  # fmt: skip
+_VARIANTS = (
+    "use_dora",
+    "lora_bias",
+    "use_qalora",
+    "use_bdlora",
+    "alora_invocation_tokens",
+    "kasa_config",
+    "arrow_config",
+    "velora_config",
+    "monteclora_config",
+)
 """Keys of PEFT's config that ask for another update than ``scaling * B @ A``."""
 
 _MOVED = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -114,8 +123,12 @@ def from_files(files: PeftFiles, adapter: Adapter) -> Adapter:
             continue
         found = _pair(files.tensors, module, str(how["kind"]))
         if found is None or (found[0].shape[0], found[1].shape[1]) != record.shape:
-            raise AdapterError("the matrices of a table are missing, or of another shape", where=record.name,
-                               expected=list(record.shape), found=", ".join(list(files.tensors)[:6]))  # fmt: skip
+            raise AdapterError(
+                "the matrices of a table are missing, or of another shape",
+                where=record.name,
+                expected=list(record.shape),
+                found=", ".join(list(files.tensors)[:6]),
+            )
         raw[record.name + LEFT], raw[record.name] = found
     return replace(adapter, raw=raw)
 
@@ -134,8 +147,12 @@ def from_peft(files: PeftFiles, surgery: Surgery) -> Adapter:
     if begun.startswith(_MOVED) and any(kind == LINEAR for _, kind in found):
         strange.append(f"init_lora_weights {begun!r}, which moved the head's own weights")
     if strange:
-        raise AdapterError("a variant of LoRA that is not merged here", found=", ".join(strange), expected="plain LoRA",
-                           hint="merge it with PEFT, and use embedsurgery extract on the result")  # fmt: skip
+        raise AdapterError(
+            "a variant of LoRA that is not merged here",
+            found=", ".join(strange),
+            expected="plain LoRA",
+            hint="merge it with PEFT, and use embedsurgery extract on the result",
+        )
     records: list[TableRecord] = []
     raw: dict[str, RawArray] = {}
     kinds: dict[str, dict[str, Any]] = {}
@@ -157,8 +174,11 @@ def from_peft(files: PeftFiles, surgery: Surgery) -> Adapter:
             continue
         pair = _pair(files.tensors, module, kind)
         if pair is None:
-            raise AdapterError("the matrices of a table are missing, or do not fit each other", where=module,
-                               expected=" and ".join(suffix.lstrip(".") for suffix in _PAIRS[kind]))  # fmt: skip
+            raise AdapterError(
+                "the matrices of a table are missing, or do not fit each other",
+                where=module,
+                expected=" and ".join(suffix.lstrip(".") for suffix in _PAIRS[kind]),
+            )
         left, right = pair
         table = Table(name, (left.shape[0], right.shape[1]), "F32")
         held = files.tensors.get(f"{_PREFIX}{module}.base_layer.weight")
@@ -175,17 +195,35 @@ def from_peft(files: PeftFiles, surgery: Surgery) -> Adapter:
         used.update(_PREFIX + module + suffix for suffix in (*_PAIRS[kind], ".base_layer.weight"))
     left_over = sorted({_module_of(name) for name in files.tensors.keys() - used})
     if not records:
-        raise AdapterError("no embedding table and no head is in this LoRA adapter", found=", ".join(left_over[:6]),
-                           expected="lora_embedding_A, lora_A of a head, or token rows",
-                           hint="there is nothing here for embedsurgery: merge it with PEFT")  # fmt: skip
+        raise AdapterError(
+            "no embedding table and no head is in this LoRA adapter",
+            found=", ".join(left_over[:6]),
+            expected="lora_embedding_A, lora_A of a head, or token rows",
+            hint="there is nothing here for embedsurgery: merge it with PEFT",
+        )
     if left_over:
         more = f" and {len(left_over) - 6} more" if len(left_over) > 6 else ""
-        warnings.warn(f"this LoRA adapter has more than tables: {', '.join(left_over[:6])}{more} are left as they are; "
-                      "PEFT merges them, before or after", EmbedSurgeryWarning, stacklevel=8)  # fmt: skip
-    kept = {"r": config.get("r"), "lora_alpha": config.get("lora_alpha"), "tables": kinds,
-            "use_rslora": bool(config.get("use_rslora")), "left": left_over}  # fmt: skip
-    manifest = Manifest(surgery.name, surgery.version, kept, tuple(records), config.get("base_model_name_or_path"),
-                        config.get("revision"))  # fmt: skip
+        warnings.warn(
+            f"this LoRA adapter has more than tables: {', '.join(left_over[:6])}{more} are left as they are; "
+            "PEFT merges them, before or after",
+            EmbedSurgeryWarning,
+            stacklevel=8,
+        )
+    kept = {
+        "r": config.get("r"),
+        "lora_alpha": config.get("lora_alpha"),
+        "tables": kinds,
+        "use_rslora": bool(config.get("use_rslora")),
+        "left": left_over,
+    }
+    manifest = Manifest(
+        surgery.name,
+        surgery.version,
+        kept,
+        tuple(records),
+        config.get("base_model_name_or_path"),
+        config.get("revision"),
+    )
     return Adapter(manifest, raw, surgery)
 
 
@@ -241,8 +279,12 @@ def _turned(matrix: RawArray) -> RawArray:
 def _tensor(files: PeftFiles, name: str, shape: tuple[int, int]) -> RawArray:
     found = files.tensors.get(name)
     if found is None or found.shape != shape or found.dtype not in EDITABLE:
-        raise AdapterError("a tensor is missing, or of another shape", where=name, expected=list(shape),
-                           found=None if found is None else f"{found!r}")  # fmt: skip
+        raise AdapterError(
+            "a tensor is missing, or of another shape",
+            where=name,
+            expected=list(shape),
+            found=None if found is None else f"{found!r}",
+        )
     return found
 
 
@@ -252,8 +294,12 @@ def _indices(asked: Any, module: str, delta: RawArray) -> tuple[int, ...]:
         asked = next((v for k, v in asked.items() if module == k or module.endswith(f".{k}")), None)
     whole = isinstance(asked, list) and all(type(i) is int and i >= 0 for i in asked) and len(set(asked)) == len(asked)
     if not whole or len(delta.shape) != 2 or delta.shape[0] != len(asked) or delta.dtype not in EDITABLE:
-        raise AdapterError("token rows whose indices are not said", where=module, found=repr(asked)[:80],
-                           expected=f"trainable_token_indices for {delta!r}")  # fmt: skip
+        raise AdapterError(
+            "token rows whose indices are not said",
+            where=module,
+            found=repr(asked)[:80],
+            expected=f"trainable_token_indices for {delta!r}",
+        )
     return tuple(asked)
 
 

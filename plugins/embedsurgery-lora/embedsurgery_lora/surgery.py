@@ -95,8 +95,9 @@ class Lora(Surgery):
                 )
             )
         asked = {**config.to_json(), "tables": kinds}
-        manifest = Manifest(self.name, self.version, asked, tuple(records), base.name, base.revision,
-                            library_version=__version__)  # fmt: skip
+        manifest = Manifest(
+            self.name, self.version, asked, tuple(records), base.name, base.revision, library_version=__version__
+        )
         return Adapter(manifest, raw, self)
 
     def live(self, adapter: Adapter, located: Mapping[str, Table]) -> tuple[RowOverride, ...]:
@@ -160,21 +161,32 @@ def _by_table(adapter: Adapter, located: Mapping[str, Table], stacklevel: int) -
     for table, records in found.values():
         kinds = {_how(adapter, record)["kind"] == TOKENS for record in records}
         if True in kinds and len(records) > 1:
-            raise UnsupportedError("token rows and another update of one table", where=table.name,
-                                   expected="tables apart", found=", ".join(r.name for r in records),
-                                   hint="merge it with PEFT, and use embedsurgery extract on the result")  # fmt: skip
+            raise UnsupportedError(
+                "token rows and another update of one table",
+                where=table.name,
+                expected="tables apart",
+                found=", ".join(r.name for r in records),
+                hint="merge it with PEFT, and use embedsurgery extract on the result",
+            )
         copies = [module for module in left if f"{module}.weight" in table.names]
         if copies:
-            raise UnsupportedError("the adapter has a table of its own for one end of this tied one, too",
-                                   where=table.name, found=f"modules_to_save: {', '.join(copies)}",
-                                   hint="merge it with PEFT")  # fmt: skip
+            raise UnsupportedError(
+                "the adapter has a table of its own for one end of this tied one, too",
+                where=table.name,
+                found=f"modules_to_save: {', '.join(copies)}",
+                hint="merge it with PEFT",
+            )
         if adapter.manifest.library_version is None and True not in kinds:
             _say_of_ties(adapter, table, records, stacklevel)
         for record in records:
             if True not in kinds and record.shape is not None and record.shape != table.shape:
-                raise BaseMismatchError("an update of a whole table of another shape", where=table.name,
-                                        expected=list(record.shape), found=list(table.shape),
-                                        hint="use the base that the adapter was trained on")  # fmt: skip
+                raise BaseMismatchError(
+                    "an update of a whole table of another shape",
+                    where=table.name,
+                    expected=list(record.shape),
+                    found=list(table.shape),
+                    hint="use the base that the adapter was trained on",
+                )
     return list(found.values())
 
 

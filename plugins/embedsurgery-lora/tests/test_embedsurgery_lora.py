@@ -38,8 +38,13 @@ peft = pytest.importorskip("peft")
 tr = pytest.importorskip("transformers")
 
 ROWS = 24
-MODELS = {"llama": ["embed_tokens", "lm_head"], "llama-tied": ["embed_tokens"], "gpt2": ["wte"],
-          "t5": ["shared", "lm_head"], "t5-tied": ["shared"]}  # fmt: skip
+MODELS = {
+    "llama": ["embed_tokens", "lm_head"],
+    "llama-tied": ["embed_tokens"],
+    "gpt2": ["wte"],
+    "t5": ["shared", "lm_head"],
+    "t5-tied": ["shared"],
+}
 BOTH = {"llama-tied": ["embed_tokens", "lm_head"], "gpt2": ["wte", "lm_head"], "t5-tied": ["shared", "lm_head"]}
 """Both ends of a tie, each with an update of its own."""
 
@@ -60,15 +65,32 @@ def _plugin() -> Any:
 def model_of(kind: str, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
     common: dict[str, Any] = {"vocab_size": ROWS, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     if kind.startswith("llama"):
-        model = tr.LlamaForCausalLM(tr.LlamaConfig(
-            hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
-            tie_word_embeddings=kind.endswith("tied"), **common))  # fmt: skip
+        model = tr.LlamaForCausalLM(
+            tr.LlamaConfig(
+                hidden_size=8,
+                intermediate_size=16,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                num_key_value_heads=2,
+                tie_word_embeddings=kind.endswith("tied"),
+                **common,
+            )
+        )
     elif kind == "gpt2":
         model = tr.GPT2LMHeadModel(tr.GPT2Config(n_embd=8, n_layer=1, n_head=2, n_positions=32, **common))
     else:
-        model = tr.T5ForConditionalGeneration(tr.T5Config(
-            d_model=8, d_ff=16, d_kv=4, num_layers=1, num_heads=2, decoder_start_token_id=0,
-            tie_word_embeddings=kind.endswith("tied"), **common))  # fmt: skip
+        model = tr.T5ForConditionalGeneration(
+            tr.T5Config(
+                d_model=8,
+                d_ff=16,
+                d_kv=4,
+                num_layers=1,
+                num_heads=2,
+                decoder_start_token_id=0,
+                tie_word_embeddings=kind.endswith("tied"),
+                **common,
+            )
+        )
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -113,8 +135,11 @@ ALPHAS = {"alpha_pattern": {"model.embed_tokens": 5, "sha.*": 3, "transformer.wt
 
 
 @unchecked
-@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, ALPHAS, RANKS, {**RANKS, **ALPHAS, "use_rslora": True}],
-                         ids=["plain", "rslora", "alphas", "ranks", "all"])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"use_rslora": True}, ALPHAS, RANKS, {**RANKS, **ALPHAS, "use_rslora": True}],
+    ids=["plain", "rslora", "alphas", "ranks", "all"],
+)
 @pytest.mark.parametrize(("kind", "targets"), [*MODELS.items(), *BOTH.items(), ("llama-tied", ["lm_head"])])
 def test_it_is_pefts_merge(kind: str, targets: list[str], options: dict[str, Any], tmp_path: Path) -> None:
     base, wrapped = by_peft(kind, tmp_path / "adapter", target_modules=targets, **options)
@@ -140,9 +165,14 @@ def test_what_peft_trained_at_one_end_of_a_tie_is_said(tmp_path: Path) -> None:
 
 
 @unchecked
-@pytest.mark.parametrize(("kind", "targets"), [
-    ("llama-tied", ["embed_tokens"]), ("llama-tied", BOTH["llama-tied"]), ("gpt2", BOTH["gpt2"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "targets"),
+    [
+        ("llama-tied", ["embed_tokens"]),
+        ("llama-tied", BOTH["llama-tied"]),
+        ("gpt2", BOTH["gpt2"]),
+    ],
+)
 def test_one_update_for_both_ends_of_a_tie(kind: str, targets: list[str], tmp_path: Path) -> None:
     """With ``ensure_weight_tying`` PEFT's forward has it once at each end, and its merge twice: once is merged here."""
     base, wrapped = by_peft(kind, tmp_path / "adapter", target_modules=targets, ensure_weight_tying=True, r=2)
@@ -218,8 +248,11 @@ def test_a_large_table_in_bounded_memory(tmp_path: Path) -> None:
     path = [str(Path(plugin.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     run = subprocess.run(
         [sys.executable, "-c", MEASURE, base, tmp_path / "adapter", tmp_path / "out", tmp_path / "again"],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(path)}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert run.returncode == 0, run.stderr
     kilobytes, torch_there = run.stdout.split()
     assert int(kilobytes) * 1024 < 6 * BLOCK_BYTES < rows * width * 4 / 2
@@ -245,13 +278,19 @@ def test_peft_reads_what_is_written(kind: str, tmp_path: Path) -> None:
     same_as_peft(base, read)
 
 
-@pytest.mark.parametrize(("kind", "tokens"), [
-    ("llama", [3, 5]), ("llama", {"embed_tokens": [5, 3]}), ("llama-tied", [3, 5]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "tokens"),
+    [
+        ("llama", [3, 5]),
+        ("llama", {"embed_tokens": [5, 3]}),
+        ("llama-tied", [3, 5]),
+    ],
+)
 def test_token_rows_beside_other_layers(kind: str, tokens: Any, tmp_path: Path) -> None:
     """The rows of a LoRA adapter with ``trainable_token_indices`` are merged, and a word names what is not."""
-    base, wrapped = by_peft(kind, tmp_path / "adapter", target_modules=["q_proj", "v_proj"],
-                            trainable_token_indices=tokens)  # fmt: skip
+    base, wrapped = by_peft(
+        kind, tmp_path / "adapter", target_modules=["q_proj", "v_proj"], trainable_token_indices=tokens
+    )
     base.save_pretrained(tmp_path / "base")
     with pytest.warns(EmbedSurgeryWarning, match=r"more than tables: model\.layers\.0\.self_attn\.q_proj, .*v_proj"):
         adapter = es.load(tmp_path / "adapter")
@@ -278,9 +317,15 @@ def test_what_is_no_table_or_no_plain_lora_is_refused(tmp_path: Path) -> None:
     by_peft("llama", tmp_path / "olora", init_lora_weights="olora", target_modules=["lm_head"])
     by_peft("llama", tmp_path / "alora", alora_invocation_tokens=[3], task_type="CAUSAL_LM", target_modules=["lm_head"])
     by_peft("llama", tmp_path / "saved", target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])
-    for name, said in (("layers", "no embedding table"), ("dora", "use_dora"), ("bias", "lora_bias"),
-                       ("pissa", "'pissa'"), ("olora", "'olora'"), ("alora", "alora_invocation_tokens"),
-                       ("saved", r"no embedding table.*lm_head, model\.embed_tokens")):  # fmt: skip
+    for name, said in (
+        ("layers", "no embedding table"),
+        ("dora", "use_dora"),
+        ("bias", "lora_bias"),
+        ("pissa", "'pissa'"),
+        ("olora", "'olora'"),
+        ("alora", "alora_invocation_tokens"),
+        ("saved", r"no embedding table.*lm_head, model\.embed_tokens"),
+    ):
         with pytest.raises(AdapterError, match=said):
             es.load(tmp_path / name)
     base, _ = by_peft("llama", tmp_path / "good")
@@ -337,8 +382,10 @@ def test_the_command_line_knows_it(tmp_path: Path) -> None:
     base, _ = by_peft("llama", tmp_path / "adapter")
     base.save_pretrained(tmp_path / "base")
     folders = (str(tmp_path / "base"), str(tmp_path / "adapter"))
-    said = {verb: CliRunner().invoke(cli, [verb, *arguments], catch_exceptions=False) for verb, arguments in {
-        "show": (folders[1], "--model", folders[0]), "merge": (*folders, "--dry-run")}.items()}  # fmt: skip
+    said = {
+        verb: CliRunner().invoke(cli, [verb, *arguments], catch_exceptions=False)
+        for verb, arguments in {"show": (folders[1], "--model", folders[0]), "merge": (*folders, "--dry-run")}.items()
+    }
     assert {run.exit_code for run in said.values()} == {0}
     assert "model.embed_tokens.weight: the whole table, by" in said["show"].output
     assert "set all 24 rows of lm_head.weight, block by block" in said["merge"].output

@@ -70,20 +70,28 @@ def read_embedding(path: str | Path, token: str | None = None) -> LearnedEmbeddi
         with open_regular(file) as descriptor:
             tensors = {name: read_tensor(descriptor, entry) for name, entry in header.entries.items()}
     except (CheckpointError, OSError) as error:
-        raise AdapterError("a learned embedding cannot be read", where=file, found=str(error),
-                           expected="a safetensors file") from error  # fmt: skip
+        raise AdapterError(
+            "a learned embedding cannot be read", where=file, found=str(error), expected="a safetensors file"
+        ) from error
     if tensors.keys() == set(_ENCODERS):
         name = file.stem
     elif len(tensors) == 1:
         only = next(iter(tensors))
         name = file.stem if only in ("emb_params", *_ENCODERS) else only
     else:
-        raise AdapterError("tensors that are no learned embedding", where=file, found=", ".join(list(tensors)[:6]),
-                           expected="one token's, emb_params, or clip_l and clip_g")  # fmt: skip
+        raise AdapterError(
+            "tensors that are no learned embedding",
+            where=file,
+            found=", ".join(list(tensors)[:6]),
+            expected="one token's, emb_params, or clip_l and clip_g",
+        )
     vectors = {key: _matrix(raw, key, file) for key, raw in tensors.items()}
     if len({raw.shape[0] for raw in vectors.values()}) != 1:
-        raise AdapterError("the encoders have different numbers of vectors", where=file,
-                           found=", ".join(f"{key} {list(raw.shape)}" for key, raw in vectors.items()))  # fmt: skip
+        raise AdapterError(
+            "the encoders have different numbers of vectors",
+            where=file,
+            found=", ".join(f"{key} {list(raw.shape)}" for key, raw in vectors.items()),
+        )
     name = name if token is None else token
     if not name.strip():
         raise AdapterError("the embedding has no token", where=file, hint="name one")
@@ -93,8 +101,9 @@ def read_embedding(path: str | Path, token: str | None = None) -> LearnedEmbeddi
 def _matrix(raw: RawArray, key: str, file: Path) -> RawArray:
     shape = (1, *raw.shape) if len(raw.shape) == 1 else raw.shape
     if len(shape) != 2 or 0 in shape or raw.dtype not in EDITABLE:
-        raise AdapterError("a tensor that is no vectors", where=f"{file}: {key}", expected="(n, D) floats",
-                           found=f"{raw!r}")  # fmt: skip
+        raise AdapterError(
+            "a tensor that is no vectors", where=f"{file}: {key}", expected="(n, D) floats", found=f"{raw!r}"
+        )
     matrix = RawArray(raw.dtype, shape, raw.data)
     if not np.isfinite(matrix.float32()).all():
         raise AdapterError("a learned embedding with NaN or infinity", where=f"{file}: {key}", hint="train it again")
@@ -103,10 +112,12 @@ def _matrix(raw: RawArray, key: str, file: Path) -> RawArray:
 
 def _pickle(file: Path) -> AdapterError:
     return AdapterError(
-        "a pickle, which can run code when it is loaded", where=file, expected="a safetensors file",
+        "a pickle, which can run code when it is loaded",
+        where=file,
+        expected="a safetensors file",
         hint="ask its author for one, or convert it where nothing can be harmed: "
         "safetensors.torch.save_file({'emb_params': torch.load(FILE, weights_only=True)['string_to_param']['*']}, ...)",
-    )  # fmt: skip
+    )
 
 
 def expand_prompt(prompt: str, embedding: LearnedEmbedding) -> str:

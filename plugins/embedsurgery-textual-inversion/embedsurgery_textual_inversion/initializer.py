@@ -28,8 +28,11 @@ class Vector(Initializer):
     ) -> npt.NDArray[Any]:
         path, _, number = (argument or "").rpartition("#")
         if not path or not number.isascii() or not number.isdigit():
-            raise ConfigError("which vector of which file is not said", where=f"init 'textual-inversion:{argument}'",
-                              expected="textual-inversion:FILE#0")  # fmt: skip
+            raise ConfigError(
+                "which vector of which file is not said",
+                where=f"init 'textual-inversion:{argument}'",
+                expected="textual-inversion:FILE#0",
+            )
         if "input" not in view.roles:
             total = sum((block.astype(np.float64).sum(axis=0) for _, block in view.blocks()), np.zeros(view.shape[1]))
             return np.tile(total / max(1, view.known), (len(tokens), 1))
@@ -37,7 +40,11 @@ class Vector(Initializer):
         vectors = embedding.of_width(view.shape[1])
         if vectors is None or int(number) >= vectors.shape[0]:
             found = ", ".join(f"{key} {list(raw.shape)}" for key, raw in embedding.vectors.items())
-            raise ConfigError("the file has no such vector of this table's width", where=view.name, found=found,
-                              expected=f"vector {number} of width {view.shape[1]}",
-                              hint="was it learned for this text encoder?")  # fmt: skip
+            raise ConfigError(
+                "the file has no such vector of this table's width",
+                where=view.name,
+                found=found,
+                expected=f"vector {number} of width {view.shape[1]}",
+                hint="was it learned for this text encoder?",
+            )
         return np.tile(vectors.float32()[int(number)], (len(tokens), 1))

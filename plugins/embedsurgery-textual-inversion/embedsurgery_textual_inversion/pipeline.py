@@ -92,8 +92,12 @@ def bake(
     read = [(read_embedding(path, token), Path(path)) for path in embeddings]
     parts = [(e, t) for e, t in PARTS if (source / e).is_dir() and (source / t).is_dir()]
     if not parts:
-        raise CheckpointError("no text encoder with its tokenizer", where=source, expected="text_encoder and tokenizer",
-                              hint="name the pipeline's directory")  # fmt: skip
+        raise CheckpointError(
+            "no text encoder with its tokenizer",
+            where=source,
+            expected="text_encoder and tokenizer",
+            hint="name the pipeline's directory",
+        )
     if target.exists():
         raise OutputExistsError("the output exists", where=target, hint="name a new directory")
     if target.resolve().is_relative_to(source.resolve()):
@@ -110,8 +114,12 @@ def bake(
         for one, path in read:
             if not any(one.token in tokens for tokens in given.values()):
                 widths = ", ".join(f"{key} {list(raw.shape)}" for key, raw in one.vectors.items())
-                raise ConfigError("a learned embedding fits none of the text encoders", where=path, found=widths,
-                                  hint="was it learned for this pipeline's model?")  # fmt: skip
+                raise ConfigError(
+                    "a learned embedding fits none of the text encoders",
+                    where=path,
+                    found=widths,
+                    hint="was it learned for this pipeline's model?",
+                )
         for one, path in read:
             _say_what_is_left(one, path, widths=[table.shape[1] for table in tables.values()])
     return Baked(str(target), given)
@@ -121,8 +129,13 @@ def _bake_one(encoder: Path, tokenizer: Path, fits: list[tuple[LearnedEmbedding,
     """Change one encoder and its tokenizer, which are copies, in place."""
     weights = [path.name for path in encoder.glob("*.safetensors")]
     if not (encoder / "model.safetensors.index.json").exists() and len(weights) > 1:
-        raise CheckpointError("weights of several variants lie in one encoder", where=encoder, expected="one variant",
-                              found=", ".join(sorted(weights)), hint="remove those that are not used")  # fmt: skip
+        raise CheckpointError(
+            "weights of several variants lie in one encoder",
+            where=encoder,
+            expected="one variant",
+            found=", ".join(sorted(weights)),
+            hint="remove those that are not used",
+        )
     config = json.loads((encoder / "config.json").read_text())
     _warn_of_pooling(config.get("eos_token_id"), str(encoder.name))
     names = [name for one, _ in fits for name in one.tokens]
@@ -154,8 +167,9 @@ def _files_of(tokenizer: Path, folder: Path, *, fast: bool) -> list[Path]:
     if fast:
         return [path for path in tokenizer.iterdir() if path.is_file()]
     if not all((tokenizer / name).exists() for name in _SLOW):
-        raise CheckpointError("no tokenizer that is known here", where=tokenizer,
-                              expected=f"{_TOKENIZER}, or {' and '.join(_SLOW)}")  # fmt: skip
+        raise CheckpointError(
+            "no tokenizer that is known here", where=tokenizer, expected=f"{_TOKENIZER}, or {' and '.join(_SLOW)}"
+        )
     from transformers import AutoTokenizer
 
     AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
@@ -192,8 +206,12 @@ def _inits(embedding: LearnedEmbedding, path: Path) -> dict[str, str]:
 def _refuse_known(embedding: LearnedEmbedding, known: set[str], where: str) -> None:
     twice = [name for name in embedding.tokens if name in known]
     if twice:
-        raise ConfigError("the tokenizer has this token already", where=where, found=", ".join(twice[:4]),
-                          hint="name another with token=")  # fmt: skip
+        raise ConfigError(
+            "the tokenizer has this token already",
+            where=where,
+            found=", ".join(twice[:4]),
+            hint="name another with token=",
+        )
 
 
 def _say_what_is_left(embedding: LearnedEmbedding, path: Path, widths: list[int]) -> None:

@@ -38,9 +38,18 @@ def vectors(*shape: int, seed: int = 0) -> torch.Tensor:
 def clip(width: int, seed: int = 0) -> Any:
     """A text encoder; another seed than 0 is SDXL's second one, with its projection."""
     torch.manual_seed(seed)
-    config = tr.CLIPTextConfig(vocab_size=len(WORDS), hidden_size=width, intermediate_size=16, num_hidden_layers=1,
-                               num_attention_heads=2, max_position_embeddings=16, bos_token_id=0, eos_token_id=1,
-                               pad_token_id=1, projection_dim=width)  # fmt: skip
+    config = tr.CLIPTextConfig(
+        vocab_size=len(WORDS),
+        hidden_size=width,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+        projection_dim=width,
+    )
     return KINDS[min(seed, 1)](config).eval()
 
 
@@ -68,13 +77,16 @@ def write_pipeline(folder: Path, *widths: int, fast: bool = True) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("name", "tensors", "token", "shape"), [
-    ("learned_embeds", {"<cat-toy>": vectors(8)}, "<cat-toy>", (1, 8)),
-    ("learned_embeds", {"<cat-toy>": vectors(3, 8)}, "<cat-toy>", (3, 8)),
-    ("moody", {"emb_params": vectors(2, 8)}, "moody", (2, 8)),
-    ("both", {"clip_l": vectors(2, 8), "clip_g": vectors(2, 12)}, "both", (2, 8)),
-    ("half", {"emb_params": vectors(2, 8).half()}, "half", (2, 8)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "tensors", "token", "shape"),
+    [
+        ("learned_embeds", {"<cat-toy>": vectors(8)}, "<cat-toy>", (1, 8)),
+        ("learned_embeds", {"<cat-toy>": vectors(3, 8)}, "<cat-toy>", (3, 8)),
+        ("moody", {"emb_params": vectors(2, 8)}, "moody", (2, 8)),
+        ("both", {"clip_l": vectors(2, 8), "clip_g": vectors(2, 12)}, "both", (2, 8)),
+        ("half", {"emb_params": vectors(2, 8).half()}, "half", (2, 8)),
+    ],
+)
 def test_files(name: str, tensors: dict[str, torch.Tensor], token: str, shape: Any, tmp_path: Path) -> None:
     save_file(tensors, tmp_path / f"{name}.safetensors")
     for path in [tmp_path / f"{name}.safetensors", *([tmp_path] if name == "learned_embeds" else [])]:
@@ -153,8 +165,10 @@ def test_baked_into_a_pipeline(fast: bool, tmp_path: Path) -> None:
     with pytest.warns(EmbedSurgeryWarning, match=r"toy.safetensors: holds nothing for the text encoder of width 12"):
         baked = bake(base, [tmp_path / "style.safetensors", tmp_path / "toy.safetensors"], tmp_path / "out")
     assert contents(base) == before
-    assert baked.tokens == {"text_encoder": {"style": 11, "style_1": 12, "<toy>": 13},
-                            "text_encoder_2": {"style": 11, "style_1": 12}}  # fmt: skip
+    assert baked.tokens == {
+        "text_encoder": {"style": 11, "style_1": 12, "<toy>": 13},
+        "text_encoder_2": {"style": 11, "style_1": 12},
+    }
     after = contents(tmp_path / "out")
     touched = {path for path in before if before[path] != after[path]}
     new = after.keys() - before.keys()
