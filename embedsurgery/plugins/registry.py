@@ -205,7 +205,7 @@ class Registry:
         from embedsurgery.stores.store import Store
 
         record = self.format_of(directory)
-        if work is None:
+        if work is None and os.path.isdir(directory):
             refuse_linked_state(directory)
             refuse_unfinished(directory)
         where = f"{record.name}.open"

@@ -23,11 +23,13 @@ def written(undo: Edits, store: Store) -> list[str]:
 
 def _digest(edit: Edit, store: Store, sizes: Sizes) -> str:
     digest = hashlib.sha256()
+    vectors = {name for v in store.graph.vocabularies for name in v.vectors}
     for name, indices in edit.leaves(sizes).items():
-        table = store.graph.find(name)
-        if table is None:
+        if name in vectors:
             digest.update(entries_of(store, name, tuple(indices or ())).data)
-        elif indices is not None:
+            continue
+        table = store.graph.table(name)
+        if indices is not None:
             digest.update(rows_of(store, table, tuple(indices)).data)
         else:
             for start, stop in spans(table.shape[0], table.shape[1] * ITEMSIZE[table.dtype]):

@@ -12,7 +12,7 @@ import torch
 
 from embedsurgery.errors import EmbedSurgeryError, PlanError, UnsupportedError
 from embedsurgery.graph.architectures import ARCHITECTURES
-from embedsurgery.plan import Blocks, Edit, Plan, SetBlocks, SetRows
+from embedsurgery.plan import Blocks, Edit, Plan, SetBlocks, SetRows, Undo
 from embedsurgery.plugins.hookspecs import StoreRecord
 from embedsurgery.stores.apply import apply
 from embedsurgery.stores.checks import check
@@ -107,7 +107,7 @@ class StoreContract(Contract):
         after = self.edited(before, INDICES, rows, tied=tied)
         _same(self.read(home), after)
         undo.save(tmp_path / "undo.safetensors")
-        redo = apply(Plan.load(tmp_path / "undo.safetensors"), self.open(home))
+        redo = apply(Undo.load(tmp_path / "undo.safetensors"), self.open(home))
         _same(self.read(home), before)
         apply(redo, self.open(home))
         _same(self.read(home), after)

@@ -30,7 +30,7 @@ from embedsurgery.errors import (
     UnfinishedError,
     UnsupportedError,
 )
-from embedsurgery.plan import Blocks, PatchFile, Plan, SetBlocks, SetRows
+from embedsurgery.plan import Blocks, PatchFile, Plan, SetBlocks, SetRows, Undo
 from embedsurgery.plan.file_edits import FileState, PutFile, SetBytes
 from embedsurgery.stores.apply import apply
 from embedsurgery.stores.shards import ShardStore
@@ -364,7 +364,7 @@ def test_recovery_restores_the_times_too(model: Path, made: dict[str, Any]) -> N
 def test_a_journal_that_is_damaged_or_lies_is_not_followed(damage: str, model: Path, made: dict[str, Any]) -> None:
     interrupted(model, made["adapter"])
     part = next((model / ".embedsurgery/journal").glob("*.safetensors"))
-    plan, data = Plan.load(part, sealed=True), part.read_bytes()
+    plan, data = Undo.load(part, sealed=True), part.read_bytes()
     there = contents(model)
     edits: tuple[Any, ...] = plan.edits
     ranges = next(edit for edit in edits if isinstance(edit, SetBytes))

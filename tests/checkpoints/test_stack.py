@@ -15,7 +15,7 @@ import embedsurgery as es
 from embedsurgery.checkpoints.hashes import file_hashes
 from embedsurgery.checkpoints.records import adapter_sha256
 from embedsurgery.errors import CheckpointError, ConfigError, PlanError
-from embedsurgery.plan import Plan
+from embedsurgery.plan import Undo
 from embedsurgery.tensors.raw import RawArray
 from tests.support.comparing import contents
 from tests.support.made import made_on
@@ -265,7 +265,7 @@ def bad(folder: Path) -> dict[str, str]:
 def test_every_byte_against_what_was_recorded(tmp_path: Path) -> None:
     base = save(tiny("llama-untied"), tmp_path / "base", shards=True)
     es.merge_checkpoint(base, made_on(base, [5]).save(tmp_path / "a"), tmp_path / "merged", hashes=True)
-    said = Plan.load(tmp_path / "merged" / RECORDS / "0001.safetensors").facts["sha256"]
+    said = Undo.load(tmp_path / "merged" / RECORDS / "0001.safetensors").facts["sha256"]
     assert said == file_hashes(tmp_path / "merged")
     assert said == {p: hashlib.sha256(d).hexdigest() for p, d in plain(tmp_path / "merged").items()}
     checks = es.verify_checkpoint(tmp_path / "merged", full=True)
@@ -343,7 +343,7 @@ def test_a_record_with_a_flipped_bit_is_refused(part: str, base: Path, tmp_path:
     """The displaced rows are the only copy of the base's: a wrong one is never written back."""
     es.merge_checkpoint(base, made_on(base, [5]), tmp_path / "merged")
     record = tmp_path / "merged" / RECORDS / "0001.safetensors"
-    displaced = RawArray.of(Plan.load(record).edits[0].rows.float32()).data  # type: ignore[union-attr]
+    displaced = RawArray.of(Undo.load(record).edits[0].rows.float32()).data  # type: ignore[union-attr]
     data = record.read_bytes()
     flip(record, data.index(displaced) + 5 if part != "facts" else data.index(b"trainable_tokens"))
     with pytest.raises((CheckpointError, PlanError), match="checksum"):

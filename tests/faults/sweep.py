@@ -21,7 +21,7 @@ from typing import Any
 import embedsurgery as es
 from embedsurgery.errors import CheckpointError, EmbedSurgeryError, UnfinishedError
 from embedsurgery.files.locking import segments
-from embedsurgery.stores.checkpoint import open_checkpoint
+from embedsurgery.loading import open_store
 from tests.faults.scenarios import SCENARIOS, Scenario, Snapshot
 from tests.faults.tracer import BROKEN, COUNTED, DONE, INTERRUPTED, RAISED, Fault, Outcome, run
 
@@ -140,7 +140,7 @@ class Sweep:
             if whole and not segments(base):
                 return None
             try:
-                open_checkpoint(base)
+                open_store(base)
             except UnfinishedError as error:
                 return None if "embedsurgery recover" in str(error) else f"no way out in: {error}"
             return "the files are in between, and nobody is told"

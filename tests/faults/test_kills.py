@@ -73,7 +73,7 @@ def test_every_fault_at_every_call(scenario: str) -> None:
 _CLI = """
 import os, signal, sys
 from pathlib import Path
-from embedsurgery import durable
+from embedsurgery.files import atomic
 from embedsurgery.cli.main import main
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell takes from what it runs in the background
 real = Path.rename

@@ -14,7 +14,8 @@ from embedsurgery.adapters.adapter import WEIGHTS_NAME
 from embedsurgery.checkpoints.hub_merging import push_merged
 from embedsurgery.cli.show import show
 from embedsurgery.errors import BaseMismatchError, CheckpointError, ConfigError, EmbedSurgeryWarning, HubError
-from embedsurgery.hub import store, using_token
+from embedsurgery.hub import using_token
+from embedsurgery.loading import open_store
 from tests.support.comparing import contents
 from tests.support.hub.answers import cuts, says, shortens, spoils, when
 from tests.support.hub.loopback import READER, WRITER, Hub
@@ -98,7 +99,7 @@ def test_rows_by_ranges_are_the_rows(hub: Hub, tmp_path: Path) -> None:
     model = tiny("bert")
     folder = save(model, tmp_path / "model")
     hub.add("team/model", contents(folder))
-    with store(folder) as local, store("team/model") as remote:
+    with open_store(folder) as local, open_store("team/model") as remote:
         assert remote.graph.tables == local.graph.tables
         for table in local.graph.tables:
             name = local.copies(table)[0]

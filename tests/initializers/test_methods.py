@@ -27,7 +27,7 @@ from embedsurgery.initializers import (
     parse_init,
     with_parts,
 )
-from embedsurgery.plan import edits
+from embedsurgery.plan import blocks
 from embedsurgery.plugins.current import registry
 from embedsurgery.stores.modules import module_store
 from embedsurgery.stores.store import Store
@@ -230,8 +230,8 @@ def test_a_seed_gives_the_same_rows_wherever_the_table_lies(
 ) -> None:
     found = set()
     for number, home in enumerate(HOMES):
-        for size in (1, 5000, edits.BLOCK_BYTES):
-            monkeypatch.setattr(edits, "BLOCK_BYTES", size)
+        for size in (1, 5000, blocks.BLOCK_BYTES):
+            monkeypatch.setattr(blocks, "BLOCK_BYTES", size)
             folder = tmp_path / f"{number}-{size}"
             folder.mkdir()
             found.add(bits(start(init, view_of(folder, values(torch.bfloat16), KNOWN, home))))
@@ -241,7 +241,7 @@ def test_a_seed_gives_the_same_rows_wherever_the_table_lies(
 PROCESS = """
 import hashlib, numpy as np
 from embedsurgery.initializers import BUILT_IN, NewToken, TableView, initial_rows
-from embedsurgery.raw import RawArray
+from embedsurgery.tensors.raw import RawArray
 table = RawArray.of(np.random.default_rng(0).standard_normal((3000, 96), dtype=np.float32))
 view = TableView("x", table.shape, "F32", ("input",), 2999,
                  lambda a, b: table.take(range(a, b)), lambda i: table.take(i))

@@ -15,7 +15,7 @@ from safetensors import safe_open
 
 from embedsurgery.errors import CheckpointError, EmbedSurgeryError, PlanError
 from embedsurgery.files.safetensors import TensorSource, encode_header, write_file
-from embedsurgery.plan import AddTokens, Blocks, Edit, Grow, PatchFile, Plan, SetBlocks, SetRows, Token
+from embedsurgery.plan import AddTokens, Blocks, Edit, Grow, PatchFile, Plan, SetBlocks, SetRows, Token, Undo
 from embedsurgery.plan.blocks import spans
 from embedsurgery.stores.apply import apply
 from embedsurgery.stores.shards import ShardStore
@@ -294,7 +294,7 @@ def test_a_small_file_changes_and_comes_back(name: str, base: Path, tmp_path: Pa
     assert contents(base) == {path: data for path, data in expected.items() if data is not None}
     assert all(tree(base)[p][1] == before[p][1] for p in before if p in tree(base))
     undo.save(tmp_path / "undo")
-    apply(Plan.load(tmp_path / "undo"), ShardStore.open(base))
+    apply(Undo.load(tmp_path / "undo"), ShardStore.open(base))
     assert contents(base) == {path: data for path, (data, _, _) in before.items()}
 
 

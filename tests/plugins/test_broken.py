@@ -16,10 +16,10 @@ from tests.support.processes import cli
 
 HEAD = """
 import embedsurgery as es
-from embedsurgery import hookspecs as h
+from embedsurgery.plugins import hookspecs as h
 from embedsurgery.initializers import Initializer, InitializerRecord
-from embedsurgery.architectures import Layout
-from embedsurgery.surgeries.base import Surgery, SurgeryRecord
+from embedsurgery.graph.architectures import Layout
+from embedsurgery.surgeries.surgery import Surgery, SurgeryRecord
 
 @es.hookimpl
 """
@@ -49,7 +49,7 @@ SURGERY = (
     """
 from dataclasses import dataclass
 import embedsurgery as es
-from embedsurgery.surgeries.trainable_tokens import TrainableTokens
+from embedsurgery.surgeries.trainable_tokens.surgery import TrainableTokens
 @dataclass(frozen=True)
 class Config: pass
 class Mine(TrainableTokens):
@@ -106,7 +106,7 @@ SIGNATURES = {
         "argument):",
     ),
     "classifiers": ("classify(unknown)", "classify()", "lambda unknown:", "lambda:"),
-    "stores": ("open(directory)", "open()", "False, lambda directory:", "False, lambda:"),
+    "stores": ("open(directory, architectures)", "open(directory)", "directory, architectures:", "directory:"),
     "commands": ("load()", "load(name)", "dict", "lambda name: 1"),
     "card_sections": ("section(manifest)", "section()", "lambda manifest:", "lambda:"),
 }

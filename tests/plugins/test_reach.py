@@ -202,7 +202,7 @@ def test_sections_of_a_card() -> None:
 
 HELLO = """
 import embedsurgery as es
-from embedsurgery.hookspecs import CommandRecord
+from embedsurgery.plugins.hookspecs import CommandRecord
 
 def load():
     import click

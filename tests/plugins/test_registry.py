@@ -28,8 +28,8 @@ from embedsurgery.stores.state_dicts import state_dict_store
 GOOD = """
 from dataclasses import dataclass
 import embedsurgery as es
-from embedsurgery.surgeries.base import SurgeryRecord
-from embedsurgery.surgeries.trainable_tokens import TrainableTokens
+from embedsurgery.surgeries.surgery import SurgeryRecord
+from embedsurgery.surgeries.trainable_tokens.surgery import TrainableTokens
 
 @dataclass(frozen=True)
 class Config:
@@ -65,7 +65,7 @@ def record(hook: str, records: str) -> str:
     """A plugin with one hook that returns these records."""
     lines = (
         "import embedsurgery as es",
-        "from embedsurgery import hookspecs as h",
+        "from embedsurgery.plugins import hookspecs as h",
         "from embedsurgery.graph.architectures import Layout",
         "@es.hookimpl",
     )

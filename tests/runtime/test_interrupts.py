@@ -364,7 +364,7 @@ def test_attaching_a_soft_prompt_beside_rows_is_broken_off_anywhere(within: str)
         assert torch.equal(made[0](input_ids=ids).logits, wanted)
         made[:] = [copy.deepcopy(model)]
 
-    assert broken_off_at_each_place(attach, check, f"runtime/{within}.py") > 20
+    assert broken_off_at_each_place(attach, check, f"runtime/{within}.py") > 10
 
 
 @pytest.mark.parametrize("kind", ["llama", "bart"])

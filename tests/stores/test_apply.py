@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from embedsurgery.errors import EmbedSurgeryError, PlanError, UnsupportedError
-from embedsurgery.plan import AddTokens, Blocks, Edit, PatchFile, Plan, SetBlocks, SetRows, Token
+from embedsurgery.plan import AddTokens, Blocks, Edit, PatchFile, Plan, SetBlocks, SetRows, Token, Undo
 from embedsurgery.stores.apply import apply
 from embedsurgery.stores.checks import check
 from embedsurgery.stores.store import rows_of
@@ -65,7 +65,7 @@ def test_undo_restores_every_bit(case: Case, tmp_path: Path) -> None:
     same(case.read(), before)
     apply(redo, case.store())
     same(case.read(), edited)
-    loaded = Plan.load(tmp_path / "undo.safetensors")
+    loaded = Undo.load(tmp_path / "undo.safetensors")
     assert loaded == undo
     apply(loaded, case.store())
     same(case.read(), before)
@@ -84,7 +84,7 @@ def test_blocks_set_every_row_and_undo(case: Case, tmp_path: Path, monkeypatch: 
     same(case.read(), before)
     apply(Plan((SetBlocks(case.table, Blocks.of(to_raw(rows))),)), case.store(), spill=tmp_path)
     del undo
-    apply(Plan.load(tmp_path / "undo.safetensors"), case.store(), spill=tmp_path)
+    apply(Undo.load(tmp_path / "undo.safetensors"), case.store(), spill=tmp_path)
     same(case.read(), before)
     assert case.identity() == identity
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from embedsurgery.errors import EmbedSurgeryError, PlanError, UnsupportedError
 from embedsurgery.files.safetensors import read_header
-from embedsurgery.plan import AddTokens, Grow, PatchFile, Plan, SetRows, Token
+from embedsurgery.plan import AddTokens, Grow, PatchFile, Plan, SetRows, Token, Undo
 from embedsurgery.stores.apply import apply
 from embedsurgery.stores.checks import check
 from embedsurgery.stores.shards import ShardStore
@@ -353,7 +353,7 @@ def test_tokens_come_and_go_with_their_rows(tmp_path: Path) -> None:
     after = contents(tmp_path)
     texts = {t["content"]: t["id"] for t in json.loads(after["tokenizer.json"])["added_tokens"]}
     assert {"<tool>": 40, "<end>": 41}.items() <= texts.items()
-    redo = apply(Plan.load(tmp_path.parent / f"{tmp_path.name}.undo"), ShardStore.open(tmp_path))
+    redo = apply(Undo.load(tmp_path.parent / f"{tmp_path.name}.undo"), ShardStore.open(tmp_path))
     assert contents(tmp_path) == before
     apply(redo, ShardStore.open(tmp_path))
     assert contents(tmp_path) == after
@@ -389,8 +389,8 @@ def test_growing_takes_little_memory_and_no_torch(tmp_path: Path) -> None:
 import sys
 from pathlib import Path
 from embedsurgery.plan import Grow, Plan
-from embedsurgery.raw import RawArray
-from embedsurgery.stores.base import apply
+from embedsurgery.tensors.raw import RawArray
+from embedsurgery.stores.apply import apply
 from embedsurgery.stores.shards import ShardStore
 name = "model.embed_tokens.weight"
 rows = RawArray("F32", (8, 4096), b"\\x01" * (8 * 4096 * 4))

@@ -237,9 +237,9 @@ def test_the_old_table_is_let_go() -> None:
 import torch
 from torch import nn
 from embedsurgery.plan import Grow, Plan
-from embedsurgery.raw import RawArray
-from embedsurgery.stores.base import apply
-from embedsurgery.stores.tensors import module_store
+from embedsurgery.tensors.raw import RawArray
+from embedsurgery.stores.apply import apply
+from embedsurgery.stores.modules import module_store
 model = nn.ModuleDict({"embed_tokens": nn.Embedding(64_000, 2048, dtype=torch.bfloat16), "lm_head": nn.Module()})
 model["lm_head"].weight = model["embed_tokens"].weight
 size = 64_000 * 2048 * 2

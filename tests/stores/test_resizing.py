@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from embedsurgery.errors import PlanError
-from embedsurgery.plan import Blocks, Edit, Grow, Plan, SetBlocks, SetEntries, SetRows
+from embedsurgery.plan import Blocks, Edit, Grow, Plan, SetBlocks, SetEntries, SetRows, Undo
 from embedsurgery.stores.apply import apply
 from embedsurgery.stores.checks import check
 from embedsurgery.stores.store import rows_of
@@ -109,10 +109,10 @@ def test_undo_and_redo_and_a_plan_in_a_file(case: Case, tmp_path: Path) -> None:
     same(case.read(), before)
     assert everything(case) == held
     redo.save(tmp_path / "redo.safetensors")
-    apply(Plan.load(tmp_path / "redo.safetensors"), case.store())
+    apply(Undo.load(tmp_path / "redo.safetensors"), case.store())
     same(case.read(), after)
     assert everything(case) == held_after
-    loaded = Plan.load(tmp_path / "undo.safetensors")
+    loaded = Undo.load(tmp_path / "undo.safetensors")
     assert loaded == undo
     apply(loaded, case.store())
     same(case.read(), before)
@@ -172,7 +172,7 @@ def test_later_edits_see_the_new_rows(case: Case, tmp_path: Path) -> None:
     table = store.graph.table(case.table)
     assert bits(from_raw(rows_of(store, table, (V + 1,)))) == bits(rows[table.name][:1].to(expected[case.table].dtype))
     undo.save(tmp_path / "undo.safetensors")
-    apply(Plan.load(tmp_path / "undo.safetensors"), case.store())
+    apply(Undo.load(tmp_path / "undo.safetensors"), case.store())
     same(case.read(), before)
     assert everything(case) == held
 
@@ -218,8 +218,8 @@ def test_entries_of_vectors(case: Case, given: str, tmp_path: Path) -> None:
     undo = apply(plan, case.store())
     same(case.read(), expected)
     undo.save(tmp_path / "undo.safetensors")
-    assert Plan.load(tmp_path / "undo.safetensors") == undo
-    apply(Plan.load(tmp_path / "undo.safetensors"), case.store())
+    assert Undo.load(tmp_path / "undo.safetensors") == undo
+    apply(Undo.load(tmp_path / "undo.safetensors"), case.store())
     same(case.read(), before)
     assert everything(case) == held
 

@@ -87,7 +87,7 @@ def test_numbers_round_as_torch_rounds_them(dtype: str) -> None:
 
 _SCALAR_NAN = """
 import numpy as np, torch
-from embedsurgery.raw import round_float32
+from embedsurgery.tensors.raw import round_float32
 generator = torch.Generator().manual_seed(1)
 payload = torch.randint(1, 2**23, (200_000,), generator=generator)
 payload[:23] = 1 << torch.arange(23)

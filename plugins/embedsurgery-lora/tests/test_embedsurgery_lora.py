@@ -216,7 +216,7 @@ import sys
 from pathlib import Path
 import embedsurgery as es
 import embedsurgery_lora as plugin
-from embedsurgery.registry import installed
+from embedsurgery.plugins.current import installed
 
 def kilobytes(what):
     return int(Path("/proc/self/status").read_text().partition(f"{what}:")[2].split()[0])

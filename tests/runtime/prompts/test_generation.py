@@ -351,7 +351,7 @@ def test_each_sample_with_a_prompt_of_its_own(how: str) -> None:
     with att.per_sample(names):
         out = model.generate(ids, attention_mask=mask, max_new_tokens=MORE, do_sample=False, **options)
         if how == "greedy":
-            with pytest.raises(UnsupportedError, match=r"the batch is not that of att\.rows"):
+            with pytest.raises(UnsupportedError, match=r"the batch is not that of att\.per_sample"):
                 model(ids[:3])
     for found, sample, name in zip(new(out, 7), samples, names, strict=True):
         prompt = torch.zeros(0, 16) if name is None else vectors(att, name)
