@@ -96,14 +96,14 @@ class State:
         texts: Id -> text of every token, None where no tokenizer is at hand.
         sizes: Vocabulary's name -> rows.
         parted: Lookup's table -> projection that has got a table of its own.
-        front: Name of the soft prompt that stands before every text; None for none.
+        prefix: Name of the soft prompt that stands before every text; None for none.
         means: Table -> the mean of its rows, (1, D), once it was asked for.
     """
 
     texts: dict[int, str] | None
     sizes: dict[str, int]
     parted: dict[str, str] = field(default_factory=dict)
-    front: str | None = None
+    prefix: str | None = None
     means: dict[str, RawArray] = field(default_factory=dict)
 
     @classmethod

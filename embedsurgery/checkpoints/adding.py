@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from embedsurgery.adapters.new_tokens import Init, plan_tokens
 from embedsurgery.checkpoints.jobs import Job
 from embedsurgery.checkpoints.records import tokens_facts
-from embedsurgery.checkpoints.writing import placed, write
+from embedsurgery.checkpoints.writing import open_output, write
 from embedsurgery.errors import ConfigError, EmbedSurgeryWarning
 from embedsurgery.plugins.current import registry
 from embedsurgery.tokenizer.patching import check_tokens, known_tokens
@@ -65,7 +65,7 @@ def add_tokens_checkpoint(
         CheckpointError: The model's files are missing or broken, or have no tokenizer.
         OutputExistsError: ``output`` exists.
     """
-    with placed(model, output, in_place=in_place, hardlink=hardlink, dry_run=dry_run, progress=progress) as place:
+    with open_output(model, output, in_place=in_place, hardlink=hardlink, dry_run=dry_run, progress=progress) as place:
         store = registry().open_store(place.source)
         known = known_tokens(place.source)
         asked = plan_tokens(

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 from embedsurgery.adapters.adapter import Adapter
 from embedsurgery.checkpoints.jobs import Job
 from embedsurgery.checkpoints.records import adapter_sha256, facts, facts_of, record_paths
-from embedsurgery.checkpoints.writing import placed, write
-from embedsurgery.combining.several import Conflict, plan_parts
-from embedsurgery.combining.weighted_adapters import Part, parts
+from embedsurgery.checkpoints.writing import open_output, write
+from embedsurgery.combining.several import Conflict, plan_adapters
+from embedsurgery.combining.weighted_adapters import WeightedAdapter, weighted_adapters
 from embedsurgery.errors import BaseMismatchError
 from embedsurgery.loading import load
 from embedsurgery.plugins.current import registry
@@ -79,7 +79,7 @@ def merge_checkpoint(
         UnfinishedError: ``base`` was being changed in place when something stopped it.
         BusyError: ``base`` is being changed in place by another process.
     """
-    with placed(base, output, in_place=in_place, hardlink=hardlink, dry_run=dry_run, progress=progress) as place:
+    with open_output(base, output, in_place=in_place, hardlink=hardlink, dry_run=dry_run, progress=progress) as place:
         store = registry().open_store(place.source)
         jobs = merge_jobs(store, adapters, bake=bake, on_conflict=on_conflict, allow_nan=allow_nan, hashes=hashes)
         return write(jobs, store, place)
@@ -100,10 +100,10 @@ def merge_jobs(
         BaseMismatchError: An adapter was made from another base, or is merged already.
         PlanError: Two adapters set the same rows, or rows hold NaN or infinity.
     """
-    asked = parts(adapters, named_adapter)
+    asked = weighted_adapters(adapters, named_adapter)
     _refuse_merged(store.directory, asked)
     tokens = cache(partial(_known_tokens, store.directory))
-    planned = plan_parts(
+    planned = plan_adapters(
         asked,
         lambda name: registry().named(name).surgery,
         store,
@@ -123,7 +123,7 @@ def merge_jobs(
 
 
 def _part_facts(
-    part: Part, undo: Undo, store: Store, *, on_conflict: Conflict | None = None, hashes: bool = False
+    part: WeightedAdapter, undo: Undo, store: Store, *, on_conflict: Conflict | None = None, hashes: bool = False
 ) -> dict[str, Any]:
     """What the record of a part says; called when it is done."""
     said = facts(part.adapter, part.name, undo, store, weight=part.weight, on_conflict=on_conflict)
@@ -148,7 +148,7 @@ def named_adapter(adapter: AdapterLike) -> tuple[Adapter, str]:
     return found, found.source or Path(adapter).absolute().name
 
 
-def _refuse_merged(base: Path, asked: list[Part]) -> None:
+def _refuse_merged(base: Path, asked: list[WeightedAdapter]) -> None:
     """An adapter that lies in the base already would only be refused for its rows, which says less."""
     known = {adapter_sha256(part.adapter): part.name for part in asked}
     for record in record_paths(base):

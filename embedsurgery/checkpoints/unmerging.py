@@ -10,7 +10,7 @@ from pathlib import Path
 from embedsurgery.checkpoints.jobs import Job
 from embedsurgery.checkpoints.report import MergeReport, Progress
 from embedsurgery.checkpoints.stack import Entry, chosen, left_behind, stack
-from embedsurgery.checkpoints.writing import placed, write
+from embedsurgery.checkpoints.writing import open_output, write
 from embedsurgery.errors import ConfigError
 from embedsurgery.plugins.current import registry
 from embedsurgery.stores.written import check_written
@@ -49,7 +49,7 @@ def unmerge_checkpoint(
     """
     if all and adapter is not None:
         raise ConfigError("all merges and one of them were asked for", found=f"all and {adapter!r}", expected="either")
-    with placed(merged, output, in_place=in_place, hardlink=hardlink, dry_run=dry_run, progress=progress) as place:
+    with open_output(merged, output, in_place=in_place, hardlink=hardlink, dry_run=dry_run, progress=progress) as place:
         store = registry().open_store(place.source)
         entries = stack(place.source, store.graph)
         going = chosen(entries, place.source, everything=all, adapter=adapter)

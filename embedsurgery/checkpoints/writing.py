@@ -29,7 +29,7 @@ from embedsurgery.stores.store import Store
 
 
 @dataclass(frozen=True)
-class Place:
+class Output:
     """Where a changed checkpoint goes.
 
     Attributes:
@@ -65,7 +65,7 @@ class Place:
 
 
 @contextmanager
-def placed(
+def open_output(
     model: str | os.PathLike[str],
     output: str | os.PathLike[str] | None,
     *,
@@ -73,7 +73,7 @@ def placed(
     hardlink: bool,
     dry_run: bool,
     progress: Progress | None,
-) -> Iterator[Place]:
+) -> Iterator[Output]:
     """Inside, the place that a caller names is held, with the model of an id downloaded.
 
     Whatever is there already is refused, and before anything is downloaded.
@@ -101,12 +101,12 @@ def placed(
     with hub.directory(model) as source:
         if target is not None:
             refuse_inside(target, source)
-        place = Place(source, target, in_place, hardlink, dry_run, progress)
+        place = Output(source, target, in_place, hardlink, dry_run, progress)
         with place.held():
             yield place
 
 
-def write(jobs: list[Job], store: Store, place: Place) -> MergeReport:
+def write(jobs: list[Job], store: Store, place: Output) -> MergeReport:
     """Do jobs to a checkpoint, one after another, each with its record: all of them or none.
 
     Args:
@@ -123,7 +123,7 @@ def write(jobs: list[Job], store: Store, place: Place) -> MergeReport:
     return _write_anew(jobs, store, place)
 
 
-def _write_in_place(jobs: list[Job], store: Store, place: Place) -> MergeReport:
+def _write_in_place(jobs: list[Job], store: Store, place: Output) -> MergeReport:
     if not isinstance(store, ShardStore):
         raise UnsupportedError(
             "a checkpoint of this format cannot be changed in place",
@@ -144,7 +144,7 @@ def _write_in_place(jobs: list[Job], store: Store, place: Place) -> MergeReport:
     return replace(report, done=True)
 
 
-def _write_anew(jobs: list[Job], store: Store, place: Place) -> MergeReport:
+def _write_anew(jobs: list[Job], store: Store, place: Output) -> MergeReport:
     whole, target = whole_plan(jobs), place.target
     tree = read_tree(place.source, {JOURNAL, DONE, *(path for job in jobs for path in job.drops)})
     report = report_of(whole, store, target, tree.size)
@@ -210,10 +210,10 @@ def _try_prefix(directory: Path, plan: Edits) -> None:
         return
     from importlib.util import find_spec
 
-    from embedsurgery.tokenizer.patching import check_front
+    from embedsurgery.tokenizer.patching import check_prefix
 
     for prefix in prefixes if find_spec("tokenizers") is not None else ():
-        check_front(directory, prefix)
+        check_prefix(directory, prefix)
 
 
 def _write_small(path: Path, data: bytes) -> None:
@@ -224,7 +224,7 @@ def _write_small(path: Path, data: bytes) -> None:
     sync_path(path)
 
 
-def _copy(place: Place, staging: Path, tree: Tree, anew: list[str], shared: list[str]) -> None:
+def _copy(place: Output, staging: Path, tree: Tree, anew: list[str], shared: list[str]) -> None:
     """Copy a checkpoint.
 
     Args:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from embedsurgery.combining.several import Conflict
     from embedsurgery.surgeries.soft_prompt.bake_config import BakeConfig
 
-FRONTS = ("all", "text", "chat", "none")
+PREFIX_PLACES = ("all", "text", "chat", "none")
 
 hash_option = click.option(
     "--hash", "hashes", is_flag=True, help="Record the sha256 of every file of the result, for verify --full."
@@ -36,8 +36,8 @@ _BAKING = (
         "[default: the directory's name]",
     ),
     click.option(
-        "--front",
-        type=click.Choice(FRONTS),
+        "--prefix",
+        type=click.Choice(PREFIX_PLACES),
         default=None,
         help="Where the tokenizer puts a soft prompt by itself: before every text, into the chat templates, "
         "both, or nowhere.  [default: all for one prompt, none for several]",
@@ -61,13 +61,13 @@ def bake_options(function: Callable[..., None]) -> Callable[..., None]:
 
 def bake_configs(options: dict[str, Any]) -> BakeConfig | list[BakeConfig] | None:
     """What `bake_options` were given, taken out of all options; None where none was."""
-    names, front, after_bos = options.pop("names"), options.pop("front"), options.pop("after_bos")
+    names, prefix, after_bos = options.pop("names"), options.pop("prefix"), options.pop("after_bos")
     tied = "keep" if options.pop("keep_tie") else "untie"
-    if not (names or front or after_bos or tied == "keep"):
+    if not (names or prefix or after_bos or tied == "keep"):
         return None
     from embedsurgery.surgeries.soft_prompt.bake_config import BakeConfig
 
-    configs = [BakeConfig(name, front, after_bos, tied) for name in names or (None,)]  # type: ignore[arg-type]
+    configs = [BakeConfig(name, prefix, after_bos, tied) for name in names or (None,)]  # type: ignore[arg-type]
     return configs if names else configs[0]
 
 

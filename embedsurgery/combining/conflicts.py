@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from embedsurgery.combining.weighted_adapters import Part, named_rows, wide
+from embedsurgery.combining.weighted_adapters import WeightedAdapter, named_rows, wide
 from embedsurgery.errors import PlanError
 from embedsurgery.plan import Edit, Plan
 from embedsurgery.plan.edit import Sizes
@@ -18,7 +18,7 @@ Contested = dict[str, dict[int, list[int]]]
 """Table or vector -> row or entry -> the numbers of the parts that set it, where there are several."""
 
 
-def contested_rows(plans: Sequence[Plan], asked: Sequence[Part], store: Store) -> Contested:
+def contested_rows(plans: Sequence[Plan], asked: Sequence[WeightedAdapter], store: Store) -> Contested:
     """Rows and entries that several plans set.
 
     Raises:
@@ -54,7 +54,7 @@ def contested_rows(plans: Sequence[Plan], asked: Sequence[Part], store: Store) -
     return {name: rows for name, rows in found.items() if rows}
 
 
-def overlap(table: str, rows: Mapping[int, Sequence[int]], asked: Sequence[Part]) -> str:
+def overlap(table: str, rows: Mapping[int, Sequence[int]], asked: Sequence[WeightedAdapter]) -> str:
     """The contested rows of one table for a message, and by whom they are set."""
     numbers = sorted({n for holders in rows.values() for n in holders})
     by = " and ".join(asked[n].name for n in numbers)

@@ -7,7 +7,7 @@ from functools import partial
 
 import numpy as np
 
-from embedsurgery.combining.weighted_adapters import Part, named_rows
+from embedsurgery.combining.weighted_adapters import WeightedAdapter, named_rows
 from embedsurgery.errors import PlanError
 from embedsurgery.graph import Table
 from embedsurgery.plan import Edit, Plan
@@ -17,7 +17,7 @@ from embedsurgery.stores.store import Store
 from embedsurgery.tensors.raw import RawArray
 
 
-def finite(plan: Plan, part: Part, store: Store) -> Plan:
+def finite(plan: Plan, part: WeightedAdapter, store: Store) -> Plan:
     """The plan, whose rows are all finite in their tables; those of whole tables are seen when they are made.
 
     Raises:
@@ -45,7 +45,7 @@ def finite(plan: Plan, part: Part, store: Store) -> Plan:
     return Plan(tuple(edits), plan.facts)
 
 
-def _refuse_nan(vector: str, entries: RawArray, count: int, part: Part) -> None:
+def _refuse_nan(vector: str, entries: RawArray, count: int, part: WeightedAdapter) -> None:
     """Refuse entries of a per-token vector that are NaN; infinity is what masks a token."""
     if np.isnan(entries.float32()).any():
         raise PlanError(
@@ -63,7 +63,7 @@ def _broken(rows: RawArray, table: Table) -> Iterator[int]:
     yield from (int(n) for n in np.flatnonzero(~good))
 
 
-def _checked_blocks(block: BlockFunction, table: Table, part: Part) -> BlockFunction:
+def _checked_blocks(block: BlockFunction, table: Table, part: WeightedAdapter) -> BlockFunction:
     """A block function that refuses rows that are not finite, other than those that were not finite before."""
 
     def checked(start: int, stop: int, current: RawArray) -> RawArray:

@@ -20,13 +20,13 @@ from embedsurgery.adapters.carried_tokens import State
 from embedsurgery.combining.conflicts import averaged, contested_rows, overlap
 from embedsurgery.combining.non_finite import finite
 from embedsurgery.combining.single import plan_adapter
-from embedsurgery.combining.weighted_adapters import Floats, Part, is_double, wide
+from embedsurgery.combining.weighted_adapters import Floats, WeightedAdapter, is_double, wide
 from embedsurgery.errors import ConfigError, EmbedSurgeryWarning, PlanError, UnsupportedError
 from embedsurgery.plan import Edit, Plan
 from embedsurgery.plan.blocks import BlockFunction
 from embedsurgery.plan.edit import Sizes, Values
 from embedsurgery.stores.store import Store, entries_of, rows_of
-from embedsurgery.surgeries.surgery import Ground, Surgery
+from embedsurgery.surgeries.surgery import BakeContext, Surgery
 from embedsurgery.tensors.raw import RawArray
 
 if TYPE_CHECKING:
@@ -36,8 +36,8 @@ Conflict = Literal["last", "average"]
 """What is done with rows that several adapters set: the last one's stand, or the mean of what each would make them."""
 
 
-def plan_parts(
-    asked: Sequence[Part],
+def plan_adapters(
+    asked: Sequence[WeightedAdapter],
     surgery_of: Callable[[str], Surgery],
     store: Store,
     tokens: Callable[[], KnownTokens] | None,
@@ -45,7 +45,7 @@ def plan_parts(
     options: Any = None,
     on_conflict: Conflict | None = None,
     allow_nan: bool = False,
-) -> list[tuple[Part, Plan]]:
+) -> list[tuple[WeightedAdapter, Plan]]:
     """Each part with its plan, in the order in which they are to be applied.
 
     It is that in which they were asked for, but what brings tokens at ids of its own comes before what takes the ids
@@ -97,7 +97,7 @@ def plan_parts(
         label = Path(part.name.partition("@")[0]).name
         alone = kinds[part.adapter.manifest.surgery] == 1
         parted = dict(state.parted)
-        plan = plan_adapter(part.adapter, surgery, Ground(store, {}, state, tokens, label, alone, option))
+        plan = plan_adapter(part.adapter, surgery, BakeContext(store, {}, state, tokens, label, alone, option))
         plan = plan if part.weight == 1 else _weighted(plan, part, store, texts)
         plans.append(plan if surgery.makes_tokens else _for_both(plan, parted))
     contested = contested_rows(plans, asked, store)
@@ -116,7 +116,7 @@ def plan_parts(
     return list(zip(asked, plans, strict=True))
 
 
-def _order(asked: Sequence[Part], surgeries: Sequence[Surgery]) -> list[int]:
+def _order(asked: Sequence[WeightedAdapter], surgeries: Sequence[Surgery]) -> list[int]:
     """Numbers of the parts: those that become tokens at any ids go behind the last that has ids of its own."""
     last = max((n for n, part in enumerate(asked) if part.adapter.manifest.new_tokens is not None), default=-1)
     return sorted(range(len(asked)), key=lambda n: (n > last, n < last and surgeries[n].makes_tokens))
@@ -133,7 +133,7 @@ def _for_both(plan: Plan, parted: Mapping[str, str]) -> Plan:
     return replace(plan, edits=tuple(edits))
 
 
-def together(plans: Sequence[Plan]) -> Plan:
+def joined_plan(plans: Sequence[Plan]) -> Plan:
     """One plan that does what several do one after another: each row is set once, each vocabulary grows once."""
     edits = [edit for plan in plans for edit in plan.edits]
     first: dict[str, Edit] = {}  # what can be done once, joined, comes before everything else
@@ -155,7 +155,7 @@ def together(plans: Sequence[Plan]) -> Plan:
     return Plan((*first.values(), *reversed(kept)), facts)
 
 
-def _weighted(plan: Plan, part: Part, store: Store, texts: Mapping[int, str] | None) -> Plan:
+def _weighted(plan: Plan, part: WeightedAdapter, store: Store, texts: Mapping[int, str] | None) -> Plan:
     """The plan with every row part of the way from the base's."""
     new = part.adapter.manifest.new_tokens
     absent = {t.id: t.content for t in new.tokens if texts is None or texts.get(t.id) != t.content} if new else {}

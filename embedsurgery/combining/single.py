@@ -15,24 +15,24 @@ from embedsurgery.graph import Table
 from embedsurgery.plan import Edit, Plan
 from embedsurgery.stores.store import Store
 from embedsurgery.surgeries.checked import baked
-from embedsurgery.surgeries.surgery import Ground, Surgery
+from embedsurgery.surgeries.surgery import BakeContext, Surgery
 
 
-def plan_adapter(adapter: Adapter, surgery: Surgery, ground: Ground) -> Plan:
+def plan_adapter(adapter: Adapter, surgery: Surgery, context: BakeContext) -> Plan:
     """All edits that bake an adapter in: new tokens first, where it brings any, and then what its surgery plans.
 
     Args:
         adapter: What to bake in.
         surgery: Its technique.
-        ground: The base; where the adapter's tables are in it is found here.
+        context: The base; where the adapter's tables are in it is found here.
 
     Raises:
         BaseMismatchError: The base is another, or ids of the adapter's tokens are taken there.
         TableError: A table is not found.
     """
-    located = locate(adapter, ground.store)
-    edits = extend(adapter, located, ground.store, ground.state)
-    plan = baked(surgery, adapter, replace(ground, located=located))
+    located = locate(adapter, context.store)
+    edits = extend(adapter, located, context.store, context.state)
+    plan = baked(surgery, adapter, replace(context, located=located))
     return Plan((*edits, *plan.edits), plan.facts)
 
 

@@ -23,7 +23,7 @@ _SHOWN = 8
 
 
 @dataclass(frozen=True)
-class Part:
+class WeightedAdapter:
     """An adapter that is merged.
 
     Attributes:
@@ -39,7 +39,7 @@ class Part:
     weight: float = 1.0
 
 
-def parts(adapters: Any, loaded: Callable[[Any], tuple[Adapter, str]]) -> list[Part]:
+def weighted_adapters(adapters: Any, loaded: Callable[[Any], tuple[Adapter, str]]) -> list[WeightedAdapter]:
     """One adapter, several, or pairs (adapter, weight), as parts.
 
     Args:
@@ -61,7 +61,7 @@ def parts(adapters: Any, loaded: Callable[[Any], tuple[Adapter, str]]) -> list[P
         if isinstance(weight, bool) or not math.isfinite(weight):
             raise ConfigError("a weight that is no finite number", where=one, found=weight)
         adapter, name = loaded(one)
-        found_parts.append(Part(adapter, name, float(weight)))
+        found_parts.append(WeightedAdapter(adapter, name, float(weight)))
     return found_parts
 
 
@@ -73,7 +73,7 @@ def _is_one(value: object) -> bool:
     return isinstance(value, (Adapter, str, bytes)) or hasattr(value, "__fspath__") or _is_pair(value)
 
 
-def named_rows(rows: Sequence[int], of: Sequence[Part]) -> str:
+def named_rows(rows: Sequence[int], of: Sequence[WeightedAdapter]) -> str:
     """Rows for a message, with their tokens' texts where an adapter knows them."""
     texts = {index: text for part in reversed(of) for index, text in part.adapter.manifest.tokens.items()}
     shown = ", ".join(f"{i} ({texts[i]!r})" if i in texts else str(i) for i in rows[:_SHOWN])

@@ -12,8 +12,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from embedsurgery.adapters.adapter import Adapter
-from embedsurgery.combining.several import Conflict, plan_parts, together
-from embedsurgery.combining.weighted_adapters import parts
+from embedsurgery.combining.several import Conflict, joined_plan, plan_adapters
+from embedsurgery.combining.weighted_adapters import weighted_adapters
 from embedsurgery.errors import ConfigError
 from embedsurgery.models.targets import refuse_attached, store_of, texts_of
 from embedsurgery.plan import Undo
@@ -60,12 +60,12 @@ def merge(
         AttachmentError: The model has an attachment, which merges by itself.
     """
     refuse_attached(target, "merge")
-    asked = parts(adapter, _loaded)
+    asked = weighted_adapters(adapter, _loaded)
     store = store_of(target, tokenizer)
     if tokenizer is None:
         texts_of([part.adapter for part in asked], None)  # which says what an adapter's tokens would need
     tokens = None if tokenizer is None else partial(_known, tokenizer)
-    planned = plan_parts(
+    planned = plan_adapters(
         asked,
         lambda name: registry().named(name).surgery,
         store,
@@ -74,7 +74,7 @@ def merge(
         on_conflict=on_conflict,
         allow_nan=allow_nan,
     )
-    plan = planned[0][1] if len(planned) == 1 else together([plan for _, plan in planned])
+    plan = planned[0][1] if len(planned) == 1 else joined_plan([plan for _, plan in planned])
     undo = apply(plan, store)
     return MergeUndo(undo.edits, {**plan.facts, "written": written(undo, store)}, tokenizer)
 

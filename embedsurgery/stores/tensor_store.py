@@ -27,7 +27,7 @@ from embedsurgery.tensors.sharded import is_sharded, rows_at
 
 
 @dataclass(frozen=True)
-class Part:
+class StoredTensor:
     """A separate memory that growing replaces.
 
     Attributes:
@@ -181,7 +181,7 @@ class TensorStore(Store):
                 found.setdefault(memory_of(tensor).normalised(), other)
         return tuple(found.values())
 
-    def parts(self, vocabulary: Vocabulary) -> list[Part]:
+    def parts(self, vocabulary: Vocabulary) -> list[StoredTensor]:
         """Every separate memory that growing replaces."""
         over: dict[Memory, dict[int, torch.Tensor]] = {}
         for tensor in (*self.tensors.values(), *self.all_tensors().values()):
@@ -200,7 +200,7 @@ class TensorStore(Store):
             own, turned = memories(tensor)
             same = {id(tensor): tensor, **over[own]}
             other = {} if tensor.dim() != 2 or own == turned or of in vocabulary.vectors else over.get(turned, {})
-            found.append(Part(of, name, tuple({**same, **other}.values()), axis))
+            found.append(StoredTensor(of, name, tuple({**same, **other}.values()), axis))
         return found
 
     def check_growth(self, vocabulary: Vocabulary, count: int) -> None:

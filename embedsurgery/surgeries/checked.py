@@ -16,7 +16,7 @@ from embedsurgery.graph import Table
 from embedsurgery.plan import Edit, Plan
 from embedsurgery.plugin_calls import call, check_json, wrong
 from embedsurgery.stores.store import Store
-from embedsurgery.surgeries.surgery import Base, Ground, RowOverride, Surgery
+from embedsurgery.surgeries.surgery import BakeContext, Base, RowOverride, Surgery
 from embedsurgery.tensors.raw import RawArray
 
 
@@ -73,14 +73,14 @@ def planned(surgery: Surgery, adapter: Adapter, located: Mapping[str, Table]) ->
     return _plan(f"{surgery.name}.plan", call(f"{surgery.name}.plan", Plan, surgery.plan, adapter, located))
 
 
-def baked(surgery: Surgery, adapter: Adapter, ground: Ground) -> Plan:
+def baked(surgery: Surgery, adapter: Adapter, context: BakeContext) -> Plan:
     """What `Surgery.bake` returns.
 
     Raises:
         PluginError: It fails, or returns what is no plan.
     """
     name = f"{surgery.name}.{'plan' if type(surgery).bake is Surgery.bake else 'bake'}"
-    return _plan(name, call(name, Plan, surgery.bake, adapter, ground))
+    return _plan(name, call(name, Plan, surgery.bake, adapter, context))
 
 
 def _adapter(surgery: Surgery, method: str, *arguments: Any) -> Adapter:

@@ -55,7 +55,7 @@ class Base:
 
 
 @dataclass(frozen=True)
-class Ground:
+class BakeContext:
     """What an adapter is baked into.
 
     Attributes:
@@ -121,9 +121,9 @@ class Surgery(ABC):
     def plan(self, adapter: Adapter, located: Mapping[str, Table]) -> Plan:
         """The edits that bake the adapter in. ``located``: table record's name -> table of the store."""
 
-    def bake(self, adapter: Adapter, ground: Ground) -> Plan:
+    def bake(self, adapter: Adapter, context: BakeContext) -> Plan:
         """As `plan`, for a surgery that has to know more of the base than where its tables are."""
-        return self.plan(adapter, ground.located)
+        return self.plan(adapter, context.located)
 
     @abstractmethod
     def to_peft(self, adapter: Adapter) -> PeftFiles:

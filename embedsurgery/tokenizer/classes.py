@@ -145,7 +145,7 @@ def as_it_runs(name: str, where: object) -> UnsupportedError:
         "this tokenizer sets its post-processor as it runs, so nothing put into it would stay",
         where=where,
         found=name,
-        hint="bake without a front, and write the markers into the text, or put them into the chat template alone",
+        hint="bake without a prefix, and write the markers into the text, or put them into the chat template alone",
     )
 
 

@@ -126,7 +126,7 @@ def change_tokens(tokenizer: Any, edit: AddTokens) -> None:
                 "a slow tokenizer has no post-processor that tokens could be put into",
                 where=_name(tokenizer),
                 found=type(tokenizer).__name__,
-                hint="use the model's fast tokenizer, or bake without a front and write the markers into the text",
+                hint="use the model's fast tokenizer, or bake without a prefix and write the markers into the text",
             )
         change_slow(tokenizer, edit)
         return
@@ -157,26 +157,26 @@ def _with_parts(tokenizer: Any, content: TokenizerJson, body: dict[str, Any], ed
     if edit.restore_parts:
         body[PROCESSOR] = edit.restore_parts.get(PROCESSOR)
         return edit.restore_parts.get(TEMPLATE)
-    template, front = getattr(tokenizer, TEMPLATE, None), edit.prefix
-    if front is None:
+    template, prefix = getattr(tokenizer, TEMPLATE, None), edit.prefix
+    if prefix is None:
         return template
-    refuse_held(content.body.get(PROCESSOR), _templates(tokenizer), front.contents, content.where)
-    if not front.texts and not template:
+    refuse_held(content.body.get(PROCESSOR), _templates(tokenizer), prefix.contents, content.where)
+    if not prefix.texts and not template:
         raise UnsupportedError(
             "this tokenizer has no chat template to put the prompt into",
             where=content.where,
             hint="put it before every text, or write the markers into the text",
         )
-    if front.texts:
+    if prefix.texts:
         if short_name(type(tokenizer).__name__) in AS_THEY_RUN:
             raise as_it_runs(type(tokenizer).__name__, content.where)
-        body[PROCESSOR] = put_first(content.body.get(PROCESSOR), front, content.where)
-    if not front.chats or not template:
+        body[PROCESSOR] = put_first(content.body.get(PROCESSOR), prefix, content.where)
+    if not prefix.chats or not template:
         return template
     bos = roles_of(tokenizer).get("bos_token")
     if isinstance(template, dict):
-        return {name: put_first_in_chat(text, front, bos, content.where) for name, text in template.items()}
-    return put_first_in_chat(template, front, bos, content.where)
+        return {name: put_first_in_chat(text, prefix, bos, content.where) for name, text in template.items()}
+    return put_first_in_chat(template, prefix, bos, content.where)
 
 
 def _plain(tokenizer: Any) -> Any:

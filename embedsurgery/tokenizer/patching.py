@@ -125,7 +125,7 @@ def _encoder(data: bytes, where: object) -> Encode:
     return encoder(backend(data.decode(), where))
 
 
-def check_front(directory: Path, front: Prefix) -> None:
+def check_prefix(directory: Path, prefix: Prefix) -> None:
     """Refuse a tokenizer that does not do what it is said to, by really encoding; needs the tokenizers library.
 
     Raises:
@@ -133,15 +133,15 @@ def check_front(directory: Path, front: Prefix) -> None:
     """
     data, content = read_tokenizer(directory)
     inner = backend(data.decode(), content.where)
-    ids, found = list(front.ids), list(inner.encode("a").ids)
-    own = list(inner.encode(front.text, add_special_tokens=False).ids)
-    if own != ids or (front.texts and (ids != found[: len(ids)] if not front.after_bos else not _within(ids, found))):
+    ids, found = list(prefix.ids), list(inner.encode("a").ids)
+    own = list(inner.encode(prefix.text, add_special_tokens=False).ids)
+    if own != ids or (prefix.texts and (ids != found[: len(ids)] if not prefix.after_bos else not _within(ids, found))):
         raise PlanError(
             "the tokenizer does not put the soft prompt where it should",
             where=content.where,
             expected=ids[:8],
             found=(own if own != ids else found)[:8],
-            hint="bake without a front, and report this",
+            hint="bake without a prefix, and report this",
         )
 
 
@@ -150,7 +150,7 @@ def _within(ids: list[int], found: list[int]) -> bool:
 
 
 def token_patches(
-    directory: Path, tokens: Sequence[Token], remove: bool = False, front: Prefix | None = None
+    directory: Path, tokens: Sequence[Token], remove: bool = False, prefix: Prefix | None = None
 ) -> tuple[PatchFile, ...]:
     """The files that change when tokens come (or go), each byte that need not change as it was.
 
@@ -158,7 +158,7 @@ def token_patches(
         directory: The checkpoint.
         tokens: Tokens at the ids that they are to have; those that are there (or gone) already change nothing.
         remove: They leave.
-        front: Those that are put before every text from then on.
+        prefix: Those that are put before every text from then on.
 
     Returns:
         A patch for each file that changes; nothing is written.
@@ -172,7 +172,7 @@ def token_patches(
     """
     data, content = read_tokenizer(directory)
     tokens = unsettled(content, tokens, remove)
-    if not tokens and front is None:
+    if not tokens and prefix is None:
         return ()
     files = {TOKENIZER: _File(data, dict(content.body), *_with_tokens(data, content, tokens, remove))}
     beside = Beside(content, tokens, remove, {e["content"]: e for e in files[TOKENIZER].after["added_tokens"]})
@@ -183,7 +183,7 @@ def token_patches(
             data = read_small(path)
             body = parse_json(data, path)
             files[name] = _File(data, body, changed(body, path))
-    texts = {} if front is None else _put_first(directory, content, files, front)
+    texts = {} if prefix is None else _put_first(directory, content, files, prefix)
     patches = [
         PatchFile.change(name, file.data, file.new(directory / name))
         for name, file in files.items()
@@ -233,34 +233,34 @@ class _File:
 
 
 def _put_first(
-    directory: Path, content: TokenizerJson, files: dict[str, _File], front: Prefix
+    directory: Path, content: TokenizerJson, files: dict[str, _File], prefix: Prefix
 ) -> dict[str, tuple[bytes, bytes]]:
     """Change what files are to say so that tokens stand before every text; other files as name -> (old, new)."""
     config = files.setdefault(CONFIG, _File(None, {}, {}))
     special = files[SPECIAL].before if SPECIAL in files else {}
     roles = {**roles_in(special), **roles_in(config.before)}
     known = templates_in(config.before.get("chat_template")) + _template_files(directory)
-    refuse_held(content.body.get("post_processor"), known, front.contents, directory)
-    if not front.texts and not known:
+    refuse_held(content.body.get("post_processor"), known, prefix.contents, directory)
+    if not prefix.texts and not known:
         raise UnsupportedError(
             "this tokenizer has no chat template to put the prompt into",
             where=directory,
             hint="put it before every text, or write the markers into the text",
         )
-    if front.texts:
+    if prefix.texts:
         model_type = (
             read_json(directory / "config.json").get("model_type") if (directory / "config.json").exists() else None
         )
         processor = content.body.get("post_processor")
         files[TOKENIZER].spelled = None
-        files[TOKENIZER].after["post_processor"] = put_first(processor, front, directory / TOKENIZER)
+        files[TOKENIZER].after["post_processor"] = put_first(processor, prefix, directory / TOKENIZER)
         config.after = plain_config(config.after, special, content.given, model_type, directory)
     bos, texts = roles.get("bos_token"), {}
 
     def written(template: str, where: object) -> str:
-        return put_first_in_chat(template, front, bos, where)
+        return put_first_in_chat(template, prefix, bos, where)
 
-    if front.chats:
+    if prefix.chats:
         if config.before.get("chat_template"):
             config.after["chat_template"] = in_templates(
                 config.after["chat_template"], lambda text: written(text, directory / CONFIG)

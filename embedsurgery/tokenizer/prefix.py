@@ -26,12 +26,12 @@ _BEGINS = re.compile(r"\s*\{\{-?\s*bos_token\s*-?\}\}")
 Piece = dict[str, Any]
 
 
-def put_first(processor: Mapping[str, Any] | None, front: Prefix, where: object) -> dict[str, Any]:
+def put_first(processor: Mapping[str, Any] | None, prefix: Prefix, where: object) -> dict[str, Any]:
     """The post-processor that does what one does, and puts tokens at the front of the first text as well.
 
     Args:
         processor: ``post_processor`` of a ``tokenizer.json``.
-        front: The tokens.
+        prefix: The tokens.
         where: For messages.
 
     Raises:
@@ -47,36 +47,36 @@ def put_first(processor: Mapping[str, Any] | None, front: Prefix, where: object)
             where=where,
             expected=f"one of {', '.join(_MAKERS)}, ByteLevel or none",
             found=", ".join(strange) or f"{len(makers)} that add tokens",
-            hint="bake without a front, and write the markers into the text",
+            hint="bake without a prefix, and write the markers into the text",
         )
     if not makers:
-        after = [*parts, _inserted(_template(None), front)]
+        after = [*parts, _inserted(_template(None), prefix)]
     else:
         place = makers[0]
-        new = _inserted(_template(parts[place]), front)
+        new = _inserted(_template(parts[place]), prefix)
         after = [*parts[:place], *_offsets(parts[place]), new, *parts[place + 1 :]]
     return after[0] if len(after) == 1 else {"type": "Sequence", "processors": after}
 
 
-def put_first_in_chat(template: str, front: Prefix, bos: str | None, where: object) -> str:
+def put_first_in_chat(template: str, prefix: Prefix, bos: str | None, where: object) -> str:
     """A chat template whose every rendering begins with tokens' texts.
 
     Args:
         template: Jinja.
-        front: The tokens.
+        prefix: The tokens.
         bos: Text of the token that begins a text, None where there is none.
         where: For messages.
 
     Raises:
         UnsupportedError: They are to stand behind the BOS, and where the template writes that is not seen.
     """
-    if not front.after_bos:
-        return front.text + template
+    if not prefix.after_bos:
+        return prefix.text + template
     match = _BEGINS.match(template)
     if match is not None:
-        return template[: match.end()] + front.text + template[match.end() :]
+        return template[: match.end()] + prefix.text + template[match.end() :]
     if bos and template.startswith(bos):
-        return bos + front.text + template.removeprefix(bos)
+        return bos + prefix.text + template.removeprefix(bos)
     if "bos_token" in template or (bos and bos in template):
         raise UnsupportedError(
             "where this chat template writes the BOS is not plain, so nothing can be put behind it",
@@ -85,7 +85,7 @@ def put_first_in_chat(template: str, front: Prefix, bos: str | None, where: obje
             expected="{{ bos_token }} at its beginning",
             hint="put the prompt before the BOS, or leave the chat template alone",
         )
-    return front.text + template
+    return prefix.text + template
 
 
 def refuse_held(processor: object, templates: Iterable[str], contents: Iterable[str], where: object) -> None:
@@ -110,7 +110,7 @@ def refuse_held(processor: object, templates: Iterable[str], contents: Iterable[
             raise PlanError(
                 "another soft prompt stands before every text already",
                 where=f"{where}: {place}",
-                hint="unmerge it first, or bake with front='none' and choose by the text",
+                hint="unmerge it first, or bake with prefix='none' and choose by the text",
             )
 
 
@@ -147,16 +147,16 @@ def _offsets(processor: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{"type": "ByteLevel", **kept, "use_regex": True}]
 
 
-def _inserted(template: Mapping[str, Any], front: Prefix) -> dict[str, Any]:
+def _inserted(template: Mapping[str, Any], prefix: Prefix) -> dict[str, Any]:
     """A template with one more special token, which stands for all that are put at the front."""
     after = dict(template)
     for key in ("single", "pair"):
         pieces = list(template[key])
-        place = next(n for n, piece in enumerate(pieces) if "Sequence" in piece) if front.after_bos else 0
+        place = next(n for n, piece in enumerate(pieces) if "Sequence" in piece) if prefix.after_bos else 0
         kind = next(iter(pieces[0].values()))["type_id"]
-        after[key] = [*pieces[:place], _special(front.label, kind), *pieces[place:]]
-    named = _named(front.label, list(front.ids), list(front.contents))
-    return {**after, "special_tokens": {**template["special_tokens"], front.label: named}}
+        after[key] = [*pieces[:place], _special(prefix.label, kind), *pieces[place:]]
+    named = _named(prefix.label, list(prefix.ids), list(prefix.contents))
+    return {**after, "special_tokens": {**template["special_tokens"], prefix.label: named}}
 
 
 def _special(text: str, kind: int) -> Piece:

@@ -65,7 +65,7 @@ def test_llama_cpp_gives_the_same_greedy_tokens(tmp_path: Path) -> None:
 
     begun = start("llama-tied", tmp_path)
     (begun.folder / "chat_template.jinja").write_text(CHAT)
-    report = es.merge_checkpoint(begun.folder, begun.adapter, tmp_path / "out", bake=es.BakeConfig(front="chat"))
+    report = es.merge_checkpoint(begun.folder, begun.adapter, tmp_path / "out", bake=es.BakeConfig(prefix="chat"))
     write_gguf(tmp_path / "out", tmp_path / "out.gguf")
     engine, attached, tokenizer = llama_cpp(tmp_path / "out.gguf"), begun.attached(), begun.tokenizer()
     how = {"max_tokens": COUNT, "temperature": 0, "cache_prompt": False}

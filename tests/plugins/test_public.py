@@ -148,7 +148,7 @@ def test_frozen_dataclasses_go_in_and_come_out() -> None:
     given = {
         "embedsurgery.plugins.hookspecs": ("UnknownModule", "EmbeddingModule", "CardSection"),
         "embedsurgery.initializers": ("NewToken", "TableView", "Ask"),
-        "embedsurgery.surgeries.surgery": ("Base", "Ground", "RowOverride"),
+        "embedsurgery.surgeries.surgery": ("Base", "BakeContext", "RowOverride"),
         "embedsurgery.adapters.adapter": ("Adapter", "PeftFiles"),
         "embedsurgery.adapters.manifest": ("Manifest", "TableRecord", "Fingerprint"),
         "embedsurgery.plan": ("Plan", "SetRows", "SetBlocks", "SetEntries", "Grow"),

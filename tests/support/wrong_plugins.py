@@ -25,7 +25,7 @@ from embedsurgery.initializers import Initializer, InitializerRecord, NewToken, 
 from embedsurgery.plan import PatchFile, Plan, SetRows, Untie
 from embedsurgery.plugins.hookspecs import StoreRecord
 from embedsurgery.stores.store import Store, rows_of
-from embedsurgery.surgeries.surgery import Base, Ground, RowOverride, Surgery, SurgeryRecord
+from embedsurgery.surgeries.surgery import BakeContext, Base, RowOverride, Surgery, SurgeryRecord
 from embedsurgery.surgeries.trainable_tokens.surgery import TrainableTokens
 from embedsurgery.tensors.raw import RawArray
 from embedsurgery.testing import InitializerContract, StoreContract, SurgeryContract
@@ -102,8 +102,8 @@ class WrongOneWayToMerge(WrongSurgery):
     caught: ClassVar = {"test_attached_is_merged_in_memory": "state_bits"}
 
     class surgery(Rows):
-        def bake(self, adapter: Adapter, ground: Ground) -> Plan:
-            (edit,) = self.plan(adapter, ground.located).edits
+        def bake(self, adapter: Adapter, context: BakeContext) -> Plan:
+            (edit,) = self.plan(adapter, context.located).edits
             assert isinstance(edit, SetRows)
             return Plan((replace(edit, rows=RawArray.of(np.nextafter(edit.rows.bits, np.float32(9)))),))
 
@@ -132,10 +132,10 @@ class WrongFile(WrongSurgery):
     caught: ClassVar = {"test_merged_on_disk_is_merged_in_memory": "notes.txt"}
 
     class surgery(Rows):
-        def bake(self, adapter: Adapter, ground: Ground) -> Plan:
-            plan = self.plan(adapter, ground.located)
+        def bake(self, adapter: Adapter, context: BakeContext) -> Plan:
+            plan = self.plan(adapter, context.located)
             note = PatchFile.change("notes.txt", None, b"I was here")
-            return Plan((*plan.edits, note)) if ground.located[INPUT].files else plan
+            return Plan((*plan.edits, note)) if context.located[INPUT].files else plan
 
 
 class WrongUndo(WrongSurgery):
@@ -144,20 +144,20 @@ class WrongUndo(WrongSurgery):
     caught: ClassVar = {"test_undo_is_exact": "state_bits"}
 
     class surgery(Rows):
-        def bake(self, adapter: Adapter, ground: Ground) -> Plan:
-            table = ground.located[INPUT]
-            rows = rows_of(ground.store, table, (0,))
-            ground.store.write_rows(ground.store.copies(table)[0], (0,), RawArray.of(rows.bits + np.float32(1)))
-            return self.plan(adapter, ground.located)
+        def bake(self, adapter: Adapter, context: BakeContext) -> Plan:
+            table = context.located[INPUT]
+            rows = rows_of(context.store, table, (0,))
+            context.store.write_rows(context.store.copies(table)[0], (0,), RawArray.of(rows.bits + np.float32(1)))
+            return self.plan(adapter, context.located)
 
 
 class WrongTie(WrongSurgery):
     caught: ClassVar = {"test_ties_hold": "shared_memory"}
 
     class surgery(Rows):
-        def bake(self, adapter: Adapter, ground: Ground) -> Plan:
-            row = rows_of(ground.store, ground.located[INPUT], (0,))
-            return Plan((*self.plan(adapter, ground.located).edits, Untie(INPUT, OUTPUT, (0,), row)))
+        def bake(self, adapter: Adapter, context: BakeContext) -> Plan:
+            row = rows_of(context.store, context.located[INPUT], (0,))
+            return Plan((*self.plan(adapter, context.located).edits, Untie(INPUT, OUTPUT, (0,), row)))
 
 
 class WrongWordOnTies(WrongSurgery):

@@ -15,7 +15,7 @@ from embedsurgery.errors import EmbedSurgeryError, PlanError, UnsupportedError
 from embedsurgery.plan import AddTokens, PatchFile, Prefix, Token
 from embedsurgery.tokenizer.classes import plain_config, rebuilds
 from embedsurgery.tokenizer.live import change_tokens, undo_of
-from embedsurgery.tokenizer.patching import check_front, token_patches
+from embedsurgery.tokenizer.patching import check_prefix, token_patches
 from tests.support import baked, tokenizers
 
 TEXTS = ("hello world", "the quick  brown fox", "a", "")
@@ -92,9 +92,9 @@ def test_on_disk_and_in_memory(kind: str, after_bos: bool, tmp_path: Path) -> No
     tokenizer.save_pretrained(tmp_path)
     old = tr.AutoTokenizer.from_pretrained(tmp_path)
     edit = edit_for(tokenizer, after_bos=after_bos)
-    apply_patches(tmp_path, token_patches(tmp_path, edit.tokens, front=edit.prefix))
+    apply_patches(tmp_path, token_patches(tmp_path, edit.tokens, prefix=edit.prefix))
     assert edit.prefix is not None
-    check_front(tmp_path, edit.prefix)
+    check_prefix(tmp_path, edit.prefix)
     new = tr.AutoTokenizer.from_pretrained(tmp_path)
     check(old, new, edit)
     assert new.padding_side == old.padding_side
@@ -103,7 +103,7 @@ def test_on_disk_and_in_memory(kind: str, after_bos: bool, tmp_path: Path) -> No
         {k: str(v) for k, v in old.special_tokens_map.items() if isinstance(v, str)}
     )
     with pytest.raises((PlanError, UnsupportedError)):
-        token_patches(tmp_path, edit.tokens, front=edit.prefix)
+        token_patches(tmp_path, edit.tokens, prefix=edit.prefix)
     before = json.loads(tokenizer._tokenizer.to_str())
     undo = undo_of(tokenizer, edit)
     change_tokens(tokenizer, edit)
@@ -122,7 +122,7 @@ def test_flags_for_which_transformers_4_makes_its_own_processor_go(tmp_path: Pat
     path.write_text(json.dumps(json.loads(path.read_text()) | {"add_bos_token": True, "add_eos_token": False}))
     old = tr.AutoTokenizer.from_pretrained(tmp_path)
     edit = edit_for(old)
-    apply_patches(tmp_path, token_patches(tmp_path, edit.tokens, front=edit.prefix))
+    apply_patches(tmp_path, token_patches(tmp_path, edit.tokens, prefix=edit.prefix))
     after = json.loads(path.read_text())
     assert "add_bos_token" not in after
     assert "add_eos_token" not in after
@@ -138,7 +138,7 @@ def test_older_files(tmp_path: Path) -> None:
         tokenizers.older(tokenizers.KINDS[kind].build(), folder)
         old = tr.AutoTokenizer.from_pretrained(folder)
         edit = edit_for(old)
-        apply_patches(folder, token_patches(folder, edit.tokens, front=edit.prefix))
+        apply_patches(folder, token_patches(folder, edit.tokens, prefix=edit.prefix))
         check(old, tr.AutoTokenizer.from_pretrained(folder), edit)
 
 
@@ -154,7 +154,7 @@ def test_chat_templates(after_bos: bool, place: str, tmp_path: Path) -> None:
         named = BOS_FIRST if place != "named" else [{"name": "default", "template": BOS_FIRST}]
         path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": named}))
     edit = edit_for(tokenizer, after_bos=after_bos)
-    apply_patches(tmp_path, token_patches(tmp_path, edit.tokens, front=edit.prefix))
+    apply_patches(tmp_path, token_patches(tmp_path, edit.tokens, prefix=edit.prefix))
     new = tr.AutoTokenizer.from_pretrained(tmp_path)
     assert edit.prefix is not None
     found = new.apply_chat_template([{"role": "user", "content": "hello world"}], return_dict=False)
@@ -181,9 +181,9 @@ def test_what_is_refused(tmp_path: Path) -> None:
     before = tokenizers.files(tmp_path)
 
     def refused(kind: type[EmbedSurgeryError], match: str, **options: bool) -> None:
-        front = edit_for(tokenizer, **options).prefix
+        prefix = edit_for(tokenizer, **options).prefix
         with pytest.raises(kind, match=match):
-            token_patches(tmp_path, edit.tokens, front=front)
+            token_patches(tmp_path, edit.tokens, prefix=prefix)
 
     refused(UnsupportedError, "no chat template", texts=False)
     (tmp_path / "chat_template.jinja").write_text("{% if x %}{{ bos_token + 'a' }}{% endif %}")

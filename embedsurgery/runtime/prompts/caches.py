@@ -23,7 +23,7 @@ _NAMES = ("cache", "past_key_values")
 
 
 @dataclass
-class Seat:
+class CachedPrompt:
     """What a cache knows of the prompt in it.
 
     Attributes:
@@ -40,7 +40,7 @@ class Seat:
 class Prompted:
     """Mixed into the class of a cache."""
 
-    prompt_seat: Seat | None
+    prompt_seat: CachedPrompt | None
 
     def get_seq_length(self, layer_idx: int = 0) -> Any:
         """How many tokens of text the cache holds; the prompt's with them while the model runs."""
@@ -105,7 +105,7 @@ def cache_of(given: Mapping[str, Any]) -> Any:
     return next((given[name] for name in _NAMES if given.get(name) is not None), None)
 
 
-def seat_of(cache: Any) -> Seat | None:
+def seat_of(cache: Any) -> CachedPrompt | None:
     """What a cache knows of a prompt in it; None for an empty one, or one that was filled without."""
     return cache.prompt_seat if isinstance(cache, Prompted) else None
 
@@ -114,7 +114,7 @@ def take_seat(cache: Any, layout: Layout, names: tuple[str | None, ...]) -> None
     """Let a cache know that a prompt has gone into it."""
     if not isinstance(cache, Prompted):
         cache.__class__ = _class_of(type(cache))
-    cache.prompt_seat = Seat(layout, names)
+    cache.prompt_seat = CachedPrompt(layout, names)
 
 
 def is_filled(cache: Any) -> bool:
@@ -143,7 +143,7 @@ def is_filled(cache: Any) -> bool:
         ) from error
 
 
-def check_seat(cache: Any, names: tuple[str | None, ...], where: str) -> Seat:
+def check_seat(cache: Any, names: tuple[str | None, ...], where: str) -> CachedPrompt:
     """The seat of a filled cache.
 
     Raises:

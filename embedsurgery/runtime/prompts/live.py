@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from embedsurgery.errors import UnsupportedError
 from embedsurgery.graph import EmbeddingGraph
 from embedsurgery.runtime.calls import Calls
-from embedsurgery.runtime.prompts.caches import Seat
+from embedsurgery.runtime.prompts.caches import CachedPrompt
 from embedsurgery.runtime.prompts.layout import FIRST, Layout
 from embedsurgery.runtime.prompts.stacks import Stack, stacks_of
 from embedsurgery.runtime.rows.rows import Rows
@@ -115,7 +115,7 @@ class StackCall:
     owner: object
     prompt: StackPrompt
     layout: Layout | None = None
-    seat: Seat | None = None
+    seat: CachedPrompt | None = None
     asked: Any = None
     plain: int = 0
     shape: tuple[int, ...] = ()

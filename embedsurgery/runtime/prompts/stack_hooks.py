@@ -14,7 +14,15 @@ import torch
 from torch import nn
 
 from embedsurgery.errors import ConfigError, UnsupportedError
-from embedsurgery.runtime.prompts.caches import Seat, cache_of, check_seat, is_filled, make_room, seat_of, take_seat
+from embedsurgery.runtime.prompts.caches import (
+    CachedPrompt,
+    cache_of,
+    check_seat,
+    is_filled,
+    make_room,
+    seat_of,
+    take_seat,
+)
 from embedsurgery.runtime.prompts.inputs import IGNORED, first_of, is_by_token, refuse_packed, size_of, without_front
 from embedsurgery.runtime.prompts.layout import Layout, counted_positions, extended_positions, is_virtual, spread
 from embedsurgery.runtime.prompts.live import LivePrompts, StackCall
@@ -243,7 +251,7 @@ class Reading:
         if isinstance(given.get("cache_position"), torch.Tensor):
             given["cache_position"] = torch.arange(layout.count + length, device=given["cache_position"].device)
 
-    def _go_on(self, given: dict[str, Any], cache: Any, seat: Seat, length: int) -> None:
+    def _go_on(self, given: dict[str, Any], cache: Any, seat: CachedPrompt, length: int) -> None:
         layout = seat.layout
         seat.inside = True
         held = cache.get_seq_length()

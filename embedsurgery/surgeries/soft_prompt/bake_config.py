@@ -8,7 +8,7 @@ from typing import Literal
 
 from embedsurgery.errors import ConfigError
 
-FRONTS = ("all", "text", "chat", "none")
+PREFIX_PLACES = ("all", "text", "chat", "none")
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class BakeConfig:
 
     Attributes:
         name: Names the tokens: ``<|soft:NAME:0|>`` and so on. None takes the adapter's directory's name.
-        front: Where the tokenizer puts them by itself: before every "text" (its post-processor does, so that any
+        prefix: Where the tokenizer puts them by itself: before every "text" (its post-processor does, so that any
             engine serves the prompted model from plain text), into the "chat" templates, "all" for both, or "none":
             a request then chooses the prompt by writing the tokens' texts. None is "all" where one prompt is baked
             into a model that has none, else "none".
@@ -34,7 +34,7 @@ class BakeConfig:
     """
 
     name: str | None = None
-    front: Literal["all", "text", "chat", "none"] | None = None
+    prefix: Literal["all", "text", "chat", "none"] | None = None
     after_bos: bool = False
     tied: Literal["untie", "keep"] = "untie"
     reserved: bool = False
@@ -47,8 +47,8 @@ class BakeConfig:
                 expected="letters, digits, '.', '_' and '-'",
                 found=repr(self.name)[:80],
             )
-        if self.front not in (None, *FRONTS):
-            raise ConfigError("no such front", expected=", ".join(FRONTS), found=repr(self.front)[:80])
+        if self.prefix not in (None, *PREFIX_PLACES):
+            raise ConfigError("no such prefix", expected=", ".join(PREFIX_PLACES), found=repr(self.prefix)[:80])
         if self.tied not in ("untie", "keep"):
             raise ConfigError("no such way with a tied head", expected="untie or keep", found=repr(self.tied)[:80])
         for key in ("after_bos", "reserved"):

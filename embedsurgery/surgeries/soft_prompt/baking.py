@@ -26,7 +26,7 @@ from embedsurgery.plan import AddTokens, Edit, Grow, Plan, Prefix, SetEntries, S
 from embedsurgery.surgeries.soft_prompt.bake_config import BakeConfig, plain
 from embedsurgery.surgeries.soft_prompt.config import prompts_of
 from embedsurgery.surgeries.soft_prompt.lookup_scale import Scale, scale_of
-from embedsurgery.surgeries.surgery import Ground
+from embedsurgery.surgeries.surgery import BakeContext
 from embedsurgery.tensors.raw import RawArray
 from embedsurgery.tokenizer.known import KnownTokens
 from embedsurgery.tokenizer.prefix import MARK
@@ -41,8 +41,8 @@ _BESIDE = ("embed_tokens_per_layer", "value_embeddings", "entity_embeddings")
 """Lookups that take the input's ids too, of which a soft prompt has no vectors."""
 
 
-def plan_prompt(adapter: Adapter, ground: Ground) -> Plan:
-    """The edits that bake a soft prompt in; `Ground.state` is brought up to date with them.
+def plan_prompt(adapter: Adapter, context: BakeContext) -> Plan:
+    """The edits that bake a soft prompt in; `BakeContext.state` is brought up to date with them.
 
     Raises:
         UnsupportedError: A prompt for a decoder, a model that it does not fit into, a vocabulary that cannot grow.
@@ -50,40 +50,40 @@ def plan_prompt(adapter: Adapter, ground: Ground) -> Plan:
         ConfigError: No tokenizer was given.
         PlanError: The tokenizer has tokens of these names already.
     """
-    config = BakeConfig() if ground.options is None else ground.options
+    config = BakeConfig() if context.options is None else context.options
     if not isinstance(config, BakeConfig):
         raise ConfigError(
-            "not a way to bake a soft prompt", where=ground.label, expected="a BakeConfig", found=repr(config)[:80]
+            "not a way to bake a soft prompt", where=context.label, expected="a BakeConfig", found=repr(config)[:80]
         )
-    table = ground.located[adapter.manifest.tables[0].name]
-    prompt = _prompt(adapter, table, ground)
-    known = ground.tokens() if ground.tokens is not None else None
-    if known is None or ground.state.texts is None:
+    table = context.located[adapter.manifest.tables[0].name]
+    prompt = _prompt(adapter, table, context)
+    known = context.tokens() if context.tokens is not None else None
+    if known is None or context.state.texts is None:
         raise ConfigError(
-            "a soft prompt becomes tokens, and there is no tokenizer", where=ground.store.name, hint="give tokenizer="
+            "a soft prompt becomes tokens, and there is no tokenizer", where=context.store.name, hint="give tokenizer="
         )
-    vocabulary = ground.store.graph.vocabulary_of(table)
-    new = _tokens(config.name or plain(ground.label), len(prompt), known, ground, vocabulary, config)
-    front = _front(new, config, known, ground)
-    baking = _Baking(ground, table, vocabulary, known, config, new, prompt)
-    edits = (AddTokens(tuple(new), prefix=front), *baking.edits())
-    ground.state.texts.update({token.id: token.content for token in new})
+    vocabulary = context.store.graph.vocabulary_of(table)
+    new = _tokens(config.name or plain(context.label), len(prompt), known, context, vocabulary, config)
+    prefix = _prefix(new, config, known, context)
+    baking = _Baking(context, table, vocabulary, known, config, new, prompt)
+    edits = (AddTokens(tuple(new), prefix=prefix), *baking.edits())
+    context.state.texts.update({token.id: token.content for token in new})
     facts = {
         "name": _name(new[0]),
         "ids": [token.id for token in new],
         "tokens": {str(token.id): token.content for token in new},
         "text": "".join(token.content for token in new),
-        "front": "none" if front is None else _where(front),
+        "prefix": "none" if prefix is None else _where(prefix),
         "after_bos": config.after_bos,
     }
     return Plan(edits, {"prompt": facts})
 
 
-def _prompt(adapter: Adapter, table: Table, ground: Ground) -> np.ndarray[Any, np.dtype[np.float32]]:
+def _prompt(adapter: Adapter, table: Table, context: BakeContext) -> np.ndarray[Any, np.dtype[np.float32]]:
     """The vectors, F32 (n, D), of a prompt that fits the model."""
-    graph, where = ground.store.graph, ground.store.name
+    graph, where = context.store.graph, context.store.name
     prompts = prompts_of(adapter)
-    config = as_mapping(ground.store.config) if ground.store.config is not None else {}
+    config = as_mapping(context.store.config) if context.store.config is not None else {}
     encoding = any("encoder" in name or "shared" in name for name in (*table.names, *table.modules))
     if "decoder" in prompts or (config.get("is_encoder_decoder") is True and not encoding):
         raise UnsupportedError(
@@ -115,7 +115,7 @@ def _prompt(adapter: Adapter, table: Table, ground: Ground) -> np.ndarray[Any, n
     values = next(iter(prompts.values())).float32()
     if not np.isfinite(values).all():
         raise UnsupportedError("the soft prompt holds NaN or infinity", where=repr(adapter), hint="train it again")
-    limit = position_limit(ground.store.config)
+    limit = position_limit(context.store.config)
     if limit is not None and len(values) >= limit:
         raise UnsupportedError(
             "the soft prompt leaves no position for a text",
@@ -127,10 +127,10 @@ def _prompt(adapter: Adapter, table: Table, ground: Ground) -> np.ndarray[Any, n
 
 
 def _tokens(
-    name: str, count: int, known: KnownTokens, ground: Ground, vocabulary: Vocabulary, config: BakeConfig
+    name: str, count: int, known: KnownTokens, context: BakeContext, vocabulary: Vocabulary, config: BakeConfig
 ) -> list[Token]:
     """The virtual tokens with texts and ids."""
-    texts, size = ground.state.texts or {}, ground.state.sizes[vocabulary.name]
+    texts, size = context.state.texts or {}, context.state.sizes[vocabulary.name]
     contents = [f"{MARK}{name}:{number}|>" for number in range(count)]
     taken = sorted(set(contents) & set(texts.values()))
     if taken:
@@ -142,33 +142,33 @@ def _tokens(
         )
     check_belongs(known, vocabulary.size)
     following = max([known.next_id, *(index + 1 for index in texts if index not in known.texts)])
-    roles = named_ids(as_mapping(ground.store.config)) if config.reserved else {}
+    roles = named_ids(as_mapping(context.store.config)) if config.reserved else {}
     free = [i for i in known.replaceable() if i < size and i not in roles] if config.reserved else []
     free = [i for i in free if texts.get(i) == known.texts[i]]
     return assign_ids(contents, free, following, known.texts, special=True)
 
 
-def _front(new: Sequence[Token], config: BakeConfig, known: KnownTokens, ground: Ground) -> Prefix | None:
+def _prefix(new: Sequence[Token], config: BakeConfig, known: KnownTokens, context: BakeContext) -> Prefix | None:
     """Where the tokenizer puts them by itself; None for nowhere."""
     others = any(text.startswith(MARK) for text in known.texts.values())
-    front = config.front or ("all" if ground.alone and not others else "none")
-    if front == "none":
+    prefix = config.prefix or ("all" if context.alone and not others else "none")
+    if prefix == "none":
         return None
-    if ground.state.front is not None:
+    if context.state.prefix is not None:
         raise PlanError(
             "two soft prompts would stand before every text",
-            where=ground.store.name,
-            found=f"{ground.state.front} and {_name(new[0])}",
+            where=context.store.name,
+            found=f"{context.state.prefix} and {_name(new[0])}",
             expected="one",
-            hint="bake with front='none', and choose by the markers in the text",
+            hint="bake with prefix='none', and choose by the markers in the text",
         )
-    ground.state.front = _name(new[0])
+    context.state.prefix = _name(new[0])
     return Prefix(
         f"{MARK}{_name(new[0])}|>",
         tuple(t.content for t in new),
         tuple(t.id for t in new),
-        front in ("all", "text"),
-        front in ("all", "chat"),
+        prefix in ("all", "text"),
+        prefix in ("all", "chat"),
         config.after_bos,
     )
 
@@ -177,15 +177,15 @@ def _name(token: Token) -> str:
     return token.content.removeprefix(MARK).rpartition(":")[0]
 
 
-def _where(front: Prefix) -> str:
-    return "all" if front.texts and front.chats else "text" if front.texts else "chat"
+def _where(prefix: Prefix) -> str:
+    return "all" if prefix.texts and prefix.chats else "text" if prefix.texts else "chat"
 
 
 @dataclass(frozen=True)
 class _Baking:
     """Rows, entries and heads for new tokens."""
 
-    ground: Ground
+    context: BakeContext
     table: Table
     vocabulary: Vocabulary
     known: KnownTokens
@@ -194,7 +194,7 @@ class _Baking:
     prompt: np.ndarray[Any, np.dtype[np.float32]]
 
     def edits(self) -> Iterator[Edit]:
-        state, size = self.ground.state, self.ground.state.sizes[self.vocabulary.name]
+        state, size = self.context.state, self.context.state.sizes[self.vocabulary.name]
         grown = max(size, max(token.id for token in self.new) + 1)
         multiple = self.config.pad_to_multiple_of
         if grown > size and multiple:
@@ -218,7 +218,7 @@ class _Baking:
 
     def _tables(self) -> dict[str, Table]:
         """The vocabulary's tables, heads that earlier edits part included."""
-        found = {name: self.ground.store.graph.table(name) for name in self.vocabulary.tables}
+        found = {name: self.context.store.graph.table(name) for name in self.vocabulary.tables}
         shortest = min(found.values(), key=lambda table: table.shape[0])
         if shortest.shape[0] < self.vocabulary.size:
             raise UnsupportedError(
@@ -229,7 +229,7 @@ class _Baking:
                 found=shortest.shape[0],
                 hint="attach the prompt",
             )
-        return found | {head: found[name] for name, head in self.ground.state.parted.items() if name in found}
+        return found | {head: found[name] for name, head in self.context.state.parted.items() if name in found}
 
     def _parted(self, tables: Mapping[str, Table], ids: Sequence[int]) -> Iterator[Untie]:
         """A head of its own for what is lookup and projection, where no bias keeps tokens from being offered."""
@@ -237,10 +237,10 @@ class _Baking:
             outputs = [f"{site.module}.{site.parameter}" for site in table.sites if site.role == "output"]
             if not outputs or "input" not in table.roles or self._biased(table) or self.config.tied == "keep":
                 continue
-            if name in self.ground.state.parted or name in self.ground.state.parted.values():
+            if name in self.context.state.parted or name in self.context.state.parted.values():
                 continue
             yield Untie(name, outputs[0], tuple(ids), self._mean(table, len(ids)))
-            self.ground.state.parted[name] = outputs[0]
+            self.context.state.parted[name] = outputs[0]
 
     def _biased(self, table: Table) -> bool:
         """Whether every projection by a table has a bias of this vocabulary."""
@@ -262,21 +262,21 @@ class _Baking:
 
     def _mean(self, table: Table, count: int) -> RawArray:
         known = min(self.known.next_id, table.shape[0])
-        mean = self.ground.state.means.get(table.name)
+        mean = self.context.state.means.get(table.name)
         if mean is None:
-            view = TableView.of_table(self.ground.store, table, known)
+            view = TableView.of_table(self.context.store, table, known)
             mean = RawArray.of(Mean().rows(view, [NewToken("", 0)], None, []).astype(np.float32))
-            self.ground.state.means[table.name] = mean
+            self.context.state.means[table.name] = mean
         return mean.take([0] * count)
 
     def _entries(self, name: str, count: int) -> RawArray:
         return RawArray.of(np.full(count, INERT, dtype=np.float32))
 
     def _scale(self) -> Scale:
-        scale = scale_of(self.table, self.ground.store.config)
+        scale = scale_of(self.table, self.context.store.config)
         if scale is None:
             warnings.warn(
-                f"nothing says by what {self.ground.store.name} multiplies the rows of {self.table.name}: taken for 1",
+                f"nothing says by what {self.context.store.name} multiplies the rows of {self.table.name}: taken for 1",
                 EmbedSurgeryWarning,
                 stacklevel=2,
             )

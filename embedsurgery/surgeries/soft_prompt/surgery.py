@@ -22,7 +22,7 @@ from embedsurgery.stores.store import Store, rows_of
 from embedsurgery.surgeries.soft_prompt.config import NAME, SUBMODULES, TENSOR, SoftPromptConfig, submodules_of
 from embedsurgery.surgeries.soft_prompt.peft_files import NO_ROWS, P_TUNING, from_files, from_peft, heads_for, to_peft
 from embedsurgery.surgeries.soft_prompt.peft_files import PEFT_TYPE as PROMPT_TUNING
-from embedsurgery.surgeries.surgery import Base, Ground, RowOverride, Surgery
+from embedsurgery.surgeries.surgery import BakeContext, Base, RowOverride, Surgery
 
 __all__ = ["NO_ROWS", "PROMPT_TUNING", "P_TUNING", "PromptOverride", "SoftPrompt", "SoftPromptConfig"]
 
@@ -121,11 +121,11 @@ class SoftPrompt(Surgery):
             hint="embedsurgery.merge or merge_checkpoint makes tokens of it",
         )
 
-    def bake(self, adapter: Adapter, ground: Ground) -> Plan:
+    def bake(self, adapter: Adapter, context: BakeContext) -> Plan:
         """Tokens for the virtual tokens, with rows in every table of the vocabulary."""
         from embedsurgery.surgeries.soft_prompt.baking import plan_prompt
 
-        return plan_prompt(adapter, ground)
+        return plan_prompt(adapter, context)
 
     def card_lines(self, adapter: Adapter) -> list[str]:
         """What a model card says of the virtual tokens."""

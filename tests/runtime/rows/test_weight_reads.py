@@ -16,9 +16,9 @@ from torch.utils.checkpoint import checkpoint
 
 import embedsurgery as es
 from embedsurgery.errors import EmbedSurgeryWarning, UnsupportedError
+from tests.support import readers
 from tests.support.models import tiny
 from tests.support.modules import Conv1D, D, V
-from tests.support import readers
 from tests.support.readers import IDS, INDICES, READS, Reader, attached, lm_loss, reader
 
 ROWS_ONLY = {

@@ -160,7 +160,7 @@ def test_markers_that_are_there_already(begun: Start, tmp_path: Path) -> None:
         "another soft prompt stands before every text",
         random_prompt(begun.model(), 2, 9),
         name="b",
-        front="all",
+        prefix="all",
     )
     template = begun.folder / "chat_template.jinja"
     template.write_text("<|soft:poet:0|>{{ messages }}")
@@ -179,14 +179,14 @@ def test_no_tokenizer(begun: Start, tmp_path: Path) -> None:
         es.merge_checkpoint(tmp_path / "bare", begun.adapter, tmp_path / "out")
 
 
-def test_a_slow_tokenizer_takes_markers_and_no_front(tmp_path: Path) -> None:
+def test_a_slow_tokenizer_takes_markers_and_no_prefix(tmp_path: Path) -> None:
     tokenizer = tr.ByT5Tokenizer()
     model = model_of("t5", max(tokenizer.get_vocab().values()) + 1)
     adapter, before = random_prompt(model, 3), state_bits(model)
     with pytest.raises(UnsupportedError, match="slow tokenizer has no post-processor"):
         es.merge(model, adapter, tokenizer)
     assert state_bits(model) == before
-    undo = es.merge(model, adapter, tokenizer, bake=es.BakeConfig(front="none", name="poet"))
+    undo = es.merge(model, adapter, tokenizer, bake=es.BakeConfig(prefix="none", name="poet"))
     ids = tokenizer(undo.facts["prompt"]["text"] + "ab", add_special_tokens=False).input_ids
     assert ids[:3] == undo.facts["prompt"]["ids"]
     es.unmerge(model, undo)
@@ -194,7 +194,7 @@ def test_a_slow_tokenizer_takes_markers_and_no_front(tmp_path: Path) -> None:
 
 
 def test_a_config_that_is_none(begun: Start) -> None:
-    for options in ({"name": "a b"}, {"front": "back"}, {"tied": "cut"}, {"after_bos": 1}, {"pad_to_multiple_of": 0}):
+    for options in ({"name": "a b"}, {"prefix": "back"}, {"tied": "cut"}, {"after_bos": 1}, {"pad_to_multiple_of": 0}):
         with pytest.raises(ConfigError):
             es.BakeConfig(**options)
     with pytest.raises(ConfigError, match="bake options"):

@@ -78,7 +78,7 @@ def test_the_card_names_words_where_the_base_is_at_hand(begun: Start) -> None:
 
 def test_the_command_line_bakes(begun: Start, tmp_path: Path) -> None:
     poet = begun.folder.parent / "poet"
-    done = cli("merge", begun.folder, poet, "-o", tmp_path / "out", "--prompt-name", "bard", "--front", "text")
+    done = cli("merge", begun.folder, poet, "-o", tmp_path / "out", "--prompt-name", "bard", "--prefix", "text")
     assert done.returncode == 0, done.stderr
     assert "<|soft:bard:0|>" in done.stdout
     assert "suppress 5 tokens in the generation config" in done.stdout
