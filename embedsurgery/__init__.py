@@ -1,6 +1,6 @@
-"""Surgery on the embeddings of language models: train a few rows, ship kilobytes, bake them in, take them out again.
+"""Surgery on the embeddings of language models: train a few rows, ship kilobytes, merge and unmerge them.
 
-Importing this loads neither torch nor any plugin; each public name loads what it needs when it is first used.
+Importing this package loads neither torch nor a plugin; each public name imports its module on first use.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _PUBLIC = {
     "hookimpl": "plugins.hookspecs",
     "errors": "errors",
 }
-"""Public name -> the module of this package that has it."""
+"""Public name -> the module of this package that defines it."""
 
 if TYPE_CHECKING:
     from embedsurgery import errors
@@ -127,7 +127,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'embedsurgery' has no attribute {name!r}")
     module = import_module(f"embedsurgery.{_PUBLIC[name]}")
     value = module if _PUBLIC[name] == name else getattr(module, name)
-    globals()[name] = value
+    globals()[name] = value  # the next access does not come here
     return value
 
 

@@ -1,4 +1,4 @@
-"""``python -m embedsurgery``."""
+"""Run the command line with ``python -m embedsurgery``."""
 
 from embedsurgery.cli.main import main
 

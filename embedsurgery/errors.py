@@ -1,25 +1,26 @@
-"""Every error and warning that embedsurgery raises on purpose.
+"""The errors and warnings of embedsurgery.
 
     EmbedSurgeryError
-    ├── ConfigError (ValueError)            a value that a config or a call cannot take
-    │   └── TokenIndexError                 token indices: range, sign, type, duplicates
+    ├── ConfigError (ValueError)            a config or a call has a wrong value
+    │   └── TokenIndexError                 token indices are out of range, repeated or not integers
     ├── TableError (LookupError)            no table, or more than one, fits a name
-    ├── OverlapError                        memory that is shared in part only
-    ├── UnsupportedError                    something that cannot be done right, refused by name
-    │   └── UnsupportedEditError            a store that has no way to do an edit
-    ├── AttachmentError (RuntimeError)      an attachment in the wrong state for what was asked
-    ├── AdapterError (ValueError)           an adapter's files cannot be read
-    │   └── UnknownSurgeryError             no installed plugin brings that surgery
-    ├── CheckpointError (ValueError)        a checkpoint's files cannot be read or disagree
+    ├── OverlapError                        a parameter shares part of a table's memory
+    ├── UnsupportedError                    something is refused because it cannot be done correctly
+    │   └── UnsupportedEditError            a store cannot do an edit of a plan
+    ├── AttachmentError (RuntimeError)      an attachment is in the wrong state for a call
+    ├── AdapterError (ValueError)           an adapter's files are missing, broken or contradictory
+    │   └── UnknownSurgeryError             no installed plugin has the adapter's surgery
+    ├── CheckpointError (ValueError)        a checkpoint's files are missing, broken or contradictory
     │   ├── UnfinishedError                 a change in place was interrupted: `embedsurgery recover`
     │   └── BusyError                       another process is reading or changing the checkpoint
     ├── BaseMismatchError (ValueError)      the adapter was made from another base
-    ├── PlanError (ValueError)              a plan or undo that does not fit its store
-    ├── HubError (RuntimeError)             the Hugging Face Hub said no, or could not be reached
-    ├── OutputExistsError (FileExistsError) a target that is there already
-    └── PluginError (RuntimeError)          two plugins with one name, a hook of the wrong shape
+    ├── PlanError (ValueError)              a plan or undo does not fit its store
+    ├── HubError (RuntimeError)             the Hugging Face Hub refused a request or was unreachable
+    ├── OutputExistsError (FileExistsError) the output exists already
+    └── PluginError (RuntimeError)          a plugin is broken, or two have one name
 
-Each message says what failed, where, what was expected and found, and the way out, on one line.
+Each message says what failed, where, what was expected and found, and the way out, on one line. ``plugin_calls.py``
+reports a plugin's faults as errors of this tree; ``cli/main.py`` prints errors.
 """
 
 from __future__ import annotations
@@ -31,11 +32,13 @@ from contextlib import contextmanager
 class EmbedSurgeryError(Exception):
     """The root of the tree.
 
+    Its text is "what (where): expected ..., found ...; hint", without the fields that are None.
+
     Args:
         what: What failed, as a short clause.
-        where: The tensor, file, module or option it happened at.
-        expected: What would have been right.
-        found: What was there instead.
+        where: The tensor, file, module or option with the problem.
+        expected: What would be right.
+        found: What is there instead.
         hint: The way out.
     """
 
@@ -66,20 +69,20 @@ class EmbedSurgeryError(Exception):
             text += ": " + ", ".join(facts)
         if self.hint:
             text += f"; {self.hint}"
-        return printable(text.replace("\n", " "))  # names come from files
+        return escape_unprintable(text.replace("\n", " "))  # names from files may have anything in them
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _rebuild, (type(self), self.what, self.where, self.expected, self.found, self.hint)
+        return _rebuild_error, (type(self), self.what, self.where, self.expected, self.found, self.hint)
 
 
-def printable(text: str) -> str:
-    """The text with everything that a terminal might obey, or that ends a line, written as an escape."""
+def escape_unprintable(text: str) -> str:
+    """Escape control characters and line ends, so that a terminal neither obeys them nor breaks the line."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 @contextmanager
-def named(path: object) -> Iterator[None]:
-    """Inside, errors of the operating system that name no file, as those of a write do, name this one."""
+def name_os_errors(path: object) -> Iterator[None]:
+    """Add a file name to operating system errors that have none: a failed write or copy does not say which file."""
     try:
         yield
     except OSError as error:
@@ -88,18 +91,18 @@ def named(path: object) -> Iterator[None]:
         raise
 
 
-def _rebuild(
+def _rebuild_error(
     kind: type[EmbedSurgeryError], what: str, where: object, expected: object, found: object, hint: str | None
 ) -> EmbedSurgeryError:
     return kind(what, where=where, expected=expected, found=found, hint=hint)
 
 
 class ConfigError(EmbedSurgeryError, ValueError):
-    """A value that a config or a call cannot take."""
+    """A config or a call has a wrong value."""
 
 
 class TokenIndexError(ConfigError):
-    """Token indices that are out of range, negative, empty, repeated or no integers."""
+    """Token indices are out of range, negative, empty, repeated or not integers."""
 
 
 class TableError(EmbedSurgeryError, LookupError):
@@ -107,19 +110,19 @@ class TableError(EmbedSurgeryError, LookupError):
 
 
 class OverlapError(EmbedSurgeryError):
-    """A parameter shares a table's memory in part only."""
+    """A parameter shares part of a table's memory."""
 
 
 class UnsupportedError(EmbedSurgeryError):
-    """Something that cannot be done right here, refused by name."""
+    """Something is refused because it cannot be done correctly here."""
 
 
 class UnsupportedEditError(UnsupportedError):
-    """A store that has no way to do one of a plan's edits."""
+    """A store cannot do one of a plan's edits."""
 
 
 class AttachmentError(EmbedSurgeryError, RuntimeError):
-    """An attachment is in the wrong state for what was asked of it."""
+    """An attachment is in the wrong state for a call."""
 
 
 class AdapterError(EmbedSurgeryError, ValueError):
@@ -127,7 +130,7 @@ class AdapterError(EmbedSurgeryError, ValueError):
 
 
 class UnknownSurgeryError(AdapterError):
-    """No installed plugin brings the surgery that an adapter names."""
+    """No installed plugin has the surgery of an adapter."""
 
 
 class CheckpointError(EmbedSurgeryError, ValueError):
@@ -135,7 +138,7 @@ class CheckpointError(EmbedSurgeryError, ValueError):
 
 
 class UnfinishedError(CheckpointError):
-    """A change of a checkpoint in place was interrupted, and has to be taken back first."""
+    """A change of a checkpoint in place was interrupted; recover the checkpoint first."""
 
 
 class BusyError(CheckpointError):
@@ -143,26 +146,48 @@ class BusyError(CheckpointError):
 
 
 class BaseMismatchError(EmbedSurgeryError, ValueError):
-    """The rows of this base are not those that the adapter was made from."""
+    """The adapter was made from a base with other rows."""
 
 
 class PlanError(EmbedSurgeryError, ValueError):
-    """A plan or an undo that does not fit the store it is applied to."""
+    """A plan or an undo does not fit its store."""
 
 
 class HubError(EmbedSurgeryError, RuntimeError):
-    """The Hugging Face Hub said no, could not be reached, or answered with something wrong."""
+    """The Hugging Face Hub refused a request, was unreachable, or sent a wrong answer."""
 
 
 class OutputExistsError(EmbedSurgeryError, FileExistsError):
-    """The target of a write is there already."""
+    """The output of a command exists already."""
 
     __str__ = EmbedSurgeryError.__str__
 
 
 class PluginError(EmbedSurgeryError, RuntimeError):
-    """Two plugins with one name, or a hook that returns the wrong thing."""
+    """A plugin fails to load or returns the wrong thing, or two plugins have one name."""
 
 
 class EmbedSurgeryWarning(UserWarning):
-    """Something that works, and that its user should know of."""
+    """Something works, but its user should know of a consequence."""
+
+
+def warn(message: str, *, plugin: str = "") -> None:
+    """Warn with an `EmbedSurgeryWarning` at the line that called embedsurgery, in no file of torch or pluggy.
+
+    A fixed ``stacklevel`` names the wrong line as soon as a call in between is added.
+
+    Args:
+        message: The text.
+        plugin: A plugin's ``__file__``, where the warning is the plugin's: lines in that directory are passed over too.
+    """
+    import inspect
+    import sys
+    import warnings
+    from pathlib import Path
+
+    libraries = (sys.modules.get(name) for name in ("torch", "pluggy"))
+    inside = [str(Path(__file__).parent), *(str(Path(str(m.__file__)).parent) for m in libraries if m is not None)]
+    inside += [contextmanager.__code__.co_filename, *([str(Path(plugin).parent)] if plugin else [])]
+    stack = inspect.stack(0)
+    outside = (level for level, frame in enumerate(stack, 1) if not frame.filename.startswith(tuple(inside)))
+    warnings.warn(message, EmbedSurgeryWarning, stacklevel=next(outside, len(stack)))

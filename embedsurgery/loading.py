@@ -1,4 +1,4 @@
-"""Checkpoints and adapters opened by path or Hub id; nothing is changed here."""
+"""Opens checkpoints and loads adapters, by path or Hub id. Nothing is changed here."""
 
 from __future__ import annotations
 
@@ -16,32 +16,35 @@ if TYPE_CHECKING:
 
 
 def open_store(model: str | os.PathLike[str]) -> Store:
-    """Open a checkpoint of any installed format, a directory or a Hub id, to read from it.
+    """Open a checkpoint of any installed format, a directory or a Hub id, for reading.
 
-    Of a Hub id only headers come at first, then the rows that are read. Use the store in a ``with`` block to remove
-    what was downloaded when it ends; otherwise it goes with the store.
+    For a Hub id only headers are downloaded at first, then the rows that are read. In a ``with`` block the downloaded
+    files are deleted at its end, otherwise together with the store.
 
     Args:
         model: A directory; or ``org/name`` or ``org/name@revision``.
 
     Raises:
         CheckpointError: The files are missing or broken, or several formats recognise them.
-        UnfinishedError: A change of it in place was interrupted, or is under way.
-        HubError: It cannot be had from the Hub.
+        UnfinishedError: A change in place was interrupted, or is under way.
+        HubError: The Hub does not give the model.
     """
-    remote = hub.find_id(model)
-    return registry().open_store(Path(model)) if remote is None else hub.open_remote(remote)
+    hub_id = hub.find_id(model)
+    return registry().open_store(Path(model)) if hub_id is None else hub.open_remote(hub_id)
 
 
 def load(directory: str | os.PathLike[str]) -> Adapter:
-    """Read an adapter's directory, ours or PEFT's; or pull it, for ``org/name`` or ``org/name@revision``.
+    """Load an adapter, embedsurgery's or PEFT's, from a directory or the Hub.
+
+    Args:
+        directory: A directory; or ``org/name`` or ``org/name@revision``, which is pulled.
 
     Raises:
         AdapterError: The files are missing, broken, or contradict each other.
-        HubError: It cannot be had from the Hub.
-        UnknownSurgeryError: No installed plugin understands it. Nothing is imported on the word of a file.
+        HubError: The Hub does not give the adapter.
+        UnknownSurgeryError: No installed plugin reads it. A file's content never decides what is imported.
     """
-    remote = hub.find_id(directory)
-    if remote is not None:
-        return hub.pull(str(remote))
+    hub_id = hub.find_id(directory)
+    if hub_id is not None:
+        return hub.pull(str(hub_id))
     return replace(registry().read_adapter(directory), source=hub.read_source(Path(directory)))

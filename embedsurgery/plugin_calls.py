@@ -1,6 +1,6 @@
-"""A plugin's function is called, and what goes wrong in it, or comes out of it, is said as its own fault.
+"""Calls a plugin's function; whatever goes wrong in it is reported as that function's fault.
 
-What a surgery's answers must be like beyond their kind is ``surgeries/answers.py``'s.
+``surgeries/checked.py`` checks what a surgery returns beyond its type.
 """
 
 from __future__ import annotations
@@ -13,47 +13,50 @@ from embedsurgery.errors import EmbedSurgeryError, PluginError
 
 _T = TypeVar("_T")
 
-_NOT_ITS_FAULT = (EmbedSurgeryError, OSError, MemoryError, Warning)
-"""What a plugin's function may raise as it is."""
+_PASSED_ON = (EmbedSurgeryError, OSError, MemoryError, Warning)
+"""Exceptions of a plugin's function that are not turned into a `PluginError`."""
 
 
-def call(where: str, kind: type[_T], function: Callable[..., Any], *arguments: Any) -> _T:
-    """What a plugin's function returns.
+def call_plugin(where: str, kind: type[_T], function: Callable[..., Any], *arguments: Any) -> _T:
+    """Call a plugin's function.
 
     Args:
-        where: What to call the function in a message, such as "lora.plan".
-        kind: What it must return; ``object`` for anything.
-        function: It.
-        arguments: What it is given.
+        where: The function's name in errors, such as "lora.plan".
+        kind: The type that it must return; ``object`` for any.
+        function: The function.
+        arguments: Its arguments.
+
+    Returns:
+        What it returns.
 
     Raises:
-        PluginError: It fails with an error that is none of embedsurgery's, or returns something else.
+        PluginError: It raises an error that is not one of embedsurgery's, or returns another type.
     """
     try:
-        answer = function(*arguments)
-    except _NOT_ITS_FAULT:
+        result = function(*arguments)
+    except _PASSED_ON:
         raise
-    except Exception as error:  # whatever a third party's code raises
+    except Exception as error:  # a plugin may raise anything
         raise PluginError(
             "a plugin's function failed", where=where, found=f"{type(error).__name__}: {error}"
         ) from error
-    if not isinstance(answer, kind):
-        raise wrong(where, kind.__name__, type(answer).__name__)
-    return answer
+    if not isinstance(result, kind):
+        raise wrong_result(where, kind.__name__, type(result).__name__)
+    return result
 
 
-def wrong(where: str, expected: object, found: object) -> PluginError:
-    """The error for an answer that is not what was asked for."""
-    return PluginError("a plugin's function returned the wrong thing", where=where, expected=expected, found=found)
+def wrong_result(where: str, expected: object, found: object) -> PluginError:
+    """Return the error for a wrong result of a plugin's function."""
+    return PluginError("a plugin's function returned a wrong value", where=where, expected=expected, found=found)
 
 
 def check_json(where: str, values: Mapping[str, Any]) -> None:
-    """Refuse what cannot be written as JSON.
+    """Refuse values that cannot be written as JSON.
 
     Raises:
-        PluginError: It says what is none.
+        PluginError: A value cannot be written; the error says why.
     """
     try:
         json.dumps(values, sort_keys=True)
     except (TypeError, ValueError, RecursionError) as error:
-        raise wrong(where, "JSON values", f"{type(error).__name__}: {error}") from error
+        raise wrong_result(where, "JSON values", f"{type(error).__name__}: {error}") from error

@@ -1,4 +1,4 @@
-"""Where a plugin is not installed, its tests find it beside them; and the kit pushes to embedsurgery's loopback Hub."""
+"""Makes plugins importable that are not installed, and gives the test kit the loopback Hub."""
 
 from __future__ import annotations
 

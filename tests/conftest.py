@@ -17,7 +17,7 @@ from tests.support.models import save, tiny
 _SLOW = (
     "benchmarks",
     "distributed",
-    "test_demo",
+    "demo/",
     "test_readme",
     "test_generation",
     "hub",

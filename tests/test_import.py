@@ -1,4 +1,4 @@
-"""Importing is light, and every public name is there."""
+"""Imports stay light, and every public name resolves."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_surgery_on_disk_needs_no_torch(code: str) -> None:
     assert not loaded(code).intersection({"torch", "transformers", "peft", "safetensors", "click", "rich"})
 
 
-NOT_HERE = {
+UNUSED_ON_DISK = {
     "torch",
     "transformers",
     "peft",
@@ -78,7 +78,7 @@ NOT_HERE = {
     "embedsurgery.checkpoints.adding",
     "embedsurgery.models.merging",
 }
-"""What verbs on disk have no use for, and would take longer to load than their work takes."""
+"""Modules that commands on disk do not use, and that take longer to import than the commands run."""
 
 
 def test_verbs_on_disk_start_lean(tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_verbs_on_disk_start_lean(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         names = set(done.stdout.split())
         assert "embedsurgery.plugins.registry" in names or verb[0] in ("log", "recover")
-        assert not names & NOT_HERE, verb
+        assert not names & UNUSED_ON_DISK, verb
         assert ("numpy" in names) is (verb[0] == "merge"), verb
         assert ("rich" in names) is (verb[-1] == base and verb[0] == "inspect"), verb
 
@@ -126,7 +126,7 @@ def test_every_public_name_resolves() -> None:
 
 @pytest.mark.parametrize("order", ["first", pytest.param("last", marks=pytest.mark.sweep)])
 def test_public_names_are_not_hidden_by_modules_of_the_same_name(order: str) -> None:
-    """A submodule that is imported becomes an attribute of its package and would shadow a function of its name."""
+    """An imported submodule becomes an attribute of its package, and would shadow a function of the same name."""
     modules = [
         info.name
         for info in pkgutil.walk_packages(es.__path__, "embedsurgery.")

@@ -1,4 +1,4 @@
-"""The README's code runs, in the order in which it stands, and its generated part is the command line's own help."""
+"""The README's code runs in its order, and its generated part is the command line's help."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ BLOCK = re.compile(r"^```(python|bash)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
 def section(title: str) -> list[tuple[str, str]]:
-    """The code blocks of a second-level section: (language, code)."""
+    """Return the code blocks of a second-level section: (language, code)."""
     (body,) = re.findall(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", TEXT, re.MULTILINE | re.DOTALL)
     return BLOCK.findall(body)
 
 
 def run(blocks: list[tuple[str, str]], folder: Path) -> None:
-    """Python blocks share one interpreter, up to the shell block that stands after them."""
+    """Run code blocks. Consecutive Python blocks run in one interpreter, with the code of those before them."""
     bin_directory = Path(sys.executable).parent
     done: list[str] = []
     for number, (language, code) in enumerate(blocks):
@@ -39,7 +39,7 @@ def run(blocks: list[tuple[str, str]], folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory in which the demo has run."""
+    """A directory with the demo's output."""
     folder = tmp_path_factory.mktemp("readme")
     subprocess.run(
         [sys.executable, "-m", "embedsurgery", "demo"], cwd=folder, check=True, capture_output=True, timeout=300
@@ -79,7 +79,7 @@ def test_teach_a_real_encoder(tmp_path: Path) -> None:
     run(section("Teach a real encoder a new word"), tmp_path)
 
 
-def test_the_command_reference_is_the_command_lines_own() -> None:
+def test_the_command_reference_is_up_to_date() -> None:
     done = subprocess.run([sys.executable, "-m", "tests.support.reference", "--check"], cwd=README.parent, check=False)
     assert done.returncode == 0, "run python -m tests.support.reference"
 

@@ -1,6 +1,6 @@
-"""Adapters: manifest and tensors, their directory on disk, and their tables found again in a base.
+"""Adapters: manifest and tensors, their directory on disk, and the search for their tables in a base.
 
-``adapter.py`` reads and writes the directory, which PEFT reads too; a new field of the manifest starts in
-``manifest.py``. ``locate.py`` finds an adapter's tables in another graph; ``new_tokens.py`` plans ids and rows of new
-tokens.
+``adapter.py`` reads and writes the directory, in PEFT's format. A new field of the manifest belongs in ``manifest.py``.
+``locate.py`` finds an adapter's tables in another graph. ``new_tokens.py`` plans new tokens, and ``carried_tokens.py``
+adds those of an adapter to another base.
 """

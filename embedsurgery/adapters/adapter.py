@@ -1,7 +1,8 @@
-"""An adapter: manifest and tensors, how it is saved and loaded, and how it recognises its base.
+"""`Adapter`: manifest and tensors, saved to a directory and read from it.
 
-The files are PEFT's: ``adapter_config.json`` and ``adapter_model.safetensors`` with PEFT's own tensor names; our
-manifest lies in the safetensors metadata. What the tensors mean, and what PEFT calls them, is each surgery's.
+The files are PEFT's: ``adapter_config.json`` and ``adapter_model.safetensors`` with PEFT's tensor names. embedsurgery's
+manifest (``manifest.py``) is in the safetensors metadata. Each surgery defines what the tensors mean and their names in
+PEFT. ``locate.py`` finds the adapter's tables in a base.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from embedsurgery.files.json_reading import read_json
 from embedsurgery.files.regular import open_regular
 from embedsurgery.files.safetensors import TensorSource, read_header, read_tensor, write_file
 from embedsurgery.graph.wrappers import plain_name
-from embedsurgery.plugin_calls import call, check_json, wrong
+from embedsurgery.plugin_calls import call_plugin, check_json, wrong_result
 from embedsurgery.tensors.raw import RawArray
 
 if TYPE_CHECKING:
@@ -32,19 +33,19 @@ METADATA_KEY = "embedsurgery"
 
 @dataclass(frozen=True)
 class PeftFiles:
-    """An adapter directory's content in PEFT's terms: the config's JSON object, and tensors by PEFT's names."""
+    """The content of an adapter directory: the JSON object of PEFT's config, and tensors by PEFT's names."""
 
     config: Mapping[str, Any]
     tensors: Mapping[str, RawArray]
 
 
 class Codec(Protocol):
-    """The part of a surgery that an adapter needs to be saved: see `surgeries.base.Surgery`."""
+    """The part of a `surgeries.surgery.Surgery` that saving an adapter needs."""
 
     name: str
 
     def to_peft(self, adapter: Adapter) -> PeftFiles:
-        """The files' content."""
+        """Return the content of the files."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,10 +53,10 @@ class Adapter:
     """What is saved, pushed, pulled, attached and merged. A snapshot: training does not change it.
 
     Attributes:
-        manifest: What it is.
-        raw: Name -> values; for tables of rows the name is the table record's.
-        surgery: What understands it.
-        source: Where it was pulled from, ``org/name@sha``; None for one that was not.
+        manifest: Description of the adapter.
+        raw: Name -> values. The rows of a table have the name of the table's record.
+        surgery: The surgery that interprets it.
+        source: Where it was pulled from, ``org/name@sha``; None if it was not pulled.
     """
 
     manifest: Manifest
@@ -69,56 +70,56 @@ class Adapter:
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Name -> a new CPU tensor; token rows are (K, D) in fp32, in the order of their indices."""
+        """Name -> a new CPU tensor. Token rows are fp32 (K, D), in the order of their indices."""
         from embedsurgery.tensors.convert import from_raw
 
         return {name: from_raw(raw) for name, raw in self.raw.items()}
 
     def save(self, directory: str | os.PathLike[str]) -> Path:
-        """Write ``adapter_config.json`` and ``adapter_model.safetensors``, which PEFT reads as well.
+        """Write ``adapter_config.json`` and ``adapter_model.safetensors``, which PEFT reads too.
 
-        Each file is written beside its place and renamed into it, so an adapter that was there is replaced whole.
+        Each file is written under another name and then renamed, so an existing adapter is replaced as a whole.
 
         Returns:
             The directory.
 
         Raises:
             AdapterError: The directory cannot be written, or is a model's.
-            PluginError: Its surgery does not say what the files hold.
+            PluginError: The surgery's ``to_peft`` fails or returns the wrong thing.
         """
         folder = Path(directory)
         if (folder / "config.json").exists():
             raise AdapterError(
-                "the directory is a model's, which would be loaded as an adapter from then on",
+                "an adapter cannot be saved into a model's directory, which would then load as an adapter",
                 where=folder,
                 found="config.json",
-                hint="save into a directory of its own",
+                hint="save it to another directory",
             )
-        files = _files_of(self)
+        files = _peft_files_of(self)
         metadata = {"format": "pt", METADATA_KEY: json.dumps(self.manifest.to_json(), sort_keys=True)}
         sources = {name: TensorSource.of(raw) for name, raw in files.tensors.items()}
         text = json.dumps(files.config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            _replace(folder / WEIGHTS_NAME, lambda path: write_file(path, sources, metadata))
-            _replace(folder / CONFIG_NAME, lambda path: _write_text(path, text))
+            _replace_file(folder / WEIGHTS_NAME, lambda path: write_file(path, sources, metadata))
+            _replace_file(folder / CONFIG_NAME, lambda path: _write_text_file(path, text))
         except OSError as error:
             raise AdapterError("cannot write the adapter", where=folder, found=error.strerror) from error
         return folder
 
 
-def _files_of(adapter: Adapter) -> PeftFiles:
+def _peft_files_of(adapter: Adapter) -> PeftFiles:
     where = f"{adapter.surgery.name}.to_peft"
-    files = call(where, PeftFiles, adapter.surgery.to_peft, adapter)
+    files = call_plugin(where, PeftFiles, adapter.surgery.to_peft, adapter)
     for name, raw in files.tensors.items():
         if not isinstance(raw, RawArray):
-            raise wrong(where, f"{name} as a RawArray", type(raw).__name__)
+            raise wrong_result(where, f"{name} as a RawArray", type(raw).__name__)
     check_json(f"{where}: config", files.config)
     return files
 
 
-def plainly_named(adapter: Adapter) -> Adapter:
-    """The adapter under the names that its tables have in the base without wrappers such as PEFT's layers."""
+def strip_wrapper_names(adapter: Adapter) -> Adapter:
+    """Return the adapter with the names that its tables have without wrappers such as PEFT's layers."""
     tables = tuple(
         replace(table, name=plain_name(table.name), aliases=tuple(map(plain_name, table.aliases)))
         for table in adapter.manifest.tables
@@ -127,7 +128,7 @@ def plainly_named(adapter: Adapter) -> Adapter:
     return replace(adapter, manifest=replace(adapter.manifest, tables=tables), raw=raw)
 
 
-def _replace(path: Path, write: Callable[[Path], None]) -> None:
+def _replace_file(path: Path, write: Callable[[Path], None]) -> None:
     staged = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         write(staged)
@@ -137,7 +138,7 @@ def _replace(path: Path, write: Callable[[Path], None]) -> None:
         raise
 
 
-def _write_text(path: Path, text: str) -> None:
+def _write_text_file(path: Path, text: str) -> None:
     with open(path, "x", encoding="utf-8") as file:
         file.write(text)
         file.flush()
@@ -145,29 +146,14 @@ def _write_text(path: Path, text: str) -> None:
 
 
 def read_adapter_files(directory: str | os.PathLike[str]) -> tuple[PeftFiles, Manifest | None]:
-    """An adapter directory's content, and our manifest where there is one.
+    """Read an adapter directory's content, and embedsurgery's manifest if there is one.
 
     Raises:
-        AdapterError: A file is missing, broken, or a pickle.
+        AdapterError: A file is missing, broken or a pickle.
     """
     folder = Path(directory)
     if not os.path.exists(folder / WEIGHTS_NAME):
-        hint = "an adapter is a directory with adapter_config.json and adapter_model.safetensors"
-        if os.path.exists(folder) and not os.path.isdir(folder):
-            raise AdapterError("a file, where an adapter's directory was expected", where=folder, hint=hint)
-        if not os.path.isdir(folder):
-            raise AdapterError("no such adapter directory", where=folder, hint="give the directory it was saved to")
-        if (folder / "config.json").exists():
-            raise AdapterError(
-                "a model, where an adapter was expected",
-                where=folder,
-                expected=WEIGHTS_NAME,
-                found="config.json",
-                hint="name the adapter's directory",
-            )
-        if (folder / "adapter_model.bin").exists():
-            hint = "adapter_model.bin is a pickle, which can run code: load it with PEFT and save it as safetensors"
-        raise AdapterError(f"no {WEIGHTS_NAME}", where=folder, hint=hint)
+        raise _not_an_adapter(folder)
     try:
         config = read_json(folder / CONFIG_NAME)
         header = read_header(folder / WEIGHTS_NAME)
@@ -182,8 +168,37 @@ def read_adapter_files(directory: str | os.PathLike[str]) -> tuple[PeftFiles, Ma
         return PeftFiles(config, tensors), None
     try:
         manifest = Manifest.from_json(json.loads(text))
+    # The manifest may be any JSON: a list for an object, deeply nested, with infinity for an integer.
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError, IndexError, OverflowError) as error:
         raise AdapterError(
             "the manifest is broken", where=folder / WEIGHTS_NAME, found=f"{type(error).__name__}: {error}"
         ) from error
     return PeftFiles(config, tensors), manifest
+
+
+def _not_an_adapter(folder: Path) -> AdapterError:
+    """Return the error for a path without ``adapter_model.safetensors``, with what is there instead."""
+    if os.path.exists(folder) and not os.path.isdir(folder):
+        hint = f"an adapter is a directory with {CONFIG_NAME} and {WEIGHTS_NAME}"
+        return AdapterError("this is a file, not an adapter", where=folder, expected="a directory", hint=hint)
+    if not os.path.isdir(folder):
+        hint = "pass the directory that the adapter was saved to"
+        return AdapterError("no such adapter directory", where=folder, hint=hint)
+    if (folder / "config.json").exists():
+        return AdapterError(
+            "this directory is a model, not an adapter",
+            where=folder,
+            expected=WEIGHTS_NAME,
+            found="config.json",
+            hint="pass the adapter's directory",
+        )
+    if (folder / "adapter_model.bin").exists():
+        return AdapterError(
+            "the adapter's weights are a pickle, which could run code",
+            where=folder,
+            expected=WEIGHTS_NAME,
+            found="adapter_model.bin",
+            hint="load the adapter with PEFT and save it as safetensors",
+        )
+    hint = f"an adapter is a directory with {CONFIG_NAME} and {WEIGHTS_NAME}"
+    return AdapterError("the adapter's weights are missing", where=folder, expected=WEIGHTS_NAME, hint=hint)

@@ -1,8 +1,8 @@
-"""What an adapter carries of a vocabulary that it extends, and the edits that extend a base's in the same way.
+"""New tokens that an adapter carries, and the edits that extend another base's vocabulary by them.
 
-The tokens come with their texts and ids, and the tables with what is needed beyond the adapter's own rows: a filler for
-rows that only pad a table, and entries for per-token vectors such as a head's bias. Which ids new tokens get, and
-how their rows start, is ``new_tokens.py``'s.
+An adapter stores the tokens with their texts and ids and, beyond its own rows, what else its base needs: a filler row
+for the padding of each table, and entries for per-token vectors such as a head's bias. ``new_tokens.py`` assigns the
+ids of new tokens and initialises their rows.
 """
 
 from __future__ import annotations
@@ -15,17 +15,18 @@ from embedsurgery.errors import BaseMismatchError
 from embedsurgery.graph import EmbeddingGraph, Table, Vocabulary
 from embedsurgery.graph.wrappers import plain_name
 from embedsurgery.plan import AddTokens, Edit, Grow, SetEntries, Token
+from embedsurgery.plan.serial import string_or_none
 from embedsurgery.tensors.raw import RawArray
 
 
 @dataclass(frozen=True)
 class NewTokens:
-    """Tokens that a base does not have.
+    """Tokens that an adapter adds to its base.
 
     Attributes:
-        tokens: Each with the id that it gets.
-        rows: How many rows the base's input table had.
-        grown: How many it has with the tokens: as many, where spare rows were enough.
+        tokens: The tokens, with their ids.
+        rows: Number of rows of the base's input table.
+        grown: Number of its rows with the tokens. It equals ``rows`` if spare rows were enough.
         vectors: Names of the per-token vectors that grow with the tables.
     """
 
@@ -36,40 +37,39 @@ class NewTokens:
 
     @property
     def ids(self) -> tuple[int, ...]:
-        """The tokens' ids."""
+        """The ids of the tokens."""
         return tuple(token.id for token in self.tokens)
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON values."""
+        """Return the tokens as JSON values."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, body: Mapping[str, Any]) -> NewTokens:
-        """The inverse of `to_json`; what is not as expected raises KeyError, TypeError or ValueError."""
+        """Parse the result of `to_json`. Anything unexpected raises KeyError, TypeError or ValueError."""
         tokens = tuple(
-            Token(str(t["content"]), _natural(t["id"]), bool(t["special"]), _text(t["replaces"]))
+            Token(str(t["content"]), _parse_count(t["id"]), bool(t["special"]), string_or_none(t["replaces"]))
             for t in body["tokens"]
         )
-        rows, grown = _natural(body["rows"]), _natural(body["grown"])
+        rows, grown = _parse_count(body["rows"]), _parse_count(body["grown"])
         if len({t.id for t in tokens}) != len(tokens) or grown < rows or any(t.id >= grown for t in tokens):
-            raise ValueError("tokens whose ids repeat, or that the grown table does not have")
+            raise ValueError("token ids are repeated, or beyond the grown table")
         return cls(tokens, rows, grown, tuple(map(str, body["vectors"])))
 
 
-def _text(value: Any) -> str | None:
-    if value is not None and not isinstance(value, str):
-        raise ValueError(f"{value!r} is no text")
-    return value
-
-
-def _natural(value: Any) -> int:
+def _parse_count(value: Any) -> int:
     if type(value) is not int or value < 0:
-        raise ValueError(f"{value!r} is no count")
+        raise ValueError(f"{value!r} is not a count")
     return value
 
 
-def together(known: Sequence[NewTokens], indices: Collection[int]) -> NewTokens | None:
-    """As one what was added in several calls, in their order: those calls of which an index is; None where none is."""
+def combine_new_tokens(known: Sequence[NewTokens], indices: Collection[int]) -> NewTokens | None:
+    """Combine the tokens of the calls that added any of some ids, None if no call did.
+
+    Args:
+        known: The tokens that each call added, in the order of the calls.
+        indices: The ids.
+    """
     found = [new for new in known if not set(new.ids).isdisjoint(indices)]
     if not found:
         return None
@@ -79,116 +79,117 @@ def together(known: Sequence[NewTokens], indices: Collection[int]) -> NewTokens 
 
 
 def filler_name(table: str) -> str:
-    """Key in an adapter's tensors of the row, (1, D), that pads a table."""
+    """Return the name in an adapter's tensors of the row that pads a table, (1, D)."""
     return f"{table}.filler"
 
 
 def entries_name(vector: str) -> str:
-    """Key of a per-token vector's entries: one for each new token, in their order, and then the filler."""
+    """Return the name of a vector's entries: one for each new token, in their order, and then the filler."""
     return f"{vector}.entries"
 
 
 @dataclass
-class State:
-    """What a base has, as edits that are planned one after another will have changed it.
+class BaseState:
+    """The state of a base after the edits that are planned so far. Planning updates it.
 
     Attributes:
-        texts: Id -> text of every token, None where no tokenizer is at hand.
-        sizes: Vocabulary's name -> rows.
-        parted: Lookup's table -> projection that has got a table of its own.
-        prefix: Name of the soft prompt that stands before every text; None for none.
-        means: Table -> the mean of its rows, (1, D), once it was asked for.
+        texts: Id -> text of every token, None without a tokenizer.
+        sizes: Name of a vocabulary -> number of its rows.
+        untied_heads: Table of a lookup -> table of the projection that was untied from it.
+        prefix: Name of the soft prompt that is prepended to every text, None without one.
+        means: Table -> mean of its rows, (1, D), if it was computed.
     """
 
     texts: dict[int, str] | None
     sizes: dict[str, int]
-    parted: dict[str, str] = field(default_factory=dict)
+    untied_heads: dict[str, str] = field(default_factory=dict)
     prefix: str | None = None
     means: dict[str, RawArray] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, graph: EmbeddingGraph, texts: Mapping[int, str] | None) -> State:
-        """As the base is now."""
+    def of(cls, graph: EmbeddingGraph, texts: Mapping[int, str] | None) -> BaseState:
+        """Return the state of a base before any edit."""
         return cls(None if texts is None else dict(texts), {v.name: v.size for v in graph.vocabularies})
 
 
-def extension(
+def plan_extension(
     new: NewTokens,
     highest: int,
     raw: Mapping[str, RawArray],
     located: Mapping[str, Table],
     graph: EmbeddingGraph,
-    state: State,
+    state: BaseState,
     entries: Callable[[str], RawArray],
 ) -> list[Edit]:
-    """The edits that give a base the tokens of an adapter, at the same ids; none where it has them.
+    """Plan the edits that add an adapter's tokens to a base with the same ids. Tokens that it has are skipped.
 
     Args:
         new: The tokens.
         highest: The highest row that the adapter sets.
         raw: The adapter's tensors.
-        located: Table record's name -> table of the base.
-        graph: Of the base.
-        state: Of the base; brought up to date with the edits.
-        entries: Gives a per-token vector of the base as it is now, (V,).
+        located: Name of a table record -> table of the base.
+        graph: The graph of the base.
+        state: The state of the base. It is updated with the edits.
+        entries: Reads a per-token vector of the base, (V,).
 
     Raises:
-        BaseMismatchError: An id that another token has, a token that has another id, a vocabulary of other tables.
+        BaseMismatchError: Another token has an id, a token has another id, or the base's vocabulary has other tables.
     """
     edits: list[Edit] = []
     ids = {text: index for index, text in (state.texts or {}).items()}
-    missing = [token for token in new.tokens if not _has(token, state, ids, graph.source)]
+    missing = [token for token in new.tokens if not _has_token(token, state, ids, graph.source)]
     if missing and state.texts is not None:
         edits.append(AddTokens(tuple(missing)))
         state.texts.update({token.id: token.content for token in missing})
-    vocabulary = _vocabulary(located.values(), graph)
+    vocabulary = _find_vocabulary(located.values(), graph)
     size = state.sizes[vocabulary.name]
-    edits.extend(_entries(new, raw, located, vocabulary, size, entries))
+    edits.extend(_plan_entries(new, raw, located, vocabulary, size, entries))
     needed = max((highest, *new.ids)) + 1
     if size < needed:
+        # On the same base the padding is the adapter's too. A base of another size gets only the rows that it needs.
         target = new.grown if size == new.rows else needed
-        edits.append(_growth(new, raw, located, vocabulary, size, target))
+        edits.append(_plan_growth(new, raw, located, vocabulary, size, target))
         state.sizes[vocabulary.name] = target
     return edits
 
 
-def _has(token: Token, state: State, ids: Mapping[str, int], source: str) -> bool:
-    """Whether the tokenizer has a token already, at the same id; ``ids``: text -> id of all that it has.
+def _has_token(token: Token, state: BaseState, ids: Mapping[str, int], source: str) -> bool:
+    """Whether the tokenizer has a token with the same id. ``ids`` is text -> id of all its tokens.
 
     Raises:
-        BaseMismatchError: The id or the text is taken.
+        BaseMismatchError: Another token has the id, or the token has another id.
     """
     if state.texts is None:
         return False
-    there = state.texts.get(token.id)
-    if there == token.content:
+    existing = state.texts.get(token.id)
+    if existing == token.content:
         return True
-    if there is not None and there != token.replaces:
+    if existing is not None and existing != token.replaces:
         raise BaseMismatchError(
             "an id of the adapter's new tokens is taken",
             where=f"{source}: token id {token.id}",
             expected=f"{token.replaces or token.content!r}",
-            found=repr(there),
-            hint="use the base that the adapter was made on, or train the token again",
+            found=repr(existing),
+            hint="use the base that the adapter was trained on, or train the token again",
         )
     elsewhere = ids.get(token.content)
     if elsewhere is not None:
         raise BaseMismatchError(
-            "a new token of the adapter has another id here",
+            "a new token of the adapter has another id in this base",
             where=f"{source}: {token.content!r}",
             expected=token.id,
             found=elsewhere,
-            hint="use the base that the adapter was made on, or train the token again",
+            hint="use the base that the adapter was trained on, or train the token again",
         )
     return False
 
 
-def _vocabulary(tables: Iterable[Table], graph: EmbeddingGraph) -> Vocabulary:
+def _find_vocabulary(tables: Iterable[Table], graph: EmbeddingGraph) -> Vocabulary:
     names = {table.name for table in tables}
     found = [v for v in graph.vocabularies if names & set(v.tables)]
     if len(found) != 1:
         raise BaseMismatchError(
-            "the tables that an adapter extends are not of one vocabulary here",
+            "the adapter's tables do not belong to one vocabulary of this base",
             where=graph.source,
             expected="one vocabulary",
             found=", ".join(f"{v.name} ({v.size} rows)" for v in found) or "none",
@@ -196,7 +197,7 @@ def _vocabulary(tables: Iterable[Table], graph: EmbeddingGraph) -> Vocabulary:
     return found[0]
 
 
-def _growth(
+def _plan_growth(
     new: NewTokens,
     raw: Mapping[str, RawArray],
     located: Mapping[str, Table],
@@ -204,77 +205,77 @@ def _growth(
     size: int,
     target: int,
 ) -> Grow:
-    """New rows that are all filler (the adapter's own are set over it), and the vectors' entries."""
+    """Plan new rows and the vectors' entries. All rows are filler: other edits set the adapter's own."""
     count = target - size
     records = {table.name: name for name, table in located.items()}
     if any(name not in records for name in vocabulary.tables):
-        raise _other_tables(new, located, vocabulary)
+        raise _other_tables_error(new, located, vocabulary)
     rows = {name: raw[filler_name(records[name])].take([0] * count) for name in vocabulary.tables}
-    place = {token.id: number for number, token in enumerate(new.tokens)}
-    order = [place.get(index, len(new.tokens)) for index in range(size, target)]
-    vectors = {
-        name: raw[entries_name(_same(name, new.vectors, vocabulary.vectors))].take(order) for name in vocabulary.vectors
-    }
+    positions = {token.id: number for number, token in enumerate(new.tokens)}
+    order = [positions.get(index, len(new.tokens)) for index in range(size, target)]
+    matches = {name: _match_vector(name, new.vectors, vocabulary.vectors) for name in vocabulary.vectors}
+    vectors = {name: raw[entries_name(match)].take(order) for name, match in matches.items()}
     return Grow(vocabulary.name, count, rows, vectors)
 
 
-def _entries(
+def _plan_entries(
     new: NewTokens,
     raw: Mapping[str, RawArray],
     located: Mapping[str, Table],
     vocabulary: Vocabulary,
     size: int,
-    now: Callable[[str], RawArray],
+    read_vector: Callable[[str], RawArray],
 ) -> Iterator[SetEntries]:
-    """The vectors' entries of tokens whose rows the base has to spare, where it has others."""
+    """Plan the vectors' entries of new tokens that get spare rows of the base, if they differ from the base's."""
     if len(vocabulary.vectors) != len(new.vectors):
-        raise _other_tables(new, located, vocabulary)
-    places = [number for number, token in enumerate(new.tokens) if token.id < size]
-    ids = tuple(new.tokens[number].id for number in places)
+        raise _other_tables_error(new, located, vocabulary)
+    positions = [number for number, token in enumerate(new.tokens) if token.id < size]
+    ids = tuple(new.tokens[number].id for number in positions)
     for name in vocabulary.vectors if ids else ():
-        entries = raw[entries_name(_same(name, new.vectors, vocabulary.vectors))].take(places)
-        there = now(name)
-        known = [number for number, index in enumerate(ids) if index < there.shape[0]]
-        if len(known) < len(ids) or entries.to(there.dtype).data != there.take(ids).data:
+        entries = raw[entries_name(_match_vector(name, new.vectors, vocabulary.vectors))].take(positions)
+        current = read_vector(name)
+        # A planned edit may have grown the vector already, so the base does not have all entries yet.
+        known = [index for index in ids if index < current.shape[0]]
+        if len(known) < len(ids) or entries.to(current.dtype).data != current.take(ids).data:
             yield SetEntries(name, ids, entries)
 
 
-def _other_tables(new: NewTokens, located: Mapping[str, Table], vocabulary: Vocabulary) -> BaseMismatchError:
+def _other_tables_error(new: NewTokens, located: Mapping[str, Table], vocabulary: Vocabulary) -> BaseMismatchError:
     return BaseMismatchError(
-        "the base's vocabulary has other tables than that of the adapter",
+        "the base's vocabulary has other tables than the adapter's",
         where=vocabulary.name,
         expected=", ".join((*located, *new.vectors)),
         found=", ".join((*vocabulary.tables, *vocabulary.vectors)),
     )
 
 
-def _same(name: str, theirs: tuple[str, ...], ours: tuple[str, ...]) -> str:
-    """The adapter's name of a vector of the base: the same, or one that ends alike, or the one there is."""
+def _match_vector(name: str, carried: tuple[str, ...], vectors: tuple[str, ...]) -> str:
+    """Return the adapter's name for a vector of the base: an equal name, one with an equal end, or the only one."""
     plain = plain_name(name)
-    if len(ours) == 1:
-        return theirs[0]
-    for known in theirs:
+    if len(vectors) == 1:
+        return carried[0]
+    for known in carried:
         if plain == known or plain.endswith("." + known) or known.endswith("." + plain):
             return known
     raise BaseMismatchError(
-        "a per-token vector that the adapter does not know",
+        "the adapter does not have this per-token vector",
         where=name,
-        expected=", ".join(theirs),
-        hint="is this the adapter's base?",
+        expected=", ".join(carried),
+        hint="check that this is the adapter's base",
     )
 
 
-def evidence(indices: Iterable[int], new: NewTokens, rows: int, most: int = 64) -> tuple[int, ...]:
-    """Rows that a base is recognised by where some of an adapter's own are new: the others, and a sample of all.
+def choose_evidence(indices: Iterable[int], new: NewTokens, rows: int, most: int = 64) -> tuple[int, ...]:
+    """Choose the rows of the fingerprint for an adapter with new tokens: its other rows, and a sample of the table.
 
     Args:
         indices: The adapter's rows of the table.
-        new: Its new tokens.
-        rows: Rows of the table in the base.
-        most: Size of the sample: the middles of so many equal parts, and so not the last rows, which tokens that
-            were added before may have.
+        new: Its new tokens. The base does not have their rows, so they cannot be in the fingerprint.
+        rows: Number of rows of the table in the base.
+        most: Maximum size of the sample.
     """
-    strangers = set(new.ids)
+    new_ids = set(new.ids)
     count = min(rows, most)
-    known = [(2 * part + 1) * rows // (2 * count) for part in range(count)]
-    return tuple(sorted({i for i in (*indices, *known) if i not in strangers and i < rows}))
+    # The middles of equal parts of the table, and not its last rows: tokens that were added before may have those.
+    sample = [(2 * part + 1) * rows // (2 * count) for part in range(count)]
+    return tuple(sorted({i for i in (*indices, *sample) if i not in new_ids and i < rows}))

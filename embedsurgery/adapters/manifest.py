@@ -1,4 +1,7 @@
-"""What an adapter says of itself beside its tensors: manifest, records of tables, fingerprints."""
+"""The manifest of an adapter: which surgery, config, base and tables its tensors are for, and the base's fingerprints.
+
+``adapter.py`` stores it in the adapter's files. ``locate.py`` uses table records and fingerprints to find the tables.
+"""
 
 from __future__ import annotations
 
@@ -6,32 +9,26 @@ import json
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from embedsurgery.adapters.carried_tokens import NewTokens
 from embedsurgery.tensors.raw import RawArray
 
-if TYPE_CHECKING:
-    pass
-
-
 FORMAT = 1
 
-
 MAIN_INPUT = "<input embeddings>"
-"""Name of a table record that means the table of the model's input ids: a file may not say what that is called."""
-
+"""Name of a table record for the table of the model's input ids, in a file that does not have the table's name."""
 
 FINGERPRINT_DTYPES = ("F32", "BF16", "F16")
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What the K original rows were, so that a base is recognised by content.
+    """Hashes of K original rows, by which a base is recognised.
 
     Attributes:
-        dtype: The dtype they were read in.
-        sha256: For each of F32, BF16 and F16: hex digest of the rows rounded to it, (K, D) in the order of the indices.
+        dtype: The dtype in which the rows were read.
+        sha256: Dtype -> hex digest of the rows rounded to it, (K, D) in the order of the indices: F32, BF16 and F16.
     """
 
     dtype: str
@@ -39,15 +36,16 @@ class Fingerprint:
 
     @classmethod
     def of(cls, rows: RawArray) -> Fingerprint:
-        """The fingerprint of rows as they are in a base."""
+        """Compute the fingerprint of a base's rows."""
         return cls(rows.dtype, {dtype: rows.to(dtype).sha256() for dtype in FINGERPRINT_DTYPES})
 
     def matches(self, rows: RawArray) -> bool:
-        """Whether rows of another copy of the base are the same, in the narrowest dtype either side has seen.
+        """Whether rows of another copy of the base are the same, in the narrowest dtype that either side has seen.
 
-        A bf16 checkpoint loaded as fp32 is the same base, and so is one loaded as fp16: what one side saw is what
-        the other gives when it is rounded to that side's dtype.
+        A bf16 checkpoint loaded as fp32 is the same base, and so is one loaded as fp16.
         """
+        # fp32 holds every bf16 and fp16 number, so if one side is narrower, only its dtype can match. Of bf16 and fp16
+        # neither holds the other: the base is the same if either side, rounded to the other's dtype, is equal.
         dtypes = {d if d in FINGERPRINT_DTYPES else "F32" for d in (self.dtype, rows.dtype)}
         if len(dtypes) > 1:
             dtypes.discard("F32")
@@ -56,19 +54,19 @@ class Fingerprint:
 
 @dataclass(frozen=True)
 class TableRecord:
-    """Which table of the base a tensor is for.
+    """A table of the base that the adapter has rows for.
 
     Attributes:
-        name: The table's parameter name where the adapter was made; also its key in `Adapter.tensors`.
+        name: The table's parameter name where the adapter was created; also its key in `Adapter.tensors`.
         aliases: Its other names there.
-        indices: Rows of the table that the tensor's rows stand for, (K,).
-        shape: The table's (V, D), None where a PEFT file does not say V.
-        dtype: The table's dtype there, None where not known.
-        tied: Whether the table was projection as well as lookup; None where no projection was in sight.
-        fingerprint: Of the original rows; None in a file that PEFT wrote.
-        disk_names: Its names in a checkpoint, where known.
-        sampled: The rows that the fingerprint is of, where they are not ``indices``: new rows tell nothing of a base.
-        trained: Whether the rows train; else they are only carried, so that the vocabulary is extended whole.
+        indices: The rows of the table that the adapter has, (K,).
+        shape: The table's (V, D), None in a PEFT file, which does not have V.
+        dtype: The table's dtype, None if unknown.
+        tied: Whether the table was lookup and projection; None if there was no projection.
+        fingerprint: Fingerprint of the original rows; None in a file that PEFT wrote.
+        disk_names: Its names in a checkpoint, if known.
+        sampled: The rows in the fingerprint, if they are not ``indices``: a base does not have rows of new tokens.
+        trained: Whether the rows were trained. If not, the adapter has them to extend every table of a vocabulary.
     """
 
     name: str
@@ -84,29 +82,29 @@ class TableRecord:
 
     @property
     def evidence(self) -> tuple[int, ...]:
-        """The rows that the fingerprint is of."""
+        """The rows in the fingerprint."""
         return self.sampled or self.indices
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Every name that the table may be found under, the best first."""
+        """Every name that the table may have in a base, the likeliest first."""
         return tuple(dict.fromkeys((self.name, *self.aliases, *self.disk_names)))
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What an adapter is.
+    """Description of an adapter.
 
     Attributes:
         surgery: The surgery's registered name.
-        surgery_version: Of what the surgery writes into ``config`` and the tensors.
-        config: What the user asked for, as JSON values.
-        tables: The tables it is for.
-        base_model: Name or path of the base, as the model gave it.
-        revision: Its revision, where known.
-        tokens: Row -> token text, where a tokenizer was given.
-        library_version: The embedsurgery that made it, or None for a file of PEFT's.
-        new_tokens: Tokens that the base does not have, and that come with the adapter.
+        surgery_version: Version of the format in which the surgery writes ``config`` and the tensors.
+        config: The user's config, as JSON values.
+        tables: The tables that the adapter is for.
+        base_model: Name or path of the base, from the model's config.
+        revision: Its revision, if known.
+        tokens: Row -> text of its token, if a tokenizer was passed.
+        library_version: Version of embedsurgery that created the adapter, None for a file from PEFT.
+        new_tokens: Tokens that the adapter adds to its base.
     """
 
     surgery: str
@@ -120,11 +118,11 @@ class Manifest:
     new_tokens: NewTokens | None = None
 
     def __post_init__(self) -> None:
-        plain = json.loads(json.dumps(dict(self.config)))  # as it will be when it is read again
+        plain = json.loads(json.dumps(dict(self.config)))  # tuples become lists, as when it is read again
         object.__setattr__(self, "config", plain)
 
     def to_json(self) -> dict[str, Any]:
-        """The manifest as JSON values."""
+        """Return the manifest as JSON values."""
         body = asdict(self)
         body["format"] = FORMAT
         body["tokens"] = {str(index): text for index, text in self.tokens.items()}
@@ -132,12 +130,12 @@ class Manifest:
 
     @classmethod
     def from_json(cls, body: Mapping[str, Any]) -> Manifest:
-        """The inverse of `to_json`; what is not as expected raises KeyError, TypeError or ValueError."""
+        """Parse the result of `to_json`. Anything unexpected raises KeyError, TypeError or ValueError."""
         if body["format"] != FORMAT:
-            raise ValueError(f"manifest format {body['format']}, this version reads {FORMAT}")
-        tables = tuple(_table(t) for t in body["tables"])
+            raise ValueError(f"manifest format must be {FORMAT}, got {body['format']}")
+        tables = tuple(_decode_table(t) for t in body["tables"])
         if not tables or len({t.name for t in tables}) != len(tables):
-            raise ValueError("no table, or one twice")
+            raise ValueError("tables are missing or repeated")
         tokens = {int(index): str(text) for index, text in body["tokens"].items()}
         return cls(
             surgery=str(body["surgery"]),
@@ -152,20 +150,22 @@ class Manifest:
         )
 
 
-def _table(body: Mapping[str, Any]) -> TableRecord:
-    mark = body["fingerprint"]
+def _decode_table(body: Mapping[str, Any]) -> TableRecord:
+    fingerprint = body["fingerprint"]
     shape = body["shape"]
-    if mark is not None and not all(isinstance(mark["sha256"].get(d), str) for d in FINGERPRINT_DTYPES):
-        raise ValueError("a fingerprint without its digests")
+    if fingerprint is not None:
+        if not all(isinstance(fingerprint["sha256"].get(d), str) for d in FINGERPRINT_DTYPES):
+            raise ValueError("a fingerprint lacks digests")
+        fingerprint = Fingerprint(str(fingerprint["dtype"]), dict(fingerprint["sha256"]))
     if shape is not None and not (isinstance(shape, list) and len(shape) == 2 and all(type(s) is int for s in shape)):
-        raise ValueError(f"a shape of {shape!r}, which is no table's")
+        raise ValueError(f"the shape of a table must be two integers, got {shape!r}")
     rows = sys.maxsize if shape is None else shape[0]
     sampled = body.get("sampled", [])
     for indices in (body["indices"], sampled):
         if not all(type(i) is int and 0 <= i < rows for i in indices):
-            raise ValueError("indices that are no row numbers of the table")
+            raise ValueError("indices must be row numbers of the table")
         if len(set(indices)) != len(indices):
-            raise ValueError("indices that repeat")
+            raise ValueError("indices are repeated")
     return TableRecord(
         name=str(body["name"]),
         aliases=tuple(map(str, body["aliases"])),
@@ -173,7 +173,7 @@ def _table(body: Mapping[str, Any]) -> TableRecord:
         shape=None if shape is None else (shape[0], shape[1]),
         dtype=body["dtype"],
         tied=body["tied"],
-        fingerprint=None if mark is None else Fingerprint(str(mark["dtype"]), dict(mark["sha256"])),
+        fingerprint=fingerprint,
         disk_names=tuple(map(str, body["disk_names"])),
         sampled=tuple(sampled),
         trained=bool(body.get("trained", True)),

@@ -1,4 +1,4 @@
-"""What of a checkpoint's files a plan will write over or replace, found before anything is touched."""
+"""Computes which bytes and files of a checkpoint a plan will change, before anything is written."""
 
 from __future__ import annotations
 
@@ -6,30 +6,31 @@ from dataclasses import dataclass, field
 
 from embedsurgery.plan.edit import Range
 from embedsurgery.plan.plan import Edits
-from embedsurgery.stores.checks import expanded
+from embedsurgery.stores.checks import expand
 from embedsurgery.stores.store import Store
 
 
 @dataclass(frozen=True)
 class PlanFootprint:
-    """What a plan touches.
+    """The bytes and files that a plan changes.
 
     Attributes:
-        ranges: Weight file -> the bytes that are written over where they lie.
-        files: Files that are replaced, made or removed, relative to the checkpoint.
+        ranges: Weight file -> byte ranges that are overwritten in place.
+        files: Files that are replaced, created or removed, relative to the checkpoint.
     """
 
     ranges: dict[str, list[Range]] = field(default_factory=dict)
     files: set[str] = field(default_factory=set)
 
 
-def footprint(plan: Edits, store: Store) -> PlanFootprint:
-    """What a plan does to the files of a store, whose tables it fits."""
+def footprint_of(plan: Edits, store: Store) -> PlanFootprint:
+    """Compute the footprint of a plan, which must have passed `check_plan`."""
     whole = PlanFootprint()
-    for edit in expanded(plan, store):
+    for edit in expand(plan, store):
         found = edit.footprint(store)
         for file, ranges in found.ranges.items():
-            if file not in whole.files:  # in a file that an earlier edit replaced, the old bytes are safe
+            # An earlier edit that replaces the file leaves its old bytes in the old inode, which the journal keeps.
+            if file not in whole.files:
                 whole.ranges.setdefault(file, []).extend(ranges)
         whole.files.update(found.replaced)
     return whole

@@ -1,130 +1,133 @@
-"""Changing a checkpoint where it lies: what forbids it, what is said before, and a journal around it."""
+"""Changes a checkpoint in place: a journal around the change, files that must not be changed, and a warning to readers.
+
+``journal.py`` saves and restores, ``writing.py`` makes the change.
+"""
 
 from __future__ import annotations
 
 import os
 import stat
-import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from embedsurgery.checkpoints.footprint import PlanFootprint
-from embedsurgery.checkpoints.journal import Journal, clean, roll_back
-from embedsurgery.errors import EmbedSurgeryWarning, UnfinishedError, UnsupportedError
-from embedsurgery.files.atomic import uninterrupted
-from embedsurgery.files.locking import segments
+from embedsurgery.checkpoints.journal import Journal, remove_leftovers, roll_back
+from embedsurgery.errors import UnfinishedError, UnsupportedError, warn
+from embedsurgery.files.locking import journal_segments
+from embedsurgery.files.signals import defer_signals
 
-_WAY_OUT = "write a new directory instead: -o / output"
+_USE_OUTPUT = "write a new directory instead: -o / output"
 
 
 @contextmanager
-def changing(directory: Path, edits: Collection[str]) -> Iterator[Journal]:
-    """Inside, a checkpoint is changed in place; a block that fails, or is interrupted, leaves it as it was.
+def change_in_place(directory: Path, edits: Collection[str]) -> Iterator[Journal]:
+    """Change a checkpoint in place inside the block; if it fails or is interrupted, everything is restored.
 
     Args:
         directory: The checkpoint; the caller holds its lock.
-        edits: A line for each edit, for whoever finds the journal.
+        edits: One line for each edit, stored in the journal for a person who inspects it.
 
     Raises:
-        UnfinishedError: The block failed, and so did taking back what it had done: the journal is still there.
+        UnfinishedError: The block failed and restoring failed too; the journal is still there.
     """
     journal = Journal(directory, {"edits": list(edits)})
     try:
         journal.begin()
         yield journal
-        with uninterrupted():
+        with defer_signals():
             journal.commit()
-    except BaseException as error:
-        with uninterrupted():
-            _take_back(directory, error)
+    except BaseException as error:  # KeyboardInterrupt included
+        with defer_signals():
+            _undo_change(directory, error)
         raise
 
 
-def _take_back(directory: Path, error: BaseException) -> None:
+def _undo_change(directory: Path, error: BaseException) -> None:
     try:
-        if segments(directory):
+        if journal_segments(directory):
             roll_back(directory)
         else:
-            clean(directory)
+            remove_leftovers(directory)
     except (OSError, UnfinishedError) as second:
-        if not segments(directory):
-            return  # nothing was touched, and what is left is removed by the next change
+        if not journal_segments(directory):
+            # The files are as they were: nothing was touched, or all was restored and only removing the journal
+            # failed. The next change removes the rest, so the first error is the one to raise.
+            return
         raise UnfinishedError(
-            "a change in place failed, and so did taking it back",
+            "a change in place failed and could not be rolled back",
             where=directory,
             found=f"{error or type(error).__name__}; then {second}",
             hint=f"run: embedsurgery recover {directory}",
         ) from error
 
 
-def refuse_in_place(directory: Path, touched: PlanFootprint, ours: Collection[str] = ()) -> None:
-    """Refuse files that stand for more than themselves, or that nobody is meant to write.
+def refuse_in_place(directory: Path, footprint: PlanFootprint, created: Collection[str] = ()) -> None:
+    """Refuse to change links, files with several names, and read-only files.
 
     Args:
         directory: The checkpoint.
-        touched: What would be written over or replaced.
-        ours: Files that this change has made, which it may do with as it likes.
+        footprint: What would be changed.
+        created: Files that this change has created itself, which are not checked.
 
     Raises:
-        UnsupportedError: With the way out.
+        UnsupportedError: A file or the directory must not be changed.
     """
     if directory.is_symlink():
         raise UnsupportedError(
-            "the checkpoint is reached through a link",
+            "the checkpoint is a link",
             where=directory,
             found=f"a link to {directory.resolve()}",
-            hint="name that directory itself",
+            hint=f"pass {directory.resolve()}",
         )
     _refuse_read_only(directory)
-    for path in sorted({*touched.ranges, *touched.files} - set(ours)):
+    for path in sorted({*footprint.ranges, *footprint.files} - set(created)):
         file = directory / path
         if not os.path.lexists(file):
             continue
         if file.is_symlink():
+            # A snapshot in the Hub cache is made of links; another revision may link to the same blob.
             raise UnsupportedError(
-                "a file is reached through a link, and what it leads to may serve others",
+                "a file is a link, and its target may be used elsewhere",
                 where=file,
                 found=f"a link to {os.readlink(file)}",
-                hint=f"a snapshot of the Hub cache is such a directory; {_WAY_OUT}",
+                hint=f"is this a snapshot of the Hub cache? {_USE_OUTPUT}",
             )
         links = file.stat().st_nlink
-        if path in touched.ranges and links > 1:
+        # Only overwriting bytes reaches the other names. A file that is replaced gets a new inode.
+        if path in footprint.ranges and links > 1:
             raise UnsupportedError(
-                "a weight file has more than one name, and all would change",
+                "a weight file has several names, and all of them would change",
                 where=file,
                 found=f"{links} hard links",
-                hint=_WAY_OUT,
+                hint=_USE_OUTPUT,
             )
         _refuse_read_only(file)
 
 
 def _refuse_read_only(path: Path) -> None:
     mode = path.stat().st_mode
-    if not mode & stat.S_IWUSR or not os.access(path, os.W_OK):
-        what = "directory" if stat.S_ISDIR(mode) else "file"
+    if not mode & stat.S_IWUSR or not os.access(path, os.W_OK):  # root passes os.access whatever the mode is
         raise UnsupportedError(
-            f"a {what} is read-only",
+            f"the {'directory' if stat.S_ISDIR(mode) else 'file'} is read-only",
             where=path,
             found=f"mode {stat.S_IMODE(mode):04o}",
-            hint=f"chmod u+w it, if it is yours to change; or {_WAY_OUT}",
+            hint=f"chmod u+w it if it is yours to change, or {_USE_OUTPUT}",
         )
 
 
-def warn_of_readers(directory: Path, files: Collection[str]) -> None:
-    """Say that whoever has the files mapped sees the rows change, and who that is, as far as can be seen."""
-    found = mapped_by([directory / file for file in files])
-    who = f"; now: {', '.join(found)}" if found else ""
-    warnings.warn(
-        f"{', '.join(files)}: processes that have these files mapped, such as a server that runs the model, "
-        f"see the rows change{who}",
-        EmbedSurgeryWarning,
-        stacklevel=5,
+def warn_mapped_files(directory: Path, files: Collection[str]) -> None:
+    """Warn that processes with a mapping of the files see rows change; list those that can be found."""
+    processes = find_mapping_processes([directory / file for file in files])
+    listed = f"; found: {', '.join(processes)}" if processes else ""
+    warn(
+        f"{', '.join(files)}: processes that have these files mapped (a server that runs the model, for example) "
+        f"see the rows change{listed}"
     )
 
 
-def mapped_by(files: Collection[Path]) -> list[str]:
-    """The other processes that have one of the files mapped, as "PID (name)"; of other users' that cannot be seen."""
+def find_mapping_processes(files: Collection[Path]) -> list[str]:
+    """Find other processes that map one of the files, as "PID (name)". Those of other users are not visible."""
     wanted = {(os.major(s.st_dev), os.minor(s.st_dev), s.st_ino) for s in map(os.stat, files)}
     inodes = [b" %d " % inode for _, _, inode in wanted]
     found = []
@@ -134,16 +137,19 @@ def mapped_by(files: Collection[Path]) -> list[str]:
         try:
             with open(f"/proc/{process}/maps", "rb", buffering=0) as file:
                 maps = file.readall()
-            if any(inode in maps for inode in inodes) and any(_mapped(line) in wanted for line in maps.splitlines()):
+            # Parsing every line of every process is slow; most files do not contain the inode number at all.
+            if any(inode in maps for inode in inodes) and any(
+                _parse_mapping(line) in wanted for line in maps.splitlines()
+            ):
                 with open(f"/proc/{process}/comm", "rb") as file:
                     found.append(f"{process} ({file.read().decode(errors='replace').strip()})")
-        except OSError:  # gone meanwhile, or another user's
+        except OSError:  # the process ended, or belongs to another user
             continue
     return sorted(found)
 
 
-def _mapped(line: bytes) -> tuple[int, int, int] | None:
-    """Major and minor device number and inode of a line of ``/proc/PID/maps``."""
+def _parse_mapping(line: bytes) -> tuple[int, int, int] | None:
+    """(major, minor, inode) of a line of ``/proc/PID/maps``; None for a mapping without a file."""
     fields = line.split(None, 5)
     if len(fields) < 6 or fields[4] == b"0":
         return None

@@ -1,4 +1,7 @@
-"""What is to be done to a checkpoint: plans in order, what each leaves as its record, and which files they touch."""
+"""Jobs: plans to apply to a checkpoint in order, what each one records, and which weight files they change.
+
+``writing.py`` applies them.
+"""
 
 from __future__ import annotations
 
@@ -9,74 +12,74 @@ from typing import Any
 from embedsurgery.plan import Edit, Plan, Undo
 from embedsurgery.plan.edit import Sizes
 from embedsurgery.plan.plan import Edits
-from embedsurgery.stores.checks import check
+from embedsurgery.stores.checks import check_plan
 from embedsurgery.stores.store import Store
 
 
 @dataclass(frozen=True)
 class Job:
-    """A plan, and what becomes of the records with it.
+    """A plan, and the records that it adds and removes.
 
     Attributes:
-        plan: What is done.
-        facts: What its record says: called with the undo and the store when it is done. None where it leaves no record.
-        drops: Small files of ``.embedsurgery/`` that go with it, as paths relative to the checkpoint.
-        writes: Small files of ``.embedsurgery/`` that come with it: path -> bytes.
-        before: Called with the store just before the plan is applied, to refuse.
-        label: Name of what is merged, for a person.
+        plan: The edits.
+        facts: Returns the facts of its record, given the undo and the changed store. None if it leaves no record.
+        removes: Small files of ``.embedsurgery/`` to remove, as paths relative to the checkpoint.
+        writes: Small files of ``.embedsurgery/`` to write: path -> bytes.
+        precheck: Called with the store just before the plan is applied; raises to refuse.
+        label: Name of what is merged, for messages.
     """
 
     plan: Edits
     facts: Callable[[Undo, Store], dict[str, Any]] | None = None
-    drops: tuple[str, ...] = ()
+    removes: tuple[str, ...] = ()
     writes: Mapping[str, bytes] = field(default_factory=dict)
-    before: Callable[[Store], None] | None = None
+    precheck: Callable[[Store], None] | None = None
     label: str = ""
 
 
-def whole_plan(jobs: list[Job]) -> Plan:
-    """All edits of all jobs, for a report; they are applied job by job."""
+def combine_plans(jobs: list[Job]) -> Plan:
+    """All edits of all jobs as one plan, for reports. Jobs are still applied one by one."""
     return Plan(tuple(edit for job in jobs for edit in job.plan.edits))
 
 
 def check_jobs(jobs: list[Job], store: Store) -> None:
-    """Check what can be checked before anything is copied: the first plan whole, later ones as far as none before them
-    changes what they name.
+    """Check as much as possible before anything is copied.
 
-    Rows that several jobs set are allowed: see ``combining/several.py``.
+    The first plan is checked whole. A later plan is checked against a store that earlier jobs may have grown, or whose
+    small files they may have changed; then only the edits of rows that exist already can be checked. `apply` checks the
+    rest when their turn comes. Several jobs may set the same rows: see ``combining/several.py``.
     """
-    settled = True  # sizes and small files are still the store's
+    unchanged = True  # no earlier job changes sizes or small files
     rows = Sizes(store.graph).rows
     for number, job in enumerate(jobs):
-        moves = any(edit.rearranges for edit in job.plan.edits)
-        if number == 0 or (settled and moves):
-            check(job.plan, store)
+        rearranges = any(edit.rearranges for edit in job.plan.edits)
+        if number == 0 or (unchanged and rearranges):
+            check_plan(job.plan, store)
         else:
-            check(Plan(tuple(edit for edit in job.plan.edits if _fits(edit, rows))), store)
-        settled = settled and not moves
+            check_plan(Plan(tuple(edit for edit in job.plan.edits if _sets_existing_rows(edit, rows))), store)
+        unchanged = unchanged and not rearranges
 
 
-def _fits(edit: Edit, rows: Mapping[str, int]) -> bool:
-    """Whether the store as it is has the rows that an edit sets."""
+def _sets_existing_rows(edit: Edit, rows: Mapping[str, int]) -> bool:
     sets = [] if edit.rearranges else [(name, i) for name, i in edit.sets().items() if i is not None]
     return bool(sets) and all(max(indices, default=0) < rows.get(name, 0) for name, indices in sets)
 
 
-def weights(plan: Edits, store: Store) -> list[str]:
-    """The weight files that hold what a plan changes."""
-    held = set(store.weight_files())
+def changed_weight_files(plan: Edits, store: Store) -> list[str]:
+    """The weight files that a plan changes."""
+    weights = set(store.weight_files())
     footprints = [edit.footprint(store) for edit in plan.edits]
-    files = (file for found in footprints for file in (*found.ranges, *found.replaced))
-    return [file for file in dict.fromkeys(files) if file in held]
+    files = (file for footprint in footprints for file in (*footprint.ranges, *footprint.replaced))
+    return [file for file in dict.fromkeys(files) if file in weights]
 
 
-def rewritten(plan: Edits, store: Store) -> list[str]:
-    """The weight files that are made again before anything is written into them."""
-    held = set(store.weight_files())
+def replaced_weight_files(plan: Edits, store: Store) -> list[str]:
+    """The weight files that a plan replaces before it writes any bytes into them."""
+    weights = set(store.weight_files())
     written: set[str] = set()
-    again: dict[str, None] = {}
+    replaced: dict[str, None] = {}
     for edit in plan.edits:
-        found = edit.footprint(store)
-        again.update(dict.fromkeys(file for file in found.replaced if file in held and file not in written))
-        written.update(found.ranges)
-    return list(again)
+        footprint = edit.footprint(store)
+        replaced.update(dict.fromkeys(f for f in footprint.replaced if f in weights and f not in written))
+        written.update(footprint.ranges)
+    return list(replaced)

@@ -1,8 +1,11 @@
-"""The journal of a change in place: what puts the files back, written and fsynced before any of them is touched.
+"""The journal of a change in place: how to restore each file, written and synced before that file is touched.
 
-It is a directory, ``.embedsurgery/journal``, of parts that are plans of file edits (``file_edits.py``), beside files
-that are kept and files that are being made. No part: nothing was touched. A part: it is rolled back, the last part
-first. Renaming the directory is the commit. After SQLite's rollback journal: https://sqlite.org/atomiccommit.html
+The journal is a directory, ``.embedsurgery/journal``. It holds segments (undos made of the edits in
+``plan/file_edits.py``), kept files (second names of files that get replaced) and files under construction. Without a
+segment nothing was touched yet. With segments, recovery restores them, the last one first. Renaming the directory
+commits the change. The protocol is that of SQLite's rollback journal: https://sqlite.org/atomiccommit.html
+
+``in_place.py`` uses the journal around a change, ``recovery.py`` after a crash.
 """
 
 from __future__ import annotations
@@ -16,26 +19,29 @@ from typing import Any
 
 from embedsurgery._version import __version__
 from embedsurgery.errors import CheckpointError, PlanError, UnfinishedError
-from embedsurgery.files.atomic import second_name, sync_path
+from embedsurgery.files.atomic import link_or_copy, sync_path
 from embedsurgery.files.copying import remove_tree
-from embedsurgery.files.locking import DONE, JOURNAL, STATE_DIRECTORY, refuse_linked_state, segments
+from embedsurgery.files.locking import DONE, JOURNAL, STATE_DIRECTORY, journal_segments, refuse_linked_state
 from embedsurgery.plan import Edit, PatchFile, Undo
 from embedsurgery.plan.edit import Range
 from embedsurgery.plan.file_edits import FileState, PutFile, SetBytes, journal_mismatch
 
 
 class Journal:
-    """The journal of the change in place that this process is making; it holds the lock on the directory.
+    """The journal of the change in place that this process makes; the process holds the checkpoint's lock.
 
     Args:
         directory: The checkpoint.
-        facts: What a person may want to know of an interrupted change.
+        facts: Information for a person who inspects an interrupted change.
+
+    Attributes:
+        directory: The checkpoint.
+        folder: The journal's directory. New files are built here before they are renamed into place.
     """
 
     def __init__(self, directory: Path, facts: Mapping[str, Any]) -> None:
         self.directory = directory
         self.folder = directory / JOURNAL
-        """Where what is being made lies until it takes its place."""
         self._facts = {
             **facts,
             "pid": os.getpid(),
@@ -47,154 +53,167 @@ class Journal:
         self._number = 0
 
     def begin(self) -> None:
-        """Make the directory; what a killed run left there without having touched anything goes."""
+        """Create the journal's directory; remove one without segments that a killed run left."""
         refuse_linked_state(self.directory)
-        clean(self.directory)
+        remove_leftovers(self.directory)
         (self.directory / STATE_DIRECTORY).mkdir(exist_ok=True)
         self.folder.mkdir()
+        # A segment is worth nothing after a power cut if the directories above it do not survive.
         sync_path(self.directory / STATE_DIRECTORY)
         sync_path(self.directory)
 
     def protect(self, ranges: Mapping[str, Sequence[Range]], files: Collection[str]) -> None:
-        """Make sure that bytes and files can be put back, whatever happens from now on.
+        """Add a segment that restores these bytes and files; from here on they may be changed.
+
+        Bytes and files of earlier segments are not saved again: the first saved version is the one to restore. Nor are
+        bytes of a replaced file, whose old inode is kept as a whole.
 
         Args:
-            ranges: Weight file -> the bytes that will be written over where they lie.
-            files: Files that will be replaced, made or removed.
+            ranges: Weight file -> byte ranges that will be overwritten in place.
+            files: Files that will be replaced, created or removed.
         """
         self._number += 1
         edits: list[Edit] = []
-        keeps = False
+        any_kept = False
         for count, path in enumerate(sorted(set(files) - self._replaced)):
             if os.path.lexists(self.directory / path):
                 kept = f"{self._number:04d}-{count}.kept"
-                second_name(self.directory / path, self.folder / kept)
-                keeps = True
+                link_or_copy(self.directory / path, self.folder / kept)
+                any_kept = True
                 edits.append(PutFile(path, kept, FileState.of(self.directory / path)))
             else:
                 edits.append(PatchFile(path, after=None, before=None))
         for path, wanted in sorted(ranges.items()):
-            fresh = subtract(wanted, self._ranges.get(path, [])) if path not in self._replaced else []
-            if fresh:
-                edits.append(SetBytes.as_now(self.directory, path, fresh))
-                self._ranges[path] = union([*self._ranges.get(path, []), *fresh])
+            unsaved = subtract_ranges(wanted, self._ranges.get(path, [])) if path not in self._replaced else []
+            if unsaved:
+                edits.append(SetBytes.of_current_bytes(self.directory, path, unsaved))
+                self._ranges[path] = join_ranges([*self._ranges.get(path, []), *unsaved])
         if edits:
+            # The rename makes the segment count. So everything it refers to must be on disk before: its own bytes
+            # (synced by save) and the names of kept files. The last sync makes the segment itself survive a power cut
+            # before the caller writes the first byte into the checkpoint. tests/faults/test_order.py checks this order.
             part = self.folder / f"{self._number:04d}.part"
             Undo(tuple(edits), self._facts).save(part)
-            if keeps:
-                sync_path(self.folder)  # the kept names, before the part that relies on them counts
+            if any_kept:
+                sync_path(self.folder)
             os.rename(part, part.with_suffix(".safetensors"))
             sync_path(self.folder)
         self._replaced.update(files)
 
     def commit(self) -> None:
-        """Let the change stand: all names that came or went are made to last, and then the journal counts no more.
+        """Make the change permanent: sync every directory in which names changed, then invalidate the journal.
 
-        What was written into files is synced by whoever wrote it.
+        The caller has synced the bytes that it wrote into files.
         """
         folders = {(self.directory / path).parent for path in self._replaced} | {self.directory / STATE_DIRECTORY}
         for folder in sorted(folder for folder in folders if folder.is_dir()):
             sync_path(folder)
-        _discount(self.directory)
+        _invalidate(self.directory)
 
 
-def subtract(wanted: Sequence[Range], known: Sequence[Range]) -> list[Range]:
-    """The parts of some ranges that lie in no others; ascending, apart, those that touch as one."""
-    found: list[Range] = []
-    for begin, end in union(wanted):
-        for low, high in union(known):
+def subtract_ranges(wanted: Sequence[Range], known: Sequence[Range]) -> list[Range]:
+    """The parts of ``wanted`` that no range of ``known`` covers: ascending, disjoint, adjacent ones joined."""
+    rest: list[Range] = []
+    for begin, end in join_ranges(wanted):
+        for low, high in join_ranges(known):
             if high <= begin or low >= end:
                 continue
             if low > begin:
-                found.append((begin, low))
+                rest.append((begin, low))
             begin = max(begin, high)
         if begin < end:
-            found.append((begin, end))
-    return found
+            rest.append((begin, end))
+    return rest
 
 
-def union(ranges: Sequence[Range]) -> list[Range]:
-    """Ranges as ascending ones that lie apart."""
-    found: list[Range] = []
+def join_ranges(ranges: Sequence[Range]) -> list[Range]:
+    """The union of ranges: ascending, disjoint, adjacent ones joined."""
+    joined: list[Range] = []
     for begin, end in sorted(ranges):
-        if found and begin <= found[-1][1]:
-            found[-1] = (found[-1][0], max(found[-1][1], end))
+        if joined and begin <= joined[-1][1]:
+            joined[-1] = (joined[-1][0], max(joined[-1][1], end))
         elif begin < end:
-            found.append((begin, end))
-    return found
+            joined.append((begin, end))
+    return joined
 
 
 def roll_back(directory: Path) -> tuple[str, ...]:
-    """Put back what a change in place has touched, and remove its journal; the caller holds the lock.
+    """Restore what an interrupted change in place touched and remove its journal. The caller holds the lock.
 
-    It can be interrupted and done again.
+    Every step can be repeated, so a rollback that is itself interrupted can be run again.
 
     Returns:
-        The files that were put back, removed, or had bytes put back into them.
+        The files that were restored, removed, or had bytes restored.
 
     Raises:
-        UnfinishedError: The journal is damaged, or the files are not those that it was written for.
+        UnfinishedError: The journal is damaged, does not fit the files, or a file cannot be written.
     """
     refuse_linked_state(directory)
-    undone: list[str] = []
-    for plan in reversed([_load(directory, part) for part in segments(directory)]):
+    restored: list[str] = []
+    # The list reads and verifies every segment before the first file is touched: a damaged one must not leave the
+    # checkpoint half restored.
+    for plan in reversed([_load_segment(directory, segment) for segment in journal_segments(directory)]):
         for edit in plan.edits:
             try:
-                path = edit.put_back(directory, directory / JOURNAL)
+                path = edit.restore_file(directory, directory / JOURNAL)
             except OSError as error:
                 where = getattr(edit, "path", directory)
                 raise UnfinishedError(
-                    "a file cannot be put back",
+                    "cannot restore a file",
                     where=f"{directory}: {str(where)[:200]}",
                     found=error.strerror,
-                    hint="make it writable, or make room, and run recover again",
+                    hint="make it writable or free some space, then run recover again",
                 ) from error
             if path is None:
                 raise journal_mismatch(directory, "an edit of files", edit.describe())
-            undone.append(path)
-    for folder in {(directory / path).parent for path in undone}:
+            restored.append(path)
+    for folder in {(directory / path).parent for path in restored}:
         if folder.is_dir():
             sync_path(folder)
-    _discount(directory)
-    return tuple(dict.fromkeys(undone))
+    _invalidate(directory)
+    return tuple(dict.fromkeys(restored))
 
 
-def _load(directory: Path, part: Path) -> Undo:
+def _load_segment(directory: Path, segment: Path) -> Undo:
     try:
-        return Undo.load(part, sealed=True)
+        return Undo.load(segment, sealed=True)
     except (CheckpointError, PlanError) as error:
         raise UnfinishedError(
             "the journal of an interrupted change in place is damaged",
-            where=part,
+            where=segment,
             found=error,
-            hint=f"put the checkpoint's files back from elsewhere and remove {directory / JOURNAL}",
+            hint=f"restore the checkpoint's files from a backup and remove {directory / JOURNAL}",
         ) from error
 
 
-def _discount(directory: Path) -> None:
-    """Rename the journal, from which moment it counts no more, and remove it."""
+def _invalidate(directory: Path) -> None:
+    """Rename the journal so that it no longer counts, then remove it.
+
+    Removing a directory takes several steps and a kill in between would leave some of the segments. The rename is one
+    step.
+    """
     if (directory / JOURNAL).is_dir():
         if (directory / DONE).is_dir():
             remove_tree(directory / DONE)
         os.rename(directory / JOURNAL, directory / DONE)
         sync_path(directory / STATE_DIRECTORY)
-    with contextlib.suppress(OSError):  # it counts no more, and the next change removes it
-        clean(directory)
+    with contextlib.suppress(OSError):  # the next change removes what is left
+        remove_leftovers(directory)
 
 
-def clean(directory: Path) -> bool:
-    """Remove what no longer counts, or never did, and the directories of ours that are empty then.
+def remove_leftovers(directory: Path) -> bool:
+    """Remove a finished journal and one without segments, then embedsurgery's directories that are empty.
 
     Returns:
-        Whether there was anything.
+        Whether there was a journal to remove.
     """
     found = False
     for name in (JOURNAL, DONE):
         folder = directory / name
-        if folder.is_dir() and not folder.is_symlink() and not (name == JOURNAL and segments(directory)):
+        if folder.is_dir() and not folder.is_symlink() and not (name == JOURNAL and journal_segments(directory)):
             remove_tree(folder)
             found = True
     for name in (f"{STATE_DIRECTORY}/merges", STATE_DIRECTORY):
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # not there, or not empty
             (directory / name).rmdir()
     return found

@@ -1,7 +1,8 @@
-"""A checkpoint of which only the weight files are there that a merge reads or writes: the others are headers and holes.
+"""A checkpoint of which only the weight files that a merge reads or writes are fetched; the rest are sparse files.
 
-The store fetches a file when its tensors are first asked for. A hole is never read as weights: it is replaced before,
-and a file that changed without having been fetched is an error.
+``hub_merging.py`` uses it for a base on the Hub. A sparse file has the real header followed by a hole of the right
+size, so that the graph, the plan and every size check work without the weights. A file is fetched when one of its
+tensors is first read or written; the hole itself is never read as weights.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from embedsurgery.stores.shards import ShardStore
 Fetch = Callable[[str, Path], None]
 """Called with a file's name and where to put it."""
 
-_Mark = tuple[int, int, int]
+_Stamp = tuple[int, int, int]
+"""Inode, size and mtime in ns."""
 
 
 class PartialStore(ShardStore):
@@ -29,69 +31,70 @@ class PartialStore(ShardStore):
 
     Args:
         checkpoint: Its headers.
-        fetch: Gets a file.
-        present: The names of the files that are there; grows.
-        holes: What the others looked like when they were made.
+        fetch: Fetches a file.
+        present: Names of the files fetched so far; grows.
+        sparse: File -> stamp of the sparse file when it was made.
     """
 
-    def __init__(
-        self, checkpoint: Checkpoint, fetch: Fetch, present: set[str], holes: dict[str, tuple[int, int, int]]
-    ) -> None:
+    def __init__(self, checkpoint: Checkpoint, fetch: Fetch, present: set[str], sparse: dict[str, _Stamp]) -> None:
         self._fetch = fetch
         self.present = present
-        self._holes = holes
-        self.checkpoint = checkpoint  # which the walk that follows reads from
+        self._sparse = sparse
         super().__init__(checkpoint, architectures=registry().architectures)
 
     @classmethod
     def begin(cls, directory: Path, fetch: Fetch) -> PartialStore:
-        """A store over a directory in which every weight file is a header and a hole."""
+        """Open a directory in which every weight file is sparse."""
         checkpoint = open_checkpoint(directory)
-        return cls(checkpoint, fetch, set(), {file: _mark(directory / file) for file in checkpoint.headers})
+        return cls(checkpoint, fetch, set(), {file: _stamp(directory / file) for file in checkpoint.headers})
 
-    def again(self, *, headers: bool = True) -> PartialStore:
-        self._refuse_changed_holes()
-        return PartialStore(open_checkpoint(self.checkpoint.directory), self._fetch, self.present, self._holes)
+    def reopen(self, *, headers: bool = True) -> PartialStore:
+        self._refuse_changed_sparse_files()
+        return PartialStore(open_checkpoint(self.checkpoint.directory), self._fetch, self.present, self._sparse)
 
-    def need(self, files: Sequence[str]) -> None:
-        """Fetch files that are not there yet."""
+    def fetch_files(self, files: Sequence[str]) -> None:
+        """Fetch the files that are not there yet."""
         for file in files:
             if file not in self.present:
                 self._fetch(file, self.checkpoint.directory / file)
                 self.present.add(file)
 
-    def _refuse_changed_holes(self) -> None:
-        for file, mark in self._holes.items():
-            if file not in self.present and _mark(self.checkpoint.directory / file) != mark:
+    def _refuse_changed_sparse_files(self) -> None:
+        """Refuse a sparse file that an edit wrote into: an edit that forgets to fetch would push a hole as weights."""
+        for file, stamp in self._sparse.items():
+            if file not in self.present and _stamp(self.checkpoint.directory / file) != stamp:
                 raise CheckpointError(
-                    "a weight file was changed that was never fetched",
+                    "a weight file was changed before it was fetched",
                     where=file,
-                    hint="this is a fault of embedsurgery: please report it",
+                    hint="this is a bug in embedsurgery: please report it",
                 )
 
+    # Reads and in-place writes of tensors go through `_open_file`. Growing and untying copy whole files by their
+    # headers, so they fetch them first.
+
     @contextmanager
-    def _file(self, name: str, flags: int = os.O_RDONLY) -> Iterator[int]:
-        self.need([self.checkpoint.location[name]])
-        with super()._file(name, flags) as descriptor:
+    def _open_file(self, name: str, flags: int = os.O_RDONLY) -> Iterator[int]:
+        self.fetch_files([self.checkpoint.location[name]])
+        with super()._open_file(name, flags) as descriptor:
             yield descriptor
 
     def check_writable(self, table: Table) -> None:
-        self.need([file for _, file in table.files])
+        self.fetch_files([file for _, file in table.files])
         super().check_writable(table)
 
     def grow(self, edit: Grow) -> None:
-        self.need([file for file in self.resized_files(edit.vocabulary) if file in self.checkpoint.headers])
+        self.fetch_files([file for file in self.resized_files(edit.vocabulary) if file in self.checkpoint.headers])
         super().grow(edit)
 
     def untie(self, edit: Untie) -> None:
         found = self.untie_footprint(edit)
-        self.need([file for file in (*found.ranges, *found.replaced) if file in self.checkpoint.headers])
+        self.fetch_files([file for file in (*found.ranges, *found.replaced) if file in self.checkpoint.headers])
         super().untie(edit)
 
     def sync(self) -> None:
-        """Nothing: the directory goes away."""
+        """Do nothing: the directory is temporary."""
 
 
-def _mark(path: Path) -> _Mark:
+def _stamp(path: Path) -> _Stamp:
     status = path.stat()
     return status.st_ino, status.st_size, status.st_mtime_ns

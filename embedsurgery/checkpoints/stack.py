@@ -1,6 +1,6 @@
-"""The stack of merges in a checkpoint: what lies over what, which may be taken out, and what that leaves behind.
+"""The stack of merges in a checkpoint: which merges override others, which can be unmerged, and what records remain.
 
-Reads records and changes nothing; ``offline/unmerging.py`` does what is decided here.
+This file only reads. ``unmerging.py`` carries out what is decided here.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from embedsurgery.checkpoints.records import MERGES, MergeRecord, facts_of, merge_record, record_paths
+from embedsurgery.checkpoints.records import MERGES, MergeRecord, parse_record, read_facts, record_paths
 from embedsurgery.errors import CheckpointError, PlanError
 from embedsurgery.files.json_reading import NOTE, read_json
 from embedsurgery.graph import EmbeddingGraph
@@ -21,92 +21,100 @@ from embedsurgery.plan.edit import Sizes, Touched
 from embedsurgery.stores.store import shorten
 
 _TOMBSTONE = re.compile(r"(\d{4,12})\.removed\.json")
-_LEAST_HASH = 6
+_MIN_HASH_PREFIX = 6
 
 
 @dataclass(frozen=True)
-class Entry:
+class StackedMerge:
     """A merge of the stack, with its undo.
 
     Attributes:
-        path: Of the record.
-        undo: What it holds.
-        said: What it says.
-        under: Number of an edit of the undo -> the later merge that lies over it.
-        overlaps: What lies over it, for a message; None where nothing does.
+        path: Its record.
+        undo: The undo in the record.
+        record: The facts in the record.
+        overridden: Position of an edit of the undo -> the last merge that overrides it.
+        overlaps: The later merges that override it and where, for messages; None if there are none.
     """
 
     path: Path
     undo: Undo
-    said: MergeRecord
-    under: Mapping[int, MergeRecord] = field(default_factory=dict)
+    record: MergeRecord
+    overridden: Mapping[int, MergeRecord] = field(default_factory=dict)
     overlaps: str | None = None
 
     @property
     def number(self) -> int:
-        """Its place in the stack."""
-        return self.said.number
+        """Position in the stack; 1 was merged first."""
+        return self.record.number
 
 
-def merges_in(directory: Path) -> tuple[MergeRecord, ...]:
-    """What the records of a checkpoint say, the oldest first; reads their headers alone.
+def read_records(directory: Path) -> tuple[MergeRecord, ...]:
+    """Read the records of a checkpoint, the oldest first; only headers are read.
 
     Raises:
-        CheckpointError: It is no directory, or a record is broken.
-        PlanError: A record is none.
+        CheckpointError: The directory does not exist, or a record is broken.
+        PlanError: A file is not a record.
     """
     if not os.path.isdir(directory):
         raise CheckpointError("no such checkpoint directory", where=directory)
-    return tuple(merge_record(path, facts_of(path)) for path in record_paths(directory))
+    return tuple(parse_record(path, read_facts(path)) for path in record_paths(directory))
 
 
-def entry(path: Path) -> Entry:
-    """One record, as if it lay on top.
+def read_merge(path: Path) -> StackedMerge:
+    """Read one record, without what overrides it.
 
     Raises:
-        CheckpointError, PlanError: It cannot be read.
+        CheckpointError, PlanError: The record is broken.
     """
     undo = Undo.load(path, sealed=True)
-    return Entry(path, undo, merge_record(path, undo.facts))
+    return StackedMerge(path, undo, parse_record(path, undo.facts))
 
 
-def stack(directory: Path, graph: EmbeddingGraph) -> list[Entry]:
-    """Every merge, the oldest first, each with what lies over it.
+def read_stack(directory: Path, graph: EmbeddingGraph) -> list[StackedMerge]:
+    """Read all merges, the oldest first, each with what overrides it.
 
     Args:
         directory: The checkpoint.
-        graph: Of the checkpoint as it is now.
+        graph: The graph of the checkpoint as it is now.
 
     Raises:
-        CheckpointError, PlanError: A record cannot be read.
+        CheckpointError, PlanError: A record is broken.
     """
-    return arranged([entry(path) for path in record_paths(directory)], graph)
+    return find_overlaps([read_merge(path) for path in record_paths(directory)], graph)
 
 
-def arranged(entries: Sequence[Entry], graph: EmbeddingGraph) -> list[Entry]:
-    """The entries, given the oldest first, each with what lies over it."""
+def find_overlaps(merges: Sequence[StackedMerge], graph: EmbeddingGraph) -> list[StackedMerge]:
+    """Fill in which later merges override which edits of each merge.
+
+    Args:
+        merges: The stack, the oldest first.
+        graph: The graph of the checkpoint as it is now.
+    """
+    # The undo of a growth cuts the last rows of its tables; which rows those are depends on the sizes right after that
+    # merge. So this goes from the newest merge down and resizes with each undo.
     sizes = Sizes(graph)
-    above: list[tuple[MergeRecord, Touched]] = []
+    later: list[tuple[MergeRecord, Touched]] = []
     found = []
-    for one in reversed(entries):
-        touched = [edit.touches(sizes) for edit in one.undo.edits]
-        under: dict[int, MergeRecord] = {}
-        words: list[str] = []
+    for merge in reversed(merges):
+        touched = [edit.touches(sizes) for edit in merge.undo.edits]
+        overridden: dict[int, MergeRecord] = {}
+        descriptions: list[str] = []
         for number, below in enumerate(touched):
-            for later, over in above:
-                common = _common(below, over)
+            for record, above in later:
+                common = _describe_overlap(below, above)
                 if common is not None:
-                    under.setdefault(number, later)
-                    words.append(f"{later.label} over {common}")
-        found.append(Entry(one.path, one.undo, one.said, under, "; ".join(dict.fromkeys(words)) or None))
-        above.extend((one.said, part) for part in touched)
-        for edit in one.undo.edits:
+                    overridden.setdefault(number, record)
+                    descriptions.append(f"{record.label} overrides {common}")
+        overlaps = "; ".join(dict.fromkeys(descriptions)) or None
+        found.append(replace(merge, overridden=overridden, overlaps=overlaps))
+        later.extend((merge.record, part) for part in touched)
+        for edit in merge.undo.edits:
             edit.resize(sizes)
     return found[::-1]
 
 
-def _common(one: Touched, other: Touched) -> str | None:
-    """What two edits both touch, for a message; None for nothing."""
+def _describe_overlap(one: Touched, other: Touched) -> str | None:
+    """What two edits both change, for a message; None if nothing."""
     for table, rows in one.rows.items():
         if table not in other.rows:
             continue
@@ -120,82 +128,94 @@ def _common(one: Touched, other: Touched) -> str | None:
     return ", ".join(files) if files else None
 
 
-# -- what is taken out -------------------------------------------------------------------------------------------------
+# -- which merges to unmerge -------------------------------------------------------------------------------------------
 
 
-def chosen(entries: Sequence[Entry], where: Path, *, everything: bool, adapter: str | None) -> list[Entry]:
-    """The merges that are to be taken out, in the order in which that is done.
+def select_merges(
+    merges: Sequence[StackedMerge], where: Path, *, everything: bool, adapter: str | None
+) -> list[StackedMerge]:
+    """Select the merges to unmerge, in the order in which to do it.
 
     Args:
-        entries: The stack, the oldest first.
+        merges: The stack, the oldest first.
         where: The checkpoint, for messages.
-        everything: All of them.
-        adapter: One: by its adapter's name, its number, or the beginning of its adapter's hash. By default the last.
+        everything: Select all.
+        adapter: Select one by its adapter's name, its number, or the beginning of its adapter's hash. By default the
+            last merge is selected.
 
     Raises:
-        CheckpointError: There is none, or none of that name.
-        PlanError: A later merge lies over it.
+        CheckpointError: There is no merge, or none that ``adapter`` names.
+        PlanError: A later merge overrides it.
     """
-    if not entries:
+    if not merges:
         raise CheckpointError(
-            "no merge is recorded here, so there is nothing to take out",
+            "the checkpoint has no merge records, so there is nothing to unmerge",
             where=where,
             expected=f"{MERGES}/0001.safetensors",
-            hint="only embedsurgery's own merges can be taken out",
+            hint="only merges made by embedsurgery can be unmerged",
         )
     if everything:
-        return list(reversed(entries))
-    one = entries[-1] if adapter is None else _find(entries, where, adapter)
-    if one.overlaps is not None:
+        return list(reversed(merges))
+    merge = merges[-1] if adapter is None else _find_merge(merges, where, adapter)
+    if merge.overlaps is not None:
+        # Undoing it would restore rows from before both merges and so remove part of the later one.
         raise PlanError(
-            "a later merge lies over this one",
-            where=f"{where}: {one.said.label}",
-            found=one.overlaps,
-            hint="take the later one out first, or all",
+            "a later merge overrides this one",
+            where=f"{where}: {merge.record.label}",
+            found=merge.overlaps,
+            hint="unmerge the later one first, or all of them",
         )
-    return [one]
+    return [merge]
 
 
-def _find(entries: Sequence[Entry], where: Path, adapter: str) -> Entry:
-    fits = [e for e in entries if e.said.adapter == adapter]
+def _find_merge(merges: Sequence[StackedMerge], where: Path, adapter: str) -> StackedMerge:
+    fits = [m for m in merges if m.record.adapter == adapter]
     if not fits and re.fullmatch(r"\d{1,12}", adapter):
-        fits = [e for e in entries if e.number == int(adapter)]
-    if not fits and len(adapter) >= _LEAST_HASH:
-        fits = [e for e in entries if (e.said.adapter_sha256 or "").startswith(adapter)]
+        fits = [m for m in merges if m.number == int(adapter)]
+    if not fits and len(adapter) >= _MIN_HASH_PREFIX:
+        fits = [m for m in merges if (m.record.adapter_sha256 or "").startswith(adapter)]
     if len(fits) == 1:
         return fits[0]
-    what = "several merges fit" if fits else "no merge of that adapter is recorded here"
-    listed = ", ".join(e.said.label for e in fits or entries)
     raise CheckpointError(
-        what,
+        "several merges match" if fits else "no merge matches",
         where=where,
         expected=repr(adapter),
-        found=listed,
-        hint="name it as `embedsurgery log` does, or by its number",
+        found=", ".join(m.record.label for m in fits or merges),
+        hint="give the number that `embedsurgery log` shows",
     )
 
 
-def left_behind(directory: Path, taken: Entry, entries: Sequence[Entry]) -> tuple[tuple[str, ...], dict[str, bytes]]:
-    """What becomes of the files in ``.embedsurgery/merges/`` when one merge goes.
+def plan_record_removal(
+    directory: Path, removed: StackedMerge, merges: Sequence[StackedMerge]
+) -> tuple[tuple[str, ...], dict[str, bytes]]:
+    """Decide which files of ``.embedsurgery/merges/`` to remove and to write when one merge is unmerged.
 
-    A number below others stays as a note that the record is gone on purpose; notes on top go with the record above.
+    Numbers are never reused below the top, so a gap needs an explanation: without one, `verify_checkpoint` reports the
+    record as missing. A merge unmerged from under others therefore leaves a tombstone. Tombstones above the new top
+    explain no gap any more and go too.
+
+    Args:
+        directory: The checkpoint.
+        removed: The merge to unmerge.
+        merges: The stack, including it.
 
     Returns:
-        Paths that are removed, and path -> bytes of those that are written; relative to the checkpoint.
+        Paths to remove, and path -> bytes to write; relative to the checkpoint.
     """
-    rest = [e.number for e in entries if e.number != taken.number]
+    rest = [m.number for m in merges if m.number != removed.number]
     top = max(rest, default=0)
-    drops = [f"{MERGES}/{taken.path.name}"]
-    drops += [f"{MERGES}/{note.name}" for number, note in sorted(tombstones(directory).items()) if number > top]
-    if taken.number > top:
-        return tuple(drops), {}
-    note = {"adapter": taken.said.adapter, "surgery": taken.said.surgery, "files": list(taken.said.files)}
-    text = json.dumps(note, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-    return tuple(drops), {f"{MERGES}/{taken.number:04d}.removed.json": text.encode()}
+    removes = [f"{MERGES}/{removed.path.name}"]
+    removes += [f"{MERGES}/{path.name}" for number, path in sorted(tombstone_paths(directory).items()) if number > top]
+    if removed.number > top:
+        return tuple(removes), {}
+    record = removed.record
+    body = {"adapter": record.adapter, "surgery": record.surgery, "files": list(record.files)}
+    text = json.dumps(body, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    return tuple(removes), {f"{MERGES}/{removed.number:04d}.removed.json": text.encode()}
 
 
-def tombstones(directory: Path) -> dict[int, Path]:
-    """Number -> note that a merge was taken out from under others."""
+def tombstone_paths(directory: Path) -> dict[int, Path]:
+    """Number -> tombstone of each merge that was unmerged from under others."""
     folder = directory / MERGES
     if not folder.is_dir():
         return {}
@@ -203,14 +223,14 @@ def tombstones(directory: Path) -> dict[int, Path]:
     return {int(match[1]): path for match, path in named if match}
 
 
-def taken_from_under(directory: Path) -> Iterator[tuple[int, frozenset[str]]]:
-    """Number, and files that were touched, of each merge that was taken out from under others.
+def read_tombstones(directory: Path) -> Iterator[tuple[int, frozenset[str]]]:
+    """The number and changed files of each merge that was unmerged from under others.
 
     Raises:
-        CheckpointError: A note is broken.
+        CheckpointError: A tombstone is broken.
     """
-    for number, path in sorted(tombstones(directory).items()):
+    for number, path in sorted(tombstone_paths(directory).items()):
         files = read_json(path, NOTE).get("files")
         if not isinstance(files, list) or not all(isinstance(f, str) for f in files):
-            raise CheckpointError("a note of a merge that was taken out is broken", where=path)
+            raise CheckpointError("broken tombstone of a merge", where=path, expected="files: a list of strings")
         yield number, frozenset(files)

@@ -1,4 +1,7 @@
-"""Taking merges out of a checkpoint on disk again, by their records."""
+"""Unmerges: restores what merges into a checkpoint on disk changed, from their records.
+
+``stack.py`` selects the merges and ``writing.py`` applies their undos.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,8 @@ from pathlib import Path
 
 from embedsurgery.checkpoints.jobs import Job
 from embedsurgery.checkpoints.report import MergeReport, Progress
-from embedsurgery.checkpoints.stack import Entry, chosen, left_behind, stack
-from embedsurgery.checkpoints.writing import open_output, write
+from embedsurgery.checkpoints.stack import StackedMerge, plan_record_removal, read_stack, select_merges
+from embedsurgery.checkpoints.writing import open_output, write_jobs
 from embedsurgery.errors import ConfigError
 from embedsurgery.plugins.current import registry
 from embedsurgery.stores.written import check_written
@@ -27,41 +30,41 @@ def unmerge_checkpoint(
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> MergeReport:
-    """Write a new checkpoint directory without the last merge, or others: bit for bit what it was merged into.
+    """Write a new checkpoint without the last merge or another one, bit for bit as if it had not been merged.
 
     Args:
-        merged: A directory that `merge_checkpoint` wrote; or a Hub id, ``org/name@revision``.
-        output: A directory that does not exist yet. None for a dry run alone, or with ``in_place``.
-        all: Take every merge out, the last first: what is left is the original base.
-        adapter: Take out the merge of this adapter, wherever it lies, if no later one lies over its rows: its name as
-            `list_merges` gives it, the number of the merge, or the beginning of the adapter's hash.
+        merged: A directory that `merge_checkpoint` wrote, or a Hub id, ``org/name@revision``.
+        output: A new directory. None for a dry run, or with ``in_place``.
+        all: Unmerge everything, the last merge first, which restores the original base.
+        adapter: Unmerge this adapter, wherever it is in the stack, if no later merge overrides its rows. Give its name
+            as `list_merges` returns it, the number of the merge, or the beginning of the adapter's hash.
         in_place: Change ``merged`` itself, with a journal: see `merge_checkpoint`.
-        hardlink: Share the weight files that do not change with ``merged``.
-        dry_run: Check everything and say what would be done.
+        hardlink: Share unchanged weight files with ``merged`` as hard links.
+        dry_run: Check everything and return the report, write nothing.
         progress: Called as files are copied.
 
     Raises:
-        CheckpointError: There is no record of a merge, or none of that adapter.
-        PlanError: The merged rows have been changed since, or a later merge lies over them.
-        ConfigError: ``all`` and ``adapter`` together.
+        CheckpointError: There is no merge record, or none of that adapter.
+        PlanError: The merged rows have changed since, or a later merge overrides them.
+        ConfigError: ``all`` and ``adapter`` are given together.
         OutputExistsError: ``output`` exists.
         UnsupportedError: ``merged`` cannot be changed in place.
     """
     if all and adapter is not None:
-        raise ConfigError("all merges and one of them were asked for", found=f"all and {adapter!r}", expected="either")
-    with open_output(merged, output, in_place=in_place, hardlink=hardlink, dry_run=dry_run, progress=progress) as place:
-        store = registry().open_store(place.source)
-        entries = stack(place.source, store.graph)
-        going = chosen(entries, place.source, everything=all, adapter=adapter)
+        raise ConfigError("all and adapter exclude each other", found=f"all=True and adapter={adapter!r}")
+    with open_output(merged, output, in_place=in_place, hardlink=hardlink, dry_run=dry_run, progress=progress) as out:
+        store = registry().open_store(out.source)
+        merges = read_stack(out.source, store.graph)
         jobs: list[Job] = []
-        for one in going:
-            job, done = _taken_out(place.source, one, entries), {path for job in jobs for path in job.drops}
-            jobs.append(replace(job, drops=tuple(path for path in job.drops if path not in done)))
-            entries = [other for other in entries if other is not one]
-        return replace(write(jobs, store, place), undo=0)
+        for merge in select_merges(merges, out.source, everything=all, adapter=adapter):
+            job = _removal_job(out.source, merge, merges)
+            removed = {path for earlier in jobs for path in earlier.removes}  # tombstones that an earlier job removes
+            jobs.append(replace(job, removes=tuple(path for path in job.removes if path not in removed)))
+            merges = [other for other in merges if other is not merge]
+        return replace(write_jobs(jobs, store, out), undo=0)
 
 
-def _taken_out(directory: Path, one: Entry, entries: list[Entry]) -> Job:
-    """The job that takes one merge out, with its record."""
-    drops, writes = left_behind(directory, one, entries)
-    return Job(one.undo, drops=drops, writes=writes, before=partial(check_written, one.path, one.undo))
+def _removal_job(directory: Path, merge: StackedMerge, merges: list[StackedMerge]) -> Job:
+    """The job that undoes one merge and removes its record."""
+    removes, writes = plan_record_removal(directory, merge, merges)
+    return Job(merge.undo, removes=removes, writes=writes, precheck=partial(check_written, merge.path, merge.undo))

@@ -1,14 +1,17 @@
-"""``embedsurgery inspect``: the tables of a checkpoint, from its headers alone."""
+"""``embedsurgery inspect``: list the tables of a checkpoint, from its headers alone."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from embedsurgery.cli.options import token_option
-from embedsurgery.cli.render import json_option, print_json, print_table, size
+from embedsurgery.cli.render import format_size, json_option, print_json, print_table
+
+if TYPE_CHECKING:
+    from embedsurgery.graph import EmbeddingGraph
 
 
 @click.command("inspect")
@@ -16,10 +19,10 @@ from embedsurgery.cli.render import json_option, print_json, print_table, size
 @token_option
 @json_option
 def command(model: Path, as_json: bool) -> None:
-    """The embedding tables of the checkpoint MODEL, a directory or a Hub id.
+    """List the embedding tables of the checkpoint MODEL, a directory or a Hub id.
 
-    Reads headers, index, config and tokenizer.json, and no weights. Of org/name or org/name@revision, headers come by
-    range requests, kilobytes for any size, and the tokenizer stays where it is.
+    Reads headers, index, config and tokenizer.json, but no weights. For a Hub id (org/name or org/name@revision), only
+    headers are fetched, by range requests: kilobytes for a checkpoint of any size. Its tokenizer is not read.
     """
     facts = inspect(model)
     if as_json:
@@ -34,31 +37,52 @@ def command(model: Path, as_json: bool) -> None:
             " + ".join(t["roles"]),
             t["kind"],
             "\n".join(dict.fromkeys(t["files"].values())),
-            size(t["bytes"]),
+            format_size(t["bytes"]),
         )
         for t in facts["tables"]
     ]
     print_table(f"{model}", ("table", "tied to", "shape", "dtype", "role", "kind", "file", "size"), rows)
-    used = facts["rows"]
-    if used is not None:
-        free = [f"{len(used[k]):,} {k}" + (f" ({ranges(used[k])})" if used[k] else "") for k in ("reserved", "spare")]
-        agree = "; ".join(used["disagreements"]) or "tokenizer, config and table agree"
-        click.echo(f"rows: {used['used']:,} used by the tokenizer, {', '.join(free)}; {agree}")
+    if facts["rows"] is not None:
+        click.echo(_format_row_use(facts["rows"]))
     elif facts["input"] is not None:
-        click.echo("rows: which are used is not known: there is no tokenizer.json here to say")
+        click.echo("rows: unknown which are used, no tokenizer.json was read")
 
 
 def inspect(model: Path) -> dict[str, Any]:
-    """What the verb shows, as JSON values."""
+    """Return what the command prints, as JSON values."""
     from embedsurgery import hub
-    from embedsurgery.graph.from_names import vocabulary_sizes
+    from embedsurgery.graph.config import vocabulary_sizes
     from embedsurgery.loading import open_store
-    from embedsurgery.tensors.raw import ITEMSIZE
-    from embedsurgery.tokenizer.reading import row_use
+    from embedsurgery.tokenizer.reading import read_row_use
 
     with open_store(model) as store:
         graph, config = store.claimed_graph, store.config
-    tables = [
+    vocabularies = [
+        {"name": v.name, "size": v.size, "tables": list(v.tables), "vectors": list(v.vectors)}
+        for v in graph.vocabularies
+    ]
+    rows = None
+    if hub.find_id(model) is None and graph.input is not None:
+        use = read_row_use(model, graph.table(graph.input).shape[0], vocabulary_sizes(config))
+        rows = use and {
+            "used": use.used,
+            "reserved": list(use.reserved),
+            "spare": list(use.spare),
+            "disagreements": list(use.disagreements),
+        }
+    return {
+        "model": str(model),
+        "input": graph.input,
+        "tables": _tables_to_json(graph),
+        "vocabularies": vocabularies,
+        "rows": rows,
+    }
+
+
+def _tables_to_json(graph: EmbeddingGraph) -> list[dict[str, Any]]:
+    from embedsurgery.tensors.raw import ITEMSIZE
+
+    return [
         {
             "name": t.name,
             "aliases": list(t.aliases),
@@ -72,35 +96,22 @@ def inspect(model: Path) -> dict[str, Any]:
         }
         for t in graph.tables
     ]
-    vocabularies = [
-        {"name": v.name, "size": v.size, "tables": list(v.tables), "vectors": list(v.vectors)}
-        for v in graph.vocabularies
-    ]
-    rows = None
-    if hub.find_id(model) is None and graph.input is not None:
-        use = row_use(model, graph.table(graph.input).shape[0], vocabulary_sizes(config))
-        rows = use and {
-            "used": use.used,
-            "reserved": list(use.reserved),
-            "spare": list(use.spare),
-            "disagreements": list(use.disagreements),
-        }
-    return {
-        "model": str(model),
-        "input": graph.input,
-        "tables": tables,
-        "vocabularies": vocabularies,
-        "rows": rows,
-    }
 
 
-def ranges(numbers: list[int], most: int = 4) -> str:
-    """Ascending numbers as ranges: "3-5, 9"."""
-    parts: list[list[int]] = []
+def _format_row_use(use: dict[str, Any]) -> str:
+    """Format which rows the tokenizer uses: "rows: 40 used by the tokenizer, 0 reserved, 2 spare (40-41); ..."."""
+    unused = [f"{len(use[k]):,} {k}" + (f" ({format_ranges(use[k])})" if use[k] else "") for k in ("reserved", "spare")]
+    disagreements = "; ".join(use["disagreements"]) or "tokenizer, config and table agree"
+    return f"rows: {use['used']:,} used by the tokenizer, {', '.join(unused)}; {disagreements}"
+
+
+def format_ranges(numbers: list[int], limit: int = 4) -> str:
+    """Format ascending numbers as ranges: "3-5, 9"."""
+    ranges: list[list[int]] = []
     for number in numbers:
-        if parts and parts[-1][1] == number - 1:
-            parts[-1][1] = number
+        if ranges and ranges[-1][1] == number - 1:
+            ranges[-1][1] = number
         else:
-            parts.append([number, number])
-    text = ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in parts[:most])
-    return text if len(parts) <= most else f"{text}, ..."
+            ranges.append([number, number])
+    text = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in ranges[:limit])
+    return text if len(ranges) <= limit else f"{text}, ..."

@@ -1,14 +1,21 @@
-"""``embedsurgery log``: the merges that lie in a checkpoint."""
+"""``embedsurgery log``: list the merges of a checkpoint."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from embedsurgery.cli.options import token_option
 from embedsurgery.cli.render import json_option, print_json, print_table
+
+if TYPE_CHECKING:
+    from embedsurgery.checkpoints.records import MergeRecord
+
+_MAX_TOKENS = 4
+_HASH_DIGITS = 12
 
 
 @click.command("log")
@@ -16,9 +23,10 @@ from embedsurgery.cli.render import json_option, print_json, print_table
 @token_option
 @json_option
 def command(merged: Path, as_json: bool) -> None:
-    """The merges in the checkpoint MERGED, the last first: what `embedsurgery unmerge` can take out.
+    """List the merges of the checkpoint MERGED, newest first.
 
-    MERGED is a directory or a Hub id; of a Hub id only the headers of the records are read.
+    `embedsurgery unmerge` can undo them. MERGED is a directory or a Hub id. For a Hub id, only the headers of the
+    records are read.
     """
     from embedsurgery.checkpoints.log import list_merges
 
@@ -27,22 +35,24 @@ def command(merged: Path, as_json: bool) -> None:
         print_json({"model": str(merged), "merges": [asdict(record) for record in records]})
         return
     if not records:
-        click.echo(f"{merged}: no merge is recorded")
+        click.echo(f"{merged}: no merges")
         return
-    lines = []
-    for record in reversed(records):
-        tokens = ", ".join(repr(text) for text in list(record.tokens.values())[:4])
-        rows = ", ".join(f"{count:,} of {table}" for table, count in record.rows.items())
-        weight = "" if record.weight == 1 else f" x {record.weight:g}"
-        lines.append(
-            (
-                str(record.number),
-                f"{record.adapter or record.surgery or '-'}{weight}",
-                (record.adapter_sha256 or "-")[:12],
-                rows or "-",
-                tokens + (", ..." if len(record.tokens) > 4 else "") or "-",
-                record.time or "-",
-                record.version or "-",
-            )
-        )
-    print_table(str(merged), ("merge", "adapter", "sha256", "rows", "tokens", "time", "version"), lines)
+    columns = ("merge", "adapter", "sha256", "rows", "tokens", "time", "version")
+    print_table(str(merged), columns, [_format_record(record) for record in reversed(records)])
+
+
+def _format_record(record: MergeRecord) -> tuple[str, ...]:
+    """Format a record as the cells of its row."""
+    tokens = ", ".join(repr(text) for text in list(record.tokens.values())[:_MAX_TOKENS])
+    more = ", ..." if len(record.tokens) > _MAX_TOKENS else ""
+    rows = ", ".join(f"{count:,} of {table}" for table, count in record.rows.items())
+    weight = "" if record.weight == 1 else f" x {record.weight:g}"
+    return (
+        str(record.number),
+        f"{record.adapter or record.surgery or '-'}{weight}",
+        (record.adapter_sha256 or "-")[:_HASH_DIGITS],
+        rows or "-",
+        tokens + more or "-",
+        record.time or "-",
+        record.version or "-",
+    )

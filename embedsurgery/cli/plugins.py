@@ -1,7 +1,8 @@
-"""``embedsurgery plugins``: what is installed, what each brings, and what is wrong with it; and how one begins."""
+"""``embedsurgery plugins``: list the installed plugins with their errors, or create a new one."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,9 +19,9 @@ if TYPE_CHECKING:
 @json_option
 @click.pass_context
 def command(context: click.Context, as_json: bool) -> None:
-    """The plugins that are installed, and what each brings. A broken plugin is named with its error.
+    """List the installed plugins and what each provides. A broken plugin is listed with its error.
 
-    EMBEDSURGERY_DISABLE_PLUGINS=1 loads none of them; names separated by commas block those.
+    EMBEDSURGERY_DISABLE_PLUGINS=1 loads no plugin; a comma-separated list of names blocks those.
     """
     if context.invoked_subcommand is not None:
         return
@@ -28,13 +29,17 @@ def command(context: click.Context, as_json: bool) -> None:
 
     known = registry()
     if as_json:
-        print_json(_as_json(known))
-        return
+        print_json(_describe_registry(known))
+    else:
+        _print_registry(known)
+
+
+def _print_registry(known: Registry) -> None:
     print_table(
         "plugins",
         ("plugin", "distribution", "version", "hooks", "state"),
         [
-            (p.name, p.distribution or "-", p.version or "-", ", ".join(map(_short, p.hooks)) or "-", p.error or "ok")
+            (p.name, p.distribution or "-", p.version or "-", _format_hooks(p.hooks), p.error or "ok")
             for p in known.plugins
         ],
     )
@@ -46,12 +51,10 @@ def command(context: click.Context, as_json: bool) -> None:
             for r in known.surgeries.values()
         ],
     )
-    print_table(
-        "initialisers", ("init", "new rows start as"), [(r.usage, r.summary) for r in known.initializers.values()]
-    )
-    brought = [(kind, ", ".join(names)) for kind, names in _others(known).items() if names]
-    if brought:
-        print_table("others", ("kind", "names"), brought)
+    print_table("initialisers", ("init", "new rows"), [(r.usage, r.summary) for r in known.initializers.values()])
+    others = [(kind, ", ".join(names)) for kind, names in _list_others(known).items() if names]
+    if others:
+        print_table("others", ("kind", "names"), others)
 
 
 @command.command("new")
@@ -62,10 +65,10 @@ def command(context: click.Context, as_json: bool) -> None:
     type=click.Path(path_type=Path, file_okay=False),
     default=Path(),
     show_default=True,
-    help="Where the package's directory goes.",
+    help="Directory to create the package in.",
 )
 def new(name: str, output: Path) -> None:
-    """Write a package for the surgery NAME, which installs, registers and passes the test kit at once."""
+    """Create a package for the surgery NAME. It installs, registers and passes the test kit as it is."""
     from embedsurgery.plugins.template import write_plugin
 
     folder, files = write_plugin(name, output)
@@ -75,26 +78,26 @@ def new(name: str, output: Path) -> None:
     click.echo(f'next: pip install -e "{folder}[test]" && embedsurgery plugins && pytest {folder}')
 
 
-def _short(hook: str) -> str:
-    return hook.removeprefix("embedsurgery_")
+def _format_hooks(hooks: Iterable[str]) -> str:
+    return ", ".join(hook.removeprefix("embedsurgery_") for hook in hooks) or "-"
 
 
-def _others(known: Registry) -> dict[str, list[str]]:
-    """What has no table of its own; of verbs and architectures only what plugins bring, for the built-in are many."""
+def _list_others(known: Registry) -> dict[str, list[str]]:
+    """List what has no table of its own. The built-in commands and layouts are many, so those are left out."""
     from embedsurgery.plugins import builtin
 
-    verbs = {record.name for record in builtin.embedsurgery_commands()}
+    commands = {record.name for record in builtin.embedsurgery_commands()}
     layouts = {record.name for record in builtin.embedsurgery_layouts()}
     return {
         "stores": list(known.stores),
-        "commands": [name for name in known.commands if name not in verbs],
+        "commands": [name for name in known.commands if name not in commands],
         "layouts": [name for name in known.layouts if name not in layouts],
         "classifiers": list(known.classifiers),
         "card sections": list(known.card_sections),
     }
 
 
-def _as_json(known: Registry) -> dict[str, Any]:
+def _describe_registry(known: Registry) -> dict[str, Any]:
     return {
         "plugins": [asdict(plugin) for plugin in known.plugins],
         "surgeries": [
@@ -109,5 +112,5 @@ def _as_json(known: Registry) -> dict[str, Any]:
         "initializers": [
             {"name": r.name, "argument": r.argument, "summary": r.summary} for r in known.initializers.values()
         ],
-        **{kind.replace(" ", "_"): names for kind, names in _others(known).items()},
+        **{kind.replace(" ", "_"): names for kind, names in _list_others(known).items()},
     }

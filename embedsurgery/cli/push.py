@@ -1,18 +1,15 @@
-"""``embedsurgery push``: an adapter on the Hugging Face Hub."""
+"""``embedsurgery push``: push an adapter to the Hugging Face Hub."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from embedsurgery.cli.options import push_options
-from embedsurgery.cli.render import json_option, print_json, size
-
-if TYPE_CHECKING:
-    from embedsurgery.hub import PushReport
+from embedsurgery.cli.render import json_option
+from embedsurgery.cli.reports import print_push_report
 
 
 @click.command("push")
@@ -21,35 +18,12 @@ if TYPE_CHECKING:
 @push_options
 @json_option
 def command(adapter: Path, repo: str, as_json: bool, **options: Any) -> None:
-    """Push the directory ADAPTER to REPO, org/name, on the Hugging Face Hub.
+    """Push the directory ADAPTER to REPO (org/name) on the Hugging Face Hub.
 
-    Config, weights and model card go in one commit, made on the commit that was looked at. The repository is made where
-    it is not there, private unless --public. What is there already is not pushed again. Of a README that is there only
-    our marked part is renewed.
+    Config, weights and model card are pushed in one commit, whose parent is the commit that was read. A missing
+    repository is created, private unless --public. Unchanged files are not pushed again. In an existing README, only
+    the part between embedsurgery's marks is rewritten.
     """
     from embedsurgery import hub
 
-    print_push(hub.push(adapter, repo, **options), as_json)
-
-
-def print_push(report: PushReport, as_json: bool) -> None:
-    """What a push did."""
-    if as_json:
-        print_json(asdict(report))
-        return
-    kind = {True: "private", False: "public", None: ""}[report.private]
-    made = f"made the {kind} repository {report.repo}" if report.created else f"{kind} repository {report.repo}"
-    if not report.changed:
-        click.echo(f"unchanged: {made} holds this already, nothing was pushed")
-    else:
-        what = ", ".join(f"{path} ({size(count)})" for path, count in report.uploaded.items())
-        click.echo(f"pushed: {what} to the {made}" if not report.created else f"{made}\npushed: {what}")
-        if report.recognised:
-            click.echo("the Hub's answer was lost; the commit was found there, and was not repeated")
-    if report.copied:
-        click.echo(f"copied by the Hub, not sent: {', '.join(report.copied)}")
-    if report.left_out:
-        click.echo(f"left out, weights in other formats that would be stale: {', '.join(report.left_out)}")
-    if report.tag:
-        click.echo(f"tag: {report.tag}")
-    click.echo(f"commit: {report.sha}\n{report.url}")
+    print_push_report(hub.push(adapter, repo, **options), as_json)

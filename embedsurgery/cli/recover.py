@@ -1,4 +1,4 @@
-"""``embedsurgery recover``: what a crash left is finished or rolled back."""
+"""``embedsurgery recover``: finish or roll back an interrupted change."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from embedsurgery.cli.render import json_option, print_json
 @click.argument("model", type=click.Path(path_type=Path))
 @json_option
 def command(model: Path, as_json: bool) -> None:
-    """Bring MODEL out of the state that a kill, a crash or a power cut left it in.
+    """Repair MODEL after a kill, a crash or a power cut.
 
-    A change in place that was not complete is rolled back: every file is as before it, bit for bit. One that was
-    complete stands, and what it left is removed. So are hidden directories beside MODEL in which killed runs were
-    making new ones; MODEL may be the output that such a run never made. Where nothing is wrong, nothing is done.
+    An incomplete change in place is rolled back: every file is as before, bit for bit. A complete change is kept, and
+    its leftovers are removed. Hidden directories beside MODEL, in which killed runs were building their output, are
+    removed too; MODEL may be the output that such a run never finished. If nothing is wrong, nothing changes.
     """
     from embedsurgery.checkpoints.recovery import recover_checkpoint
 
@@ -27,10 +27,10 @@ def command(model: Path, as_json: bool) -> None:
         print_json(asdict(report))
         return
     if report.restored:
-        click.echo(f"rolled back: {', '.join(report.restored)} in {report.directory} as before the change")
+        click.echo(f"rolled back: {', '.join(report.restored)} in {report.directory}")
     if report.finished:
-        click.echo(f"finished: removed what a complete change left in {report.directory}")
+        click.echo(f"finished: removed the leftovers of a complete change in {report.directory}")
     if report.removed:
-        click.echo(f"removed: what killed runs left beside it, on the way to {', '.join(report.removed)}")
+        click.echo(f"removed: unfinished output of killed runs, for {', '.join(report.removed)}")
     if not (report.restored or report.finished or report.removed):
         click.echo(f"nothing to recover in {report.directory}")

@@ -1,6 +1,6 @@
-"""How the verbs print: rich tables for a person, JSON for a program, progress on a terminal only.
+"""Print results: rich tables for a person, JSON for a program, progress bars on a terminal only.
 
-Standard output is a program's input, so under ``--json`` it is kept for one document, whatever a library prints.
+Programs read standard output, so with ``--json`` it gets exactly one document, whatever a library prints.
 """
 
 from __future__ import annotations
@@ -18,36 +18,37 @@ from typing import TYPE_CHECKING, Any, TextIO, TypeGuard
 
 import click
 
-from embedsurgery.errors import printable
+from embedsurgery.errors import escape_unprintable
 
 if TYPE_CHECKING:
     from embedsurgery.checkpoints.report import Progress
 
 _json_stdout: ContextVar[TextIO | None] = ContextVar("_json_stdout")
-"""Where `print_json` prints while everything else that is printed goes to standard error."""
+"""The stream of `print_json` while all other output goes to standard error; None if standard output is closed."""
 
 
-def json_option(verb: Callable[..., None]) -> Callable[..., None]:
-    """The option ``--json`` of a verb, under which `print_json` alone reaches standard output."""
+def json_option(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the option ``--json``, with which only `print_json` writes to standard output."""
 
     @click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
-    @wraps(verb)
+    @wraps(command)
     def run(*args: Any, as_json: bool, **options: Any) -> None:
-        with stdout_for_json() if as_json else nullcontext():
-            verb(*args, as_json=as_json, **options)
+        with reserve_stdout() if as_json else nullcontext():
+            command(*args, as_json=as_json, **options)
 
     return run
 
 
 @contextmanager
-def stdout_for_json() -> Iterator[None]:
-    """Inside, what anything but `print_json` prints to standard output goes to standard error.
+def reserve_stdout() -> Iterator[None]:
+    """Redirect standard output to standard error, except for `print_json`.
 
-    Libraries that are imported on the way do print there: by ``print``, by a logger that took ``sys.stdout`` as it
-    found it, from C, from a child. Hence the descriptor itself is turned over, where ``sys.stdout`` has one.
+    Imported libraries do print there: with ``print``, with a logger that has stored ``sys.stdout``, from C, from a
+    child process. Replacing ``sys.stdout`` covers only the first, so descriptor 1 itself is redirected, if
+    ``sys.stdout`` writes to it.
     """
-    stdout: TextIO | None = sys.stdout  # none at all where the caller closed it
-    with _turned_to_stderr(stdout) if _is_descriptor_1(stdout) else nullcontext(stdout) as document:
+    stdout: TextIO | None = sys.stdout  # None if the caller closed it
+    with _redirect_descriptor_1(stdout) if _is_descriptor_1(stdout) else nullcontext(stdout) as document:
         token = _json_stdout.set(document)
         try:
             with redirect_stdout(sys.stderr):
@@ -59,49 +60,50 @@ def stdout_for_json() -> Iterator[None]:
 def _is_descriptor_1(stream: TextIO | None) -> TypeGuard[TextIO]:
     try:
         return stream is not None and stream.fileno() == 1
-    except OSError:  # a stream in memory, as in tests
+    except OSError:  # an in-memory stream, as in tests
         return False
 
 
 @contextmanager
-def _turned_to_stderr(stdout: TextIO) -> Iterator[TextIO]:
-    """Descriptor 1 goes where 2 goes; gives a stream to where 1 went."""
+def _redirect_descriptor_1(stdout: TextIO) -> Iterator[TextIO]:
+    """Redirect descriptor 1 to standard error. Yields a stream to its original target."""
     stdout.flush()
-    kept = fcntl.fcntl(1, fcntl.F_DUPFD_CLOEXEC, 3)  # a child inherits 1 only as it is turned
+    original = fcntl.fcntl(1, fcntl.F_DUPFD_CLOEXEC, 3)  # close on exec: a child process must not write to it
     try:
-        _turn()
-        with open(kept, "w", encoding=stdout.encoding, errors=stdout.errors, closefd=False) as document:
+        _point_descriptor_1_at_stderr()
+        with open(original, "w", encoding=stdout.encoding, errors=stdout.errors, closefd=False) as document:
             yield document
     finally:
         stdout.flush()
         import ctypes
 
-        ctypes.CDLL(None).fflush(None)  # C keeps a buffer of its own
-        os.dup2(kept, 1)
-        os.close(kept)
-        atexit.register(_turn)  # last registered, first called: before what a library says when it is unloaded
+        ctypes.CDLL(None).fflush(None)  # C code has a buffer of its own
+        os.dup2(original, 1)
+        os.close(original)
+        # A library may print in an atexit handler. This handler is registered after it, so it runs before it.
+        atexit.register(_point_descriptor_1_at_stderr)
 
 
-def _turn() -> None:
+def _point_descriptor_1_at_stderr() -> None:
     if sys.stdout is not None:
         sys.stdout.flush()
     if sys.stderr is not None:
         os.dup2(2, 1)
     else:
-        with open(os.devnull, "wb") as nowhere:
-            os.dup2(nowhere.fileno(), 1)
+        with open(os.devnull, "wb") as null:
+            os.dup2(null.fileno(), 1)
 
 
 def print_json(value: Any) -> None:
-    """One JSON document on standard output."""
+    """Print one JSON document on standard output; escape non-ASCII characters if the stream cannot encode them."""
     stdout = _json_stdout.get(sys.stdout)
     if stdout is None:
         return
     text = json.dumps(value, indent=2, ensure_ascii=False)
-    click.echo(text if _encodes(text, stdout) else json.dumps(value, indent=2), file=stdout)
+    click.echo(text if _can_encode(text, stdout) else json.dumps(value, indent=2), file=stdout)
 
 
-def _encodes(text: str, stream: TextIO) -> bool:
+def _can_encode(text: str, stream: TextIO) -> bool:
     try:
         text.encode(stream.encoding or "utf-8")
     except UnicodeEncodeError:
@@ -110,34 +112,34 @@ def _encodes(text: str, stream: TextIO) -> bool:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """A table; columns whose values are numbers stand to the right. In a pipe it is as wide as it needs."""
+    """Print a table. Columns of integers are right-aligned. In a pipe the table is 200 characters wide at most."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    listed = [list(row) for row in rows]
+    cells = [list(row) for row in rows]
     table = Table(box=box.SIMPLE_HEAD)
     for number, column in enumerate(columns):
-        numeric = bool(listed) and all(isinstance(row[number], int) for row in listed)
+        numeric = bool(cells) and all(isinstance(row[number], int) for row in cells)
         table.add_column(column, justify="right" if numeric else "left", overflow="fold")
-    for row in listed:
-        table.add_row(*(Text(_cell(value)) for value in row))
+    for row in cells:
+        table.add_row(*(Text(_format_cell(value)) for value in row))
     width = None if sys.stdout.isatty() else 200
     console = Console(width=width, highlight=False, soft_wrap=False)
-    with console.capture() as drawn:  # rich itself would end the process where the reader of a pipe went away
-        console.print(Text(printable(title), style="bold"), table)
-    click.echo(drawn.get(), nl=False, color=True)  # in the colours that rich found fit
+    with console.capture() as drawn:  # printing to a closed pipe, rich would exit with 1; main.py exits with 141
+        console.print(Text(escape_unprintable(title), style="bold"), table)
+    click.echo(drawn.get(), nl=False, color=True)  # rich has chosen the colours
 
 
-def _cell(value: object) -> str:
+def _format_cell(value: object) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
-    return "\n".join(printable(line) for line in str(value).split("\n"))
+    return "\n".join(escape_unprintable(line) for line in str(value).split("\n"))
 
 
-def size(count: int) -> str:
-    """A number of bytes for a person, in powers of 1000."""
+def format_size(count: int) -> str:
+    """Format a number of bytes in powers of 1000: "1.5 MB"."""
     value = float(count)
     for unit in ("B", "kB", "MB", "GB"):
         if value < 1000:
@@ -147,10 +149,10 @@ def size(count: int) -> str:
 
 
 @contextmanager
-def copying(label: str) -> Iterator[Progress | None]:
-    """Progress for long copies: a bar on a terminal, nothing in a pipe.
+def show_progress(label: str) -> Iterator[Progress | None]:
+    """Show the progress of a long copy: a bar on a terminal, nothing in a pipe.
 
-    It is drawn from the first copy on: before, the bars of a download may be there.
+    The bar appears with the first update, so that it does not overlap the bars of a download before it.
     """
     if not sys.stderr.isatty():
         yield None

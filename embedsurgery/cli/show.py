@@ -1,4 +1,4 @@
-"""``embedsurgery show``: what an adapter holds, and whether it fits a model."""
+"""``embedsurgery show``: show what an adapter holds, and whether it fits a model."""
 
 from __future__ import annotations
 
@@ -18,86 +18,90 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from embedsurgery.adapters.adapter import Adapter
+    from embedsurgery.adapters.manifest import TableRecord
     from embedsurgery.graph import Table
     from embedsurgery.stores.store import Store
     from embedsurgery.tensors.raw import RawArray
 
+_MAX_TOKENS = 8
+
 
 @click.command("show")
 @click.argument("adapter", type=click.Path(path_type=Path))
-@click.option("--model", type=click.Path(path_type=Path), help="Compare with this checkpoint, and check that it fits.")
+@click.option(
+    "--model",
+    type=click.Path(path_type=Path),
+    help="Compare with this checkpoint, a directory or a Hub id, and check that it is the adapter's base.",
+)
 @token_option
 @json_option
 def command(adapter: Path, model: Path | None, as_json: bool) -> None:
-    """What ADAPTER holds, a directory or a Hub id.
+    """Show what ADAPTER, a directory or a Hub id, holds.
 
-    With --model, a directory or an id, exits 1 where that checkpoint is not the adapter's base; of a soft prompt it
-    then names the tokens of the vocabulary that are nearest to each virtual token, by cosine. Of an id, headers and the
-    rows that are compared come, by range requests.
+    With --model, exits with 1 if that checkpoint is not the adapter's base. For a soft prompt, it then also lists the
+    tokens of the vocabulary that are nearest to each virtual token, by cosine. For a Hub id, only headers and the
+    compared rows are fetched, by range requests.
     """
     facts = show(adapter, model)
     if as_json:
         print_json(facts)
         return
-    made = facts["library_version"]
+    version = facts["library_version"]
     click.echo(
-        f"{adapter}: {facts['surgery']}, base {facts['base_model'] or 'not named'}, "
-        f"made by {'embedsurgery ' + made if made else 'PEFT'}"
+        f"{adapter}: {facts['surgery']}, base {facts['base_model'] or 'not recorded'}, "
+        f"made by {f'embedsurgery {version}' if version else 'PEFT'}"
     )
     for prompt in facts["prompts"]:
-        _print_prompt(prompt, adapter)
-    new = facts["new_tokens"]
-    if new is not None:
-        texts = [f"{t['content']!r} as {t['id']}{' (special)' if t['special'] else ''}" for t in new["tokens"]]
-        named = ", ".join(texts[:8]) + (f" and {len(texts) - 8:,} more" if len(texts) > 8 else "") or "none"
-        click.echo(f"new tokens: {named}; {new['rows']:,} rows in the base, {new['grown']:,} with them")
+        _print_prompt(prompt)
+    if facts["new_tokens"] is not None:
+        _print_new_tokens(facts["new_tokens"])
     for table in facts["tables"] if not facts["prompts"] else ():
-        columns = ["row", "token", "norm"] + (["base norm", "cosine to base"] if model else [])
-        rows = [
-            [r["row"], r["token"] or "-", f"{r['norm']:.4f}"]
-            + ([_number(r["base_norm"]), _number(r["cosine"])] if model else [])
-            for r in table["rows"]
-        ]
-        tied = f", tied to {', '.join(table['aliases'])}" if table["aliases"] else ""
-        where = f", here {table['located']}" if model and table["located"] != table["name"] else ""
-        if not rows:
-            click.echo(f"{table['name']}{tied}{where}: the whole table, by {', '.join(table['tensors'])}")
-            continue
-        print_table(f"{table['name']}{tied}{where}", columns, rows)
+        _print_table(table, compared=model is not None)
 
 
-def wide(rows: RawArray) -> npt.NDArray[np.float64]:
-    """Rows as fp64, to compute with."""
-    import numpy as np
+def _print_new_tokens(new: dict[str, Any]) -> None:
+    texts = [f"{t['content']!r} as {t['id']}{' (special)' if t['special'] else ''}" for t in new["tokens"]]
+    more = f" and {len(texts) - _MAX_TOKENS:,} more" if len(texts) > _MAX_TOKENS else ""
+    listed = ", ".join(texts[:_MAX_TOKENS]) + more or "none"
+    click.echo(f"new tokens: {listed}; {new['rows']:,} rows in the base, {new['grown']:,} with them")
 
-    with np.errstate(invalid="ignore"):  # a signalling NaN becomes a quiet one
-        return rows.float32().astype(np.float64)
+
+def _print_table(table: dict[str, Any], compared: bool) -> None:
+    tied = f", tied to {', '.join(table['aliases'])}" if table["aliases"] else ""
+    here = f", in the model {table['located']}" if compared and table["located"] != table["name"] else ""
+    if not table["rows"]:
+        click.echo(f"{table['name']}{tied}{here}: the whole table, by {', '.join(table['tensors'])}")
+        return
+    columns = ["row", "token", "norm"] + (["base norm", "cosine to base"] if compared else [])
+    rows = [
+        [r["row"], r["token"] or "-", f"{r['norm']:.4f}"]
+        + ([_format_number(r["base_norm"]), _format_number(r["cosine"])] if compared else [])
+        for r in table["rows"]
+    ]
+    print_table(f"{table['name']}{tied}{here}", columns, rows)
 
 
-def _print_prompt(prompt: dict[str, Any], adapter: Path) -> None:
-    """A soft prompt: its virtual tokens, and the words they are near to."""
-    compared = "vocabulary" in prompt
-    columns = ["virtual token", "norm"] + (["nearest tokens (cosine)"] if compared else [])
+def _print_prompt(prompt: dict[str, Any]) -> None:
+    """Print a soft prompt: the norms of its virtual tokens, and the tokens nearest to them."""
+    norms = prompt.get("vocabulary")
+    columns = ["virtual token", "norm"] + ([] if norms is None else ["nearest tokens (cosine)"])
     rows = []
     for number, token in enumerate(prompt["tokens"]):
-        near = ", ".join(f"{n['text'] or n['id']} ({n['cosine']:.2f})" for n in token.get("nearest", ()))
-        rows.append([number, f"{token['norm']:.4f}"] + ([near] if compared else []))
-    norms = prompt.get("vocabulary")
-    beside = (
-        ""
-        if norms is None
-        else (f"; the vocabulary's norms: mean {norms['mean']:.4f}, {norms['least']:.4f} to {norms['greatest']:.4f}")
-    )
-    print_table(f"prompt of {prompt['submodule']}, {len(rows)} virtual tokens{beside}", columns, rows)
+        nearest = ", ".join(f"{n['text'] or n['id']} ({n['cosine']:.2f})" for n in token.get("nearest", ()))
+        rows.append([number, f"{token['norm']:.4f}"] + ([] if norms is None else [nearest]))
+    title = f"prompt of {prompt['submodule']}, {len(rows)} virtual tokens"
+    if norms is not None:
+        title += f"; norms in the vocabulary: {norms['least']:.4f} to {norms['greatest']:.4f}, mean {norms['mean']:.4f}"
+    print_table(title, columns, rows)
 
 
-def _number(value: float | None) -> str:
-    """A number of the base's row; a new row has none there."""
+def _format_number(value: float | None) -> str:
+    """Format a number of the base's row; "-" for a new row, which the base does not have."""
     return "-" if value is None else f"{value:.4f}"
 
 
 def show(adapter: Path, model: Path | None) -> dict[str, Any]:
-    """What the verb shows, as JSON values.
+    """Return what the command prints, as JSON values.
 
     Raises:
         BaseMismatchError: The model is not the adapter's base.
@@ -108,8 +112,8 @@ def show(adapter: Path, model: Path | None) -> dict[str, Any]:
     loaded = load(adapter)
     with open_store(model) if model is not None else nullcontext() as store:
         located = locate(loaded, store) if store is not None else {}
-        tables = _tables(loaded, store, located)
-        prompts = _prompts(loaded, store, located)
+        tables = _describe_tables(loaded, store, located)
+        prompts = _describe_prompts(loaded, store, located)
     manifest = loaded.manifest
     return {
         "adapter": str(adapter),
@@ -125,37 +129,16 @@ def show(adapter: Path, model: Path | None) -> dict[str, Any]:
     }
 
 
-def _tables(loaded: Adapter, store: Store | None, located: Mapping[str, Table]) -> list[dict[str, Any]]:
-    """What an adapter has for each table, compared with a model's rows where there is one."""
-    import numpy as np
-
-    from embedsurgery.stores.store import rows_of
-
+def _describe_tables(loaded: Adapter, store: Store | None, located: Mapping[str, Table]) -> list[dict[str, Any]]:
+    """Describe an adapter's tensors for each table, compared with a model's rows if there is a model."""
     manifest = loaded.manifest
     tables = []
     for record in (record for record in manifest.tables if record.name in loaded.raw):
-        values = wide(loaded.raw[record.name])
-        norms = np.linalg.norm(values, axis=1)
-        by_row = len(record.indices) == len(values)  # else the indices are those that the base is recognised by
-        rows: list[dict[str, Any]] = (
-            [
-                {"row": i, "token": manifest.tokens.get(i), "norm": float(n)}
-                for i, n in zip(record.indices, norms, strict=True)
-            ]
-            if by_row
-            else []
-        )
-        if store is not None and by_row:
-            table = located[record.name]
-            there = [n for n, index in enumerate(record.indices) if index < table.shape[0]]
-            indices = tuple(record.indices[n] for n in there)
-            base = wide(rows_of(store, table, indices))
-            lengths = np.linalg.norm(base, axis=1)
-            cosines = (values[there] * base).sum(axis=1) / np.maximum(norms[there] * lengths, 1e-30)
-            for row in rows:  # what the base does not have yet stays so
-                row.update(base_norm=None, cosine=None)
-            for n, length, cosine in zip(there, lengths, cosines, strict=True):
-                rows[n].update(base_norm=float(length), cosine=float(cosine))
+        tensors = [
+            f"{name.removeprefix(record.name) or 'a tensor'} {list(raw.shape)}"
+            for name, raw in loaded.raw.items()
+            if name.startswith(record.name)
+        ]
         tables.append(
             {
                 "name": record.name,
@@ -164,35 +147,73 @@ def _tables(loaded: Adapter, store: Store | None, located: Mapping[str, Table]) 
                 "dtype": record.dtype,
                 "checked_base": record.fingerprint is not None,
                 "located": located[record.name].name if store is not None else None,
-                "rows": rows,
-                "tensors": [
-                    f"{name.removeprefix(record.name) or 'a tensor'} {list(raw.shape)}"
-                    for name, raw in loaded.raw.items()
-                    if name.startswith(record.name)
-                ],
+                "rows": _describe_rows(loaded, record, store, located),
+                "tensors": tensors,
             }
         )
     return tables
 
 
-def _prompts(loaded: Adapter, store: Store | None, located: Mapping[str, Table]) -> list[Any]:
-    """The soft prompts of an adapter, as JSON values."""
+def _describe_rows(
+    loaded: Adapter, record: TableRecord, store: Store | None, located: Mapping[str, Table]
+) -> list[dict[str, Any]]:
+    """Describe the rows of one table; none for an adapter that changes the whole table."""
+    import numpy as np
+
+    from embedsurgery.stores.store import rows_of
+
+    values = to_float64(loaded.raw[record.name])
+    if len(record.indices) != len(values):  # a whole table: the indices are the rows that its base is recognised by
+        return []
+    norms = np.linalg.norm(values, axis=1)
+    rows: list[dict[str, Any]] = [
+        {"row": i, "token": loaded.manifest.tokens.get(i), "norm": float(n)}
+        for i, n in zip(record.indices, norms, strict=True)
+    ]
+    if store is None:
+        return rows
+    table = located[record.name]
+    in_base = [n for n, index in enumerate(record.indices) if index < table.shape[0]]
+    base = to_float64(rows_of(store, table, tuple(record.indices[n] for n in in_base)))
+    base_norms = np.linalg.norm(base, axis=1)
+    cosines = (values[in_base] * base).sum(axis=1) / np.maximum(norms[in_base] * base_norms, 1e-30)
+    for row in rows:  # new rows keep None
+        row.update(base_norm=None, cosine=None)
+    for n, norm, cosine in zip(in_base, base_norms, cosines, strict=True):
+        rows[n].update(base_norm=float(norm), cosine=float(cosine))
+    return rows
+
+
+def to_float64(rows: RawArray) -> npt.NDArray[np.float64]:
+    """Convert rows to fp64, to compute with them."""
+    import numpy as np
+
+    with np.errstate(invalid="ignore"):  # a signalling NaN becomes a quiet one
+        return rows.float32().astype(np.float64)
+
+
+def _describe_prompts(loaded: Adapter, store: Store | None, located: Mapping[str, Table]) -> list[dict[str, Any]]:
+    """Describe the soft prompts of an adapter, with their nearest tokens if there is a model."""
     import numpy as np
 
     from embedsurgery.surgeries.soft_prompt.config import NAME, prompts_of
-    from embedsurgery.surgeries.soft_prompt.nearest_tokens import read_beside
+    from embedsurgery.surgeries.soft_prompt.nearest_tokens import compare_with_checkpoint
 
     if loaded.manifest.surgery != NAME:
         return []
-    found = []
+    prompts = []
     for submodule, vectors in prompts_of(loaded).items():
         values = vectors.float32()
-        body: dict[str, Any] = {"submodule": submodule}
+        prompt: dict[str, Any] = {"submodule": submodule}
         if store is None:
-            body["tokens"] = [{"norm": float(n)} for n in np.linalg.norm(values, axis=1)]
+            prompt["tokens"] = [{"norm": float(n)} for n in np.linalg.norm(values, axis=1)]
         else:
-            reading = read_beside(values, store, located[loaded.manifest.tables[0].name])
-            norms = {"mean": reading.mean_norm, "least": reading.least_norm, "greatest": reading.greatest_norm}
-            body |= {"vocabulary": norms, "tokens": [asdict(token) for token in reading.tokens]}
-        found.append(body)
-    return found
+            comparison = compare_with_checkpoint(values, store, located[loaded.manifest.tables[0].name])
+            prompt["vocabulary"] = {
+                "mean": comparison.mean_norm,
+                "least": comparison.min_norm,
+                "greatest": comparison.max_norm,
+            }
+            prompt["tokens"] = [asdict(token) for token in comparison.tokens]
+        prompts.append(prompt)
+    return prompts

@@ -1,4 +1,4 @@
-"""``embedsurgery tokens``: new tokens for a checkpoint, without training."""
+"""``embedsurgery tokens``: add tokens to a checkpoint, without training."""
 
 from __future__ import annotations
 
@@ -7,28 +7,29 @@ from typing import Any
 
 import click
 
-from embedsurgery.cli.merge import print_report
-from embedsurgery.cli.options import hub_token_option
-from embedsurgery.cli.placing import place_options, placed
-from embedsurgery.cli.render import copying, json_option
+from embedsurgery.cli.options import check_output_options, hub_token_option, output_options
+from embedsurgery.cli.render import json_option, show_progress
+from embedsurgery.cli.reports import print_merge_report
 
-_INIT = "How rows start: mean, normal, random, zeros, subtokens, description:TEXT, copy:TOKEN, or a plugin's."
+_INIT = "Initialiser: mean, normal, random, zeros, subtokens, description:TEXT, copy:TOKEN, or a plugin's."
 
 
 @click.group("tokens")
 def command() -> None:
-    """New tokens for a checkpoint."""
+    """Add tokens to a checkpoint."""
 
 
 @command.command("add")
 @click.argument("model", type=click.Path(path_type=Path))
-@click.option("--token", "tokens", multiple=True, required=True, metavar="TEXT", help="A new token; repeatable.")
+@click.option(
+    "--token", "tokens", multiple=True, required=True, metavar="TEXT", help="Text of a new token; repeatable."
+)
 @click.option("--init", default="mean", show_default=True, metavar="INIT", help=_INIT)
-@click.option("--special", is_flag=True, help="They are special tokens: never split, skipped in decoding.")
-@click.option("--reserved", is_flag=True, help="Take the ids of reserved tokens, such as [unused7], first.")
-@click.option("--multiple", type=click.IntRange(min=1), metavar="N", help="Where tables grow, grow to a multiple of N.")
-@click.option("--seed", type=int, default=0, show_default=True, help="For initialisers that draw.")
-@place_options
+@click.option("--special", is_flag=True, help="Add special tokens: never split, skipped in decoding.")
+@click.option("--reserved", is_flag=True, help="First use the ids of reserved tokens, such as [unused7].")
+@click.option("--multiple", type=click.IntRange(min=1), metavar="N", help="Grow tables to a multiple of N rows.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of random initialisers.")
+@output_options
 @hub_token_option
 @json_option
 def add(
@@ -42,14 +43,15 @@ def add(
     as_json: bool,
     **where: Any,
 ) -> None:
-    """Write the checkpoint MODEL, a directory or a Hub id, with tokens added to its tokenizer, and rows for them.
+    """Add tokens to the checkpoint MODEL, a directory or a Hub id.
 
-    Spare rows are used first; else every table of the vocabulary grows. `embedsurgery unmerge` takes them out again.
+    The tokenizer gets the tokens, and the tables a row for each. Spare rows are used first; if there are too few, every
+    table of the vocabulary grows. `embedsurgery unmerge` removes the tokens again.
     """
-    place = placed(**where)
+    where = check_output_options(**where)
     from embedsurgery.checkpoints.adding import add_tokens_checkpoint
 
-    with copying("copying") as progress:
+    with show_progress("copying") as progress:
         report = add_tokens_checkpoint(
             model,
             tokens,
@@ -59,6 +61,6 @@ def add(
             pad_to_multiple_of=multiple,
             seed=seed,
             progress=progress,
-            **place,
+            **where,
         )
-    print_report(report, "added", as_json)
+    print_merge_report(report, "added", as_json)

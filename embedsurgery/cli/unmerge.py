@@ -1,4 +1,4 @@
-"""``embedsurgery unmerge``: merges taken out of a checkpoint."""
+"""``embedsurgery unmerge``: undo merges of a checkpoint."""
 
 from __future__ import annotations
 
@@ -7,34 +7,33 @@ from typing import Any
 
 import click
 
-from embedsurgery.cli.merge import print_report
-from embedsurgery.cli.options import token_option
-from embedsurgery.cli.placing import place_options, placed
-from embedsurgery.cli.render import copying, json_option
+from embedsurgery.cli.options import check_output_options, output_options, token_option
+from embedsurgery.cli.render import json_option, show_progress
+from embedsurgery.cli.reports import print_merge_report
 
 
 @click.command("unmerge")
 @click.argument("merged", type=click.Path(path_type=Path))
-@place_options
-@click.option("--all", "everything", is_flag=True, help="Take every merge out: what is left is the original base.")
+@output_options
+@click.option("--all", "everything", is_flag=True, help="Undo every merge: restore the original base.")
 @click.option(
     "--adapter",
     metavar="NAME",
-    help="Take out the merge of this adapter (its name, number or hash in `embedsurgery log`), if no later one "
-    "lies over its rows.",
+    help="Undo the merge of this adapter (its name, number or hash in `embedsurgery log`), if no later merge changed "
+    "the same rows.",
 )
 @token_option
 @json_option
 def command(merged: Path, everything: bool, adapter: str | None, as_json: bool, **where: Any) -> None:
-    """Write the checkpoint MERGED, a directory or a Hub id, without its last merge, or others.
+    """Undo the last merge, or others, of the checkpoint MERGED, a directory or a Hub id.
 
-    It is bit for bit what it was merged into.
+    The result is bit for bit the checkpoint before the merge.
     """
     if everything and adapter is not None:
-        raise click.UsageError("--all goes without --adapter")
-    place = placed(**where)
+        raise click.UsageError("--all cannot be combined with --adapter")
+    where = check_output_options(**where)
     from embedsurgery.checkpoints.unmerging import unmerge_checkpoint
 
-    with copying("copying") as progress:
-        report = unmerge_checkpoint(merged, all=everything, adapter=adapter, progress=progress, **place)
-    print_report(report, "unmerged", as_json)
+    with show_progress("copying") as progress:
+        report = unmerge_checkpoint(merged, all=everything, adapter=adapter, progress=progress, **where)
+    print_merge_report(report, "unmerged", as_json)

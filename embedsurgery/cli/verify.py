@@ -1,4 +1,4 @@
-"""``embedsurgery verify``: checks a checkpoint and names what disagrees."""
+"""``embedsurgery verify``: check a checkpoint, and list what disagrees."""
 
 from __future__ import annotations
 
@@ -13,17 +13,19 @@ from embedsurgery.cli.render import json_option, print_json, print_table
 
 @click.command("verify")
 @click.argument("model", type=click.Path(path_type=Path))
-@click.option("--full", is_flag=True, help="Also read every byte and compare each file's hash with what was recorded.")
+@click.option(
+    "--full", is_flag=True, help="Also read every byte, and compare each file's sha256 with the recorded one."
+)
 @token_option
 @json_option
 def command(model: Path, full: bool, as_json: bool) -> None:
     """Check the checkpoint MODEL: index against shards, config against rows, ties, tokenizer, recorded merges.
 
-    With --full, each file's sha256 is compared with what `merge --hash` recorded or, for files that no merge has
-    touched, with what the Hub said when they were downloaded; files of which neither is known are named.
+    With --full, compare each file's sha256 with the one that `merge --hash` recorded or, for files that no merge
+    changed, with the one that the Hub gave at download. Files without a recorded hash are listed.
 
-    Exits 1 where something disagrees. MODEL is a directory or a Hub id, of which headers, small files and the rows of
-    recorded merges come, by range requests; with --full, all of it.
+    Exits with 1 if anything disagrees. MODEL is a directory or a Hub id. For a Hub id, only headers, small files and
+    the rows of recorded merges are fetched, by range requests; with --full, everything.
     """
     from embedsurgery.checkpoints.verifying import verify_checkpoint
 
@@ -32,8 +34,9 @@ def command(model: Path, full: bool, as_json: bool) -> None:
     if as_json:
         print_json({"model": str(model), "ok": good, "checks": [asdict(check) for check in checks]})
     else:
-        print_table(str(model), ("", "check", "seen"), [("ok" if c.ok else "NO", c.name, c.detail) for c in checks])
+        rows = [("ok" if check.ok else "FAILED", check.name, check.detail) for check in checks]
+        print_table(str(model), ("", "check", "detail"), rows)
     if not good:
-        wrong = "; ".join(f"{check.name}: {check.detail}" for check in checks if not check.ok)
-        click.echo(f"embedsurgery: {wrong}", err=True)
+        failed = "; ".join(f"{check.name}: {check.detail}" for check in checks if not check.ok)
+        click.echo(f"embedsurgery: {failed}", err=True)
         raise click.exceptions.Exit(1)

@@ -1,5 +1,5 @@
-"""Several adapters and a base become one plan: weights, conflicts, non-finite rows.
+"""Turns the adapters of one merge into plans: weights, conflicts and non-finite values.
 
-``single.py`` plans one adapter, ``several.py`` several of them. A new way to settle a conflict goes into
+``single.py`` plans one adapter, ``several.py`` plans all adapters of a merge. A new way to resolve a conflict goes into
 ``conflicts.py``.
 """

@@ -1,4 +1,4 @@
-"""Numbers that are none: rows with NaN or infinity, or with values that their table's dtype cannot hold."""
+"""Non-finite values: refuses rows with NaN or infinity, and rows that overflow their table's dtype."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from functools import partial
 
 import numpy as np
 
-from embedsurgery.combining.weighted_adapters import WeightedAdapter, named_rows
+from embedsurgery.combining.weighted_adapters import WeightedAdapter, describe_rows
 from embedsurgery.errors import PlanError
 from embedsurgery.graph import Table
 from embedsurgery.plan import Edit, Plan
@@ -16,12 +16,17 @@ from embedsurgery.plan.edit import Sizes
 from embedsurgery.stores.store import Store
 from embedsurgery.tensors.raw import RawArray
 
+_HINT = "train the adapter again, or merge it with allow_nan (--allow-nan)"
 
-def finite(plan: Plan, part: WeightedAdapter, store: Store) -> Plan:
-    """The plan, whose rows are all finite in their tables; those of whole tables are seen when they are made.
+
+def check_finite(plan: Plan, item: WeightedAdapter, store: Store) -> Plan:
+    """Check that all rows of a plan are finite in their table's dtype.
+
+    Returns:
+        The plan. Its whole-table edits are wrapped: their blocks are checked when they are computed.
 
     Raises:
-        PlanError: Rows that are not, named by their tokens.
+        PlanError: Some rows are not; it names their tokens.
     """
     sizes = Sizes(store.graph)
     edits: list[Edit] = []
@@ -29,62 +34,61 @@ def finite(plan: Plan, part: WeightedAdapter, store: Store) -> Plan:
         for name, indices, raw in edit.values(sizes):
             table = store.graph.find(name)
             if table is None:
-                _refuse_nan(name, raw, len(indices), part)
+                _refuse_nan(name, raw, len(indices), item)
                 continue
-            bad = [indices[n] for n in _broken(raw, table)]
+            bad = [indices[n] for n in _non_finite_positions(raw, table)]
             if bad:
-                raise _none(table, named_rows(bad, [part]), raw, part.name)
+                raise _non_finite_error(table, describe_rows(bad, [item]), raw, item.name)
         for name, rows in edit.padding().items():
-            if list(_broken(rows, store.graph.table(name))):
-                raise _none(store.graph.table(name), "the rows that pad it", rows, part.name)
-        whole = edit.whole()
+            if list(_non_finite_positions(rows, store.graph.table(name))):
+                raise _non_finite_error(store.graph.table(name), "padding rows", rows, item.name)
+        whole = edit.whole_table()
         if whole is not None and (table := store.graph.find(whole[0])) is not None:
-            edit = edit.with_blocks(partial(_checked_blocks, table=table, part=part), stored=True)
+            edit = edit.with_blocks(partial(_check_blocks, table=table, item=item), stored=True)
         edit.resize(sizes)
         edits.append(edit)
     return Plan(tuple(edits), plan.facts)
 
 
-def _refuse_nan(vector: str, entries: RawArray, count: int, part: WeightedAdapter) -> None:
-    """Refuse entries of a per-token vector that are NaN; infinity is what masks a token."""
+def _refuse_nan(vector: str, entries: RawArray, count: int, item: WeightedAdapter) -> None:
+    """Refuse NaN in entries of a per-token vector. Infinity is allowed: a bias of -inf masks a token."""
     if np.isnan(entries.float32()).any():
-        raise PlanError(
-            "entries that are NaN",
-            where=f"{part.name}: {vector}",
-            found=f"one of {count}",
-            hint="train the adapter again; allow_nan (--allow-nan) merges it all the same",
-        )
+        raise PlanError("entries are NaN", where=f"{item.name}: {vector}", found=f"NaN among {count}", hint=_HINT)
 
 
-def _broken(rows: RawArray, table: Table) -> Iterator[int]:
-    """Positions of rows that are not finite once they are rounded to the table's dtype."""
+def _non_finite_positions(rows: RawArray, table: Table) -> Iterator[int]:
+    """Positions of rows that are not finite after rounding to the table's dtype."""
     rounded = rows.to(table.dtype).float32() if rows.dtype != "F64" or table.dtype != "F64" else rows.bits
     good = np.isfinite(np.asarray(rounded)).reshape(rows.shape[0], -1).all(axis=1)
     yield from (int(n) for n in np.flatnonzero(~good))
 
 
-def _checked_blocks(block: BlockFunction, table: Table, part: WeightedAdapter) -> BlockFunction:
-    """A block function that refuses rows that are not finite, other than those that were not finite before."""
+def _check_blocks(block: BlockFunction, table: Table, item: WeightedAdapter) -> BlockFunction:
+    """Wrap a block function so that it refuses non-finite rows.
+
+    Rows that are non-finite in the base are let through: a whole-table adapter computes every row from the current
+    one, and cannot be blamed for those.
+    """
 
     def checked(start: int, stop: int, current: RawArray) -> RawArray:
         new = block(start, stop, current)
-        if new.shape == current.shape:
-            before = set(_broken(current, table))
-            bad = [start + n for n in _broken(new, table) if n not in before]
+        if new.shape == current.shape:  # another shape is refused when the block is written
+            before = set(_non_finite_positions(current, table))
+            bad = [start + n for n in _non_finite_positions(new, table) if n not in before]
             if bad:
-                raise _none(table, named_rows(bad, [part]), new, part.name)
+                raise _non_finite_error(table, describe_rows(bad, [item]), new, item.name)
         return new
 
     return checked
 
 
-def _none(table: Table, rows: str, values: RawArray, name: str) -> PlanError:
+def _non_finite_error(table: Table, rows: str, values: RawArray, name: str) -> PlanError:
     with np.errstate(invalid="ignore"):
         finite = bool(np.isfinite(np.asarray(values.float32() if values.dtype != "F64" else values.bits)).all())
-    what = f"values that {table.dtype} cannot hold" if finite else "NaN or infinity"
     return PlanError(
-        f"rows with {what}",
+        f"rows overflow {table.dtype}" if finite else "rows hold NaN or infinity",
         where=f"{name}: {table.name}",
+        expected=f"values in the range of {table.dtype}" if finite else "finite values",
         found=rows,
-        hint="train the adapter again; allow_nan (--allow-nan) merges it all the same",
+        hint=_HINT,
     )

@@ -1,5 +1,6 @@
-"""The demo: a small real model, a new word in one spare row, and the whole path of that row there and back.
+"""The demo: teach a small real model a word in one spare row, merge the row, and unmerge it again.
 
-``corpus.py`` has the sentences, ``base.py`` makes the checkpoint, ``word.py`` finds a row for the word, ``training.py``
-trains and measures, ``disk.py`` compares directories, and ``run.py`` puts them together.
+``run.py`` runs the steps: ``base.py`` trains the model on the sentences of ``corpus.py``, ``word.py`` finds a row for
+the word, ``training.py`` trains and measures it, ``disk.py`` compares directories. ``report.py`` has the result of each
+step; ``cli/demo.py`` prints it.
 """

@@ -1,7 +1,7 @@
-"""The sentences of the demo: a small world of animals, in plain English, and one animal that nobody has heard of.
+"""The sentences of the demo: a small world of animals in plain English, and one new animal.
 
-Each animal lives somewhere and eats something. A riddle tells both and then which animal it is, so that a model that
-knows the world knows the last word; a fact names the animal first.
+Each animal has a place and a food. A riddle tells both and ends with the animal, so a model that has learned the world
+can predict the last word. A fact names the animal first.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Animal:
-    """What is true of an animal: its place and its food are others' too, and both together nobody else's."""
+    """An animal. Others share its place or its food, but no other animal has both."""
 
     name: str
     place: str
@@ -33,14 +33,14 @@ WORLD = {
     "river": ("rat", "snail", "", "", "beaver", "", "cow"),
     "garden": ("donkey", "stork", "mole", "hare", "cat", "", "owl"),
 }
-"""Place -> for each of `FOODS` the animal that eats it there, or nobody."""
+"""Place -> for each of `FOODS` the animal that eats it there; empty where no animal does."""
 
 ANIMALS = tuple(
     Animal(name, place, food) for place, names in WORLD.items() for name, food in zip(names, FOODS, strict=True) if name
 )
 
 WORD = "zorbl"
-"""The word that the demo adds, unless another is asked for."""
+"""The demo's default word."""
 
 WHEN = (
     "In the morning",
@@ -66,41 +66,41 @@ FACTS = (
 )
 
 
-def stranger(word: str) -> Animal:
-    """The new animal, in a gap of the world."""
+def new_animal(word: str) -> Animal:
+    """Return an animal with a combination of place and food that no known animal has."""
     return Animal(word, "river", "seeds")
 
 
-def sentences(seed: int, count: int) -> list[str]:
-    """Sentences on the known animals, of every kind, drawn one by one.
+def draw_sentences(seed: int, count: int) -> list[str]:
+    """Draw sentences about the known animals from all templates.
 
     Args:
         seed: The same seed gives the same sentences.
-        count: How many.
+        count: Number of sentences.
     """
     draw = random.Random(seed)  # noqa: S311 - sentences, not secrets
-    return [_sentence(draw, _pick(draw, RIDDLES + FACTS), _pick(draw, ANIMALS)) for _ in range(count)]
+    return [_fill_template(draw, _pick(draw, RIDDLES + FACTS), _pick(draw, ANIMALS)) for _ in range(count)]
 
 
-def about(animal: Animal, seed: int, count: int, *, templates: Sequence[str]) -> list[str]:
-    """Sentences on one animal, with the templates in turn.
+def draw_sentences_about(animal: Animal, seed: int, count: int, *, templates: Sequence[str]) -> list[str]:
+    """Draw sentences about one animal, from each template in turn.
 
     Args:
-        animal: Whom they are about.
+        animal: Subject of the sentences.
         seed: The same seed gives the same sentences.
-        count: How many.
-        templates: What they are made from.
+        count: Number of sentences.
+        templates: Sentences with the slots of `RIDDLES` and `FACTS`.
     """
     draw = random.Random(seed)  # noqa: S311 - sentences, not secrets
-    return [_sentence(draw, templates[turn % len(templates)], animal) for turn in range(count)]
+    return [_fill_template(draw, templates[turn % len(templates)], animal) for turn in range(count)]
 
 
-def _sentence(draw: random.Random, template: str, animal: Animal) -> str:
+def _fill_template(draw: random.Random, template: str, animal: Animal) -> str:
     return template.format(
         when=_pick(draw, WHEN), who=_pick(draw, WHO), name=animal.name, place=animal.place, food=animal.food
     )
 
 
 def _pick(draw: random.Random, options: Sequence[_T]) -> _T:
-    """One of them; unlike ``choice`` the same in every version of Python."""
+    """Pick an option. Unlike ``random.choice``, this draws the same in every version of Python."""
     return options[int(draw.random() * len(options))]

@@ -1,4 +1,7 @@
-"""What is on disk, read independently of what wrote it: hashes, sizes, rows that differ, a directory that vanishes."""
+"""The demo's output directory, and hashes, sizes and changed rows of what is in it.
+
+Independent of the code that wrote the files, so that the demo's claims are measured and not repeated.
+"""
 
 from __future__ import annotations
 
@@ -9,31 +12,30 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+from safetensors import safe_open
+
 from embedsurgery.errors import ConfigError, OutputExistsError
-from embedsurgery.files.copying import tree_files
+from embedsurgery.files.copying import list_files
 
 
 @contextmanager
 def fresh_directory(output: Path, *, apart_from: Path | None = None) -> Iterator[None]:
-    """Make a directory, or take an empty one; where the block fails, what it put there goes away.
+    """Create a directory, or use an empty one; if the block raises, remove everything that it wrote.
 
     Args:
         output: The directory.
-        apart_from: A directory that ``output`` may not lie in, because it is somebody's.
+        apart_from: The user's model; ``output`` must not be inside it.
 
     Raises:
-        OutputExistsError: There is something in it.
-        ConfigError: It lies in ``apart_from``.
+        OutputExistsError: ``output`` exists and is not an empty directory.
+        ConfigError: ``output`` is inside ``apart_from``.
     """
     if apart_from is not None and output.resolve().is_relative_to(apart_from.resolve()):
-        raise ConfigError(
-            "the output lies in the model's own directory", where=output, hint="name another with --output"
-        )
+        raise ConfigError("the output is inside the model's directory", where=output, hint="choose another --output")
     empty = output.is_dir() and not any(output.iterdir())
     if os.path.lexists(output) and not empty:
-        raise OutputExistsError(
-            "the output exists already", where=output, hint="name another with --output, or remove it"
-        )
+        raise OutputExistsError("the output exists already", where=output, hint="choose another --output, or remove it")
     output.mkdir(parents=True, exist_ok=True)
     try:
         yield
@@ -45,34 +47,31 @@ def fresh_directory(output: Path, *, apart_from: Path | None = None) -> Iterator
         raise
 
 
-def hashes(directory: Path) -> dict[str, str]:
-    """Relative path -> sha256 of every file below a directory."""
-    found = {}
-    for path, _ in tree_files(directory):
+def hash_directory(directory: Path) -> dict[str, str]:
+    """Hash every file below a directory: relative path -> sha256."""
+    hashes = {}
+    for path, _ in list_files(directory):
         with open(directory / path, "rb") as file:
-            found[path] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found
+            hashes[path] = hashlib.file_digest(file, "sha256").hexdigest()
+    return hashes
 
 
 def total_bytes(directory: Path, names: Collection[str] | None = None) -> int:
-    """Size of the files below a directory, or of those that are named."""
-    return sum(size for path, size in tree_files(directory) if names is None or path in names)
+    """Return the size in bytes of the files below a directory, or of the named ones only."""
+    return sum(size for path, size in list_files(directory) if names is None or path in names)
 
 
-def changed_rows(base: Path, other: Path, transposed: Collection[str]) -> tuple[dict[str, int], int]:
+def count_changed_rows(base: Path, other: Path, transposed: Collection[str]) -> tuple[dict[str, int], int]:
     """Compare the tensors of two safetensors files bit by bit.
 
     Args:
-        base: The one file.
-        other: The other; it must hold the same tensors.
+        base: One file.
+        other: A file with the same tensors.
         transposed: Names of tables that are stored (D, V).
 
     Returns:
-        Tensor -> how many of its rows differ, for those that differ, and how many tensors there are.
+        Tensor -> number of rows that differ, for the tensors that differ, and the number of tensors.
     """
-    import torch
-    from safetensors import safe_open
-
     differ = {}
     with safe_open(base, framework="pt") as one, safe_open(other, framework="pt") as two:
         names = sorted({*one.keys(), *two.keys()})

@@ -1,4 +1,4 @@
-"""What each step of the demo found, as frozen data. The command line prints it; ``--json`` is all of it."""
+"""The results of the demo's steps as frozen data. ``cli/demo.py`` prints them, or with ``--json`` dumps them whole."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Measure:
-    """How the model takes to the word, on held-out lines that were never trained on.
+    """How well the model predicts the word on held-out lines, at the word's last position in each.
 
     Attributes:
-        lines: How many there are; in each, the place where the word comes last is looked at.
-        probability: Mean probability of the word there.
-        rank: Median rank of the word among all tokens there; 1 is the model's first choice.
-        first: In how many lines it is the first choice.
+        lines: Number of lines.
+        probability: Mean probability of the word.
+        rank: Median rank of the word among all tokens; 1 is the most likely.
+        first: Number of lines in which the word is the most likely token.
         loss: Mean cross entropy of all tokens of the lines, in nats.
     """
 
@@ -26,19 +26,19 @@ class Measure:
 
 @dataclass(frozen=True)
 class BaseStep:
-    """The model that everything starts from.
+    """The base model.
 
     Attributes:
         directory: The checkpoint.
-        made: Whether the demo trained it, rather than being given it.
-        parameters: How many numbers it has.
-        dtype: Of its input table, safetensors' string.
-        files: Files that hold weights.
-        bytes: Their size.
-        steps: Steps of training, None for a given model; so too for what follows.
-        seconds: That the training took.
-        first_loss: Cross entropy on held-out sentences before, in nats a token.
-        last_loss: The same after.
+        made: Whether the demo trained it; False for the user's model.
+        parameters: Number of parameters.
+        dtype: Dtype of the input table, as safetensors writes it.
+        files: Weight files.
+        bytes: Size of the weight files.
+        steps: Training steps; like all that follow, None for the user's model.
+        seconds: Duration of the training.
+        first_loss: Cross entropy on held-out sentences before the training, in nats per token.
+        last_loss: The same after the training.
     """
 
     directory: str
@@ -55,21 +55,21 @@ class BaseStep:
 
 @dataclass(frozen=True)
 class WordStep:
-    """The word, its row, and how little the model knows of it.
+    """The word, its row, and the model's predictions before training.
 
     Attributes:
-        word: As it is written in a text.
-        token: As it is in the tokenizer, with the space before it.
-        row: Its row in every table of ``tables``.
-        rows: Rows of the table in all.
-        spare: Rows that no token of the base's tokenizer uses.
-        tables: The tables that are trained: one where input and output are tied.
-        tied: Whether they are.
+        word: The word as in a text.
+        token: The word as in the tokenizer, with the space before it.
+        row: The row's number in each of ``tables``.
+        rows: Number of rows of the table.
+        spare: Number of rows that no token of the base's tokenizer uses.
+        tables: Tables to train: one if input and output are tied.
+        tied: Whether input and output are tied.
         tokenizer: Directory of the tokenizer with the word.
-        train_lines: Lines that use the word, to be trained on.
-        before: Held-out lines before any training.
-        prompt: The beginning of a held-out line, up to the word.
-        completion: How the model goes on.
+        train_lines: Number of training lines with the word.
+        before: Measured on held-out lines before training.
+        prompt: Beginning of a held-out line, up to the word.
+        completion: The model's continuation of ``prompt``.
     """
 
     word: str
@@ -88,21 +88,21 @@ class WordStep:
 
 @dataclass(frozen=True)
 class TrainStep:
-    """The training of the row, and what came of it.
+    """The training of the row.
 
     Attributes:
-        trained: How many numbers were trained.
-        steps: How many steps.
-        seconds: How long they took.
-        first_loss: Mean cross entropy of the training lines before, in nats a token.
+        trained: Number of trained parameters.
+        steps: Training steps.
+        seconds: Duration of the training.
+        first_loss: Mean cross entropy of the training lines before, in nats per token.
         last_loss: The same after.
-        after: Held-out lines, as in `WordStep.before`.
-        others_before: Cross entropy of held-out lines without the word, before the training.
-        others_after: The same after: the word takes a share of what is likely.
-        columns: Columns of the logits that differ from the base's on these lines, at any place.
-        completion: How the model now goes on after the prompt of `WordStep`.
-        reading_prompt: A beginning that ends in the word.
-        reading: How the model goes on after it.
+        after: Measured on held-out lines after training, as `WordStep.before`.
+        others_before: Cross entropy of held-out lines without the word before training, in nats per token.
+        others_after: The same after; it rises a little, because the word takes some of the probability.
+        columns: Columns of the logits that differ from the base's at any position of the lines without the word.
+        completion: The model's continuation of `WordStep.prompt`.
+        reading_prompt: A prompt that ends in the word.
+        reading: The model's continuation of ``reading_prompt``.
     """
 
     trained: int
@@ -121,7 +121,7 @@ class TrainStep:
 
 @dataclass(frozen=True)
 class SaveStep:
-    """The adapter as files: directory, their bytes, and those of the model's weights."""
+    """The saved adapter: its directory, its size in bytes, and the size of the model's weight files."""
 
     directory: str
     bytes: int
@@ -134,12 +134,12 @@ class MergeStep:
 
     Attributes:
         directory: The checkpoint.
-        rows: Stored tensor -> how many of its rows differ from the base's.
-        changed_files: Files of the base that differ.
-        same_files: How many files of the base are the same bytes.
-        new_files: Files that the base does not have: the record that unmerging needs.
-        tensors: Tensors in the changed files, `rows` included.
-        checks: Checks of `verify_checkpoint`, all of which were passed.
+        rows: Stored tensor -> number of rows that differ from the base's.
+        changed_files: The base's files that differ.
+        same_files: Number of the base's files with equal bytes.
+        new_files: Files that the base does not have: the record for unmerging.
+        tensors: Number of tensors in the changed files, those of ``rows`` included.
+        checks: Names of the checks of `verify_checkpoint`, all passed.
     """
 
     directory: str
@@ -153,13 +153,13 @@ class MergeStep:
 
 @dataclass(frozen=True)
 class ReloadStep:
-    """The merged checkpoint, loaded by transformers as any other.
+    """The merged checkpoint, loaded by transformers alone.
 
     Attributes:
-        logits: How many logits were compared with those of the attached model.
-        max_difference: The largest difference between them.
-        completion: How it goes on after the prompt of `WordStep`.
-        same_text: Whether that is what the attached model said.
+        logits: Number of logits compared with the attached model's.
+        max_difference: Largest absolute difference between them.
+        completion: The continuation of `WordStep.prompt`.
+        same_text: Whether the attached model gave the same continuation.
     """
 
     logits: int
@@ -170,7 +170,7 @@ class ReloadStep:
 
 @dataclass(frozen=True)
 class Hashes:
-    """Sha256 of a weight file that was changed: in the base, merged, and unmerged."""
+    """sha256 of a changed weight file: in the base, merged, and unmerged."""
 
     file: str
     base: str
@@ -180,12 +180,12 @@ class Hashes:
 
 @dataclass(frozen=True)
 class UnmergeStep:
-    """The checkpoint without the merge.
+    """The unmerged checkpoint.
 
     Attributes:
         directory: The checkpoint.
-        hashes: Of the weight files that the merge changed.
-        files: How many files there are: the base's, each the same bytes, and no other.
+        hashes: Hashes of the weight files that the merge changed.
+        files: Number of files; they are the base's files with equal bytes, and no others.
     """
 
     directory: str
@@ -195,7 +195,7 @@ class UnmergeStep:
 
 @dataclass(frozen=True)
 class DemoReport:
-    """Every step, how long all took, and commands to go on with."""
+    """All steps, the total duration in seconds, and commands to try next."""
 
     output: str
     base: BaseStep

@@ -1,6 +1,6 @@
-"""Losses, the training of the rows, and the measurements that say whether the model uses the word.
+"""Losses, the training of the rows, and the measurements of how well the model uses the word.
 
-Lines are lists of token ids; where a batch has lines of several lengths, the shorter are padded on the right.
+A line is a list of token ids; shorter lines of a batch are padded on the right. ``word.py`` chooses the lines.
 """
 
 from __future__ import annotations
@@ -26,15 +26,18 @@ Line = Sequence[int]
 BATCH = 8
 MAX_TOKENS = 128
 RATE = 0.1
-"""Learning rate, as a part of the root mean square of the table's numbers: tables differ in scale by a hundredfold."""
+"""Learning rate relative to the root mean square of the table: tables differ in scale by a factor of a hundred."""
 _WINDOW = 12
-_LITTLE = 0.02
+"""Least number of steps that the loss is averaged over."""
+_MIN_GAIN = 0.02
+"""Training ends when a window lowers the loss by less than this part of the whole decrease."""
 _IGNORED = -100
+"""Target of padding, which the loss ignores."""
 
 
 @dataclass(frozen=True)
-class Trained:
-    """Steps and seconds that the training took, and the mean loss of the lines before and after it."""
+class TrainingResult:
+    """Steps and seconds of a training, and the mean loss of the lines before and after it, in nats per token."""
 
     steps: int
     seconds: float
@@ -42,13 +45,13 @@ class Trained:
     last_loss: float
 
 
-def encode(tokenizer: Any, lines: Iterable[str]) -> list[list[int]]:
-    """The token ids of lines, special tokens as the tokenizer puts them, cut to `MAX_TOKENS`."""
+def encode_lines(tokenizer: Any, lines: Iterable[str]) -> list[list[int]]:
+    """Encode lines, with the tokenizer's special tokens, each cut to `MAX_TOKENS` ids."""
     return [list(tokenizer(line)["input_ids"])[:MAX_TOKENS] for line in lines]
 
 
-def _batch(lines: Sequence[Line]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Ids, attention mask and targets, int64 (B, T) each."""
+def _pad_batch(lines: Sequence[Line]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return ids, attention mask and targets, int64 (B, T) each."""
     longest = max(map(len, lines))
     ids = torch.zeros(len(lines), longest, dtype=torch.int64)
     mask, targets = torch.zeros_like(ids), torch.full_like(ids, _IGNORED)
@@ -59,48 +62,48 @@ def _batch(lines: Sequence[Line]) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
     return ids, mask, targets
 
 
-def _logits(model: Any, lines: Sequence[Line]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits of the next tokens, fp32 (B, T-1, V), and these tokens, int64 (B, T-1)."""
-    ids, mask, targets = _batch(lines)
+def _next_token_logits(model: Any, lines: Sequence[Line]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return next-token logits, fp32 (B, T-1, V), and the next tokens, int64 (B, T-1)."""
+    ids, mask, targets = _pad_batch(lines)
     logits: torch.Tensor = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
     return logits[:, :-1].float(), targets[:, 1:]
 
 
 def token_loss(model: Any, lines: Sequence[Line]) -> torch.Tensor:
-    """Mean cross entropy of the lines' tokens, in nats, with gradients."""
-    logits, targets = _logits(model, lines)
+    """Return the mean cross entropy per token of one batch, in nats, with gradients."""
+    logits, targets = _next_token_logits(model, lines)
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=_IGNORED)
 
 
 @torch.no_grad()
 def mean_loss(model: Any, lines: Sequence[Line]) -> float:
-    """The same over many lines, batch by batch, without gradients."""
+    """Return the mean cross entropy per token of any number of lines, in nats, without gradients."""
     total, count = 0.0, 0
-    for part in _parts(lines):
-        logits, targets = _logits(model, part)
+    for batch in _batches(lines):
+        logits, targets = _next_token_logits(model, batch)
         total += float(F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=_IGNORED, reduction="sum"))
         count += int((targets != _IGNORED).sum())
     return total / count
 
 
-def last_place(line: Line, row: int) -> int:
-    """Where a token comes last in a line; 0 where it does not come, or only where nothing predicts it."""
-    return max((place for place, token in enumerate(line) if token == row), default=0)
+def last_position(line: Line, row: int) -> int:
+    """Return the last position of a token in a line; 0 if it is absent, or only first, where nothing predicts it."""
+    return max((position for position, token in enumerate(line) if token == row), default=0)
 
 
 @torch.no_grad()
 def measure(model: Any, lines: Sequence[Line], row: int) -> Measure:
-    """How the model takes to a token, on lines that have it in them."""
-    chances, ranks = [], []
-    for part in _parts(lines):
-        logits, _ = _logits(model, part)
-        for number, line in enumerate(part):
-            here = logits[number, last_place(line, row) - 1].softmax(-1)
-            chances.append(float(here[row]))
-            ranks.append(int((here > here[row]).sum()) + 1)
+    """Measure how well the model predicts a token, on lines that contain it."""
+    probabilities, ranks = [], []
+    for batch in _batches(lines):
+        logits, _ = _next_token_logits(model, batch)
+        for number, line in enumerate(batch):
+            predicted = logits[number, last_position(line, row) - 1].softmax(-1)
+            probabilities.append(float(predicted[row]))
+            ranks.append(int((predicted > predicted[row]).sum()) + 1)
     return Measure(
         lines=len(lines),
-        probability=statistics.fmean(chances),
+        probability=statistics.fmean(probabilities),
         rank=statistics.median_high(ranks),
         first=ranks.count(1),
         loss=mean_loss(model, lines),
@@ -108,33 +111,33 @@ def measure(model: Any, lines: Sequence[Line], row: int) -> Measure:
 
 
 @torch.no_grad()
-def changed_columns(model: Any, attachment: Attachment, lines: Sequence[Line]) -> tuple[int, ...]:
-    """Columns of the logits that differ between base and adapter, at any place of the lines."""
+def find_changed_columns(model: Any, attachment: Attachment, lines: Sequence[Line]) -> tuple[int, ...]:
+    """Find the columns of the logits in which base and adapter differ at any position of the lines."""
     differ: torch.Tensor | None = None
-    for part in _parts(lines):
-        now, _ = _logits(model, part)
+    for batch in _batches(lines):
+        live, _ = _next_token_logits(model, batch)
         with attachment.disabled():
-            base, _ = _logits(model, part)
-        here = (now != base).flatten(0, 1).any(dim=0)
-        differ = here if differ is None else differ | here
+            base, _ = _next_token_logits(model, batch)
+        columns = (live != base).flatten(0, 1).any(dim=0)
+        differ = columns if differ is None else differ | columns
     return () if differ is None else tuple(torch.nonzero(differ).flatten().tolist())
 
 
 @torch.no_grad()
-def probe(model: Any, lines: Sequence[Line]) -> torch.Tensor:
-    """All next-token logits of lines, fp32, as one vector; what padding gives is left out."""
-    return torch.cat([_logits(model, [line])[0].flatten() for line in lines])
+def compute_logits(model: Any, lines: Sequence[Line]) -> torch.Tensor:
+    """Return all next-token logits of the lines as one fp32 vector. Line by line, so that there is no padding."""
+    return torch.cat([_next_token_logits(model, [line])[0].flatten() for line in lines])
 
 
 @torch.no_grad()
-def complete(model: Any, tokenizer: Any, prompt: Line, most: int = 24) -> str:
-    """How the model goes on from a prompt, greedily, as text without the prompt, on one line."""
+def complete(model: Any, tokenizer: Any, prompt: Line, max_new_tokens: int = 24) -> str:
+    """Continue a prompt greedily. Returns the new text, without the prompt, on one line."""
     ids = torch.tensor([list(prompt)], dtype=torch.int64)
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     out = model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
-        max_new_tokens=most,
+        max_new_tokens=max_new_tokens,
         do_sample=False,
         pad_token_id=padding if padding is not None else 0,
     )
@@ -148,55 +151,55 @@ def train_rows(
     scales: Sequence[float],
     lines: Sequence[Line],
     others: Sequence[Line],
-    most: int,
-) -> Trained:
-    """Train an attachment's rows until the loss of the lines no longer falls.
+    max_steps: int,
+) -> TrainingResult:
+    """Train an attachment's rows until the loss of the lines stops falling.
 
-    Each step sees lines with the word and as many without it, so that the word is learnt where it belongs and
-    nowhere else. The loss is averaged over a window of steps that sees every line equally often; training ends when a
-    window adds less than 2% to what the loss has fallen in all.
+    Each step sees lines with the word and as many without it, so that the model learns where the word belongs and where
+    it does not. The loss is averaged over windows of steps that see every line equally often. Training ends when a
+    window lowers it by less than 2% of the decrease since the first.
 
     Args:
-        model: The model that the attachment is on.
-        attachment: Whose parameters are trained.
-        scales: For each parameter the root mean square of its table.
+        model: The attached model.
+        attachment: Its parameters are trained.
+        scales: The root mean square of the table, for each parameter.
         lines: Lines with the word.
         others: Lines without it.
-        most: Steps at the most.
+        max_steps: Upper limit of steps.
 
     Raises:
-        UnsupportedError: The loss became infinite or no number.
+        UnsupportedError: The loss became infinite or NaN.
     """
     groups = [{"params": [p], "lr": RATE * s} for p, s in zip(attachment.parameters(), scales, strict=True)]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-    round_of = math.ceil(len(lines) / BATCH)
-    window = math.ceil(_WINDOW / round_of) * round_of
-    turns, other_turns = _cycle(lines), _cycle(others)
+    epoch = math.ceil(len(lines) / BATCH)
+    window = math.ceil(_WINDOW / epoch) * epoch
+    batches, other_batches = _cycle(lines), _cycle(others)
     first = mean_loss(model, lines)
     losses: list[float] = []
     means: list[float] = []
     began = time.perf_counter()
-    while len(losses) < most:
-        loss = token_loss(model, next(turns))
+    while len(losses) < max_steps:
+        loss = token_loss(model, next(batches))
         optimizer.zero_grad()
-        (loss + token_loss(model, next(other_turns))).backward()  # type: ignore[no-untyped-call]
+        (loss + token_loss(model, next(other_batches))).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         losses.append(float(loss))
         if not math.isfinite(losses[-1]):
-            raise UnsupportedError("the loss is no longer a number", where=f"step {len(losses)}", found=losses[-1])
+            raise UnsupportedError("the training loss is not finite", where=f"step {len(losses)}", found=losses[-1])
         if len(losses) % window:
             continue
         means.append(statistics.fmean(losses[-window:]))
-        if len(means) > 2 and means[-2] - means[-1] < _LITTLE * (means[0] - means[-1]):
+        if len(means) > 2 and means[-2] - means[-1] < _MIN_GAIN * (means[0] - means[-1]):
             break
     seconds = time.perf_counter() - began
-    return Trained(len(losses), seconds, first, mean_loss(model, lines))
+    return TrainingResult(len(losses), seconds, first, mean_loss(model, lines))
 
 
-def _parts(lines: Sequence[Line]) -> Iterator[Sequence[Line]]:
+def _batches(lines: Sequence[Line]) -> Iterator[Sequence[Line]]:
     return (lines[start : start + BATCH] for start in range(0, len(lines), BATCH))
 
 
 def _cycle(lines: Sequence[Line]) -> Iterator[Sequence[Line]]:
     while True:
-        yield from _parts(lines)
+        yield from _batches(lines)

@@ -1,4 +1,4 @@
-"""The new word: its token, the spare row it gets, the tables that the row is in, and the lines that use it."""
+"""The new word: its token, its spare row and the tables with that row, and the lines to train and test it on."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from pathlib import Path
 from typing import Any
 
 from embedsurgery.demo import corpus
-from embedsurgery.demo.training import Line, encode, last_place
+from embedsurgery.demo.training import Line, encode_lines, last_position
 from embedsurgery.errors import ConfigError, UnsupportedError
 from embedsurgery.graph import EmbeddingGraph, Table
 
-_EVERY = 4
-"""Of a user's lines, one in so many is held out."""
+_HOLD_OUT_EVERY = 4
+"""One in this many of a user's lines is held out."""
 
 
 @dataclass(frozen=True)
-class Row:
-    """Where a word lives.
+class WordRow:
+    """The row of a word.
 
     Attributes:
-        token: Its text in the tokenizer.
-        row: Its number, in every one of ``tables``.
-        tables: The input table, and the output table where that is another.
-        spare: How many rows no other token used.
+        token: The token's text in the tokenizer.
+        row: The row's number in each of ``tables``.
+        tables: The input table, and the output table if it is not tied.
+        spare: Number of rows that no token used before.
     """
 
     token: str
@@ -35,7 +35,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Lines:
-    """Lines as token ids: with the word and without it, to train on and held out."""
+    """Lines as token ids: with the word and without it (other), each for training and held out."""
 
     train: list[list[int]]
     held_out: list[list[int]]
@@ -44,57 +44,57 @@ class Lines:
 
 
 def check_word(word: str) -> None:
-    """Refuse what is no word, before anything takes its time.
+    """Check a word before anything expensive starts.
 
     Raises:
-        ConfigError: It is empty or has spaces.
+        ConfigError: The word is empty or has white space.
     """
     if not word or any(c.isspace() for c in word):
-        raise ConfigError("not a word", where="--word", expected="text without spaces", found=repr(word))
+        raise ConfigError("not a word", where="--word", expected="text without white space", found=repr(word))
 
 
-def add_word(tokenizer: Any, word: str, graph: EmbeddingGraph) -> Row:
-    """Add a word to a tokenizer, in place, where the model's tables have a spare row for it.
+def add_word(tokenizer: Any, word: str, graph: EmbeddingGraph) -> WordRow:
+    """Add a word to a tokenizer, in place, and find its spare row in the model's tables.
 
     Raises:
-        ConfigError: It is no word, or the tokenizer has it already.
-        UnsupportedError: No row is spare.
+        ConfigError: The word is not valid, or the tokenizer has it already.
+        UnsupportedError: The tables have no spare row.
     """
     check_word(word)
-    token = f" {word}"  # as most tokenizers have their words: with the space before them
+    token = f" {word}"  # with the space before it, as most tokenizers store a word
     known = tokenizer.encode(token, add_special_tokens=False)
     if len(known) == 1 and known[0] != tokenizer.unk_token_id:
         raise ConfigError(
-            "the tokenizer has this word already",
+            "the tokenizer already has this word",
             where="--word",
             expected="a new word",
             found=f"{word!r} with id {known[0]}",
         )
-    tables = _tables(graph)
+    tables = _find_tables(graph)
     rows = min(table.shape[0] for table in tables)
     used = set(tokenizer.get_vocab().values())
     spare = [row for row in range(rows) if row not in used]
-    row = _add(tokenizer, token)
+    row = _add_token(tokenizer, token)
     if row not in spare:
         raise UnsupportedError(
             "the model has no spare row for a new token",
             where=tables[0].name,
             expected=f"row {row}",
-            found=f"{rows} rows, {rows - len(spare)} of them used",
-            hint="the demo needs a table that is longer than its tokenizer",
+            found=f"{rows} rows, {rows - len(spare)} in use",
+            hint="give --model a checkpoint whose table has more rows than its tokenizer has tokens",
         )
-    return Row(token, row, tables, len(spare))
+    return WordRow(token, row, tables, len(spare))
 
 
-def _add(tokenizer: Any, token: str) -> int:
+def _add_token(tokenizer: Any, token: str) -> int:
     from tokenizers import AddedToken
 
     tokenizer.add_tokens([AddedToken(token, normalized=False)])
     return int(tokenizer.convert_tokens_to_ids(token))
 
 
-def _tables(graph: EmbeddingGraph) -> tuple[Table, ...]:
-    """The input table, and the output table of the same vocabulary where the two are not tied."""
+def _find_tables(graph: EmbeddingGraph) -> tuple[Table, ...]:
+    """Return the input table, and the output table if the two are not tied."""
     first = graph.main_input()
     if "output" in first.roles:
         return (first,)
@@ -103,46 +103,48 @@ def _tables(graph: EmbeddingGraph) -> tuple[Table, ...]:
 
 
 def demo_lines(tokenizer: Any, word: str) -> Lines:
-    """The demo's own lines; one kind of riddle is held out whole, so that nothing like it is trained on."""
-    new = corpus.stranger(word)
+    """Encode the demo's lines. The last riddle template is held out, so the test lines have a form never trained on."""
+    animal = corpus.new_animal(word)
     return Lines(
-        train=encode(tokenizer, corpus.about(new, 3, 24, templates=corpus.RIDDLES[:-1] + corpus.FACTS)),
-        held_out=encode(tokenizer, corpus.about(new, 5, 16, templates=corpus.RIDDLES[-1:])),
-        other_train=encode(tokenizer, corpus.sentences(4, 48)),
-        other_held_out=encode(tokenizer, corpus.sentences(6, 32)),
+        train=encode_lines(
+            tokenizer, corpus.draw_sentences_about(animal, 3, 24, templates=corpus.RIDDLES[:-1] + corpus.FACTS)
+        ),
+        held_out=encode_lines(tokenizer, corpus.draw_sentences_about(animal, 5, 16, templates=corpus.RIDDLES[-1:])),
+        other_train=encode_lines(tokenizer, corpus.draw_sentences(4, 48)),
+        other_held_out=encode_lines(tokenizer, corpus.draw_sentences(6, 32)),
     )
 
 
-def own_lines(tokenizer: Any, row: Row, text: Path) -> Lines:
-    """A user's lines. Those without the word show that nothing else changes; with too few of them ours do.
+def read_lines(tokenizer: Any, row: WordRow, text: Path) -> Lines:
+    """Read and encode a user's lines. With too few lines without the word, the demo's sentences replace them.
 
     Raises:
-        ConfigError: The file is no text, or fewer than two of its lines use the word.
+        ConfigError: The file is not UTF-8 text, or fewer than two of its lines use the word.
     """
     try:
         lines = [line.strip() for line in text.read_text(encoding="utf-8").splitlines() if line.strip()]
     except UnicodeDecodeError as error:
-        raise ConfigError("not a text", where=text, expected="UTF-8", found=str(error)) from error
-    encoded = encode(tokenizer, lines)
-    using = [line for line in encoded if last_place(line, row.row) > 0]
+        raise ConfigError("not a text file", where=text, expected="UTF-8", found=str(error)) from error
+    encoded = encode_lines(tokenizer, lines)
+    using = [line for line in encoded if last_position(line, row.row) > 0]
     others = [line for line in encoded if row.row not in line and len(line) > 1]
     if len(using) < 2:
         raise ConfigError(
             "too few lines use the word",
             where=text,
-            expected=f"two or more with {row.token!r}",
+            expected=f"at least 2 with {row.token!r}",
             found=len(using),
-            hint="the word needs a space before it",
+            hint="write a space before the word",
         )
-    train, held_out = _split(using)
-    if len(others) < _EVERY:
-        others = encode(tokenizer, corpus.sentences(4, 48))
-    return Lines(train, held_out, *_split(others))
+    train, held_out = _split_lines(using)
+    if len(others) < _HOLD_OUT_EVERY:
+        others = encode_lines(tokenizer, corpus.draw_sentences(4, 48))
+    return Lines(train, held_out, *_split_lines(others))
 
 
-def _split(lines: Sequence[Line]) -> tuple[list[list[int]], list[list[int]]]:
-    """The lines to train on, and every fourth, or else the last, to hold out."""
-    held = set(range(_EVERY - 1, len(lines), _EVERY)) or {len(lines) - 1}
+def _split_lines(lines: Sequence[Line]) -> tuple[list[list[int]], list[list[int]]]:
+    """Split lines into those to train on and those to hold out: every fourth, or the last of fewer than four."""
+    held = set(range(_HOLD_OUT_EVERY - 1, len(lines), _HOLD_OUT_EVERY)) or {len(lines) - 1}
     parts: tuple[list[list[int]], list[list[int]]] = ([], [])
     for number, line in enumerate(lines):
         parts[number in held].append(list(line))

@@ -1,5 +1,5 @@
-"""Files on disk: safetensors, bounded JSON, copies, directories that appear whole, locks.
+"""Files on disk: safetensors, bounded JSON, copies, atomic writes and locks. Nothing here knows tables or names.
 
-Nothing here knows what a table is. ``atomic.py`` has the order of fsyncs, ``safetensors.py`` the strict reader and the
-streaming writer, ``json_reading.py`` the bounds on JSON.
+``atomic.py`` builds directories and orders the fsyncs. ``safetensors.py`` has the strict reader and the streaming
+writer. ``json_reading.py`` bounds the JSON that is read, and ``json_patching.py`` changes JSON in place.
 """

@@ -1,8 +1,8 @@
-"""Directories that appear whole or not at all, and what makes files and names last: fsync, in the right order.
+"""Directories that appear complete or not at all, atomic replacement of files, and fsync.
 
-A new directory is built inside a hidden one beside it, every file and directory is fsynced, it is renamed, and the
-parent is fsynced. The hidden one is locked while its maker lives and says whose it is, so that the next run can tell
-what a killed one left, and remove it.
+A new directory is built inside a hidden staging directory beside it, synced, and renamed into place. The staging
+directory is locked while its process lives and records which output it is for, so that a later run can recognise and
+remove what a killed run left. ``copying.py`` copies the files, ``locking.py`` locks existing checkpoints.
 """
 
 from __future__ import annotations
@@ -13,101 +13,103 @@ import fcntl
 import json
 import os
 import re
-import signal
 import stat
-import threading
 import time
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 
-from embedsurgery.errors import CheckpointError, ConfigError, EmbedSurgeryWarning, OutputExistsError
+from embedsurgery.errors import CheckpointError, ConfigError, OutputExistsError, warn
 from embedsurgery.files.copying import copy_file, remove_tree
 from embedsurgery.files.json_reading import NOTE, read_json
 from embedsurgery.files.locking import STATE_DIRECTORY
+from embedsurgery.files.signals import defer_signals
 
 _STAGING = re.compile(re.escape(STATE_DIRECTORY) + r"-[a-z0-9_]{8}")
-"""Names of the hidden directories that new ones are built in."""
+"""Names of staging directories."""
 
 _OWNER = "owner.json"
 _TREE = "tree"
-_NO_SYNC = (errno.EINVAL, errno.EROFS, errno.ENOTSUP, errno.EBADF)
-"""What ``fsync`` says of a directory on file systems that do not sync directories."""
+_DIRECTORY_SYNC_UNSUPPORTED = (errno.EINVAL, errno.EROFS, errno.ENOTSUP, errno.EBADF)
+"""Errors of ``fsync`` on a directory, on file systems that do not sync directories."""
 
 
 @contextmanager
 def staged_directory(output: Path) -> Iterator[Path]:
-    """A new directory, which becomes ``output`` when the block ends well and vanishes when it does not.
+    """Yield a new directory that becomes ``output`` when the block succeeds and is removed when it fails.
 
-    It lies in a hidden directory beside ``output``, where the block may put what is to vanish in either case. What
-    killed runs left in hidden directories there is removed first, with a warning that says so.
+    Its parent is a hidden directory beside ``output``, which is removed in either case; the block may put temporary
+    files there. Staging directories that killed runs left beside ``output`` are removed first, with a warning.
 
     Raises:
-        OutputExistsError: ``output`` is there already; nothing is ever written over.
-        CheckpointError: Nothing can be written there, or nothing of that name.
+        OutputExistsError: ``output`` exists already. Nothing is ever overwritten.
+        CheckpointError: The parent of ``output`` cannot be written, or the name is too long.
     """
     refuse_existing(output)
     parent = output.absolute().parent
     missing = [folder for folder in (parent, *parent.parents) if not os.path.lexists(folder)]
-    made: list[tuple[Path, int]] = []
+    created: list[tuple[Path, int]] = []
     try:
-        with uninterrupted():
-            made.append(_begin(output, parent))
-        staging = made[0][0] / _TREE
+        # A Ctrl-C between creating the directory and appending it here would leave one that nobody removes.
+        with defer_signals():
+            created.append(_create_staging(output, parent))
+        staging = created[0][0] / _TREE
         yield staging
+        # The order is what makes the output appear whole after a power cut. Every file was fsynced when it was
+        # written. First sync the directories: until then their entries may be lost although the files are safe. Then
+        # rename, which is one atomic step. Then sync the parent, without which the rename itself may be lost.
         sync_tree(staging)
-        with uninterrupted():
+        with defer_signals():
+            # Checked again because rename(2) replaces an empty directory that somebody created meanwhile.
             refuse_existing(output)
-            _rename_new(staging, output)
+            _rename_to_output(staging, output)
             sync_path(parent)
-            _end(made)
+            _remove_staging(created)
     except BaseException:
-        with uninterrupted():
-            _end(made)
+        with defer_signals():
+            _remove_staging(created)
             for folder in missing:
                 with contextlib.suppress(OSError):
                     folder.rmdir()
         raise
 
 
-def _begin(output: Path, parent: Path) -> tuple[Path, int]:
-    """A hidden directory with an empty one in it, and its lock."""
+def _create_staging(output: Path, parent: Path) -> tuple[Path, int]:
+    """Create a staging directory with an empty tree in it; return it with the descriptor that locks it."""
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        _refuse_long(output, parent)
-        left = sweep(parent)
-        if left:
-            warnings.warn(
-                f"removed what interrupted runs left in {parent}: {', '.join(left)}", EmbedSurgeryWarning, stacklevel=5
-            )
-        hidden, lock = _make_hidden(parent)
+        _refuse_long_name(output, parent)
+        stale = remove_stale_staging(parent)
+        if stale:
+            warn(f"removed unfinished outputs of interrupted runs in {parent}: {', '.join(stale)}")
+        hidden, lock = _make_locked_directory(parent)
         try:
             _write_owner(hidden, output.name)
             (hidden / _TREE).mkdir()
         except BaseException:
-            _end([(hidden, lock)])
+            _remove_staging([(hidden, lock)])
             raise
     except OSError as error:
-        found = "a file" if os.path.isfile(parent) else error.strerror
         raise CheckpointError(
-            "cannot write beside the output", where=parent, found=found, expected="a directory that can be written"
+            "cannot write to the parent directory of the output",
+            where=parent,
+            expected="a writable directory",
+            found="a file" if os.path.isfile(parent) else error.strerror,
         ) from error
     return hidden, lock
 
 
-def _end(made: list[tuple[Path, int]]) -> None:
-    """Remove hidden directories of this process, and forget them."""
-    while made:
-        hidden, lock = made.pop()
+def _remove_staging(created: list[tuple[Path, int]]) -> None:
+    """Remove staging directories of this process, and empty the list."""
+    while created:
+        hidden, lock = created.pop()
         with contextlib.suppress(OSError):
             remove_tree(hidden)
         os.close(lock)
 
 
-def _make_hidden(parent: Path) -> tuple[Path, int]:
-    """A new hidden directory and its lock. Between the two it looks like one that was left, and may be removed."""
+def _make_locked_directory(parent: Path) -> tuple[Path, int]:
+    """Create a hidden directory and lock it; return both."""
     import tempfile
 
     while True:
@@ -116,14 +118,17 @@ def _make_hidden(parent: Path) -> tuple[Path, int]:
             lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except FileNotFoundError:
             continue
-        with contextlib.suppress(OSError):  # a file system without locks: then nobody else can take it either
+        # On a file system without locks no other run can take the lock either, so none removes this directory.
+        with contextlib.suppress(OSError):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Until it is locked, the directory looks like a stale one, and another run may have removed it.
         if os.path.exists(path):
             return path, lock
         os.close(lock)
 
 
 def _write_owner(hidden: Path, name: str) -> None:
+    """Record in a staging directory which output it is for."""
     body = {"embedsurgery": "staging", "output": name, "pid": os.getpid(), "time": time.time()}
     with open(hidden / _OWNER, "xb") as file:
         file.write(json.dumps(body).encode())
@@ -131,11 +136,14 @@ def _write_owner(hidden: Path, name: str) -> None:
         os.fsync(file.fileno())
 
 
-def sweep(parent: Path) -> list[str]:
-    """Remove the hidden directories that killed runs left in a directory: ours by name and content, held by nobody.
+def remove_stale_staging(parent: Path) -> list[str]:
+    """Remove staging directories that killed runs left in a directory.
+
+    A directory is removed only if its name and its ``owner.json`` are embedsurgery's, it belongs to this user, and no
+    process holds its lock.
 
     Returns:
-        What they were to become.
+        Names of the outputs that the removed directories were for.
     """
     removed = []
     for name in sorted(os.listdir(parent)):
@@ -150,21 +158,22 @@ def sweep(parent: Path) -> list[str]:
             continue
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            output = _was_for(path)
+            output = _read_planned_output(path)
             if output is not None:
                 remove_tree(path)
                 removed.append(output)
-        except OSError:  # somebody holds it, or it cannot be known
+        except OSError:  # another process holds the lock, or the file system has none
             continue
         finally:
             os.close(lock)
     return removed
 
 
-def _was_for(hidden: Path) -> str | None:
-    """What a hidden directory was to become; None for one that is not ours."""
+def _read_planned_output(hidden: Path) -> str | None:
+    """Read which output a staging directory is for; None if it is not embedsurgery's."""
+    # Killed before the tree was created. The owner file may be half written, so it is not read.
     if set(os.listdir(hidden)) <= {_OWNER}:
-        return "nothing yet"  # killed before it began, and perhaps in the middle of saying whose it is
+        return "an empty directory"
     try:
         body = read_json(hidden / _OWNER, NOTE)
         return str(body["output"]) if body["embedsurgery"] == "staging" else None
@@ -172,7 +181,7 @@ def _was_for(hidden: Path) -> str | None:
         return None
 
 
-def _rename_new(staging: Path, output: Path) -> None:
+def _rename_to_output(staging: Path, output: Path) -> None:
     try:
         staging.rename(output)
     except OSError as error:
@@ -182,77 +191,89 @@ def _rename_new(staging: Path, output: Path) -> None:
         raise
 
 
-def _refuse_long(output: Path, parent: Path) -> None:
-    most = os.pathconf(parent, "PC_NAME_MAX")
-    if len(os.fsencode(output.name)) > most:
+def _refuse_long_name(output: Path, parent: Path) -> None:
+    limit, length = os.pathconf(parent, "PC_NAME_MAX"), len(os.fsencode(output.name))
+    if length > limit:
         raise CheckpointError(
             "the output's name is too long for its file system",
             where=f"{output.name[:40]}...",
-            expected=f"{most} bytes at most",
-            found=len(os.fsencode(output.name)),
+            expected=f"at most {limit} bytes",
+            found=length,
         )
 
 
 def refuse_existing(output: Path) -> None:
-    """Raise OutputExistsError where something is there."""
+    """Refuse an output that exists.
+
+    Raises:
+        OutputExistsError: The path exists, also as a dangling link.
+        ConfigError: The path is empty or the current directory.
+    """
     if str(output) in ("", "."):
         raise ConfigError("the output has no name", expected="a new directory", found=repr(str(output)))
     if os.path.lexists(output):
-        raise OutputExistsError("the output exists already", where=output, hint="name a new directory, or remove it")
-
-
-def refuse_inside(output: Path, source: Path) -> None:
-    """Raise ConfigError where an output would lie inside what it is made from, and become a part of it."""
-    if source.resolve() in (output.resolve(), *output.resolve().parents):
-        raise ConfigError(
-            "the output would lie inside the checkpoint it is made from",
-            where=output,
-            hint="name a directory beside it",
+        raise OutputExistsError(
+            "the output exists already", where=output, hint="choose a new directory, or remove this one"
         )
 
 
-def replace_files(staged: Mapping[Path, Path], *, keep: bool = True) -> None:
-    """Put new files in the places of others: all, or none where one cannot be put. The files are fsynced already.
+def refuse_inside(output: Path, source: Path) -> None:
+    """Refuse an output inside the directory it is made from: it would become part of its own source.
+
+    Raises:
+        ConfigError: It is inside, or is the directory itself.
+    """
+    if source.resolve() in (output.resolve(), *output.resolve().parents):
+        raise ConfigError(
+            "the output is inside the checkpoint it is made from",
+            where=output,
+            hint="choose a directory outside the checkpoint",
+        )
+
+
+def replace_files(staged: Mapping[Path, Path], *, backup: bool = True) -> None:
+    """Move new files into place over old ones. If one move fails, the earlier ones are undone.
 
     Args:
-        staged: Target, which may be there already -> the file that becomes it, on the same file system.
-        keep: Keep the old ones until all is done. Otherwise it is the caller who can put them back.
+        staged: Target, which may exist -> the new file, fsynced and on the same file system.
+        backup: Keep the old files until all moves are done, to undo them. With False the caller undoes them.
     """
     kept: dict[Path, Path] = {}
     done: list[Path] = []
     try:
         for target, new in staged.items():
-            if keep and target.exists():
-                kept[target] = _second_name(target, new)
+            if backup and target.exists():
+                kept[target] = _back_up(target, new)
             os.replace(new, target)
             done.append(target)
     except BaseException:
-        for target in done if keep else ():
+        for target in done if backup else ():
             if target in kept:
                 os.replace(kept.pop(target), target)
             else:
                 target.unlink(missing_ok=True)
         raise
     finally:
-        for backup in kept.values():
-            backup.unlink(missing_ok=True)
+        for old in kept.values():
+            old.unlink(missing_ok=True)
     for parent in {target.parent for target in staged}:
         sync_path(parent)
 
 
-def _second_name(path: Path, new: Path) -> Path:
-    """A file under another name, beside the one that replaces it: a link, or a copy where there are none."""
+def _back_up(path: Path, new: Path) -> Path:
+    """Keep a file under another name, beside the file that will replace it; return that name."""
     backup = new.with_name(f"{new.name}.before")
     backup.unlink(missing_ok=True)
-    second_name(path, backup)
+    link_or_copy(path, backup)
     return backup
 
 
-def second_name(path: Path, name: Path) -> None:
-    """Give a file another name on its file system: a link, or a copy where the file system has none."""
+def link_or_copy(path: Path, name: Path) -> None:
+    """Give a file a second name on its file system: a hard link, or a copy where there are no hard links."""
     try:
         os.link(path, name)
     except OSError as error:
+        # These would fail for a copy as well, or overwrite a file.
         if error.errno in (errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EROFS, errno.EEXIST):
             raise
         copy_file(path, name)
@@ -262,46 +283,19 @@ def sync_path(path: Path) -> None:
     """Fsync a file or directory.
 
     Raises:
-        OSError: The disk could not write it. A directory on a file system that syncs none is passed over.
+        OSError: The disk could not write it. Ignored for a directory on a file system that cannot sync directories.
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in _NO_SYNC or not stat.S_ISDIR(os.fstat(descriptor).st_mode):
+        if error.errno not in _DIRECTORY_SYNC_UNSUPPORTED or not stat.S_ISDIR(os.fstat(descriptor).st_mode):
             raise
     finally:
         os.close(descriptor)
 
 
 def sync_tree(directory: Path) -> None:
-    """Fsync every directory below and including this one; files are synced as they are written."""
+    """Fsync a directory and every directory below it. Files must be synced when they are written."""
     for folder, _, _ in os.walk(directory):
         sync_path(Path(folder))
-
-
-@contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Inside, Ctrl-C and the like wait until the end: for what must be done whole, and is short.
-
-    Only handlers of Python's can wait, and only in the main thread are they called at all.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    waiting: list[int] = []
-
-    def wait(number: int, frame: FrameType | None) -> None:
-        waiting.append(number)
-
-    before = {}
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if callable(signal.getsignal(number)):
-            before[number] = signal.signal(number, wait)
-    try:
-        yield
-    finally:
-        for blocked, handler in before.items():
-            signal.signal(blocked, handler)
-        for arrived in dict.fromkeys(waiting):
-            signal.raise_signal(arrived)

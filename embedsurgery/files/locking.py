@@ -1,7 +1,7 @@
-"""The lock on a checkpoint directory, and whether a change of it was never finished.
+"""Locks checkpoint directories, and refuses those with an unfinished change in place.
 
-The lock is ``flock`` on the directory itself, so nothing is left behind and a directory that cannot be written can be
-locked too. Whoever changes a checkpoint in place holds it alone; whoever copies one shares it.
+The lock is ``flock`` on the directory itself: it leaves no file behind and works on a read-only directory too. A change
+in place takes it exclusively, a copy takes it shared. The journal itself is written by ``checkpoints/journal.py``.
 """
 
 from __future__ import annotations
@@ -15,53 +15,54 @@ from pathlib import Path
 from embedsurgery.errors import BusyError, CheckpointError, UnfinishedError, UnsupportedError
 
 STATE_DIRECTORY = ".embedsurgery"
-"""What we keep beside a checkpoint: engines glob ``*.safetensors`` at the top level and would load a stray file."""
+"""Directory in a checkpoint for all files of embedsurgery. It is a directory because inference engines load every
+``*.safetensors`` at the top level."""
 
 JOURNAL = f"{STATE_DIRECTORY}/journal"
-"""The directory with the journal of a change in place, and with what such a change is making."""
+"""Directory of the journal of a change in place, and of the files that such a change prepares."""
 
 DONE = f"{STATE_DIRECTORY}/done"
-"""What the journal is called once it no longer counts, until it is removed."""
+"""Name of the journal after the change has succeeded, until it is removed."""
 
 
 @contextmanager
-def locked(directory: Path, *, shared: bool = False) -> Iterator[None]:
-    """Hold the lock on a directory. Nobody waits: what cannot be had at once is refused.
+def lock_directory(directory: Path, *, shared: bool = False) -> Iterator[None]:
+    """Hold the lock on a directory. Never waits.
 
     Args:
-        directory: It exists.
-        shared: Only against those who change it. A file system that has no locks is taken as it is.
+        directory: An existing directory.
+        shared: Take a shared lock. A file system without locks is then accepted.
 
     Raises:
-        BusyError: Another process holds it.
-        UnsupportedError: The file system has no locks.
+        BusyError: Another process holds a conflicting lock.
+        UnsupportedError: The file system has no locks, and ``shared`` is False.
     """
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         try:
             fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            doing = "is changing" if shared else "is reading or changing"
             raise BusyError(
-                f"another process of embedsurgery {doing} this checkpoint",
+                "another embedsurgery process uses this checkpoint",
                 where=directory,
-                hint="wait until it is done",
+                expected="no process that changes it" if shared else "no process that reads or changes it",
+                hint="wait until it has finished",
             ) from error
         except OSError as error:
             if not shared:
                 raise UnsupportedError(
-                    "the file system cannot lock a directory, which a change in place needs",
+                    "a change in place needs a lock, and this file system has none",
                     where=directory,
                     found=error.strerror,
-                    hint="write a new directory instead",
+                    hint="write to a new directory instead",
                 ) from error
         yield
     finally:
         os.close(descriptor)
 
 
-def segments(directory: Path) -> list[Path]:
-    """The parts of the journal in a checkpoint directory, in the order in which they were written."""
+def journal_segments(directory: Path) -> list[Path]:
+    """Return the files of the journal in a checkpoint directory, in the order they were written."""
     folder = directory / JOURNAL
     try:
         names = sorted(os.listdir(folder))
@@ -71,27 +72,27 @@ def segments(directory: Path) -> list[Path]:
 
 
 def refuse_unfinished(directory: Path, *, held: bool = False) -> None:
-    """Refuse a checkpoint that a change in place is working on, or was when it was killed: its files are in between.
+    """Refuse a checkpoint with a journal: its files are partly old and partly new.
 
     Args:
         directory: The checkpoint.
-        held: Whether the caller holds the lock alone, so that nobody is working on it.
+        held: Whether the caller holds the exclusive lock, so that no other process can be changing it.
 
     Raises:
-        UnfinishedError: With the way out.
+        UnfinishedError: A change in place is running, or was interrupted.
     """
-    if not segments(directory):
+    if not journal_segments(directory):
         return
     try:
         if not held:
-            with locked(directory, shared=True):
+            with lock_directory(directory, shared=True):
                 pass
     except BusyError as error:
         raise UnfinishedError(
-            "another process is changing this checkpoint in place", where=directory, hint="wait until it is done"
+            "another process is changing this checkpoint in place", where=directory, hint="wait until it has finished"
         ) from error
     raise UnfinishedError(
-        "a change in place was interrupted, so the files are neither as before nor as after",
+        "a change in place was interrupted, and the files are partly changed",
         where=directory,
         found=f"a journal in {JOURNAL}",
         hint=f"run: embedsurgery recover {directory}",
@@ -99,18 +100,20 @@ def refuse_unfinished(directory: Path, *, held: bool = False) -> None:
 
 
 def refuse_linked_state(directory: Path) -> None:
-    """Refuse a ``.embedsurgery`` that is no directory of the checkpoint's own: what is written would lie elsewhere.
+    """Refuse a ``.embedsurgery``, or a directory in it, that is a link or a file.
+
+    Through a link, records and journals would be written somewhere else.
 
     Raises:
-        CheckpointError: It is a link, or a file.
+        CheckpointError: It is a link or a file.
     """
     for name in (STATE_DIRECTORY, f"{STATE_DIRECTORY}/merges", JOURNAL, DONE):
         path = directory / name
         if path.is_symlink() or (path.exists() and not path.is_dir()):
             raise CheckpointError(
-                "not a directory of the checkpoint's own",
+                "cannot store files of embedsurgery here",
                 where=path,
-                expected="a directory",
+                expected="a real directory",
                 found="a link" if path.is_symlink() else "a file",
                 hint="remove it",
             )

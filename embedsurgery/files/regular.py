@@ -1,4 +1,4 @@
-"""Regular files opened, read and written exactly."""
+"""Opens regular files only, and reads and writes exactly as many bytes as asked for."""
 
 from __future__ import annotations
 
@@ -13,40 +13,45 @@ from embedsurgery.errors import CheckpointError
 
 @contextmanager
 def open_regular(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
-    """A file descriptor of a regular file; anything else (a FIFO, a device, a directory) is refused at once.
+    """Open a regular file and yield its descriptor.
+
+    Args:
+        path: The file.
+        flags: Of ``os.open``.
 
     Raises:
-        CheckpointError: The path is missing, unreadable or no regular file.
+        CheckpointError: The path is missing, unreadable or not a regular file.
     """
     try:
+        # O_NONBLOCK: opening a FIFO for reading would otherwise wait for a writer.
         descriptor = os.open(path, flags | os.O_NONBLOCK | getattr(os, "O_CLOEXEC", 0))
     except OSError as error:
         raise CheckpointError(
-            "cannot open file", where=path, found=error.strerror, hint="is it there, and may you read it?"
+            "cannot open file", where=path, found=error.strerror, hint="check that it exists and is readable"
         ) from error
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise CheckpointError("not a regular file", where=path, hint="put the weights themselves there")
+            raise CheckpointError("not a regular file", where=path, hint="replace it with the file itself")
         yield descriptor
     finally:
         os.close(descriptor)
 
 
 def pread_exactly(descriptor: int, size: int, offset: int) -> bytes:
-    """``size`` bytes at ``offset``.
+    """Read ``size`` bytes at ``offset``.
 
     Raises:
-        CheckpointError: The file ends before.
+        CheckpointError: The file ends earlier.
     """
     parts, got = [], 0
     while got < size:
         part = os.pread(descriptor, min(size - got, 1 << 30), offset + got)
         if not part:
             raise CheckpointError(
-                "a file became shorter while it was read",
+                "file became shorter while it was read",
                 expected=f"{size} bytes at {offset}",
                 found=f"{got} bytes",
-                hint="is something else writing it?",
+                hint="stop the process that writes it",
             )
         parts.append(part)
         got += len(part)
@@ -54,7 +59,7 @@ def pread_exactly(descriptor: int, size: int, offset: int) -> bytes:
 
 
 def pwrite_exactly(descriptor: int, data: bytes, offset: int) -> None:
-    """All of ``data`` at ``offset``, however often the kernel takes only a part."""
+    """Write all of ``data`` at ``offset``."""
     view = memoryview(data)
     while view:
         done = os.pwrite(descriptor, view, offset)

@@ -1,7 +1,8 @@
-"""One safetensors file: its header read strictly, and a streaming writer.
+"""Strict reader of a safetensors header, and a streaming writer.
 
-The library's own reader hides where a tensor's bytes lie and is lax about duplicate keys, so surgery on rows needs
-a reader of its own. Which file holds what, and what the names mean, is ``checkpoint.py``'s and ``names.py``'s.
+Editing rows in place needs the position of each tensor in the file, which the safetensors library does not give. The
+library also accepts duplicate keys. ``stores/checkpoint.py`` reads the files of a whole checkpoint, and
+``graph/from_names.py`` interprets the names of tensors.
 Format: https://huggingface.co/docs/safetensors/index#format
 """
 
@@ -18,13 +19,13 @@ from math import prod
 from pathlib import Path
 from typing import NamedTuple, TypeGuard
 
-from embedsurgery.errors import CheckpointError, named
+from embedsurgery.errors import CheckpointError, name_os_errors
 from embedsurgery.files.json_reading import HEADER, refuse_bomb
 from embedsurgery.files.regular import open_regular, pread_exactly
 from embedsurgery.tensors.raw import ITEMSIZE, RawArray
 
 MAX_HEADER = HEADER.size
-"""Bytes. The safetensors library accepts 100 MB, of which it makes more than a gigabyte of objects."""
+"""Bytes. The safetensors library accepts 100 MB, which would become more than a gigabyte of Python objects."""
 
 _DIMENSIONS = 64
 _SEAL = 32
@@ -33,7 +34,7 @@ _CHUNK = 8 << 20
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """Where a tensor lies: ``[begin, end)`` in bytes from the start of the *file*."""
+    """A tensor in a file: its data is ``[begin, end)``, in bytes from the start of the *file*."""
 
     name: str
     dtype: str
@@ -44,12 +45,12 @@ class Entry:
 
 @dataclass(frozen=True)
 class Header:
-    """A file's header.
+    """The header of a file.
 
     Attributes:
         entries: Tensors by name, in the order of the header.
-        metadata: The ``__metadata__`` strings, empty where there are none.
-        size: Bytes before the first tensor, the length field included.
+        metadata: The ``__metadata__`` strings; empty if there are none.
+        size: Bytes before the first tensor, including the length field.
     """
 
     entries: dict[str, Entry]
@@ -58,119 +59,125 @@ class Header:
 
 
 def read_header(path: Path) -> Header:
-    """The header of a safetensors file, without reading a weight.
+    """Read the header of a safetensors file, and no weights.
 
     Raises:
-        CheckpointError: Whatever is not exactly as the format has it: truncation, overlaps, holes, duplicate keys,
-            sizes that contradict shapes, unknown dtypes.
+        CheckpointError: The file violates the format: it is truncated, has overlaps or gaps between tensors, duplicate
+            keys, unknown dtypes, or sizes that contradict shapes.
     """
     with open_regular(path) as descriptor:
         total = os.fstat(descriptor).st_size
         prefix = os.pread(descriptor, 8, 0)
         if len(prefix) < 8:
-            raise _broken(path, "shorter than the 8 bytes of its length field", "8 bytes", f"{len(prefix)}")
+            raise _file_error(path, "the length field is incomplete", "8 bytes", len(prefix))
         length = int.from_bytes(prefix, "little")
         if length > MAX_HEADER or 8 + length > total:
             limit = min(MAX_HEADER, total - 8)
-            raise _broken(path, "not a safetensors file, or cut short", f"a header of {limit} bytes at most", length)
+            raise _file_error(path, "wrong header size, or truncated", f"a header of at most {limit} bytes", length)
         blob = os.pread(descriptor, length, 8)
     return parse_header(blob, total, path)
 
 
 def parse_header(blob: bytes, total: int, path: Path) -> Header:
-    """As `read_header`, from the JSON's bytes and the whole file's size."""
+    """Parse a header from its JSON bytes and the size of the whole file, as `read_header`."""
     refuse_bomb(blob, HEADER, path)
     try:
-        # the format pads with spaces; the library accepts any white space, as json does
-        hook = partial(_object, {})
-        table = json.loads(blob.decode("utf-8"), object_pairs_hook=hook, parse_constant=_no_constant)
+        # The format pads with spaces. The library accepts any white space, and so does json.
+        hook = partial(_build_object, {})
+        table = json.loads(blob.decode("utf-8"), object_pairs_hook=hook, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
-        raise _broken(path, "the header is no valid JSON", "an object", str(error)) from error
+        raise _file_error(path, "the header is not valid JSON", "an object", error) from error
     if not isinstance(table, dict):
-        raise _broken(path, "the header is no object", "an object", type(table).__name__)
+        raise _file_error(path, "the header is not an object", "an object", type(table).__name__)
     metadata = table.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise _broken(path, "__metadata__ is no object of strings", "strings", type(metadata).__name__)
+        raise _file_error(path, "__metadata__ must map strings to strings", "strings", type(metadata).__name__)
     for name in (*table, *metadata, *metadata.values()):
         if not name.isascii() and any("\ud800" <= c <= "\udfff" for c in name):
-            raise _broken(path, "half a surrogate pair in the header", "text", repr(name))
+            # JSON can escape half of a surrogate pair, which no file system or terminal can encode.
+            raise _file_error(path, "unpaired surrogate in the header", "text", repr(name))
     size = 8 + len(blob)
-    entries = {name: _entry(name, value, size, path) for name, value in table.items()}
+    entries = {name: _parse_entry(name, value, size, path) for name, value in table.items()}
     end = size
     for entry in sorted(entries.values(), key=lambda e: (e.begin, e.end)):
         if entry.begin != end:
-            word = "overlap" if entry.begin < end else "leave a hole"
-            raise _broken(path, f"tensors {word} before {entry.name!r}", f"offset {end - size}", entry.begin - size)
+            what = "the tensor overlaps the one before" if entry.begin < end else "gap before the tensor"
+            raise _file_error(path, what, f"offset {end - size}", entry.begin - size, entry.name)
         end = entry.end
     if end != total:
-        raise _broken(path, "the file's size is not its tensors' end", f"{end} bytes", f"{total} bytes")
+        raise _file_error(path, "the file does not end where its tensors end", f"{end} bytes", f"{total} bytes")
     return Header(entries, metadata, size)
 
 
-def _entry(name: str, value: object, size: int, path: Path) -> Entry:
+def _parse_entry(name: str, value: object, size: int, path: Path) -> Entry:
     if isinstance(value, dict):
-        value = _Described(value.get("dtype"), value.get("shape"), value.get("data_offsets"))
-    if not isinstance(value, _Described):
-        raise _broken(path, f"tensor {name!r} is no object", "an object", type(value).__name__)
+        value = _RawEntry(value.get("dtype"), value.get("shape"), value.get("data_offsets"))
+    if not isinstance(value, _RawEntry):
+        raise _file_error(path, "a tensor's entry is not an object", "an object", type(value).__name__, name)
     dtype, shape, offsets = value
     if not isinstance(dtype, str) or dtype not in ITEMSIZE:
-        raise _broken(path, f"tensor {name!r} has an unknown dtype", "one of " + ", ".join(ITEMSIZE), dtype)
-    if not _is_naturals(shape, _DIMENSIONS):
-        raise _broken(path, f"tensor {name!r} has a bad shape", "a list of sizes", shape)
-    if not _is_naturals(offsets, 2) or len(offsets) != 2:
-        raise _broken(path, f"tensor {name!r} has bad data_offsets", "[begin, end]", offsets)
+        raise _file_error(path, "unknown dtype", "one of " + ", ".join(ITEMSIZE), dtype, name)
+    if not _are_sizes(shape, _DIMENSIONS):
+        raise _file_error(path, "invalid shape", f"a list of at most {_DIMENSIONS} sizes", shape, name)
+    if not _are_sizes(offsets, 2) or len(offsets) != 2:
+        raise _file_error(path, "invalid data_offsets", "[begin, end]", offsets, name)
     begin, end = offsets
     expected = prod(shape) * ITEMSIZE[dtype]
     if end - begin != expected:
-        raise _broken(path, f"tensor {name!r} has offsets that contradict its shape", f"{expected} bytes", end - begin)
+        raise _file_error(path, "data_offsets contradict the shape", f"{expected} bytes", end - begin, name)
     return Entry(name, dtype, tuple(shape), size + begin, size + end)
 
 
-def _is_naturals(value: object, most: int) -> TypeGuard[Sequence[int]]:
+def _are_sizes(value: object, most: int) -> TypeGuard[Sequence[int]]:
+    """Whether a value is a list of at most so many integers from 0 to 2**63 - 1."""
     if not isinstance(value, (list, tuple)) or len(value) > most:
         return False
+    # Not isinstance: True is an int in Python, and no size in JSON.
     return all(type(v) is int and 0 <= v < 2**63 for v in value)
 
 
-class _Described(NamedTuple):
-    """What a header says of a tensor; a third of the memory that the object would take, of which there are many."""
+class _RawEntry(NamedTuple):
+    """A tensor's entry as parsed. A tuple takes a third of the memory of a dict, and headers have very many."""
 
     dtype: object
     shape: object
     data_offsets: object
 
 
-def _object(shapes: dict[tuple[int, ...], tuple[int, ...]], pairs: list[tuple[str, object]]) -> object:
-    """An object of a header; equal shapes become one."""
-    table = _unique(pairs)
+def _build_object(shapes: dict[tuple[int, ...], tuple[int, ...]], pairs: list[tuple[str, object]]) -> object:
+    """Build an object of a header; equal shapes share one tuple."""
+    table = _refuse_duplicate_keys(pairs)
     if table.keys() != {"dtype", "shape", "data_offsets"}:
         return table
     dtype, shape, offsets = table["dtype"], table["shape"], table["data_offsets"]
     if isinstance(dtype, str):
         dtype = sys.intern(dtype)
-    if _is_naturals(shape, _DIMENSIONS):
+    if _are_sizes(shape, _DIMENSIONS):
         shape = shapes.setdefault(tuple(shape), tuple(shape))
-    return _Described(dtype, shape, tuple(offsets) if isinstance(offsets, list) else offsets)
+    return _RawEntry(dtype, shape, tuple(offsets) if isinstance(offsets, list) else offsets)
 
 
-def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+def _refuse_duplicate_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """Return the pairs as a dict. Readers differ in which of two equal keys they take."""
     table: dict[str, object] = {}
     for name, value in pairs:
         if name in table:
-            raise ValueError(f"key {name!r} stands twice")
+            raise ValueError(f"duplicate key {name!r}")
         table[name] = value
     return table
 
 
-def _no_constant(word: str) -> object:
-    raise ValueError(f"{word} is no JSON")
+def _refuse_constant(word: str) -> object:
+    """Refuse NaN and Infinity, which Python's parser accepts."""
+    raise ValueError(f"{word} is not JSON")
 
 
-def _broken(path: Path, what: str, expected: object, found: object) -> CheckpointError:
+def _file_error(path: Path, what: str, expected: object, found: object, tensor: str | None = None) -> CheckpointError:
+    """The error for a file that violates the format."""
     shown = str(found)
     return CheckpointError(
-        f"broken safetensors file: {what}",
-        where=path,
+        f"invalid safetensors file: {what}",
+        where=path if tensor is None else f"{path}: {tensor[:100]}",
         expected=expected,
         found=shown if len(shown) < 200 else shown[:200] + "...",
         hint="download or save the file again",
@@ -178,7 +185,7 @@ def _broken(path: Path, what: str, expected: object, found: object) -> Checkpoin
 
 
 def read_tensor(descriptor: int, entry: Entry) -> RawArray:
-    """All of a tensor, as raw bytes."""
+    """Read all of a tensor."""
     return RawArray(entry.dtype, entry.shape, pread_exactly(descriptor, entry.end - entry.begin, entry.begin))
 
 
@@ -197,7 +204,12 @@ class TensorSource:
 
 
 def encode_header(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
-    """The length field and the padded JSON for tensors that follow one another in the order given."""
+    """Return the length field and the padded JSON for tensors that are stored in the given order.
+
+    Args:
+        tensors: Name -> (dtype, shape).
+        metadata: The ``__metadata__`` strings.
+    """
     table: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
     for name, (dtype, shape) in tensors.items():
@@ -212,28 +224,30 @@ def encode_header(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: 
 def write_file(
     path: Path, tensors: Mapping[str, TensorSource], metadata: Mapping[str, str], *, seal: str | None = None
 ) -> None:
-    """Write a new safetensors file, chunk by chunk, and fsync it. Its mode is the umask's. A failure leaves no file.
+    """Write a new safetensors file, chunk by chunk, and fsync it. A failure leaves no file.
 
-    Tensors are laid out widest dtype first, then by name, as the library does, so that each is aligned.
+    The file mode follows the umask. Tensors are sorted by dtype, the widest first, and then by name, as the library
+    sorts them, so that each is aligned.
 
     Args:
-        path: Where.
-        tensors: By name.
+        path: The new file.
+        tensors: Name -> tensor.
         metadata: The ``__metadata__`` strings.
-        seal: The name of one more tensor, U8 (32,), at the end: the sha256 of all bytes before it.
+        seal: Name of an additional last tensor, U8 (32,): the sha256 of all bytes before it.
 
     Raises:
         FileExistsError: The path exists.
+        ValueError: The chunks of a tensor are not as many bytes as its shape.
     """
     names = sorted(tensors, key=lambda n: (-ITEMSIZE[tensors[n].dtype], n))
     shapes: dict[str, tuple[str, tuple[int, ...]]] = {n: (tensors[n].dtype, tensors[n].shape) for n in names}
     header = encode_header(shapes if seal is None else {**shapes, seal: ("U8", (_SEAL,))}, metadata)
     digest = hashlib.sha256(header) if seal is not None else None
-    with named(path), open(path, "xb") as file:
+    with name_os_errors(path), open(path, "xb") as file:
         try:
             file.write(header)
             for name in names:
-                for chunk in _checked(name, tensors[name]):
+                for chunk in _check_chunks(name, tensors[name]):
                     file.write(chunk)
                     if digest is not None:
                         digest.update(chunk)
@@ -246,32 +260,32 @@ def write_file(
             raise
 
 
-def _checked(name: str, tensor: TensorSource) -> Iterator[bytes]:
-    """A tensor's chunks, which must be as many bytes as its shape has."""
+def _check_chunks(name: str, tensor: TensorSource) -> Iterator[bytes]:
+    """Yield the chunks of a tensor, and check that they add up to its shape."""
     written = 0
     for chunk in tensor.chunks:
         yield chunk
         written += len(chunk)
     expected = prod(tensor.shape) * ITEMSIZE[tensor.dtype]
     if written != expected:
-        raise ValueError(f"{name}: {written} bytes given for a shape of {expected}")
+        raise ValueError(f"{name}: got {written} bytes, but its shape has {expected}")
 
 
 def check_seal(path: Path, header: Header, seal: str) -> None:
-    """See that a file is what `write_file` sealed; reads all of it, in bounded memory.
+    """Check the checksum that `write_file` put at the end of a file. Reads the whole file, in bounded memory.
 
     Raises:
-        CheckpointError: It has no seal, or the seal is not of these bytes.
+        CheckpointError: The checksum is missing or wrong.
     """
     entry = header.entries.get(seal)
     if entry is None or (entry.dtype, entry.shape) != ("U8", (_SEAL,)):
-        raise _broken(path, "no checksum at its end", f"tensor {seal}", "none")
+        raise _file_error(path, "missing checksum", f"tensor {seal}", "none")
     digest = hashlib.sha256()
     with open_regular(path) as descriptor:
         if os.fstat(descriptor).st_size != entry.end:
-            raise _broken(path, "the checksum is not at its end", entry.end, os.fstat(descriptor).st_size)
+            raise _file_error(path, "the checksum is not at the end", entry.end, os.fstat(descriptor).st_size)
         for start in range(0, entry.begin, _CHUNK):
             digest.update(pread_exactly(descriptor, min(_CHUNK, entry.begin - start), start))
         found = pread_exactly(descriptor, _SEAL, entry.begin)
     if found != digest.digest():
-        raise _broken(path, "the checksum is not that of its bytes", digest.hexdigest(), found.hex())
+        raise _file_error(path, "wrong checksum", digest.hexdigest(), found.hex())

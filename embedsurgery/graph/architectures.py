@@ -1,7 +1,7 @@
-"""What is known of architectures by name, and what a config says of its own: data, and the reading of it.
+"""What is known of architectures by name, and what a config says about its own architecture.
 
-A checkpoint of an architecture that is not here reads by its names, shapes and bytes (``names.py``); an entry is for
-what those do not tell. Packages bring more through the hook ``embedsurgery_layouts``.
+Most checkpoints need no entry here: ``from_names.py`` reads their names, shapes and bytes. An entry has what those do
+not tell. Plugins add entries with the hook ``embedsurgery_layouts``.
 """
 
 from __future__ import annotations
@@ -11,26 +11,26 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from embedsurgery.graph.config import TEXT_SECTIONS
+from embedsurgery.graph.config import TEXT_SECTIONS, TIE_FLAG
 
 LANGUAGE_MODEL = re.compile(
     r"LMHead|DoubleHeads|MTModel|EncoderDecoderModel|GenerationDecoder|"
     r"For(CausalLM|MaskedLM|PreTraining|ConditionalGeneration|BlockDiffusion|\w*2Text|\w*2Seq|\w*ToText)"
 )
-"""Classes in a config's ``architectures`` that project to the vocabulary."""
+"""Names of classes, in a config's ``architectures``, that project to the vocabulary."""
 
 STACKS = ("encoder", "decoder", "text_encoder", "text_decoder")
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What the files of one architecture do not say by themselves.
+    """What the files of one architecture do not tell.
 
     Attributes:
-        head: Module path, in the language model, of a projection that is tied and not stored; "" if none is.
-        ties: {target: origin}: ends of module paths, after one prefix, that are one table; the target need
-            not be stored.
-        forced: The model ties even where the config says that it does not.
+        head: Module path, in the language model, of a head that is tied and not stored; "" if there is none.
+        ties: {target: origin}: ends of module paths that share one table if the paths before them are equal. The target
+            may be missing from the files.
+        forced: Whether the model ties even if the config says that it does not.
     """
 
     head: str = "lm_head"
@@ -40,10 +40,11 @@ class Layout:
 
 ARCHITECTURES: Mapping[str, Layout] = {
     **dict.fromkeys(("canary", "moonshine", "moonshine_streaming", "whisper"), Layout(head="proj_out")),
-    # T5 1.1's flag is False for its head, and says nothing of the shared table
+    # T5 1.1's flag is False because its head is untied; encoder and decoder still share one table.
     **dict.fromkeys(("longt5", "mt5", "pop2piano", "t5", "udop", "umt5"), Layout(forced=True)),
     **dict.fromkeys(("biogpt", "trocr"), Layout(head="output_projection")),
-    **dict.fromkeys(("dia", "perceiver"), Layout(head="")),  # to audio codes; by a function, not a module
+    # Dia's head projects to audio codes. Perceiver's head is a function, not a module.
+    **dict.fromkeys(("dia", "perceiver"), Layout(head="")),
     "bert-generation": Layout(head="lm_head.decoder"),
     "blt": Layout(ties={"model.local_encoder.embed_tokens": "lm_head"}),
     "diffusion_gemma": Layout(ties={"encoder.language_model.embed_tokens": "decoder.embed_tokens"}),
@@ -57,18 +58,18 @@ ARCHITECTURES: Mapping[str, Layout] = {
     "t5gemma": Layout(head="lm_head.out_proj"),
     "t5gemma2": Layout("lm_head.out_proj", {"decoder.embed_tokens": "encoder.embed_tokens"}),
 }
-"""Architectures that need telling, by ``model_type`` or class name, as in a config or its text section."""
+"""Layouts of the architectures that need one, by ``model_type`` or class name, as in a config or its text section."""
 
 
-def tie_flag(config: Mapping[str, Any] | None) -> bool | None:
-    """Whether a config says that the head is tied: ``tie_word_embeddings`` of it and of its text sections.
+def read_tie_flag(config: Mapping[str, Any] | None) -> bool | None:
+    """Return whether a config says that the head is tied: ``tie_word_embeddings`` of the config and its text sections.
 
-    None where they contradict each other or nothing is said. Transformers before 5 left the flag out of a
-    config where it was True; since then its absence means nothing.
+    None if they contradict each other or are missing. Before version 5, transformers left the flag out of the file when
+    it was True, so a missing flag means True there.
     """
     if config is None:
         return None
-    found = [section.get("tie_word_embeddings") for section in _sections(config)]
+    found = [section.get(TIE_FLAG) for section in _text_sections(config)]
     flags = {flag for flag in found if isinstance(flag, bool)}
     if flags:
         return flags.pop() if len(flags) == 1 else None
@@ -77,27 +78,27 @@ def tie_flag(config: Mapping[str, Any] | None) -> bool | None:
 
 
 def is_language_model(config: Mapping[str, Any] | None) -> bool:
-    """Whether the config's architectures have a projection to the vocabulary."""
-    return any(LANGUAGE_MODEL.search(name) for name in _classes(config or {}))
+    """Whether a class in the config's ``architectures`` projects to the vocabulary."""
+    return any(LANGUAGE_MODEL.search(name) for name in _class_names(config or {}))
 
 
-def _classes(config: Mapping[str, Any]) -> list[str]:
+def layout_of(config: Mapping[str, Any] | None, architectures: Mapping[str, Layout]) -> Layout:
+    """Return the layout of the config's class or ``model_type``, or of its text section's; else the default layout."""
+    for section in _text_sections(config or {}):
+        for key in (*_class_names(section), section.get("model_type")):
+            if isinstance(key, str) and key in architectures:
+                return architectures[key]
+    return Layout()
+
+
+def _class_names(config: Mapping[str, Any]) -> list[str]:
     names = config.get("architectures")
     return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
 
 
-def _sections(config: Mapping[str, Any], depth: int = 3) -> Iterator[Mapping[str, Any]]:
-    """A config and the configs of its language model, the outermost first."""
+def _text_sections(config: Mapping[str, Any], depth: int = 3) -> Iterator[Mapping[str, Any]]:
+    """Iterate a config and the nested configs of its language model, the outermost first."""
     yield config
     for key in TEXT_SECTIONS:
         if isinstance(config.get(key), Mapping) and depth:
-            yield from _sections(config[key], depth - 1)
-
-
-def layout_of(config: Mapping[str, Any] | None, architectures: Mapping[str, Layout]) -> Layout:
-    """The entry of the config's class or ``model_type``, or of its text section's; else what holds for most."""
-    for section in _sections(config or {}):
-        for key in (*_classes(section), section.get("model_type")):
-            if isinstance(key, str) and key in architectures:
-                return architectures[key]
-    return Layout()
+            yield from _text_sections(config[key], depth - 1)

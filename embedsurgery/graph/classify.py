@@ -1,4 +1,7 @@
-"""Modules that may be embeddings and are of no known class: what a plugin is asked of one, and what it answers."""
+"""What a plugin's classifier is asked about a module of an unknown class, and what it answers.
+
+``from_modules.py`` calls the classifier. ``plugins/hookspecs.py`` has the hook that registers one.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +17,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class UnknownModule:
-    """A module with a two-dimensional parameter, of which the walker knows no use.
+    """A module with a two-dimensional parameter whose use the walker does not know.
 
     Attributes:
         path: Dotted path in the model.
         type_name: ``module.QualifiedName`` of its class.
-        shapes: (Name, shape) of each of its own parameters.
-        module: The module, to be looked at and not changed.
+        shapes: (name, shape) of each parameter of the module itself.
+        module: The module, for reading only.
     """
 
     path: str
@@ -31,14 +34,14 @@ class UnknownModule:
 
 @dataclass(frozen=True)
 class EmbeddingModule:
-    """What a plugin knows of an unknown module: it is a lookup or a projection.
+    """A classifier's answer: the module is a lookup or a projection.
 
     Attributes:
         role: "input" for a lookup by token ids, "output" for a projection to logits.
-        parameter: Its parameter that holds the table.
-        kind: "vocabulary" where rows are token ids, "unknown" where a table is edited only when named.
-        scale: Factor that the lookup multiplies its rows by.
-        transposed: The parameter is stored (D, V).
+        parameter: Name of the parameter that holds the table.
+        kind: "vocabulary" if rows are token ids, "unknown" for a table that is edited only when it is named.
+        scale: Factor that the lookup multiplies its rows by, None without one.
+        transposed: Whether the parameter is stored (D, V).
     """
 
     role: Role
@@ -49,4 +52,4 @@ class EmbeddingModule:
 
 
 Classify = Callable[[UnknownModule], EmbeddingModule | None]
-"""Says what a module is, None for a stranger."""
+"""Classifies a module; None if the classifier does not know it."""

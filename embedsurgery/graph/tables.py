@@ -1,7 +1,7 @@
-"""What the walkers return: tables, their aliases and sites, and vocabularies, as frozen data.
+"""The graph as frozen data: tables, their aliases and sites, and vocabularies.
 
-Nothing here touches a tensor or a file. ``walker.py`` makes graphs from modules, ``names.py`` from the tensor names
-of a checkpoint or a state dict.
+Nothing here accesses a tensor or a file. ``from_modules.py`` builds graphs from modules, ``from_names.py`` from the
+tensor names of a checkpoint or a state dict.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ class Site:
         module: Dotted module path; "" is the root.
         role: "input" for a lookup, "output" for a projection to logits.
         parameter: Attribute of the module that holds the table.
-        scale: Factor that the lookup multiplies its rows by, None where there is none.
-        bias: Full name of the per-token bias that is added to the projection, None where there is none.
-        padding_idx: Row that the lookup gives no gradient, None where there is none.
-        transposed: The parameter is stored (D, V).
+        scale: Factor that the lookup multiplies its rows by, None without one.
+        bias: Full name of the per-token bias that is added to the logits, None without one.
+        padding_idx: Row for which the lookup computes no gradient, None without one.
+        transposed: Whether the parameter is stored (D, V).
     """
 
     module: str
@@ -42,18 +42,19 @@ class Site:
 
 @dataclass(frozen=True)
 class Table:
-    """One vocabulary-indexed memory of shape (V, D); rows are token ids.
+    """A tensor of shape (V, D) whose rows are token ids, under all its names.
 
     Attributes:
         name: Parameter name, or the tensor's key on disk.
-        aliases: Other names over the same memory. In a checkpoint: names that loading ties to this table,
-            whether they are stored again or not.
-        shape: (V, D), whatever way round it is stored.
+        aliases: Other names over the same memory. In a checkpoint, names that loading ties to this table, whether or
+            not they are stored too.
+        shape: (V, D), also if it is stored transposed.
         dtype: safetensors' string, such as "BF16".
-        sites: Where it is used.
-        kind: "vocabulary", or "unknown" for a table that may as well hold positions: edited only when named.
-        transposed: The names (of name and aliases) that are stored (D, V).
-        files: In a checkpoint: stored name -> file, one entry for each stored copy. Empty in memory.
+        sites: The modules that use it, lookups first.
+        kind: "vocabulary", or "unknown" for a table that may hold something else, such as positions, and is edited only
+            when it is named.
+        transposed: The names, of name and aliases, that are stored (D, V).
+        files: In a checkpoint, (stored name, file) of each stored copy. Empty in memory.
     """
 
     name: str
@@ -72,7 +73,7 @@ class Table:
 
     @property
     def modules(self) -> tuple[str, ...]:
-        """Paths of the modules that hold the table under any name, in the order of `names`."""
+        """Paths of the modules that hold the table, in the order of `names`."""
         return tuple(dict.fromkeys(name.rpartition(".")[0] for name in self.names))
 
     @property
@@ -101,12 +102,12 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class EmbeddingGraph:
-    """All tables of a model or checkpoint; the main input table comes first.
+    """All tables of a model or checkpoint, the main input table first.
 
     Attributes:
         tables: Every table, of either kind.
-        vocabularies: The tables of kind "vocabulary", grouped by the row numbers they share.
-        input: Name of the table that the whole model looks its input ids up in, None where nothing says which.
+        vocabularies: The tables with a row for each token, grouped by the row numbers that they share.
+        input: Name of the table in which the whole model looks up its input ids, None if unknown.
         source: What was walked, for messages: a class name or a path.
     """
 
@@ -120,41 +121,41 @@ class EmbeddingGraph:
         self._by_name.update({name: table for table in self.tables for name in table.names})
 
     def table(self, name: str) -> Table:
-        """The table with exactly this parameter name, among names and aliases.
+        """Return the table with this name or alias.
 
         Raises:
-            TableError: There is none; the message lists those there are.
+            TableError: There is none. The error lists the tables.
         """
         try:
             return self._by_name[name]
         except KeyError:
-            raise self.no_table(f"no table is called {name!r}") from None
+            raise self.table_error("there is no such table", repr(name)) from None
 
     def find(self, name: str) -> Table | None:
-        """As `table`, with None in place of an error."""
+        """Return the table with this name or alias, None if there is none."""
         return self._by_name.get(name)
 
     def vocabulary_of(self, table: Table) -> Vocabulary:
-        """The vocabulary that a table is of.
+        """Return the vocabulary that a table belongs to.
 
         Raises:
-            TableError: It is of none: its rows may stand for something else than tokens.
+            TableError: It belongs to none: its rows may not be tokens.
         """
         for vocabulary in self.vocabularies:
             if table.name in vocabulary.tables:
                 return vocabulary
-        raise self.no_table(f"{table.name} is not known to be a vocabulary")
+        raise self.table_error("the rows of this table may not be tokens", f"{table.name} (vocabulary)")
 
     def select(self, targets: str | Iterable[str]) -> tuple[Table, ...]:
-        """The tables that PEFT's ``target_modules`` mean, in the graph's order, each once.
+        """Return the tables that ``target_modules`` selects as in PEFT, each once and in the graph's order.
 
         Args:
-            targets: A list of names, each of which must fit a module or parameter whole or at its end after a dot
-                ("embed_tokens" fits "model.embed_tokens"); or one string, a regular expression for whole
-                module paths, or else a name as in a list.
+            targets: A list of names. A name selects a parameter of that name, and modules whose path is the name or
+                ends with it after a dot: "embed_tokens" selects "model.embed_tokens". Or one string: a regular
+                expression for whole paths of modules or parameters or, if it matches none, a name.
 
         Raises:
-            TableError: A target that fits no table.
+            TableError: A target selects no table.
         """
         if isinstance(targets, str):
             try:
@@ -167,15 +168,15 @@ class EmbeddingGraph:
         for target in targets:
             fits = [t for t in self.tables if target in t.names or any(_ends(n, target) for n in t.modules)]
             if not fits:
-                raise self.no_table(f"target_modules names {target!r}, which is no embedding table")
+                raise self.table_error("target_modules selects no embedding table", repr(target))
             chosen.extend(fits)
         return tuple(t for t in self.tables if t in chosen)
 
     def main_input(self) -> Table:
-        """The table of the model's input ids: `input`, else the one called ``embed_tokens``, else the one vocabulary.
+        """Return the table of the model's input ids: `input`, else ``embed_tokens``, else the only vocabulary.
 
         Raises:
-            TableError: Neither is there, or several are called so; the message lists the candidates.
+            TableError: There is none, or more than one. The error lists the tables.
         """
         if self.input is not None:
             return self.table(self.input)
@@ -185,13 +186,13 @@ class EmbeddingGraph:
         vocabulary = [t for t in self.tables if t.kind == "vocabulary" and "input" in t.roles]
         if len(vocabulary) == 1:
             return vocabulary[0]
-        raise self.no_table("which table holds the input embeddings is not known")
+        raise self.table_error("the input embeddings cannot be identified")
 
-    def no_table(self, what: str) -> TableError:
-        """An error that lists what there is to choose from."""
-        found = ", ".join(f"{t.name} {list(t.shape)} ({t.kind})" for t in self.tables) or "no embedding table at all"
-        hint = "name one in target_modules" if self.tables else None
-        return TableError(what, where=self.source, found=found, hint=hint)
+    def table_error(self, what: str, expected: str | None = None) -> TableError:
+        """Return an error that lists the tables."""
+        found = ", ".join(f"{t.name} {list(t.shape)} ({t.kind})" for t in self.tables) or "no embedding table"
+        hint = "name a table in target_modules" if self.tables else None
+        return TableError(what, where=self.source, expected=expected, found=found, hint=hint)
 
 
 def _ends(name: str, suffix: str) -> bool:

@@ -1,6 +1,7 @@
-"""How other libraries wrap a model, and the names that its parts have without them. Needs neither torch nor them.
+"""Unwraps models that other libraries wrapped, and gives tensors the names that they have without the wrappers.
 
-An adapter made on a wrapped model must fit the plain base, on disk as well, and the other way round.
+An adapter that was created on a wrapped model must fit the plain base, on disk too, and the other way round. Imports
+neither torch nor the libraries.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ if TYPE_CHECKING:
 
 _PREFIXES = ("base_model.model.",)
 _PARTS = frozenset({"base_layer", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
-"""Path components that PEFT's layers, torch.compile, FSDP and activation checkpointing put in."""
+"""Path components that PEFT's layers, torch.compile, FSDP and activation checkpointing insert."""
 
 
 def plain_name(name: str) -> str:
-    """A tensor's or module's name as it is in the model without wrappers.
+    """Return the name that a tensor or module has in the model without wrappers.
 
     PEFT's "base_model.model.model.embed_tokens.base_layer.weight" is "model.embed_tokens.weight".
     """
@@ -28,21 +29,21 @@ def plain_name(name: str) -> str:
 
 
 def base_layer(module: nn.Module) -> nn.Module:
-    """The layer of the base inside a PEFT layer; any other module itself."""
-    while (inside := _inside(module)) is not None:
+    """Return the base's layer inside a PEFT layer, or the module itself if it is not a PEFT layer."""
+    while (inside := _wrapped_layer(module)) is not None:
         module = inside
     return module
 
 
-def _inside(module: nn.Module) -> nn.Module | None:
+def _wrapped_layer(module: nn.Module) -> nn.Module | None:
     return module._modules.get("base_layer") if hasattr(type(module), "get_base_layer") else None
 
 
 def submodule(model: nn.Module, path: str) -> nn.Module:
-    """As ``model.get_submodule``, for a path from before or after PEFT put its layers in.
+    """Return a submodule as ``model.get_submodule`` does, with or without the components of PEFT's layers in the path.
 
     Raises:
-        AttributeError: There is none.
+        AttributeError: There is no such module.
     """
     module = base_layer(model)
     for part in path.split("."):
@@ -51,29 +52,31 @@ def submodule(model: nn.Module, path: str) -> nn.Module:
     return module
 
 
-def merged_layer(model: nn.Module, path: str) -> bool | None:
-    """Whether the PEFT layer around a module is merged into it; None where there is no such layer.
+def is_layer_merged(model: nn.Module, path: str) -> bool | None:
+    """Return whether the PEFT layer around a module is merged into it, None without such a layer.
 
     Args:
         model: A model, or a wrapper of it.
-        path: Of the module, from before or after PEFT put its layers in.
+        path: Path of the module, with or without the components of PEFT's layers.
     """
     *above, leaf = [part for part in path.split(".") if part and part != "base_layer"] or [""]
     try:
         module = submodule(model, ".".join(above)).get_submodule(leaf)
     except AttributeError:
         return None
-    return None if _inside(module) is None else bool(getattr(module, "merged", False))
+    return None if _wrapped_layer(module) is None else bool(getattr(module, "merged", False))
 
 
-def beside_base_layer(module: nn.Module) -> list[str]:
-    """Names of a PEFT layer's children that are no part of the base, such as ``lora_A``."""
-    return [] if _inside(module) is None else [name for name in module._modules if name != "base_layer"]
+def added_children_of(module: nn.Module) -> list[str]:
+    """Return the names of the children that a PEFT layer adds to the base's, such as ``lora_A``."""
+    return [] if _wrapped_layer(module) is None else [name for name in module._modules if name != "base_layer"]
 
 
 def base_of(model: nn.Module) -> nn.Module:
-    """The model inside a ``PeftModel``, which keeps its class there and outlives it, or inside what ``torch.compile``
-    gave, which runs it; any other model itself.
+    """Return the model inside a ``PeftModel`` or a compiled model, or the model itself if it is neither.
+
+    PEFT changes the inner model in place and keeps its class, and the inner model stays when the ``PeftModel`` is gone.
+    A compiled model runs its inner model.
     """
     peft = sys.modules.get("peft")
     while True:

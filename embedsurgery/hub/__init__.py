@@ -1,11 +1,12 @@
 """Adapters and models on the Hugging Face Hub.
 
-``ids.py`` says what an id is and ``auth.py`` which token applies; ``client.py`` talks to the Hub and ``faults.py``
-explains its errors. ``headers.py`` reads a model's headers by range requests, ``range_store.py`` its rows, and
-``as_directory.py`` downloads it for a while. ``pulling.py``, ``pushing.py`` and ``commits.py`` move adapters. Merges
-are not known here: see ``checkpoints/hub_merging.py``.
+``ids.py`` parses ids and ``auth.py`` holds the current token. ``client.py`` sends requests and ``faults.py`` turns what
+fails into a `HubError`. ``headers.py`` reads a model's headers by range requests, ``range_store.py`` its rows, and
+``as_directory.py`` makes it a temporary directory. ``pulling.py``, ``pushing.py``, ``commits.py`` and ``card.py`` move
+adapters. Merged models are pushed by ``checkpoints/hub_merging.py``.
 
-huggingface_hub is loaded when one of these functions is first used.
+huggingface_hub is imported when one of these functions first needs it, so that work on local directories never loads
+it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from embedsurgery.errors import HubError
 from embedsurgery.hub.auth import Token, using_token
 from embedsurgery.hub.ids import HubId, find_id, read_source
 
@@ -26,12 +28,13 @@ _LAZY = {
     "PushReport": "commits",
     "pull": "pulling",
     "open_remote": "range_store",
-    "downloaded": "as_directory",
-    "pinned": "as_directory",
+    "download_model": "as_directory",
+    "pin_revision": "as_directory",
 }
+"""Name -> the module of this package that has it."""
 
 if TYPE_CHECKING:
-    from embedsurgery.hub.as_directory import downloaded, pinned
+    from embedsurgery.hub.as_directory import download_model, pin_revision
     from embedsurgery.hub.commits import PushReport
     from embedsurgery.hub.pulling import pull
     from embedsurgery.hub.pushing import push
@@ -43,10 +46,10 @@ __all__ = [
     "Token",
     "check_installed",
     "directory",
-    "downloaded",
+    "download_model",
     "find_id",
     "open_remote",
-    "pinned",
+    "pin_revision",
     "pull",
     "push",
     "read_source",
@@ -56,24 +59,26 @@ __all__ = [
 
 @contextmanager
 def directory(model: str | os.PathLike[str], *, adapters: bool = False) -> Iterator[Path]:
-    """Inside, a model as a directory: the one that is there, else what a merge needs of the model of that id.
+    """Yield a model as a directory: a local one as it is, a Hub id as a temporary download.
 
     Args:
-        model: A directory, or an id.
-        adapters: Let the id be that of a PEFT adapter, too.
+        model: A directory, or a Hub id.
+        adapters: Accept the id of a PEFT adapter too.
+
+    Raises:
+        HubError: The Hub does not give the model.
+        CheckpointError: The repository has no safetensors weights.
     """
-    remote = find_id(model)
-    if remote is None:
+    hub_id = find_id(model)
+    if hub_id is None:
         yield Path(model)
         return
-    from embedsurgery.hub import downloaded
-
-    with downloaded(remote, adapters=adapters) as (folder, _):
+    with _import("as_directory").download_model(hub_id, adapters=adapters) as (folder, _):
         yield folder
 
 
 def check_installed() -> None:
-    """Import what talks to the Hub.
+    """Import the module that sends requests.
 
     Raises:
         HubError: huggingface_hub is missing or too old.
@@ -82,8 +87,6 @@ def check_installed() -> None:
 
 
 def _import(module: str) -> ModuleType:
-    from embedsurgery.errors import HubError
-
     try:
         return import_module(f"embedsurgery.hub.{module}")
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""The token that a piece of work uses throughout, such as the one that ``--token`` gives. Loads nothing."""
+"""The Hub token of the current context, such as the one that ``--token`` gives. Imports nothing else."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from contextvars import ContextVar
 Token = str | bool | None
 """As huggingface_hub takes it: a token, False for none, None for HF_TOKEN or the stored login."""
 
-_given: ContextVar[Token] = ContextVar("_given", default=None)
+_current: ContextVar[Token] = ContextVar("_current", default=None)
 
 
 @contextmanager
 def using_token(token: Token) -> Iterator[None]:
-    """Inside, the Hub is asked with this token wherever a call is given none."""
-    before = _given.set(token)
+    """Use this token inside the block for every request that is given no token of its own."""
+    before = _current.set(token)
     try:
         yield
     finally:
-        _given.reset(before)
+        _current.reset(before)
 
 
-def chosen(token: Token) -> Token:
-    """The token of a call, or of the work that it is part of."""
-    return _given.get() if token is None else token
+def resolve_token(token: Token) -> Token:
+    """Return a call's own token, or else that of `using_token`."""
+    return _current.get() if token is None else token

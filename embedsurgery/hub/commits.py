@@ -1,4 +1,8 @@
-"""One commit to the Hub: made on the commit that was looked at, never repeated, found where its answer was lost."""
+"""One commit to the Hub: made on the commit that was read before, never sent twice.
+
+If the response is lost, the commit is looked for on the Hub instead. ``pushing.py`` and ``checkpoints/hub_merging.py``
+say what goes into it.
+"""
 
 from __future__ import annotations
 
@@ -12,20 +16,21 @@ from huggingface_hub.errors import FileDuplicationError, HfHubHTTPError, Reposit
 from huggingface_hub.hf_api import ModelInfo
 
 from embedsurgery.errors import ConfigError, HubError
-from embedsurgery.hub.client import Client, RemoteFile, Snapshot
-from embedsurgery.hub.faults import faults, status_of
+from embedsurgery.hub.client import Client, Snapshot
+from embedsurgery.hub.faults import status_of, translate_errors
 
 Content = bytes | Path
-"""A file's bytes, or where they lie."""
+"""A file's bytes, or the path of a local file."""
 
-_LOOKS = 3
-"""How often the Hub is asked whether a commit landed whose answer was lost."""
+_LOOKUPS = 3
+"""How often a commit whose response was lost is looked for."""
 
 _PAUSE = 1.0
+"""Between lookups, in seconds."""
 
 
-class CopyRefused(HubError):
-    """The Hub has not copied large files from one repository to another; nothing was committed."""
+class CopyRefusedError(HubError):
+    """The Hub refused to copy large files from another repository; nothing was committed."""
 
 
 @dataclass(frozen=True)
@@ -34,17 +39,17 @@ class PushReport:
 
     Attributes:
         repo: ``org/name``.
-        url: The commit's page, or the pull request's.
-        sha: The commit that holds what was pushed.
-        changed: False where it was there already, and nothing was committed.
-        created: Whether the repository was made.
-        private: Whether only those with access see it; None where the Hub does not say.
-        pull_request: The pull request's page, if one was opened.
+        url: The page of the commit, or of the pull request.
+        sha: The commit that has the pushed files.
+        changed: False if the files were there already and nothing was committed.
+        created: Whether the repository was created.
+        private: Whether the repository is private; None if the Hub does not say.
+        pull_request: The page of the pull request, if one was opened.
         tag: The tag that was set, if any.
-        recognised: The commit's answer was lost, and it was found on the Hub.
-        uploaded: Path -> bytes that were sent.
-        copied: Paths that the Hub copied by itself.
-        left_out: Paths of the base that were not taken over.
+        recognised: Whether the commit's response was lost and the commit was found on the Hub.
+        uploaded: Path -> bytes that were uploaded.
+        copied: Paths of files that the Hub copied.
+        left_out: Paths of the base's files that were not pushed.
     """
 
     repo: str
@@ -66,26 +71,53 @@ class Target:
     """Where a commit goes.
 
     Attributes:
-        at: The commit that it is made on.
-        branch: The branch, None for the default one.
-        created: Whether the repository was made.
-        private: Whether it is private, None where the Hub does not say.
+        snapshot: Its parent commit.
+        branch: The branch, None for the default branch.
+        created: Whether the repository was created for it.
+        private: Whether the repository is private, None if the Hub does not say.
     """
 
-    at: Snapshot
+    snapshot: Snapshot
     branch: str | None
     created: bool
     private: bool | None
 
+    def __str__(self) -> str:
+        return f"{self.snapshot.repo}@{self.branch}" if self.branch else self.snapshot.repo
 
-def prepare(client: Client, repo: str, *, private: bool, branch: str | None, create_branch: bool) -> Target:
-    """The repository and the branch, made where they are not there yet.
+
+@dataclass(frozen=True)
+class _Change:
+    """What a commit changes: path -> content, files that the Hub copies, and whether it opens a pull request."""
+
+    files: Mapping[str, Content]
+    copies: Sequence[CommitOperationCopy]
+    create_pr: bool
+
+    def is_in(self, client: Client, snapshot: Snapshot) -> bool:
+        """Whether a commit has every file with its content. Of copied files only the paths are compared."""
+        remote = client.find_files(snapshot, [*self.files, *(copy.path_in_repo for copy in self.copies)])
+        return all(copy.path_in_repo in remote for copy in self.copies) and all(
+            path in remote and remote[path].size == _size_of(content) and remote[path].matches(content)
+            for path, content in self.files.items()
+        )
+
+
+def prepare_target(client: Client, repo: str, *, private: bool, branch: str | None, create_branch: bool) -> Target:
+    """Find the repository and the branch, and create them where they do not exist.
+
+    Args:
+        client: Sends the requests.
+        repo: ``org/name``.
+        private: Make a new repository private.
+        branch: The branch, None for the default branch.
+        create_branch: Create a missing branch; otherwise it is an error.
 
     Raises:
-        HubError: They cannot be seen or made.
+        HubError: They cannot be found or created.
     """
     created = False
-    with faults(repo, "push"):
+    with translate_errors(repo, "push"):
         try:
             info = client.api.model_info(repo)
         except HfHubHTTPError as error:
@@ -93,18 +125,18 @@ def prepare(client: Client, repo: str, *, private: bool, branch: str | None, cre
                 raise
             info, created = None, True
     if info is None:
-        with faults(repo, "create the repository"):
+        with translate_errors(repo, "create the repository"):
             client.api.create_repo(repo, private=private, exist_ok=True)
             info = client.api.model_info(repo)
     if branch is not None:
-        info = _branch(client, repo, branch, info, create_branch)
+        info = _prepare_branch(client, repo, branch, info, create_branch)
     if info.sha is None:
-        raise HubError("the Hub names no commit", where=repo)
+        raise HubError("the Hub returned no commit hash", where=repo)
     return Target(Snapshot(repo, info.sha), branch, created, info.private)
 
 
-def _branch(client: Client, repo: str, branch: str, info: ModelInfo, create: bool) -> ModelInfo:
-    with faults(f"{repo}@{branch}", "push"):
+def _prepare_branch(client: Client, repo: str, branch: str, info: ModelInfo, create: bool) -> ModelInfo:
+    with translate_errors(f"{repo}@{branch}", "push"):
         try:
             return client.api.model_info(repo, revision=branch)
         except RevisionNotFoundError:
@@ -125,148 +157,140 @@ def commit(
     create_pr: bool = False,
     tag: str | None = None,
 ) -> PushReport:
-    """Make the files so in one commit; where they are so already, nothing.
+    """Write files in one commit; do nothing if the target has them already.
 
     Args:
-        client: To whom.
-        target: On what.
+        client: Sends the requests.
+        target: Where the commit goes.
         files: Path -> content.
         copies: Files that the Hub is to copy from another repository.
         message: The commit's first line.
-        description: The rest of it.
+        description: The rest of its message.
         create_pr: Open a pull request with it.
         tag: Set this tag on it.
 
     Raises:
-        HubError: It was not made, and nothing on the Hub is half made; or somebody else pushed in between.
+        CopyRefusedError: The Hub refused to copy the files of ``copies``; nothing was committed.
+        HubError: The commit failed, and nothing was committed; or another commit was pushed in between.
+        ConfigError: ``tag`` and ``create_pr`` are both given.
     """
-    at = target.at
-    where = f"{at.repo}@{target.branch}" if target.branch else at.repo
+    repo = target.snapshot.repo
     if tag is not None and create_pr:
         raise ConfigError("a pull request cannot be tagged", found=tag, hint="tag it once it is merged")
-    tagged = _tagged(client, at.repo, tag)
-    same = not copies and _are(client, at, files)
-    done, recognised = CommitInfo(_page(client, at), message, description, at.sha), False
-    if not same:
-        _refuse_moved(tagged, tag, at.repo)
-        operations: list[CommitOperationAdd | CommitOperationCopy] = [
-            *(_add(path, content) for path, content in files.items()),
-            *copies,
-        ]
-        try:
-            done = client.api.create_commit(
-                at.repo,
-                operations,
-                commit_message=message,
-                commit_description=description,
-                revision=target.branch,
-                parent_commit=at.sha,
-                create_pr=create_pr,
-            )
-        except FileDuplicationError:
-            raise CopyRefused(
-                "the Hub did not copy the base's files, so they travel",
-                where=where,
-                hint="the two repositories may lie in different regions",
-            ) from None
-        except Exception as error:
-            found = None if _was_refused(error) else _landed(client, target, files, copies, create_pr)
-            if found is None:
-                with faults(where, "push"):
-                    raise
-            done, recognised = found, True
-    if tag is not None and tagged != done.oid:
-        _refuse_moved(tagged, tag, at.repo)
-        with faults(f"{at.repo}@{tag}", f"set the tag (the commit is there: {done.oid[:12]})"):
-            client.api.create_tag(at.repo, tag=tag, revision=done.oid)
-    sizes = {} if same else {path: _size(content) for path, content in files.items()}
+    tagged = _find_tag(client, repo, tag)
+    change = _Change(files, copies, create_pr)
+    changed = bool(copies) or not change.is_in(client, target.snapshot)
+    if changed:
+        _refuse_existing_tag(tagged, tag, repo)
+        info, recognised = _send(client, target, change, message, description)
+    else:
+        url = _commit_url(client, target.snapshot)
+        info, recognised = CommitInfo(url, message, description, target.snapshot.sha), False
+    if tag is not None and tagged != info.oid:
+        _refuse_existing_tag(tagged, tag, repo)
+        with translate_errors(f"{repo}@{tag}", f"set the tag (commit {info.oid[:12]} was made)"):
+            client.api.create_tag(repo, tag=tag, revision=info.oid)
     return PushReport(
-        at.repo,
-        done.pr_url or done.commit_url,
-        done.oid,
-        not same,
-        target.created,
-        target.private,
-        done.pr_url,
-        tag,
-        recognised,
-        sizes,
-        tuple(c.path_in_repo for c in copies),
+        repo=repo,
+        url=info.pr_url or info.commit_url,
+        sha=info.oid,
+        changed=changed,
+        created=target.created,
+        private=target.private,
+        pull_request=info.pr_url,
+        tag=tag,
+        recognised=recognised,
+        uploaded={path: _size_of(content) for path, content in files.items()} if changed else {},
+        copied=tuple(copy.path_in_repo for copy in copies),
     )
 
 
-def _page(client: Client, at: Snapshot) -> str:
-    return f"{client.api.endpoint}/{at.repo}/commit/{at.sha}"
+def _send(client: Client, target: Target, change: _Change, message: str, description: str) -> tuple[CommitInfo, bool]:
+    """Make the commit. Returns it, and whether it was found on the Hub after its response was lost."""
+    additions = [CommitOperationAdd(path, content) for path, content in change.files.items()]
+    try:
+        info = client.api.create_commit(
+            target.snapshot.repo,
+            [*additions, *change.copies],
+            commit_message=message,
+            commit_description=description,
+            revision=target.branch,
+            parent_commit=target.snapshot.sha,
+            create_pr=change.create_pr,
+        )
+    except FileDuplicationError:
+        raise CopyRefusedError(
+            "the Hub did not copy the base's files, they are downloaded and uploaded instead",
+            where=str(target),
+            hint="the two repositories may be in different regions",
+        ) from None
+    except Exception as error:
+        # A dropped connection or a 5xx can follow a commit that was made. Sent again it would be refused, since its
+        # parent has moved, or open a second pull request: look for it instead.
+        found = None if _is_refusal(error) else _find_commit(client, target, change)
+        if found is None:
+            with translate_errors(str(target), "push"):
+                raise
+        return found, True
+    return info, False
 
 
-def _add(path: str, content: Content) -> CommitOperationAdd:
-    return CommitOperationAdd(path_in_repo=path, path_or_fileobj=content)
+def _commit_url(client: Client, snapshot: Snapshot) -> str:
+    return f"{client.api.endpoint}/{snapshot.repo}/commit/{snapshot.sha}"
 
 
-def _size(content: Content) -> int:
+def _size_of(content: Content) -> int:
     return content.stat().st_size if isinstance(content, Path) else len(content)
 
 
-def _are(client: Client, at: Snapshot, files: Mapping[str, Content]) -> bool:
-    """Whether a commit holds all the files as they are."""
-    remote = client.named(at, files)
-    return all(path in remote and _is(remote[path], content) for path, content in files.items())
-
-
-def _is(remote: RemoteFile, content: Content) -> bool:
-    return remote.size == _size(content) and remote.holds(content)
-
-
-def _was_refused(error: BaseException) -> bool:
-    """Whether the Hub itself said no; anything else may have come after it had said yes."""
+def _is_refusal(error: BaseException) -> bool:
+    """Whether the Hub itself refused the request; after any other error the commit may have been made."""
     while isinstance(error, RuntimeError) and error.__cause__ is not None:
         error = error.__cause__
     status = status_of(error)
     return status is not None and status < 500
 
 
-def _landed(
-    client: Client, target: Target, files: Mapping[str, Content], copies: Sequence[CommitOperationCopy], create_pr: bool
-) -> CommitInfo | None:
-    """The commit on the Hub that is the one whose answer was lost; None where there is none."""
-    wanted = [*files, *(copy.path_in_repo for copy in copies)]
-    for look in range(_LOOKS):
-        if look:
+def _find_commit(client: Client, target: Target, change: _Change) -> CommitInfo | None:
+    """Find the commit whose response was lost; None if the Hub does not have it."""
+    for lookup in range(_LOOKUPS):
+        if lookup:
             time.sleep(_PAUSE)
         try:
-            for sha, page in _heads(client, target, create_pr):
-                at = Snapshot(target.at.repo, sha)
-                if _are(client, at, files) and client.named(at, wanted).keys() == set(wanted):
-                    return CommitInfo(_page(client, at), "", "", sha, pr_url=page)
+            for sha, page in _possible_commits(client, target, change.create_pr):
+                snapshot = Snapshot(target.snapshot.repo, sha)
+                if change.is_in(client, snapshot):
+                    return CommitInfo(_commit_url(client, snapshot), "", "", sha, pr_url=page)
             return None
-        except (HubError, OSError, ValueError, RuntimeError):  # still in trouble; what went wrong first is what counts
+        except (HubError, OSError, ValueError, RuntimeError):  # the Hub still fails; the first error is raised
             continue
     return None
 
 
-def _heads(client: Client, target: Target, create_pr: bool) -> list[tuple[str, str | None]]:
-    """The commits that could be it, each with its pull request's page."""
-    repo = target.at.repo
+def _possible_commits(client: Client, target: Target, create_pr: bool) -> list[tuple[str, str | None]]:
+    """List the commits that it could be, each with the page of its pull request."""
+    repo = target.snapshot.repo
     if not create_pr:
         sha = client.api.model_info(repo, revision=target.branch).sha
-        return [(sha, None)] if sha is not None and sha != target.at.sha else []
+        return [(sha, None)] if sha is not None and sha != target.snapshot.sha else []
     requests = client.api.list_repo_refs(repo, include_pull_requests=True).pull_requests or []
     newest = sorted(requests, key=lambda r: int(r.ref.rpartition("/")[2]), reverse=True)[:5]
     pages = f"{client.api.endpoint}/{repo}/discussions"
     return [(r.target_commit, f"{pages}/{r.ref.rpartition('/')[2]}") for r in newest]
 
 
-def _tagged(client: Client, repo: str, tag: str | None) -> str | None:
+def _find_tag(client: Client, repo: str, tag: str | None) -> str | None:
+    """Return the commit that has a tag; None if there is no such tag."""
     if tag is None:
         return None
-    with faults(repo, "list the tags"):
+    with translate_errors(repo, "list the tags"):
         return next((t.target_commit for t in client.api.list_repo_refs(repo).tags if t.name == tag), None)
 
 
-def _refuse_moved(tagged: str | None, tag: str | None, repo: str) -> None:
+def _refuse_existing_tag(tagged: str | None, tag: str | None, repo: str) -> None:
     if tagged is not None:
         raise HubError(
-            "the tag is there already, on another commit",
+            "the tag exists already, on another commit",
             where=f"{repo}@{tag}",
             found=tagged[:12],
             hint="choose another tag, or delete it first; nothing was pushed",

@@ -1,7 +1,7 @@
-"""A model on the Hub by its headers alone: kilobytes, whatever its size.
+"""Reads the headers of a model on the Hub: kilobytes, whatever the model's size.
 
-Gives the same `Checkpoint` as a directory does, checked in the same way, from range requests; index and config come
-whole, into the Hub cache.
+The result is the same `Checkpoint` that a directory gives, with the same checks. Headers come by range requests; index
+and config are downloaded whole, into the Hub cache.
 """
 
 from __future__ import annotations
@@ -18,34 +18,37 @@ from embedsurgery.stores.checkpoint import (
     INDEX,
     SINGLE,
     Checkpoint,
-    indexed,
+    checkpoint_from_index,
     is_plain_name,
     read_config,
-    weight_map,
+    read_weight_map,
 )
 
 _FIRST = 32_768
-"""Bytes that are asked for at first; most shards' headers fit, and the rest of a longer one comes with a second."""
+"""Bytes of the first request. Most headers fit; the rest of a longer one takes a second request."""
 
 _WORKERS = 8
 MAX_SMALL = 64_000_000
-"""Bytes; no config or index comes near it, and one that does is not downloaded."""
+"""In bytes. No config or index comes near it; a larger one is not downloaded."""
 
 
-def remote_checkpoint(client: Client, at: Snapshot, files: Mapping[str, RemoteFile]) -> Checkpoint:
-    """The headers, index and config of a commit, without a weight; the checkpoint's directory is only a name.
+def read_remote_checkpoint(client: Client, snapshot: Snapshot, files: Mapping[str, RemoteFile]) -> Checkpoint:
+    """Read the headers, index and config of a commit, and no weights.
 
     Args:
-        client: Who asks.
-        at: The commit.
+        client: Sends the requests.
+        snapshot: The commit.
         files: Its files.
+
+    Returns:
+        The checkpoint; its directory is only a name.
 
     Raises:
         HubError: A file cannot be read.
-        CheckpointError: It has no safetensors weights, or broken ones.
+        CheckpointError: The repository has no safetensors weights, or broken ones.
     """
-    where = Path(str(at))
-    config = read_config(small(client, at, files, CONFIG)) if CONFIG in files else None
+    where = Path(str(snapshot))
+    config = read_config(fetch_small_file(client, snapshot, files, CONFIG)) if CONFIG in files else None
     if SINGLE in files and INDEX in files:
         raise CheckpointError(
             "two sets of weights",
@@ -54,72 +57,74 @@ def remote_checkpoint(client: Client, at: Snapshot, files: Mapping[str, RemoteFi
             hint="loaders take the single file and ignore the shards",
         )
     if INDEX in files:
-        location = weight_map(small(client, at, files, INDEX), where / INDEX)
+        location = read_weight_map(fetch_small_file(client, snapshot, files, INDEX), where / INDEX)
         missing = next((file for file in location.values() if file not in files), None)
         if missing is not None:
-            raise CheckpointError("the index names a shard that is not there", where=where, expected=missing)
-        return indexed(where, remote_headers(client, at, dict.fromkeys(location.values())), location, config)
-    file = SINGLE if SINGLE in files else _only_file(files, where)
-    header = remote_header(client, at, file)
+            raise CheckpointError("the index names a missing shard", where=where, expected=missing)
+        headers = read_remote_headers(client, snapshot, dict.fromkeys(location.values()))
+        return checkpoint_from_index(where, headers, location, config)
+    file = SINGLE if SINGLE in files else _find_weights(files, where)
+    header = read_remote_header(client, snapshot, file)
     return Checkpoint(where, {file: header}, dict.fromkeys(header.entries, file), config, indexed=False)
 
 
-def small(client: Client, at: Snapshot, files: Mapping[str, RemoteFile], name: str) -> Path:
-    """A small file in the Hub cache; one that is not small is refused before it comes.
+def fetch_small_file(client: Client, snapshot: Snapshot, files: Mapping[str, RemoteFile], name: str) -> Path:
+    """Return a small file's path in the Hub cache.
 
     Raises:
-        HubError: So.
+        HubError: The file is larger than `MAX_SMALL` and was not downloaded, or the download failed.
     """
     if files[name].size > MAX_SMALL:
         raise HubError(
-            "a file is too large for what it is",
-            where=f"{at}/{name}",
+            "the file is too large for its kind",
+            where=f"{snapshot}/{name}",
+            expected=f"at most {MAX_SMALL} bytes",
             found=f"{files[name].size} bytes",
-            expected=f"at most {MAX_SMALL}",
         )
-    return client.fetch(at, name)
+    return client.fetch(snapshot, name)
 
 
-def remote_headers(client: Client, at: Snapshot, names: Iterable[str]) -> dict[str, Header]:
-    """The headers of several files, some at a time."""
-    listed = list(names)
+def read_remote_headers(client: Client, snapshot: Snapshot, names: Iterable[str]) -> dict[str, Header]:
+    """Read the headers of several safetensors files, `_WORKERS` at a time."""
+    files = list(names)
     with ThreadPoolExecutor(_WORKERS) as pool:
-        return dict(zip(listed, pool.map(lambda name: remote_header(client, at, name), listed), strict=True))
+        return dict(zip(files, pool.map(lambda name: read_remote_header(client, snapshot, name), files), strict=True))
 
 
-def remote_header(client: Client, at: Snapshot, name: str) -> Header:
-    """The header of a safetensors file on the Hub, read as strictly as one on disk.
+def read_remote_header(client: Client, snapshot: Snapshot, name: str) -> Header:
+    """Read the header of a safetensors file on the Hub, with the checks for one on disk.
 
     Raises:
-        CheckpointError: It is no safetensors file.
+        CheckpointError: It is not a safetensors file.
         HubError: It cannot be read.
     """
-    return read_remote(client, at, name)[0]
+    return fetch_header(client, snapshot, name)[0]
 
 
-def read_remote(client: Client, at: Snapshot, name: str) -> tuple[Header, bytes, int]:
-    """A file's header, the bytes that it stands in, and the size of the whole file."""
-    path = Path(str(at)) / name
-    data, total = client.piece(at, name, 0, _FIRST)
+def fetch_header(client: Client, snapshot: Snapshot, name: str) -> tuple[Header, bytes, int]:
+    """As `read_remote_header`; also returns the header's bytes and the size of the whole file."""
+    path = Path(str(snapshot)) / name
+    data, total = client.read_range(snapshot, name, 0, _FIRST)
     length = int.from_bytes(data[:8], "little")
     if len(data) < 8 or length > MAX_HEADER or 8 + length > total:
         raise CheckpointError(
-            "not a safetensors file, or cut short",
+            "not a safetensors file, or a truncated one",
             where=path,
-            found=f"{total} bytes",
             expected="a header of safetensors' format",
+            found=f"{total} bytes",
         )
     if len(data) < 8 + length:
-        data += client.piece(at, name, len(data), 8 + length - len(data))[0]
+        data += client.read_range(snapshot, name, len(data), 8 + length - len(data))[0]
     head = data[: 8 + length]
     return parse_header(head[8:], total, path), head, total
 
 
-def _only_file(files: Mapping[str, RemoteFile], where: Path) -> str:
+def _find_weights(files: Mapping[str, RemoteFile], where: Path) -> str:
+    """Find the one safetensors file of a repository that has neither `SINGLE` nor `INDEX`."""
     names = sorted(name for name in files if name.endswith(".safetensors") and is_plain_name(name))
     if "adapter_model.safetensors" in names:
         raise CheckpointError(
-            "an adapter, where a model was expected",
+            "an adapter instead of a model",
             where=where,
             expected=SINGLE,
             found="adapter_model.safetensors",

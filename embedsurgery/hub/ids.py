@@ -1,6 +1,6 @@
-"""Hub ids on a command line or in a call: ``org/name`` or ``org/name@revision``, where no path of that name exists.
+"""Hub ids: ``org/name`` or ``org/name@revision``, wherever no path of that name exists.
 
-Loads nothing: who is given a directory never pays for the Hub's client.
+Imports no Hub client, so that work on local directories does not load one.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from embedsurgery.errors import ConfigError
 
 SOURCE = ".embedsurgery/source.json"
-"""Beside an adapter that was pulled into a directory: where it came from."""
+"""In the directory of a pulled adapter: the file that says where it came from."""
 
 _PART = r"[A-Za-z0-9_](?:[\w.-]{0,94}[A-Za-z0-9_])?"
 _REPO = re.compile(rf"{_PART}/{_PART}", re.ASCII)
@@ -22,7 +22,7 @@ _REVISION = re.compile(r"[A-Za-z0-9_][\w./+-]*", re.ASCII)
 
 @dataclass(frozen=True)
 class HubId:
-    """A repository on the Hub, and which state of it.
+    """A repository on the Hub, and a revision of it.
 
     Attributes:
         repo: ``org/name``.
@@ -37,15 +37,15 @@ class HubId:
 
     @classmethod
     def parse(cls, text: str, revision: str | None = None) -> HubId:
-        """The id that a text is.
+        """Parse an id.
 
         Args:
             text: ``org/name`` or ``org/name@revision``.
-            revision: The revision, where the text does not give it.
+            revision: The revision, if the text does not give it.
 
         Raises:
-            ConfigError: It is none, or two different revisions are given. A revision becomes a file name in the Hub
-                cache, so one that leads elsewhere is none.
+            ConfigError: The text is not an id, or two different revisions are given. A revision becomes a file name
+                in the Hub cache, so one that leads out of its directory is refused.
         """
         repo, at, inner = text.partition("@")
         if not _is_repo(repo) or (at and not _is_revision(inner)):
@@ -53,12 +53,16 @@ class HubId:
         if revision is not None and not _is_revision(revision):
             raise ConfigError("not a revision", found=repr(revision)[:120], expected="a branch, a tag or a commit")
         if at and revision not in (None, inner):
-            raise ConfigError("two revisions are given", expected="one", found=f"{inner} and {revision}")
+            raise ConfigError("two revisions", expected="one", found=f"{inner} and {revision}")
         return cls(repo, inner if at else revision)
 
 
 def find_id(value: object) -> HubId | None:
-    """The Hub id that a MODEL, BASE or ADAPTER means; None for a path, and whatever exists is a path."""
+    """Return the Hub id that a model or adapter argument means; None for a path, and for every path that exists.
+
+    Raises:
+        ConfigError: It looks like an id, but its revision is not a revision.
+    """
     if not isinstance(value, (str, os.PathLike)):
         return None
     text = os.fspath(value)
@@ -77,7 +81,7 @@ def _is_revision(text: str) -> bool:
 
 
 def read_source(directory: Path) -> str | None:
-    """Where the adapter in a directory was pulled from, as in `Adapter.source`; None where nothing sound says so."""
+    """Read where the adapter in a directory was pulled from, as in `Adapter.source`; None if no valid file says so."""
     if not os.path.lexists(directory / SOURCE):
         return None
     from embedsurgery.files.json_reading import NOTE, read_json
@@ -85,5 +89,11 @@ def read_source(directory: Path) -> str | None:
     try:
         body = read_json(directory / SOURCE, NOTE)
         return str(HubId.parse(f"{body['repo']}@{body['sha']}"))
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # a note for people: never a reason to fail
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        RecursionError,
+    ):  # only information: a broken file must not fail a load
         return None

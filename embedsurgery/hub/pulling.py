@@ -1,6 +1,6 @@
-"""Adapters from the Hub: only our two files by name, looked at before the weights come, from one commit.
+"""Pulls adapters from the Hub: two files of one commit, whose header is checked before the weights are downloaded.
 
-An adapter that PEFT pushed is read as well. Nothing that a repository says is imported or run.
+Adapters that PEFT pushed are read too. Nothing that a repository names is imported or run.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from embedsurgery.files.json_reading import read_json
 from embedsurgery.files.safetensors import Header
 from embedsurgery.hub.auth import Token
 from embedsurgery.hub.client import Client, RemoteFile, Snapshot
-from embedsurgery.hub.headers import read_remote, small
+from embedsurgery.hub.headers import fetch_header, fetch_small_file
 from embedsurgery.hub.ids import SOURCE, HubId
 from embedsurgery.plugins.current import registry
 from embedsurgery.tensors.raw import EDITABLE
 
 _PICKLE = "adapter_model.bin"
 _ROWS = ".trainable_tokens_delta"
+"""Suffix of the tensors that hold rows of `token_indices`, in embedsurgery's files and PEFT's."""
 
 
 def pull(
@@ -36,66 +37,68 @@ def pull(
     output: str | os.PathLike[str] | None = None,
     token: Token = None,
 ) -> Adapter:
-    """Get an adapter from the Hub, ours or PEFT's.
+    """Pull an adapter from the Hub, embedsurgery's or PEFT's.
 
-    The revision is resolved once, and every file is taken from that commit. Shapes and dtypes are checked from the
-    header, by a range request, before the weights come. Files lie in the Hub cache, from which it works offline.
+    The revision is resolved once, and every file is taken from that commit. Shapes and dtypes are checked by a range
+    request for the header before the weights are downloaded. The files are kept in the Hub cache; offline, they are
+    read from there.
 
     Args:
         repo: ``org/name`` or ``org/name@revision``.
         revision: A branch, a tag, a commit or ``refs/pr/N``; the default branch by default.
-        output: Copy the files into this directory, which does not exist yet.
+        output: Copy the files into this new directory.
         token: A token, False for none; by default HF_TOKEN or the stored login.
 
     Returns:
         The adapter; its ``source`` is ``org/name@sha``.
 
     Raises:
-        HubError: The repository, the revision or a file cannot be had.
-        AdapterError: The files are no adapter.
-        UnknownSurgeryError: No installed plugin understands it. Nothing is imported on the word of a file.
+        HubError: The Hub does not give the repository, the revision or a file.
+        AdapterError: The files are not an adapter.
+        UnknownSurgeryError: No installed plugin reads it. A file's content never decides what is imported.
         OutputExistsError: ``output`` exists.
     """
-    of = HubId.parse(repo, revision)
+    hub_id = HubId.parse(repo, revision)
     if output is not None:
         refuse_existing(Path(output))
     client = Client(token)
-    at = client.resolve(of)
-    folder = _folder(client, at)
+    snapshot = client.resolve(hub_id)
+    folder = _fetch_adapter(client, snapshot)
     try:
-        adapter = replace(registry().read_adapter(folder), source=f"{at.repo}@{at.sha}")
+        adapter = replace(registry().read_adapter(folder), source=f"{snapshot.repo}@{snapshot.sha}")
     except UnknownSurgeryError as error:
-        raise _named(error, at) from error
+        raise _add_repository(error, snapshot) from error
     if output is not None:
-        _copy(folder, Path(output), at, of)
+        _copy_adapter(folder, Path(output), snapshot, hub_id)
     return adapter
 
 
-def _folder(client: Client, at: Snapshot) -> Path:
-    """The directory of the Hub cache that holds the two files, checked."""
-    config, weights = client.cached(at, CONFIG_NAME), client.cached(at, WEIGHTS_NAME)
+def _fetch_adapter(client: Client, snapshot: Snapshot) -> Path:
+    """Check and download the two files; returns their directory in the Hub cache."""
+    # If both are cached they were checked before, and a pinned revision is pulled without any request.
+    config, weights = client.find_cached(snapshot, CONFIG_NAME), client.find_cached(snapshot, WEIGHTS_NAME)
     if config is None or weights is None:
-        files = client.named(at, (CONFIG_NAME, WEIGHTS_NAME, _PICKLE, "config.json"))
-        _refuse_others(files, at)
-        config = small(client, at, files, CONFIG_NAME)
+        files = client.find_files(snapshot, (CONFIG_NAME, WEIGHTS_NAME, _PICKLE, "config.json"))
+        _check_files(files, snapshot)
+        config = fetch_small_file(client, snapshot, files, CONFIG_NAME)
         body = read_json(config)
-        header, _, total = read_remote(client, at, WEIGHTS_NAME)
+        header, _, total = fetch_header(client, snapshot, WEIGHTS_NAME)
         if total != files[WEIGHTS_NAME].size:
             raise AdapterError(
-                "two sizes of one file",
-                where=f"{at}/{WEIGHTS_NAME}",
+                "file size mismatch",
+                where=f"{snapshot}/{WEIGHTS_NAME}",
+                expected=f"{files[WEIGHTS_NAME].size} bytes, as listed",
                 found=f"{total} bytes",
-                expected=f"{files[WEIGHTS_NAME].size} bytes, as it is listed",
             )
         try:
-            check_header(header, body, f"{at}/{WEIGHTS_NAME}")
+            check_header(header, body, f"{snapshot}/{WEIGHTS_NAME}")
         except UnknownSurgeryError as error:
-            raise _named(error, at) from error
-    client.fetch(at, CONFIG_NAME)
-    return client.fetch(at, WEIGHTS_NAME).parent
+            raise _add_repository(error, snapshot) from error
+    client.fetch(snapshot, CONFIG_NAME)
+    return client.fetch(snapshot, WEIGHTS_NAME).parent
 
 
-def _refuse_others(files: Mapping[str, RemoteFile], at: Snapshot) -> None:
+def _check_files(files: Mapping[str, RemoteFile], snapshot: Snapshot) -> None:
     if WEIGHTS_NAME in files and CONFIG_NAME in files:
         return
     missing = CONFIG_NAME if WEIGHTS_NAME in files else WEIGHTS_NAME
@@ -104,23 +107,29 @@ def _refuse_others(files: Mapping[str, RemoteFile], at: Snapshot) -> None:
         hint = f"{_PICKLE} is a pickle, which can run code: load it with PEFT and push it as safetensors"
     elif "config.json" in files:
         hint = "this is a model: name the adapter's repository"
-    raise AdapterError(f"no {missing}", where=at, found=", ".join(sorted(files)) or "none of our files", hint=hint)
+    found = ", ".join(sorted(files)) or "none of an adapter's files"
+    raise AdapterError("a file of the adapter is missing", where=snapshot, expected=missing, found=found, hint=hint)
 
 
 def check_header(header: Header, config: Mapping[str, Any], where: str) -> None:
-    """What can be known of an adapter before its weights come: that we know its kind, and that they have its shape.
+    """Check what an adapter's header shows: that its surgery is installed, and that its rows have the right shape.
+
+    Args:
+        header: The header of its weights.
+        config: Its ``adapter_config.json``.
+        where: The file, for errors.
 
     Raises:
-        AdapterError: A tensor that cannot be the adapter's.
-        UnknownSurgeryError: No installed plugin understands it.
+        AdapterError: A tensor has the wrong dtype or shape, or there is none.
+        UnknownSurgeryError: No installed plugin reads it.
     """
-    manifest = _manifest(header, where)
+    manifest = _parse_manifest(header, where)
     if manifest is None:
         registry().for_peft_type(config.get("peft_type"))
     else:
-        registry().named(str(manifest.get("surgery")))
+        registry().find_surgery(str(manifest.get("surgery")))
     if not header.entries:
-        raise AdapterError("no tensor", where=where)
+        raise AdapterError("the adapter has no tensors", where=where, expected="at least one", found=0)
     indices = config.get("token_indices")
     rows = len(indices) if isinstance(indices, list) else None
     for entry in header.entries.values():
@@ -128,51 +137,55 @@ def check_header(header: Header, config: Mapping[str, Any], where: str) -> None:
             continue
         if entry.dtype not in EDITABLE:
             raise AdapterError(
-                "rows of a dtype that no adapter has",
+                "wrong dtype of rows",
                 where=f"{where}: {entry.name}",
                 expected=", ".join(EDITABLE),
                 found=entry.dtype,
             )
         if len(entry.shape) != 2 or entry.shape[0] != rows:
             raise AdapterError(
-                "rows that are not the config's token_indices",
+                "the rows do not match the config's token_indices",
                 where=f"{where}: {entry.name}",
                 expected=f"({rows}, D)",
                 found=list(entry.shape),
             )
 
 
-def _manifest(header: Header, where: str) -> dict[str, Any] | None:
+def _parse_manifest(header: Header, where: str) -> dict[str, Any] | None:
     text = header.metadata.get(METADATA_KEY)
     if text is None:
         return None
     try:
         body = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise AdapterError("the manifest is broken", where=where, found=str(error)[:120]) from error
+        raise AdapterError(
+            "the manifest is not JSON", where=where, expected=METADATA_KEY, found=str(error)[:120]
+        ) from error
     if not isinstance(body, dict):
-        raise AdapterError("the manifest is broken", where=where, found=type(body).__name__)
+        raise AdapterError(
+            "the manifest is not an object", where=where, expected=METADATA_KEY, found=type(body).__name__
+        )
     return body
 
 
-def _named(error: UnknownSurgeryError, at: Snapshot) -> UnknownSurgeryError:
-    """The same error with the repository, and with what to look for."""
+def _add_repository(error: UnknownSurgeryError, snapshot: Snapshot) -> UnknownSurgeryError:
+    """Return the error with the repository as its place, and with what to install."""
     return UnknownSurgeryError(
         error.what,
-        where=at,
+        where=snapshot,
         expected=f"a plugin for {error.where}",
         found=error.found,
-        hint=f"look for an embedsurgery plugin that brings {str(error.where)!r}",
+        hint=f"install the embedsurgery plugin that brings {str(error.where)!r}",
     )
 
 
-def _copy(folder: Path, output: Path, at: Snapshot, of: HubId) -> None:
+def _copy_adapter(folder: Path, output: Path, snapshot: Snapshot, hub_id: HubId) -> None:
     with staged_directory(output) as staging:
         for name in (CONFIG_NAME, WEIGHTS_NAME):
             shutil.copyfile(folder / name, staging / name)
             sync_path(staging / name)
         note = staging / SOURCE
         note.parent.mkdir()
-        body = {"repo": at.repo, "revision": of.revision, "sha": at.sha}
+        body = {"repo": snapshot.repo, "revision": hub_id.revision, "sha": snapshot.sha}
         note.write_text(json.dumps(body, indent=2) + "\n", encoding="utf-8")
         sync_path(note)

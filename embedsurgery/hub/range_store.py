@@ -1,6 +1,7 @@
-"""A model on the Hub to read rows of: each row comes by a range request, so a look at a model costs kilobytes.
+"""A model on the Hub as a store: each row comes by a range request, so that reading a few rows costs kilobytes.
 
-Nothing that comes this way is written anywhere but over its own hole: a merge takes whole files, checked by hash.
+Reads go through a sparse copy of the model's files (see ``as_directory.py``): bytes are fetched into the holes before
+they are read. A merge downloads whole files instead, checked by hash.
 """
 
 from __future__ import annotations
@@ -15,11 +16,16 @@ from types import TracebackType
 
 from huggingface_hub import constants
 
-from embedsurgery.errors import HubError
 from embedsurgery.files.regular import open_regular, pread_exactly, pwrite_exactly
-from embedsurgery.hub.as_directory import Scratch, comes_along, fill, link_whole, wanted
-from embedsurgery.hub.client import Client, RemoteFile, Snapshot
-from embedsurgery.hub.headers import remote_checkpoint
+from embedsurgery.hub.as_directory import (
+    ScratchDirectory,
+    is_companion_file,
+    link_model,
+    select_files,
+    write_sparse_model,
+)
+from embedsurgery.hub.client import Client, RemoteFile, Snapshot, wrong_range_size
+from embedsurgery.hub.headers import read_remote_checkpoint
 from embedsurgery.hub.ids import HubId
 from embedsurgery.plan.blocks import spans
 from embedsurgery.plugins.current import registry
@@ -27,92 +33,98 @@ from embedsurgery.stores.checkpoint import Checkpoint, open_checkpoint
 from embedsurgery.stores.shards import ShardStore
 from embedsurgery.tensors.raw import ITEMSIZE, RawArray
 
-Piece = Callable[[str, int, int], tuple[bytes, int]]
-"""Called with a file's name, a start and a size; gives up to so many bytes, and the file's size."""
+ReadRange = Callable[[str, int, int], tuple[bytes, int]]
+"""Called with a file's name, a start and a size; returns up to that many bytes, and the file's size."""
 
-_Place = tuple[int, int]
+_Range = tuple[int, int]
 """Bytes of a tensor or of a file, from start to stop."""
 
 _WORKERS = 8
 _GAP = 32_768
-"""Bytes between two rows that are asked for at once with what lies between them."""
+"""In bytes. Ranges with a smaller gap between them are fetched by one request, gap included."""
 
 
-def open_remote(of: HubId) -> RangeStore:
-    """A model on the Hub to read from: headers and config come now, small files and rows when they are asked for.
+def open_remote(hub_id: HubId) -> RangeStore:
+    """Open a model on the Hub for reading: headers and config now, small files and rows when they are needed.
 
-    Offline it is what the Hub cache has of it.
+    Offline, it opens what the Hub cache has of the model.
 
     Raises:
-        HubError: It cannot be had.
-        CheckpointError: It has no safetensors weights, or broken ones.
+        HubError: The Hub does not give the model.
+        CheckpointError: The repository has no safetensors weights, or broken ones.
     """
     client = Client()
-    at = client.resolve(of)
+    snapshot = client.resolve(hub_id)
     if constants.is_offline_mode():
-        made = Scratch(at)
-        link_whole(client, at, made.folder)
-        return RangeStore(open_checkpoint(made.folder), at, made)
-    files = client.files(at, everything=True)
-    checkpoint = remote_checkpoint(client, at, files)
-    return RangeStore(checkpoint, at, partial(_fetch, client, at, files, checkpoint), partial(client.piece, at))
+        scratch = ScratchDirectory(snapshot)
+        link_model(client, snapshot, scratch.folder)
+        return RangeStore(open_checkpoint(scratch.folder), snapshot, scratch)
+    files = client.list_files(snapshot, everything=True)
+    checkpoint = read_remote_checkpoint(client, snapshot, files)
+    make_scratch = partial(_make_scratch, client, snapshot, files, checkpoint)
+    return RangeStore(checkpoint, snapshot, make_scratch, partial(client.read_range, snapshot))
 
 
-def _fetch(client: Client, at: Snapshot, files: Mapping[str, RemoteFile], checkpoint: Checkpoint) -> Scratch:
-    """A directory with the small files that reading needs, and headers and holes for weight files."""
-    made = Scratch(at)
-    names = [n for n in wanted(files, checkpoint.headers) if n in checkpoint.headers or comes_along(n)]
-    fill(client, at, files, checkpoint, names, made.folder)
-    return made
+def _make_scratch(
+    client: Client, snapshot: Snapshot, files: Mapping[str, RemoteFile], checkpoint: Checkpoint
+) -> ScratchDirectory:
+    """Make a directory of sparse weight files and of the small files that reading needs."""
+    scratch = ScratchDirectory(snapshot)
+    names = [n for n in select_files(files, checkpoint.headers) if n in checkpoint.headers or is_companion_file(n)]
+    write_sparse_model(client, snapshot, files, checkpoint, names, scratch.folder)
+    return scratch
 
 
 class RangeStore(ShardStore):
-    """A model on the Hub. Its directory is made when it is first needed: there weight files are headers and holes, and
-    what is read fills its hole first.
+    """A model on the Hub, to read from.
 
     Args:
         checkpoint: Its headers.
-        at: Which model, at which commit.
-        scratch: Its directory, or a function that makes it.
-        piece: Gets bytes of a file; None where the directory has whole files.
+        snapshot: The model, at one commit.
+        scratch: Its directory, or a function that makes it when it is first needed.
+        read_range: Fetches bytes of a file; None if the directory has whole files.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, at: Snapshot, scratch: Scratch | Callable[[], Scratch], piece: Piece | None = None
+        self,
+        checkpoint: Checkpoint,
+        snapshot: Snapshot,
+        scratch: ScratchDirectory | Callable[[], ScratchDirectory],
+        read_range: ReadRange | None = None,
     ) -> None:
         super().__init__(checkpoint, architectures=registry().architectures)
-        self.name = str(at)
+        self.name = str(snapshot)
         self._scratch = scratch
-        self._piece = piece
-        self._filled: set[tuple[str, _Place]] = set()
+        self._read_range = read_range
+        self._filled: set[tuple[str, _Range]] = set()
 
     @property
     def directory(self) -> Path:  # type: ignore[override]  # as in ShardStore
-        if not isinstance(self._scratch, Scratch):
+        if not isinstance(self._scratch, ScratchDirectory):
             self._scratch = self._scratch()
             self.checkpoint = replace(self.checkpoint, directory=self._scratch.folder)
         return self._scratch.folder
 
     def close(self) -> None:
-        """Remove the directory."""
-        if isinstance(self._scratch, Scratch):
+        """Delete the directory."""
+        if isinstance(self._scratch, ScratchDirectory):
             self._scratch.remove()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if isinstance(self._scratch, Scratch):
-            self._scratch.rename(error)
+        if isinstance(self._scratch, ScratchDirectory):
+            self._scratch.relabel_error(error)
         self.close()
 
     def equal(self, a: str, b: str) -> bool:
         left, right = self.checkpoint.entry(a), self.checkpoint.entry(b)
         if (left.dtype, left.shape) != (right.dtype, right.shape):
             return False
-        return all(self._read(a, place) == self._read(b, place) for place in spans(left.end - left.begin, 1))
+        return all(self._read(a, span) == self._read(b, span) for span in spans(left.end - left.begin, 1))
 
     def read_rows(self, name: str, indices: tuple[int, ...]) -> RawArray:
-        if name in self._transposed:
+        if name in self._transposed:  # a row is a column of the stored tensor, spread over all of it
             self._fill_all(name)
         else:
             pitch = self._pitch(name)
@@ -131,54 +143,49 @@ class RangeStore(ShardStore):
         return super().read_vector(name)
 
     def _pitch(self, name: str) -> int:
+        """Bytes of one row."""
         entry = self.checkpoint.entry(name)
         return entry.shape[1] * ITEMSIZE[entry.dtype]
 
-    def _read(self, name: str, place: _Place) -> bytes:
-        self._fill(name, [place])
+    def _read(self, name: str, span: _Range) -> bytes:
+        self._fill(name, [span])
         with open_regular(self.directory / self.checkpoint.location[name]) as descriptor:
-            return pread_exactly(descriptor, place[1] - place[0], self.checkpoint.entry(name).begin + place[0])
+            return pread_exactly(descriptor, span[1] - span[0], self.checkpoint.entry(name).begin + span[0])
 
     def _fill_all(self, name: str) -> None:
         entry = self.checkpoint.entry(name)
-        for place in spans(entry.end - entry.begin, 1):
-            self._fill(name, [place])
+        for span in spans(entry.end - entry.begin, 1):
+            self._fill(name, [span])
 
-    def _fill(self, name: str, places: Iterable[_Place]) -> None:
-        """Get bytes of a tensor that are not there yet, some pieces at a time."""
-        folder, piece = self.directory, self._piece
-        if piece is None:
+    def _fill(self, name: str, ranges: Iterable[_Range]) -> None:
+        """Fetch bytes of a tensor that the sparse file lacks, `_WORKERS` requests at a time."""
+        folder, read_range = self.directory, self._read_range
+        if read_range is None:
             return
         file, begin = self.checkpoint.location[name], self.checkpoint.entry(name).begin
-        there = ((begin + start, begin + stop) for start, stop in places)
-        missing = _joined(place for place in there if (file, place) not in self._filled)
+        in_file = ((begin + start, begin + stop) for start, stop in ranges)
+        missing = _join_ranges(span for span in in_file if (file, span) not in self._filled)
 
-        def get(place: _Place) -> bytes:
-            start, stop = place
-            data, _ = piece(file, start, stop - start)
+        def fetch(span: _Range) -> bytes:
+            start, stop = span
+            data, _ = read_range(file, start, stop - start)
             if len(data) != stop - start:
-                raise HubError(
-                    "a piece of a file has the wrong size",
-                    where=f"{self.name}/{file}",
-                    expected=stop - start,
-                    found=len(data),
-                    hint="try again",
-                )
+                raise wrong_range_size(f"{self.name}/{file}", stop - start, len(data))
             return data
 
         with open_regular(folder / file, os.O_WRONLY) as descriptor, ThreadPoolExecutor(_WORKERS) as pool:
-            for (place, parts), data in zip(missing, pool.map(get, [place for place, _ in missing]), strict=True):
-                pwrite_exactly(descriptor, data, place[0])
+            for (span, parts), data in zip(missing, pool.map(fetch, [span for span, _ in missing]), strict=True):
+                pwrite_exactly(descriptor, data, span[0])
                 self._filled.update((file, part) for part in parts)
 
 
-def _joined(places: Iterable[_Place]) -> list[tuple[_Place, list[_Place]]]:
-    """Places in order, those that lie near each other as one, each with what it is made of."""
-    found: list[tuple[_Place, list[_Place]]] = []
-    for place in sorted(set(places)):
-        if found and place[0] - found[-1][0][1] <= _GAP:
-            (start, stop), parts = found[-1]
-            found[-1] = ((start, max(stop, place[1])), [*parts, place])
+def _join_ranges(ranges: Iterable[_Range]) -> list[tuple[_Range, list[_Range]]]:
+    """Join ranges that are near each other. Returns the joined ranges in order, each with its parts."""
+    joined: list[tuple[_Range, list[_Range]]] = []
+    for span in sorted(set(ranges)):
+        if joined and span[0] - joined[-1][0][1] <= _GAP:
+            (start, stop), parts = joined[-1]
+            joined[-1] = ((start, max(stop, span[1])), [*parts, span])
         else:
-            found.append((place, [place]))
-    return found
+            joined.append((span, [span]))
+    return joined

@@ -1,12 +1,12 @@
-"""How the rows of new tokens start: a registry of its own, with the built-in ways behind the same hook as a plugin's.
+"""Computes the initial rows of new tokens. Plugins register initialisers with the hook that the built-in ones use.
 
-``base.py`` has the contract, ``methods.py`` the built-in initialisers, ``initial.py`` what callers use. All of it is
-numpy over a store's tables, a block of rows at a time; nothing here imports torch or a tokenizer.
+``initializer.py`` has the contract, ``methods.py`` the built-in initialisers, and ``initial_rows.py`` what callers use.
+All of it is numpy over a store's tables, a block of rows at a time. Nothing here imports torch or a tokenizer.
 """
 
 from __future__ import annotations
 
-from embedsurgery.initializers.initial_rows import find_initializer, initial_rows, parse_init, with_parts
+from embedsurgery.initializers.initial_rows import add_parts, compute_initial_rows, find_initializer, parse_init
 from embedsurgery.initializers.initializer import Ask, Initializer, InitializerRecord, NewToken, TableView
 from embedsurgery.initializers.methods import BUILT_IN
 
@@ -17,8 +17,8 @@ __all__ = [
     "InitializerRecord",
     "NewToken",
     "TableView",
+    "add_parts",
+    "compute_initial_rows",
     "find_initializer",
-    "initial_rows",
     "parse_init",
-    "with_parts",
 ]

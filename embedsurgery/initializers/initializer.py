@@ -1,7 +1,8 @@
-"""What an initialiser is, and what it sees: new tokens, and a table by rows and by blocks.
+"""`Initializer`, the contract of a method that computes initial rows, and the `TableView` that it reads.
 
-An initialiser says which text it wants tokenised and gives rows; it reads no tokenizer, writes no table and knows no
-store. A head's bias is a table of one column to it, so that every table and vector is initialised in its own space.
+An initialiser returns the text to tokenise and then the rows. It never accesses a tokenizer or a store, and writes
+nothing. A head's bias is a table of one column to it, so every table and vector is initialised in its own space.
+``initial_rows.py`` calls initialisers.
 """
 
 from __future__ import annotations
@@ -20,19 +21,21 @@ from embedsurgery.graph import Role, Table
 from embedsurgery.stores.store import Store, shorten
 from embedsurgery.tensors.raw import EDITABLE, RawArray
 
-ROWS = 256
-"""Rows of a block. The same for every table and store: sums of floats depend on how they are grouped, and a seed
-must give the same rows wherever the table lies and however much a store reads at a time."""
+BLOCK_ROWS = 256
+"""Rows per block, equal for every table and store.
+
+The result of a sum of floats depends on how it is grouped, and a seed must give the same rows in every store.
+"""
 
 
 @dataclass(frozen=True)
 class NewToken:
-    """A token whose row is to start.
+    """A token that needs an initial row.
 
     Attributes:
-        content: Its text; empty for a row of padding that no token names.
+        content: Its text; empty for a padding row without a token.
         id: Its row.
-        parts: Ids of existing tokens: those of the text that the initialiser asked for.
+        parts: Ids of the sub-tokens of the text that the initialiser asked for.
     """
 
     content: str
@@ -42,11 +45,11 @@ class NewToken:
 
 @dataclass(frozen=True)
 class Ask:
-    """What an initialiser wants to know of the tokenizer.
+    """A request of an initialiser: the text whose sub-tokens it needs.
 
     Attributes:
-        text: A text whose sub-tokens it wants.
-        single: The text is to be one existing token: its content, or what the tokenizer makes one token of.
+        text: The text.
+        single: Whether it must be one existing token: a token's content, or a text that the tokenizer encodes as one.
     """
 
     text: str
@@ -55,15 +58,15 @@ class Ask:
 
 @dataclass(frozen=True)
 class TableView:
-    """A table, or a per-token vector as a table of one column, to be read.
+    """A read-only view of a table, or of a per-token vector as a table of one column.
 
     Attributes:
-        name: The table's name in the store's graph; random rows depend on it.
+        name: The table's name in the store's graph. Random rows depend on it.
         shape: (V, D); D is 1 for a vector.
-        dtype: As stored, safetensors' string.
+        dtype: safetensors' string of the stored dtype.
         roles: "input", "output" or both.
-        known: How many of the first rows belong to tokens that the tokenizer had before. Only they count for
-            means and scales: spare rows behind them hold whatever training left there.
+        known: Number of the first rows, which belong to the tokenizer's existing tokens. Means and scales use only
+            these: the spare rows after them have arbitrary values.
     """
 
     name: str
@@ -77,7 +80,7 @@ class TableView:
     def __post_init__(self) -> None:
         if not 0 <= self.known <= self.shape[0]:
             raise ConfigError(
-                "more tokens than the table has rows",
+                "the number of known rows is invalid",
                 where=self.name,
                 expected=f"0 to {self.shape[0]}",
                 found=self.known,
@@ -85,7 +88,7 @@ class TableView:
 
     @classmethod
     def of_table(cls, store: Store, table: Table, known: int) -> TableView:
-        """A view of one of the store's tables.
+        """Return a view of one of the store's tables.
 
         Raises:
             UnsupportedError: Its rows are not plain numbers.
@@ -104,7 +107,7 @@ class TableView:
 
     @classmethod
     def of_vector(cls, store: Store, name: str, known: int, roles: tuple[Role, ...] = ("output",)) -> TableView:
-        """A view (V, 1) of one of the store's per-token vectors, which is read once and held.
+        """Return a view (V, 1) of one of the store's per-token vectors, which is read once and kept.
 
         Raises:
             UnsupportedError: Its entries are not plain numbers.
@@ -129,15 +132,15 @@ class TableView:
         return cls(name, (vector.shape[0], 1), vector.dtype, roles, known, block, rows)
 
     def rows(self, indices: Sequence[int]) -> npt.NDArray[np.float32]:
-        """Rows by number, (K, D), in the order of the indices; exact but for F64.
+        """Read rows, fp32 (K, D), in the order of the indices. Exact for every dtype but F64.
 
         Raises:
-            TokenIndexError: The table does not have them.
+            TokenIndexError: The table does not have the rows.
         """
         bad = [i for i in indices if not 0 <= i < self.shape[0]]
         if bad:
             raise TokenIndexError(
-                "rows that the table does not have",
+                "the table does not have these rows",
                 where=self.name,
                 expected=f"0 to {self.shape[0] - 1}",
                 found=shorten(bad),
@@ -145,21 +148,21 @@ class TableView:
         return self._rows(tuple(int(i) for i in indices)).float32()
 
     def blocks(self) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
-        """(start, rows (n, D)) of consecutive blocks of up to `ROWS` rows that cover the known rows and no others."""
-        for start in range(0, self.known, ROWS):
-            yield start, self._block(start, min(start + ROWS, self.known)).float32()
+        """Iterate (start, rows (n, D)) of consecutive blocks of at most `BLOCK_ROWS` rows that cover the known rows."""
+        for start in range(0, self.known, BLOCK_ROWS):
+            yield start, self._block(start, min(start + BLOCK_ROWS, self.known)).float32()
 
 
-def sound(rows: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
-    """Which rows of (n, D) hold neither NaN nor infinity, (n,)."""
+def find_finite_rows(rows: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+    """Return which rows of (n, D) have neither NaN nor infinity, (n,)."""
     return np.asarray(np.isfinite(rows).all(axis=1))
 
 
 class Initializer(ABC):
-    """A way for new rows to start. Stateless; the first line of its docstring is shown to users."""
+    """A method that computes initial rows. Stateless; the first line of its docstring is shown to users."""
 
     def ask(self, token: NewToken, argument: str | None) -> Ask | None:
-        """The text to tokenise for this token: its ids come back as ``token.parts``. None where none is needed."""
+        """Return the text to tokenise for this token, None if none is needed. Its ids are then ``token.parts``."""
         return None
 
     @abstractmethod
@@ -170,31 +173,30 @@ class Initializer(ABC):
         argument: str | None,
         streams: Sequence[np.random.Generator],
     ) -> npt.NDArray[Any]:
-        """How the tokens' rows start in one table.
+        """Compute the initial rows of the tokens in one table.
 
         Args:
-            view: The table as it is.
+            view: The table.
             tokens: The n new tokens, with their parts.
-            argument: What the user wrote behind the colon, None where the record names no argument.
-            streams: A source of randomness for each token, of its own and for this table alone: what is drawn from
-                it does not depend on the other tokens.
+            argument: What the user wrote after the colon, None if the record has no argument.
+            streams: A random stream for each token and this table, so that rows do not depend on other tokens.
 
         Returns:
             float32 or float64 (n, D), in the order of the tokens.
 
         Raises:
-            ConfigError: The rows cannot start like that in this table.
+            ConfigError: The method does not apply to this table.
         """
 
 
 @dataclass(frozen=True)
 class InitializerRecord:
-    """What the registry holds of an initialiser.
+    """An initialiser in the registry.
 
     Attributes:
-        name: Its name, once among all plugins; no colon in it.
-        initializer: The technique.
-        argument: What its argument is called, such as "TOKEN": users then write NAME:TOKEN. None where it takes none.
+        name: Its name, unique among all plugins and without a colon.
+        initializer: The initialiser.
+        argument: Placeholder of its argument, such as "TOKEN" in NAME:TOKEN. None if it does not accept one.
     """
 
     name: str
@@ -203,7 +205,7 @@ class InitializerRecord:
 
     @property
     def usage(self) -> str:
-        """How a user writes it."""
+        """What a user writes: NAME, or NAME:ARGUMENT."""
         return self.name if self.argument is None else f"{self.name}:{self.argument}"
 
     @property

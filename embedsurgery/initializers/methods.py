@@ -1,43 +1,49 @@
-"""The built-in initialisers of new rows, each with the source of its method.
+"""The built-in initialisers, each with the source of its method.
 
-Means and scales are those of the known rows of the one table, in float64 accumulators over blocks of fixed size. A
-row that holds NaN or infinity is left out of them, and that is said. Of a table with one known row the mean is that
-row and the scale is zero; a table without any has no mean and is refused.
+Means and scales are computed from the known rows of one table, with float64 accumulators over blocks of fixed size.
+Rows with NaN or infinity are left out, with a warning. With one known row, the mean is that row and the scale is zero.
+A table without known rows has no mean and is refused. ``initializer.py`` has the contract.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from embedsurgery.errors import ConfigError, EmbedSurgeryWarning
-from embedsurgery.initializers.initializer import Ask, Initializer, InitializerRecord, NewToken, TableView, sound
+from embedsurgery.errors import ConfigError, warn
+from embedsurgery.initializers.initializer import (
+    Ask,
+    Initializer,
+    InitializerRecord,
+    NewToken,
+    TableView,
+    find_finite_rows,
+)
 from embedsurgery.stores.store import shorten
 
 Rows = npt.NDArray[Any]
 Streams = Sequence[np.random.Generator]
 
-SHRINK = 1e-9
-"""Factor of the covariance in `Normal`, transformers' ``epsilon``."""
+COVARIANCE_FACTOR = 1e-9
+"""The factor of the covariance in `Normal`: transformers' ``epsilon``."""
 
 
 class Current(Initializer):
-    """The value that the row has now.
+    """The current value of the row.
 
-    What PEFT's trainable tokens start from (``init_weights=True``,
-    https://huggingface.co/docs/peft/package_reference/trainable_tokens). Meant for reserved tokens and spare rows; a
-    row that the table does not have yet is refused.
+    As PEFT's trainable tokens are initialised (``init_weights=True``,
+    https://huggingface.co/docs/peft/package_reference/trainable_tokens). For reserved tokens and spare rows: a row that
+    the table does not have yet is refused.
     """
 
     def rows(self, view: TableView, tokens: Sequence[NewToken], argument: str | None, streams: Streams) -> Rows:
         missing = [f"{token.content!r} ({token.id})" for token in tokens if not 0 <= token.id < view.shape[0]]
         if missing:
             raise ConfigError(
-                "init 'current' for rows that the table does not have yet",
+                "init 'current' does not apply to rows that the table does not have yet",
                 where=view.name,
                 expected=f"rows below {view.shape[0]}",
                 found=", ".join(missing[:8]),
@@ -49,8 +55,8 @@ class Current(Initializer):
 class Zeros(Initializer):
     """All zeros: nothing at the input, and a logit of zero at the output.
 
-    As the row at padding_idx starts (https://docs.pytorch.org/docs/stable/generated/torch.nn.Embedding.html). A logit
-    of zero can be the largest there is, since training may leave all others far below (Hewitt 2021,
+    As the row of padding_idx is initialised (https://docs.pytorch.org/docs/stable/generated/torch.nn.Embedding.html). A
+    logit of zero can be the largest, since training may leave all others far below (Hewitt 2021,
     https://nlp.stanford.edu/~johnhew/vocab-expansion.html).
     """
 
@@ -61,17 +67,17 @@ class Zeros(Initializer):
 class Mean(Initializer):
     """The mean of the rows of all known tokens.
 
-    Hewitt 2021, https://nlp.stanford.edu/~johnhew/vocab-expansion.html: it bounds how far the model's predictions
-    for the old tokens move when the new ones join them.
+    Hewitt 2021, https://nlp.stanford.edu/~johnhew/vocab-expansion.html: it bounds how much the new tokens change the
+    model's predictions of the old ones.
     """
 
     def rows(self, view: TableView, tokens: Sequence[NewToken], argument: str | None, streams: Streams) -> Rows:
         total = np.zeros(view.shape[1])
 
-        def add(rows: Rows, fine: Rows) -> None:
+        def add(rows: Rows, finite: Rows) -> None:
             np.add(total, rows.sum(axis=0), out=total)
 
-        count = _over_known(view, add)
+        count = _visit_known_rows(view, add)
         return np.tile(total / count, (len(tokens), 1))
 
 
@@ -81,14 +87,18 @@ class Normal(Initializer):
     Hewitt 2021, https://nlp.stanford.edu/~johnhew/vocab-expansion.html (whose code has the factor 1e-5), and
     transformers' ``resize_token_embeddings(mean_resizing=True)``.
 
-    The same as there: the mean, the covariance (of the population: divided by the number of rows) and the factor.
-    Different: spare rows do not count, and neither do rows of NaN; a covariance that is not positive definite, such
-    as that of fewer rows than columns, is sampled too, where transformers falls back to the mean alone; a bias is
-    drawn by the same rule, where transformers takes 1e-9 of its standard deviation, not of its variance, or zero
-    (BERT's); and the random numbers are numpy's, one stream for each token.
+    As in transformers: the mean, the covariance (of the population: divided by the number of rows) and the factor.
+    Different from transformers:
 
-    No covariance is computed: with z of V standard normal numbers, ``mean + sqrt(1e-9 / V) * z @ (rows - mean)`` has
-    that distribution exactly, for V * D operations a token in place of V * D * D.
+    - Spare rows and rows with NaN are left out.
+    - A covariance that is not positive definite, such as that of fewer rows than columns, is sampled too. transformers
+      falls back to the mean.
+    - A bias is drawn by the same rule. transformers uses 1e-9 of its standard deviation instead of its variance, or
+      zero (BERT's).
+    - The random numbers are numpy's, with one stream for each token.
+
+    The covariance is not computed: with z of V standard normal numbers, ``mean + sqrt(1e-9 / V) * z @ (rows - mean)``
+    has exactly that distribution, with V * D operations per token instead of V * D * D.
     """
 
     def rows(self, view: TableView, tokens: Sequence[NewToken], argument: str | None, streams: Streams) -> Rows:
@@ -96,51 +106,53 @@ class Normal(Initializer):
         mixed = np.zeros((len(tokens), view.shape[1]))
         weight = np.zeros((len(tokens), 1))
 
-        def add(rows: Rows, fine: Rows) -> None:
+        def add(rows: Rows, finite: Rows) -> None:
             drawn = np.stack([stream.standard_normal(len(rows)) for stream in streams])
-            drawn[:, ~fine] = 0
+            drawn[:, ~finite] = 0
             np.add(total, rows.sum(axis=0), out=total)
             np.add(weight, drawn.sum(axis=1, keepdims=True), out=weight)
             np.add(mixed, drawn @ rows, out=mixed)
 
-        count = _over_known(view, add)
+        count = _visit_known_rows(view, add)
         mean = total / count
-        rows: Rows = mean + np.sqrt(SHRINK / count) * (mixed - weight * mean)
+        rows: Rows = mean + np.sqrt(COVARIANCE_FACTOR / count) * (mixed - weight * mean)
         return rows
 
 
 class Random(Initializer):
-    """Drawn at the table's own scale: each column normal with that column's mean and standard deviation.
+    """Drawn at the table's scale: each column normal with that column's mean and standard deviation.
 
-    As WECHSEL starts tokens it finds no relatives of (Minixhofer et al. 2022,
-    https://aclanthology.org/2022.naacl-main.293/). The expected squared length of a row is the mean squared length
-    of the table's; a bias is drawn around the mean bias.
+    As WECHSEL initialises tokens without similar ones (Minixhofer et al. 2022,
+    https://aclanthology.org/2022.naacl-main.293/). The expected squared norm of a row is the mean squared norm of the
+    table's rows. A bias is drawn around the mean bias.
     """
 
     def rows(self, view: TableView, tokens: Sequence[NewToken], argument: str | None, streams: Streams) -> Rows:
         mean, squares = np.zeros(view.shape[1]), np.zeros(view.shape[1])
-        before = 0
+        seen = 0
 
-        def add(rows: Rows, fine: Rows) -> None:
-            # block by block as in Chan, Golub and LeVeque 1979, since a mean far from zero cancels in a sum of squares
-            nonlocal before
-            count = int(fine.sum())
+        def add(rows: Rows, finite: Rows) -> None:
+            # Mean and sum of squared deviations are updated block by block (Chan, Golub and LeVeque 1979). The mean of
+            # the squares minus the square of the mean would lose all digits where the mean is far from zero.
+            nonlocal seen
+            count = int(finite.sum())
             if count == 0:
                 return
-            here = rows.sum(axis=0) / count
-            away = np.where(fine[:, None], rows - here, 0)
-            step = here - mean
-            np.add(squares, (away * away).sum(axis=0) + step * step * (before * count / (before + count)), out=squares)
-            np.add(mean, step * (count / (before + count)), out=mean)
-            before += count
+            block_mean = rows.sum(axis=0) / count
+            deviations = np.where(finite[:, None], rows - block_mean, 0)
+            step = block_mean - mean
+            between = step * step * (seen * count / (seen + count))
+            np.add(squares, (deviations * deviations).sum(axis=0) + between, out=squares)
+            np.add(mean, step * (count / (seen + count)), out=mean)
+            seen += count
 
-        count = _over_known(view, add)
+        count = _visit_known_rows(view, add)
         drawn = np.stack([stream.standard_normal(view.shape[1]) for stream in streams])
         return mean + np.sqrt(squares / count) * drawn
 
 
 class Subtokens(Initializer):
-    """The mean of the rows of the sub-tokens that the token's text had so far.
+    """The mean of the rows of the sub-tokens that the tokenizer splits the text into without the new token.
 
     Fast Vocabulary Transfer (Gee et al. 2022, https://aclanthology.org/2022.emnlp-industry.41/).
     """
@@ -149,7 +161,7 @@ class Subtokens(Initializer):
         return Ask(token.content)
 
     def rows(self, view: TableView, tokens: Sequence[NewToken], argument: str | None, streams: Streams) -> Rows:
-        means = {parts: _mean_of(view, parts) for parts in dict.fromkeys(token.parts for token in tokens)}
+        means = {parts: _average_rows(view, parts) for parts in dict.fromkeys(token.parts for token in tokens)}
         return np.stack([means[token.parts] for token in tokens])
 
 
@@ -157,12 +169,14 @@ class Description(Subtokens):
     """The mean of the rows of the sub-tokens of a description.
 
     LLaMA-Factory's ``desc_init``
-    (https://github.com/hiyouga/LLaMA-Factory, src/llamafactory/model/model_utils/embedding.py); for soft prompts
-    such a start from text is in Lester et al. 2021 (https://aclanthology.org/2021.emnlp-main.243/).
+    (https://github.com/hiyouga/LLaMA-Factory, src/llamafactory/model/model_utils/embedding.py). Soft prompts are
+    initialised from a text in Lester et al. 2021 (https://aclanthology.org/2021.emnlp-main.243/).
     """
 
     def ask(self, token: NewToken, argument: str | None) -> Ask | None:
-        return Ask(argument if argument and argument.strip() else "")  # blanks are tokens to some, and describe nothing
+        return Ask(
+            argument if argument and argument.strip() else ""
+        )  # some tokenizers encode blanks, which describe nothing
 
 
 class Copy(Initializer):
@@ -191,58 +205,54 @@ BUILT_IN = (
 """What the built-in plugin registers."""
 
 
-def _over_known(view: TableView, add: Callable[[Rows, Rows], None]) -> int:
-    """Show a table's known rows to ``add``, block after block: float64 (n, D), and which are sound, (n,).
+def _visit_known_rows(view: TableView, add: Callable[[Rows, Rows], None]) -> int:
+    """Call ``add`` with each block of a table's known rows: float64 (n, D), and which of them are finite, (n,).
 
-    Rows that hold NaN or infinity are shown as zeros, and said in the end.
+    Rows with NaN or infinity are passed as zeros, and warned of at the end.
 
     Returns:
-        How many rows are sound.
+        The number of finite rows.
 
     Raises:
-        ConfigError: None is.
+        ConfigError: There are none.
     """
     count, broken = 0, []
     for start, block in view.blocks():
-        fine = sound(block)
+        finite = find_finite_rows(block)
         rows = block.astype(np.float64)
-        rows[~fine] = 0
-        add(rows, fine)
-        count += int(fine.sum())
-        broken.extend((start + np.flatnonzero(~fine)).tolist())
+        rows[~finite] = 0
+        add(rows, finite)
+        count += int(finite.sum())
+        broken.extend((start + np.flatnonzero(~finite)).tolist())
     if broken:
-        _left_out(view, broken)
+        _warn_left_out(view, broken)
     if count == 0:
         raise ConfigError(
-            "no row to start new rows from",
+            "the table has no rows to initialise new rows from",
             where=view.name,
-            expected="rows of known tokens",
-            found=f"{view.known} rows, none of finite numbers" if view.known else "no known token",
+            expected="finite rows of known tokens",
+            found=f"{view.known} rows, none of them finite" if view.known else "0 rows",
             hint="choose init 'zeros'",
         )
     return count
 
 
-def _mean_of(view: TableView, parts: tuple[int, ...]) -> Rows:
-    """The mean of some rows, float64 (D,)."""
+def _average_rows(view: TableView, parts: tuple[int, ...]) -> Rows:
+    """Return the mean of some rows, float64 (D,)."""
     rows = view.rows(parts).astype(np.float64)
-    fine = sound(rows)
-    if not fine.all():
-        _left_out(view, sorted({part for part, whole in zip(parts, fine, strict=True) if not whole}))
-    if not fine.any():
+    finite = find_finite_rows(rows)
+    if not finite.all():
+        _warn_left_out(view, sorted({part for part, ok in zip(parts, finite, strict=True) if not ok}))
+    if not finite.any():
         raise ConfigError(
-            "the rows of all sub-tokens hold NaN or infinity",
+            "the rows of all sub-tokens have NaN or infinity",
             where=view.name,
             found=shorten(sorted(set(parts))),
             hint="choose another init, such as 'mean'",
         )
-    mean: Rows = rows[fine].mean(axis=0)
+    mean: Rows = rows[finite].mean(axis=0)
     return mean
 
 
-def _left_out(view: TableView, broken: list[int]) -> None:
-    warnings.warn(
-        f"rows of {view.name} that hold NaN or infinity do not count for new rows: {shorten(broken)}",
-        EmbedSurgeryWarning,
-        stacklevel=2,
-    )
+def _warn_left_out(view: TableView, broken: list[int]) -> None:
+    warn(f"rows of {view.name} with NaN or infinity are left out of initial values: {shorten(broken)}")

@@ -1,7 +1,8 @@
-"""What ties attachments to other libraries' training loops; each name loads its library when it is first used.
+"""Save and restore attached rows in other libraries' training loops. Each name loads its library on first use.
 
-`EmbedSurgeryCallback` is for transformers' Trainer and TRL's, `LightningCallback` for Lightning's, `keep_rows` for
-Accelerate's save_state and load_state.
+``trainer.py`` has `EmbedSurgeryCallback` for transformers' Trainer and TRL's, ``lightning.py`` has `LightningCallback`,
+and ``accelerate.py`` has `keep_rows` for Accelerate's save_state and load_state. ``saved_rows.py`` is their directory
+of rows inside a checkpoint.
 """
 
 from __future__ import annotations

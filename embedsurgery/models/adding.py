@@ -1,4 +1,4 @@
-"""New tokens in a model in memory, with the rows that they need."""
+"""Adds tokens to a tokenizer and rows for them to its model. ``adapters/new_tokens.py`` plans ids and rows."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from embedsurgery.adapters.carried_tokens import NewTokens
 from embedsurgery.adapters.new_tokens import AddedTokens, Init, plan_tokens
 from embedsurgery.graph.wrappers import base_of
-from embedsurgery.models.targets import refuse_attached, refuse_other, store_of
+from embedsurgery.models.targets import check_model, refuse_attached, store_of
 from embedsurgery.plugins.current import registry
 from embedsurgery.stores.apply import apply
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 _ADDED = "_embedsurgery_added"
-"""Attribute of a model: `NewTokens` of each call, so that an adapter carries them in whatever list their ids come."""
+"""Attribute of a model: the `NewTokens` of each call, for adapters that train their rows to carry."""
 
 
 def add_tokens(
@@ -33,41 +33,42 @@ def add_tokens(
 ) -> AddedTokens:
     """Add tokens to a tokenizer and rows for them to its model, in place.
 
-    Rows that the table has to spare are used first; else every table and per-token vector of the vocabulary grows, tied
-    ones stay tied, and the config follows. `TrainableTokensConfig(token_indices=ids)` then trains the rows of all
-    these tables, and its adapter carries the tokens; so it does where the ids come in another list, with others.
+    Spare rows of the table are used first. If there are too few, every table and per-token vector of the vocabulary
+    grows, tied tables stay tied, and the model's config is updated. `TrainableTokensConfig(token_indices=ids)` then
+    trains the rows in all these tables, and its adapter carries the tokens, also if ``token_indices`` lists other ids
+    beside these.
 
     Args:
         model: Any ``nn.Module`` whose vocabulary is known, without an attachment.
         tokenizer: A transformers tokenizer.
-        tokens: Texts. Those that exist are found, not added twice.
+        tokens: Their texts. Those that the tokenizer has already are not added twice.
         init: How rows start: NAME or NAME:ARGUMENT as `embedsurgery plugins` lists them ("mean", "subtokens",
-            "description:a hammer", "copy:<s>"), for all tokens or for each in a dict by its text. Head rows and
-            biases start in the same way in their own space.
+            "description:a hammer", "copy:<s>"), for all tokens, or a dict from text to init. Rows and biases of an
+            untied head start in the same way, from the head's own rows.
         special: Whether they are special tokens.
         reserved: Take the ids of reserved tokens ("[unused7]") first.
-        pad_to_multiple_of: Where the table must grow, grow it to a multiple.
-        seed: For initialisers that draw.
+        pad_to_multiple_of: If the table must grow, grow it to a multiple of this.
+        seed: For initialisers that draw random numbers.
 
     Returns:
-        The ids, a sequence of int, with ``.undo()``.
+        The ids, a sequence of int; its ``undo()`` removes the tokens again.
 
     Raises:
-        ConfigError: A token that is empty, named twice, or that the tokenizer would not give back as one id; one that
-            exists and is not special where that is asked; one that would break a token that is there.
+        ConfigError: A token is empty or given twice, or the tokenizer would not encode it as one id; it exists and is
+            not special although ``special`` is set; or it would break a token that exists.
         BaseMismatchError: The tokenizer has more tokens than the model has rows, or far fewer.
-        UnsupportedError: A table that cannot grow: quantised, or sharded over devices.
+        UnsupportedError: A table cannot grow, because it is quantised or sharded over devices.
         AttachmentError: The model has an attachment.
     """
-    from embedsurgery.tokenizer.live import known_tokens
+    from embedsurgery.tokenizer.live import known_tokens_of
 
-    refuse_other(model)
+    check_model(model)
     refuse_attached(model, "add tokens to")
     base = base_of(model)
     store = store_of(base, tokenizer)
-    asked = plan_tokens(
+    planned = plan_tokens(
         store,
-        known_tokens(tokenizer),
+        known_tokens_of(tokenizer),
         tokens,
         initializers=registry().initializers,
         init=init,
@@ -76,25 +77,25 @@ def add_tokens(
         pad_to_multiple_of=pad_to_multiple_of,
         seed=seed,
     )
-    undo = apply(asked.plan, store)
-    if asked.new is not None:
-        _remember(base, (*_added(base), asked.new))
+    undo = apply(planned.plan, store)
+    if planned.new is not None:
+        _set_added_tokens(base, (*added_tokens_of(base), planned.new))
 
-    def take_out() -> None:
-        refuse_attached(model, "take tokens out of")
+    def remove_tokens() -> None:
+        refuse_attached(model, "remove tokens from")
         apply(undo, store_of(base, tokenizer))
-        _remember(base, tuple(new for new in _added(base) if new is not asked.new))
+        _set_added_tokens(base, tuple(new for new in added_tokens_of(base) if new is not planned.new))
 
-    return AddedTokens(asked.ids, asked.new, take_out)
-
-
-def _added(model: nn.Module) -> tuple[NewTokens, ...]:
-    """What `add_tokens` gave a model, call by call, also after deepcopy and pickling."""
-    found: tuple[NewTokens, ...] = vars(model).get(_ADDED, ())
-    return found
+    return AddedTokens(planned.ids, planned.new, remove_tokens)
 
 
-def _remember(model: nn.Module, added: tuple[NewTokens, ...]) -> None:
+def added_tokens_of(model: nn.Module) -> tuple[NewTokens, ...]:
+    """Return the tokens that `add_tokens` gave a model, one entry per call. They survive deepcopy and pickling."""
+    added: tuple[NewTokens, ...] = vars(model).get(_ADDED, ())
+    return added
+
+
+def _set_added_tokens(model: nn.Module, added: tuple[NewTokens, ...]) -> None:
     vars(model).pop(_ADDED, None)
     if added:
         vars(model)[_ADDED] = added

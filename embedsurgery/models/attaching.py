@@ -1,6 +1,7 @@
-"""Attachments and new tokens in memory: the public functions that put model, tokenizer and adapter together.
+"""Attaches adapters to models in memory.
 
-What an attachment is, ``runtime/`` says; which ids and rows new tokens get, ``new_tokens.py``.
+``runtime/`` has the attachment itself; ``surgeries/`` makes a config into an adapter. A new adapter's tokens are added
+as in ``adding.py``.
 """
 
 from __future__ import annotations
@@ -9,20 +10,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from embedsurgery.adapters.adapter import Adapter, plainly_named
-from embedsurgery.adapters.carried_tokens import State
+from embedsurgery.adapters.adapter import Adapter, strip_wrapper_names
+from embedsurgery.adapters.carried_tokens import BaseState
 from embedsurgery.adapters.locate import locate
-from embedsurgery.combining.single import extend
+from embedsurgery.combining.single import plan_new_tokens
 from embedsurgery.errors import AttachmentError, ConfigError, EmbedSurgeryError
 from embedsurgery.graph import EmbeddingGraph
 from embedsurgery.graph.wrappers import base_of
-from embedsurgery.models.adding import _added
-from embedsurgery.models.targets import refuse_other, store_of, texts_of
+from embedsurgery.models.adding import added_tokens_of
+from embedsurgery.models.targets import check_model, store_of, texts_by_id
 from embedsurgery.plan import Plan, Undo
 from embedsurgery.plugins.current import registry
 from embedsurgery.stores.apply import apply
-from embedsurgery.surgeries.checked import planned, started
-from embedsurgery.surgeries.surgery import Base, Tokenizer
+from embedsurgery.stores.store import Store
+from embedsurgery.surgeries.checked import call_plan, call_start
+from embedsurgery.surgeries.surgery import Base, Surgery, Tokenizer
 
 if TYPE_CHECKING:
     from torch import nn
@@ -44,54 +46,45 @@ def attach(
 
     Args:
         model: Any ``nn.Module``.
-        config: A config (training starts), or an `Adapter` (training goes on, or it is just used).
+        config: A surgery's config to start training, or an `Adapter` to use or to train further.
         name: The adapter's name on this model.
-        tokenizer: Where given, the adapter carries the texts of its tokens; one that brings new tokens adds them.
-        freeze: Freeze everything that was trainable; `detach` restores it.
-        active: Make it live at once. With False the model computes as before, until ``activate(name)``.
-        materialize: Override by a full copy of the table in each forward, for code that reads ``module.weight``
-            by itself. Slower, and chosen by itself where it is seen to be needed.
+        tokenizer: If given, the adapter carries the texts of its tokens; new tokens of an `Adapter` are added to it.
+        freeze: Freeze all parameters that were trainable; `detach` restores them.
+        active: Activate the adapter at once. With False the model computes as before, until ``activate(name)``.
+        materialize: Override each table by a full copy in each forward, for code that reads ``module.weight`` directly.
+            Slower. Used automatically where such code is detected.
 
     Returns:
         The model's one attachment; a second call adds a named adapter to it.
 
     Raises:
-        TokenIndexError, TableError, ConfigError: The config does not fit the model, or is none.
+        ConfigError: ``config`` is not a config or adapter, or its values do not fit the model.
+        TokenIndexError: A token index is out of range.
+        TableError: No table fits ``target_modules``.
         BaseMismatchError: The adapter was made from another base.
-        UnsupportedError: A table that cannot be overridden.
-        AttachmentError: The name is taken, or rows overlap another active adapter's.
+        UnsupportedError: A table cannot be overridden.
+        AttachmentError: The name is taken, or rows overlap those of another active adapter.
     """
-    from embedsurgery.runtime.attachment import attach_adapter, find
+    from embedsurgery.runtime.attachment import attach_adapter, find_attachment
     from embedsurgery.stores.modules import module_store
 
-    refuse_other(model)
-    if tokenizer is not None and not hasattr(tokenizer, "convert_ids_to_tokens"):
-        raise ConfigError(
-            "not a tokenizer",
-            where="tokenizer",
-            expected="a tokenizer of transformers",
-            found=f"{type(tokenizer).__name__} {str(tokenizer)[:80]!r}",
-            hint="AutoTokenizer.from_pretrained(...) gives one",
-        )
-    known = find(model)
-    base = base_of(model) if known is None else known.model
-    if known is not None and known.merged:
-        raise AttachmentError(
-            "cannot attach another adapter while the rows are merged into the weights", hint="unmerge() first"
-        )
+    check_model(model)
+    _check_tokenizer(tokenizer)
+    existing = find_attachment(model)
+    base = base_of(model) if existing is None else existing.model
+    if existing is not None and existing.merged:
+        raise AttachmentError("cannot attach another adapter while the rows are merged", hint="unmerge() first")
     classify = registry().classify
-    store = module_store(base, known.graph if known is not None else None, classify=classify)
-    fresh = not isinstance(config, Adapter)
-    extended = None
+    store = module_store(base, None if existing is None else existing.graph, classify=classify)
+    added = None
     if isinstance(config, Adapter):
-        adapter, record = config, registry().named(config.manifest.surgery)
-        extended = _extend(base, adapter, tokenizer, known)
-        if extended is not None:
+        adapter, record = config, registry().find_surgery(config.manifest.surgery)
+        added = _add_missing_tokens(base, adapter, tokenizer, existing)
+        if added is not None:  # the tables have grown, so the graph is another
             store = module_store(base, classify=classify)
     else:
         record = registry().for_config(config)
-        known_base = _base(base, store.graph, tokenizer)
-        adapter = _with_disk_names(plainly_named(started(record.surgery, config, store, known_base)), known_base)
+        adapter = _start_adapter(record.surgery, config, store, _describe_base(base, store.graph, tokenizer))
     try:
         attachment = attach_adapter(
             base,
@@ -101,56 +94,77 @@ def attach(
             name=name,
             freeze=model if freeze else None,
             materialize=materialize,
-            fresh=fresh,
+            fresh=not isinstance(config, Adapter),
             active=active,
             given=model,
             classify=classify,
         )
-    except BaseException:
-        if extended is not None:
-            apply(extended, store_of(base, tokenizer))
+    except BaseException:  # Ctrl-C too: without the adapter, its tokens must not stay in the model
+        if added is not None:
+            apply(added, store_of(base, tokenizer))
         raise
-    if extended is not None:
-        attachment.extended.append((extended, tokenizer))
+    if added is not None:
+        attachment.extended.append((added, tokenizer))
     return attachment
 
 
-def _extend(model: nn.Module, adapter: Adapter, tokenizer: Tokenizer | None, known: Attachment | None) -> Undo | None:
-    """Give a model the tokens that an adapter brings and it lacks, with their rows; None where it has them all."""
+def _check_tokenizer(tokenizer: object) -> None:
+    if tokenizer is not None and not hasattr(tokenizer, "convert_ids_to_tokens"):
+        raise ConfigError(
+            "not a tokenizer",
+            where="tokenizer",
+            expected="a tokenizer of transformers",
+            found=f"{type(tokenizer).__name__} {str(tokenizer)[:80]!r}",
+            hint="AutoTokenizer.from_pretrained(...) gives one",
+        )
+
+
+def _start_adapter(surgery: Surgery, config: Any, store: Store, base: Base) -> Adapter:
+    return _with_disk_names(strip_wrapper_names(call_start(surgery, config, store, base)), base)
+
+
+def _add_missing_tokens(
+    model: nn.Module, adapter: Adapter, tokenizer: Tokenizer | None, existing: Attachment | None
+) -> Undo | None:
+    """Add the tokens that an adapter brings and the model lacks, with their rows; None if the model has them all.
+
+    Raises:
+        AttachmentError: The model has an attachment already, whose tables would have to grow.
+    """
     if adapter.manifest.new_tokens is None:
         return None
     store = store_of(model, tokenizer)
     located = locate(adapter, store)
-    edits = extend(adapter, located, store, State.of(store.graph, texts_of([adapter], tokenizer)))
+    edits = plan_new_tokens(adapter, located, store, BaseState.of(store.graph, texts_by_id([adapter], tokenizer)))
     if not edits:
         return None
-    if known is not None:
+    if existing is not None:
         raise AttachmentError(
-            "this adapter brings new tokens, and the model has an attachment already",
-            found=", ".join(known.names),
+            "the adapter brings new tokens, but the model has an attachment already",
+            found=", ".join(existing.names),
             hint="attach it first, or detach() the others",
         )
-    surgery = registry().named(adapter.manifest.surgery).surgery
+    surgery = registry().find_surgery(adapter.manifest.surgery).surgery
     new = set(adapter.manifest.new_tokens.ids)
-    by_row = (edit for edit in planned(surgery, adapter, located).edits if edit.sets() and edit.whole() is None)
-    rows = (edit.restricted(lambda _, index: index in new) for edit in by_row)
+    by_row = (edit for edit in call_plan(surgery, adapter, located).edits if edit.sets() and edit.whole_table() is None)
+    rows = (edit.restrict(lambda _, index: index in new) for edit in by_row)
     return apply(Plan((*edits, *(edit for edit in rows if edit is not None))), store)
 
 
 def get_attachment(model: nn.Module) -> Attachment | None:
-    """The model's one attachment, also after deepcopy, pickling or wrapping; None without."""
-    from embedsurgery.runtime.attachment import find
+    """Return a model's attachment, also after deepcopy, pickling or wrapping; None if it has none."""
+    from embedsurgery.runtime.attachment import find_attachment
 
-    return find(model)
+    return find_attachment(model)
 
 
 def _with_disk_names(adapter: Adapter, base: Base) -> Adapter:
-    """The adapter with its tables' names on disk, where the model was loaded from a directory that still holds them."""
+    """Add its tables' names on disk to an adapter, if the model was loaded from a directory that still has them."""
     if base.name is None or not Path(base.name).is_dir():
         return adapter
     try:
         located = locate(adapter, registry().open_store(Path(base.name)))
-    except EmbedSurgeryError:  # a name is a hint: without it the rows decide
+    except EmbedSurgeryError:  # disk names are a hint: without them a table is recognised by its rows
         return adapter
     tables = tuple(
         replace(table, disk_names=tuple(name for name, _ in located[table.name].files))
@@ -159,8 +173,8 @@ def _with_disk_names(adapter: Adapter, base: Base) -> Adapter:
     return replace(adapter, manifest=replace(adapter.manifest, tables=tables))
 
 
-def _base(model: nn.Module, graph: EmbeddingGraph, tokenizer: Tokenizer | None) -> Base:
-    from embedsurgery.runtime.prompts.stacks import stacks_of
+def _describe_base(model: nn.Module, graph: EmbeddingGraph, tokenizer: Tokenizer | None) -> Base:
+    from embedsurgery.runtime.prompts.stacks import find_stacks
     from embedsurgery.runtime.prompts.task_heads import heads_of
 
     name = getattr(model, "name_or_path", None) or None
@@ -172,7 +186,7 @@ def _base(model: nn.Module, graph: EmbeddingGraph, tokenizer: Tokenizer | None) 
         tokenizer=tokenizer,
         architecture=type(model).__name__,
         config=config,
-        submodules=tuple(stack.name for stack in stacks_of(model, graph)),
+        submodules=tuple(stack.name for stack in find_stacks(model, graph)),
         heads=heads_of(model),
-        new_tokens=_added(model),
+        new_tokens=added_tokens_of(model),
     )

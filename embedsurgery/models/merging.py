@@ -1,7 +1,7 @@
-"""Walking and merging: each puts the pieces together with what the registry holds, and no logic of its own.
+"""Merges adapters into a model or state dict in memory, and undoes it.
 
-Loading is ``reading.py``'s, attachments and new tokens on a live model are ``live.py``'s, checkpoints on disk
-``offline/``'s.
+``combining/`` plans the merge and ``stores/apply.py`` applies it. ``attaching.py`` keeps adapters live instead;
+``checkpoints/merging.py`` merges on disk.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from embedsurgery.adapters.adapter import Adapter
-from embedsurgery.combining.several import Conflict, joined_plan, plan_adapters
-from embedsurgery.combining.weighted_adapters import weighted_adapters
+from embedsurgery.combining.several import Conflict, join_plans, plan_adapters
+from embedsurgery.combining.weighted_adapters import parse_weighted_adapters
 from embedsurgery.errors import ConfigError
-from embedsurgery.models.targets import refuse_attached, store_of, texts_of
+from embedsurgery.models.targets import refuse_attached, store_of, texts_by_id
 from embedsurgery.plan import Undo
 from embedsurgery.plugins.current import registry
 from embedsurgery.stores.apply import apply
-from embedsurgery.stores.checks import check
-from embedsurgery.stores.written import check_written, written
+from embedsurgery.stores.checks import check_plan
+from embedsurgery.stores.written import check_written, hash_written
 from embedsurgery.surgeries.surgery import Tokenizer
 
 if TYPE_CHECKING:
@@ -38,48 +38,49 @@ def merge(
     on_conflict: Conflict | None = None,
     allow_nan: bool = False,
 ) -> Undo:
-    """Bake adapters into a model or state dict, in place; each row is rounded once to the table's dtype.
+    """Merge adapters into a model or state dict, in place. Each row is rounded once to the table's dtype.
 
     Args:
         target: An ``nn.Module`` without an attachment, or a state dict.
-        adapter: What to bake in: one or several, each alone or in a pair with a weight, as `merge_checkpoint` takes
-            them. Several are one merge, with one undo.
-        tokenizer: Gets the tokens that the adapters bring, if any, or that soft prompts become.
-        bake: How soft prompts become tokens: for all, or for each adapter.
-        on_conflict: What becomes of rows that several set: "last" or "average", as for `merge_checkpoint`.
-        allow_nan: Merge rows with NaN or infinity, which are refused otherwise.
+        adapter: One adapter or several, each alone or in a pair with a weight, as for `merge_checkpoint`. Several are
+            one merge with one undo.
+        tokenizer: The tokenizer to add the adapters' new tokens to, or those that soft prompts become.
+        bake: How soft prompts become tokens: for all adapters, or for each.
+        on_conflict: How to merge rows that several adapters set: "last" or "average", as for `merge_checkpoint`.
+        allow_nan: Merge rows with NaN or infinity, which are refused by default.
 
     Returns:
         The undo, for `unmerge`.
 
     Raises:
-        BaseMismatchError: The target's rows are not those the adapter was made from.
-        TableError: The table is not found.
-        PlanError: Two adapters set the same rows, or rows hold NaN or infinity.
-        UnsupportedError: A table whose rows cannot be set.
-        AttachmentError: The model has an attachment, which merges by itself.
+        BaseMismatchError: The adapter was made from another base.
+        TableError: A table is not found.
+        PlanError: Two adapters set the same rows, or rows contain NaN or infinity.
+        UnsupportedError: A table's rows cannot be set.
+        AttachmentError: The model has an attachment; use its own ``merge``.
     """
     refuse_attached(target, "merge")
-    asked = weighted_adapters(adapter, _loaded)
+    weighted = parse_weighted_adapters(adapter, _check_adapter)
     store = store_of(target, tokenizer)
     if tokenizer is None:
-        texts_of([part.adapter for part in asked], None)  # which says what an adapter's tokens would need
-    tokens = None if tokenizer is None else partial(_known, tokenizer)
-    planned = plan_adapters(
-        asked,
-        lambda name: registry().named(name).surgery,
+        texts_by_id([part.adapter for part in weighted], None)  # for its warning
+    tokens = None if tokenizer is None else partial(_known_tokens, tokenizer)
+    plans = plan_adapters(
+        weighted,
+        lambda name: registry().find_surgery(name).surgery,
         store,
         tokens,
         options=bake,
         on_conflict=on_conflict,
         allow_nan=allow_nan,
     )
-    plan = planned[0][1] if len(planned) == 1 else joined_plan([plan for _, plan in planned])
+    plan = plans[0][1] if len(plans) == 1 else join_plans([plan for _, plan in plans])
     undo = apply(plan, store)
-    return MergeUndo(undo.edits, {**plan.facts, "written": written(undo, store)}, tokenizer)
+    # With hashes of what was written, by which `unmerge` refuses rows that have changed since.
+    return MergeUndo(undo.edits, {**plan.facts, "written": hash_written(undo, store)}, tokenizer)
 
 
-def _loaded(adapter: object) -> tuple[Adapter, str]:
+def _check_adapter(adapter: object) -> tuple[Adapter, str]:
     if not isinstance(adapter, Adapter):
         raise ConfigError(
             "not an adapter",
@@ -90,29 +91,31 @@ def _loaded(adapter: object) -> tuple[Adapter, str]:
     return adapter, adapter.source or "adapter"
 
 
-def _known(tokenizer: Any) -> KnownTokens:
-    from embedsurgery.tokenizer.live import known_tokens
+def _known_tokens(tokenizer: Any) -> KnownTokens:
+    from embedsurgery.tokenizer.live import known_tokens_of
 
-    return known_tokens(tokenizer)
+    return known_tokens_of(tokenizer)
 
 
 def unmerge(target: Target, undo: Undo, tokenizer: Tokenizer | None = None) -> None:
-    """Put back, bit for bit, what a merge changed.
+    """Undo a merge, bit for bit.
 
     Args:
-        target: What was merged into.
-        undo: What `merge` returned, or one that was loaded from a file.
-        tokenizer: Where the merge added tokens and the undo comes from a file; what `merge` returned knows its own.
+        target: The model or state dict that was merged into.
+        undo: What `merge` returned, or an `Undo` that was loaded from a file.
+        tokenizer: The tokenizer that the merge added tokens to, if the undo was loaded from a file. What `merge`
+            returned holds it.
 
     Raises:
         PlanError: The undo does not fit the target, or the rows have changed since the merge.
-        AttachmentError: The model has an attachment, which unmerges by itself.
+        AttachmentError: The model has an attachment; use its own ``unmerge``.
+        ConfigError: ``undo`` is not an `Undo`.
     """
     refuse_attached(target, "unmerge")
     if not isinstance(undo, Undo):
         raise ConfigError("not an undo", expected="what merge() returned", found=type(undo).__name__)
     store = store_of(target, tokenizer or getattr(undo, "tokenizer", None))
-    check(undo, store)
+    check_plan(undo, store)
     if "written" in undo.facts:
         check_written("the undo", undo, store)
     apply(undo, store)
@@ -120,6 +123,10 @@ def unmerge(target: Target, undo: Undo, tokenizer: Tokenizer | None = None) -> N
 
 @dataclass(frozen=True)
 class MergeUndo(Undo):
-    """The undo of a merge in memory, with the tokenizer that was changed along, if any."""
+    """The undo of a merge in memory.
+
+    Attributes:
+        tokenizer: The tokenizer that the merge added tokens to, if any.
+    """
 
     tokenizer: Any = field(default=None, repr=False, compare=False)

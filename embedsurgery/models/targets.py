@@ -1,13 +1,12 @@
-"""A model or a state dict as a store, and what every change of one refuses."""
+"""What all changes of a model in memory share: its store, the texts of its tokens, and what they refuse."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from embedsurgery.adapters.adapter import Adapter
-from embedsurgery.errors import AttachmentError, ConfigError, EmbedSurgeryWarning
+from embedsurgery.errors import AttachmentError, ConfigError, warn
 from embedsurgery.plugins.current import registry
 from embedsurgery.stores.store import Store
 
@@ -18,40 +17,53 @@ if TYPE_CHECKING:
     Target = nn.Module | Mapping[str, torch.Tensor]
 
 
-def texts_of(adapters: Sequence[Adapter], tokenizer: Any) -> Mapping[int, str] | None:
-    """Id -> text of a tokenizer's tokens; without one, a word to whom an adapter brings new tokens."""
-    from embedsurgery.tokenizer.live import texts
+def texts_by_id(adapters: Sequence[Adapter], tokenizer: Any) -> Mapping[int, str] | None:
+    """Return id -> text of a tokenizer's tokens.
+
+    Without a tokenizer, return None, and warn if an adapter brings new tokens that the tokenizer would have to know.
+    """
+    from embedsurgery.tokenizer.live import token_texts_of
 
     if tokenizer is not None:
-        return texts(tokenizer)
+        return token_texts_of(tokenizer)
     new = [token for a in adapters if a.manifest.new_tokens is not None for token in a.manifest.new_tokens.tokens]
     if new:
-        named = ", ".join(repr(token.content) for token in new[:4])
-        warnings.warn(
-            f"the adapter brings new tokens ({named}): give tokenizer=, or it does not know them",
-            EmbedSurgeryWarning,
-            stacklevel=4,
-        )
+        listed = ", ".join(repr(token.content) for token in new[:4])
+        warn(f"the adapter brings new tokens, give tokenizer= to add them to a tokenizer: {listed}")
     return None
 
 
 def refuse_attached(target: Target, verb: str) -> None:
-    """An edit behind an attachment's back would leave its rows, and what it restores, wrong."""
+    """Refuse a model that has an attachment.
+
+    A change that the attachment does not know of would make its live rows, and what it restores, wrong.
+
+    Args:
+        target: A model; a state dict is never refused.
+        verb: What is refused. If the attachment has a method of this name, the error suggests it.
+
+    Raises:
+        AttachmentError: The model has an attachment.
+    """
     from torch import nn
 
-    from embedsurgery.runtime.attachment import find
+    from embedsurgery.runtime.attachment import find_attachment
 
-    own = f", or use its own {verb}()" if verb.isalpha() else ""
-    if isinstance(target, nn.Module) and find(target) is not None:
+    own = f", or use its {verb}()" if verb.isalpha() else ""
+    if isinstance(target, nn.Module) and find_attachment(target) is not None:
         raise AttachmentError(
-            f"cannot {verb} a model that has an attachment from outside",
+            f"cannot {verb} a model that has an attachment",
             where=type(target).__name__,
             hint=f"detach() it first{own}",
         )
 
 
-def refuse_other(model: object) -> None:
-    """Refuse what is no model."""
+def check_model(model: object) -> None:
+    """Refuse anything that is not an ``nn.Module``.
+
+    Raises:
+        ConfigError: It is not one.
+    """
     from torch import nn
 
     if not isinstance(model, nn.Module):
@@ -64,7 +76,11 @@ def refuse_other(model: object) -> None:
 
 
 def store_of(target: Target, tokenizer: Any = None) -> Store:
-    """The store over a model or a state dict, with the tokenizer that goes with it."""
+    """Return the store of a model or a state dict, with the tokenizer that changes along with it.
+
+    Raises:
+        ConfigError: The target is neither.
+    """
     from torch import nn
 
     from embedsurgery.stores.modules import module_store

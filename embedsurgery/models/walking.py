@@ -1,4 +1,4 @@
-"""The graph of a model in memory or of a checkpoint."""
+"""Finds the tables of a model in memory or of a checkpoint."""
 
 from __future__ import annotations
 
@@ -18,17 +18,21 @@ if TYPE_CHECKING:
 
 
 def walk(target: Target | str | os.PathLike[str]) -> EmbeddingGraph:
-    """Every embedding table of a model or a checkpoint, with aliases, sites and vocabularies.
+    """Find every embedding table of a model or a checkpoint, with aliases, sites and vocabularies.
 
     Args:
-        target: An ``nn.Module``; a state dict; or a checkpoint directory or Hub id, of which only headers, index and
-            config are read, without torch. Where the config claims a tie whose two ends are both stored, it is
-            believed here; merging compares their bytes.
+        target: An ``nn.Module``, a state dict, a checkpoint directory or a Hub id. Of a checkpoint only headers, index
+            and config are read, without torch. If its config claims a tie and both ends are stored, the config is
+            trusted here; merging compares the bytes.
+
+    Returns:
+        The graph.
 
     Raises:
-        OverlapError: In a module, a parameter that shares memory with a part of a table.
-        CheckpointError: The directory's files are missing or broken.
-        ConfigError: ``target`` is none of the three.
+        OverlapError: A parameter of the module shares only a part of a table's memory.
+        CheckpointError: The checkpoint's files are missing or broken.
+        HubError: The Hub does not give the model.
+        ConfigError: ``target`` is none of these.
     """
     if isinstance(target, (str, os.PathLike)):
         with open_store(target) as store:

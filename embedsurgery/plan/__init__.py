@@ -1,9 +1,9 @@
-"""Plans: the edits, what an undo is, and how both are written to a file.
+"""Plans and undos: lists of edits, and their file format.
 
-An edit is a frozen dataclass that says of itself what it touches and how it is written down: see `Edit` in ``edit.py``.
-The edits are in ``row_edits.py``, ``vocabulary_edits.py``, ``token_edits.py`` and ``file_edits.py``; ``plan.py`` has
-`Plan` and `Undo`. A new edit is a class in one of those files, listed in ``plan.KINDS``; doing it belongs to
-``stores/``.
+An edit is a frozen dataclass that describes one change, what it affects and how it is serialised: see `Edit` in
+``edit.py``. The edits are in ``row_edits.py``, ``vocabulary_edits.py``, ``token_edits.py`` and ``file_edits.py``;
+``plan.py`` has `Plan` and `Undo`. A new edit is a class in one of those files, listed in ``plan.KINDS``. ``stores/``
+applies edits.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""All rows of a table as blocks of bounded size, from a computation, from memory or from a file."""
+"""The rows of a whole table as blocks of bounded size: computed, in memory or in a file."""
 
 from __future__ import annotations
 
@@ -11,22 +11,23 @@ from embedsurgery.files.safetensors import Entry
 from embedsurgery.tensors.raw import ITEMSIZE, RawArray
 
 BLOCK_BYTES = 8 << 20
-"""About how many bytes of a table are held at a time."""
+"""Approximate size of a block in bytes: how much of a table is in memory at a time."""
 
 BlockFunction = Callable[[int, int, RawArray], RawArray]
-"""Called with start, stop and the rows ``start:stop`` as they are; returns the new ones, (stop - start, D)."""
+"""Called with start, stop and the current rows ``start:stop``; returns the new ones, (stop - start, D)."""
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """All rows of a table, made block by block.
+    """The new rows of a whole table, block by block.
 
     Attributes:
         shape: (V, D).
-        dtype: Of the blocks that `block` returns.
-        block: Called as ``block(start, stop, current)`` with the table's rows ``start:stop`` as they are now;
-            returns the new ones, (stop - start, D).
-        stored: Whether the blocks come from a file or from memory, whatever ``current`` is, so that they can be saved.
+        dtype: Dtype of the blocks that ``block`` returns.
+        block: Called as ``block(start, stop, current)`` with the table's current rows ``start:stop``; returns the new
+            ones, (stop - start, D).
+        stored: Whether the blocks are in memory or in a file and do not depend on ``current``, so that they can be
+            saved.
     """
 
     shape: tuple[int, int]
@@ -36,21 +37,21 @@ class Blocks:
 
     @classmethod
     def of(cls, rows: RawArray) -> Blocks:
-        """All rows, held in memory."""
+        """Blocks of rows in memory, (V, D)."""
         return cls((rows.shape[0], rows.shape[1]), rows.dtype, _InMemory(rows), stored=True)
 
     @classmethod
     def in_file(cls, path: Path, entry: Entry) -> Blocks:
-        """All rows, in a tensor of a safetensors file that is read block by block."""
+        """Blocks of a tensor (V, D) in a safetensors file, which are read when they are needed."""
         rows, columns = entry.shape
         return cls((rows, columns), entry.dtype, _InFile(path, entry), stored=True)
 
     def spans(self) -> Iterator[tuple[int, int]]:
-        """(start, stop) of consecutive blocks of bounded size that cover all rows."""
+        """Yield (start, stop) of consecutive blocks that cover all rows."""
         yield from spans(self.shape[0], self.shape[1] * ITEMSIZE[self.dtype])
 
-    def saved_rows(self, start: int, stop: int) -> RawArray:
-        """Rows of stored blocks."""
+    def read_rows(self, start: int, stop: int) -> RawArray:
+        """Read rows ``start:stop`` of stored blocks."""
         return self.block(start, stop, RawArray(self.dtype, (0, self.shape[1]), b""))
 
 
@@ -66,7 +67,11 @@ class _InMemory:
 
 @dataclass(frozen=True, eq=False)
 class _InFile:
-    """Blocks in a file. A copy is the same object, since the file may live only as long as it; a pickle has values."""
+    """Blocks in a file.
+
+    The temporary file of an undo is removed when this object is (``stores/apply.py``). So a deep copy is the same
+    object, and a pickle, which may outlive the file, holds the rows.
+    """
 
     path: Path
     entry: Entry
@@ -86,7 +91,7 @@ class _InFile:
 
 
 def spans(rows: int, pitch: int) -> Iterator[tuple[int, int]]:
-    """(start, stop) of consecutive blocks of about `BLOCK_BYTES` bytes, for rows of ``pitch`` bytes."""
+    """Yield (start, stop) of consecutive blocks of about `BLOCK_BYTES` bytes, for rows of ``pitch`` bytes."""
     step = max(1, BLOCK_BYTES // max(pitch, 1))
     for start in range(0, rows, step):
         yield start, min(start + step, rows)

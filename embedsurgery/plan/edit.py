@@ -1,7 +1,7 @@
-"""What every edit says of itself; `Edit` is the base class of all of them.
+"""`Edit`, the base class of all edits, and the types its methods use.
 
-Whoever looks at a plan asks these methods and never asks for the type: only what applies an edit and what checks it
-against a store do (``stores/apply.py``, ``stores/checks.py``).
+Code that inspects a plan calls these methods and does not test the type of an edit. Only ``stores/apply.py``, which
+applies edits, and ``stores/checks.py``, which checks them against a store, do that.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Values(NamedTuple):
     Attributes:
         name: The table or vector.
         indices: Row numbers, (K,).
-        values: (K, D) or (K,).
+        values: The new values, (K, D) or (K,).
     """
 
     name: str
@@ -45,7 +45,7 @@ class Values(NamedTuple):
 
 @dataclass(frozen=True)
 class Touched:
-    """What an edit changes, as far as a later edit can lie over it.
+    """What an edit changes and a later edit may change again.
 
     Attributes:
         rows: Rows of tables and entries of vectors.
@@ -58,11 +58,11 @@ class Touched:
 
 @dataclass(frozen=True)
 class Footprint:
-    """What an edit does to a checkpoint's files.
+    """The files and bytes of a checkpoint that an edit changes.
 
     Attributes:
-        ranges: Weight file -> bytes that are written over where they lie.
-        replaced: Files that are replaced, made or removed, relative to the checkpoint.
+        ranges: Weight file -> byte ranges that are overwritten in place.
+        replaced: Files that are replaced, created or removed, relative to the checkpoint.
     """
 
     ranges: Mapping[str, Sequence[Range]] = field(default_factory=dict)
@@ -70,23 +70,23 @@ class Footprint:
 
 
 class StoreFiles(Protocol):
-    """What an edit asks a store about its files; a store without files answers with nothing."""
+    """What an edit asks a store about its files. A store without files returns empty values."""
 
     def row_ranges(self, table: str, indices: Sequence[int] | None) -> Mapping[str, Sequence[Range]]:
-        """Weight file -> where rows of a table lie; None for all rows. Empty for a table that is not stored yet."""
+        """Weight file -> byte ranges of rows, or of all rows for None. Empty for a table that is not stored yet."""
 
     def entry_ranges(self, vector: str, indices: Sequence[int]) -> Mapping[str, Sequence[Range]]:
-        """Weight file -> where entries of a per-token vector lie."""
+        """Weight file -> byte ranges of entries of a per-token vector."""
 
     def resized_files(self, vocabulary: str) -> Sequence[str]:
-        """The files that are rewritten when a vocabulary gets another number of rows."""
+        """The files that are rewritten when a vocabulary is resized."""
 
     def untie_footprint(self, edit: Any) -> Footprint:
-        """What an `Untie` does."""
+        """The footprint of an `Untie`."""
 
 
 class Sizes:
-    """How many rows each table, vector and vocabulary has, as the edits so far leave them.
+    """Number of rows of each table, vector and vocabulary after the edits so far.
 
     Attributes:
         rows: Table or vector -> rows.
@@ -94,8 +94,8 @@ class Sizes:
         members: Vocabulary -> its tables and vectors.
 
     Args:
-        graph: Before any edit.
-        where: For messages.
+        graph: The graph before any edit.
+        where: Name of the store, for messages.
     """
 
     def __init__(self, graph: EmbeddingGraph, where: str = "") -> None:
@@ -107,18 +107,18 @@ class Sizes:
         self._tables = tuple(v.tables for v in graph.vocabularies)
 
     def tables_of(self, vocabulary: str) -> tuple[str, ...]:
-        """The tables of a vocabulary that is named by one of them.
+        """Return the tables of the vocabulary that contains a table of this name.
 
         Raises:
-            PlanError: There is none.
+            PlanError: There is no such vocabulary.
         """
         found = next((tables for tables in self._tables if vocabulary in tables), None)
         if found is None:
-            raise PlanError("a record of a vocabulary that does not exist here", where=self._where, expected=vocabulary)
+            raise PlanError("the store has no such vocabulary", where=self._where, expected=vocabulary)
         return found
 
     def resize(self, vocabulary: str, count: int) -> None:
-        """Give a vocabulary so many rows more, or fewer."""
+        """Add rows to a vocabulary or, with a negative count, remove them."""
         self.vocabularies[vocabulary] = self.vocabularies.get(vocabulary, 0) + count
         for name in self.members.get(vocabulary, ()):
             self.rows[name] = self.rows.get(name, 0) + count
@@ -126,85 +126,85 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Edit(ABC):
-    """One change of a checkpoint or a model, as frozen data."""
+    """One change of a checkpoint or model, as frozen data."""
 
     rearranges: ClassVar[bool] = True
-    """Whether sizes, names or small files change, so that later edits cannot be checked against the store as it is."""
+    """Whether sizes, names or small files change, so that later edits cannot be checked against the current store."""
 
     interpolates: ClassVar[bool] = True
-    """Whether a weight other than 1 has a meaning for the edit."""
+    """Whether the edit can be scaled by an adapter's weight."""
 
     @abstractmethod
     def describe(self) -> str:
-        """One line for a person."""
+        """Describe the edit in one line of a report."""
 
-    # -- what it touches ----------------------------------------------------------------------------------------------
+    # -- what it changes ----------------------------------------------------------------------------------------------
 
     def sets(self) -> Rows:
-        """The rows and entries that get new values."""
+        """Return the rows and entries that get new values."""
         return {}
 
     def touches(self, sizes: Sizes) -> Touched:
-        """What it changes, as far as a later edit can lie over it."""
+        """Return what it changes and a later edit may change again."""
         return Touched(self.sets())
 
-    def leaves(self, sizes: Sizes) -> Rows:
-        """In an undo: rows whose present values it takes away, which a record hashes before."""
+    def replaced_rows(self, sizes: Sizes) -> Rows:
+        """Return the rows that it replaces or removes, for an edit of an undo. A merge's record has their hash."""
         return self.sets()
 
     def footprint(self, store: StoreFiles) -> Footprint:
-        """What it does to the files of a store."""
+        """Return the files and bytes of a store that it changes."""
         return Footprint()
 
-    def ends(self) -> tuple[str, ...]:
-        """Names of the lookup's table and the head whose tie it changes."""
+    def tie_names(self) -> tuple[str, ...]:
+        """Return the names of the lookup's table and of the head, if it ties or unties them."""
         return ()
 
     def resize(self, sizes: Sizes) -> None:  # noqa: B027 - most edits leave all sizes as they are
-        """Bring sizes up to date with this edit."""
+        """Update the sizes to those after this edit."""
 
     def kept_bytes(self, graph: EmbeddingGraph) -> int:
-        """Bytes of rows that its undo keeps."""
+        """Return how many bytes of rows its undo keeps."""
         return 0
 
-    # -- what it brings -----------------------------------------------------------------------------------------------
+    # -- what it contains ---------------------------------------------------------------------------------------------
 
     def arrays(self) -> Mapping[str, RawArray]:
-        """Table or vector -> all values that it brings for it."""
+        """Return all values that it contains, by table or vector."""
         return {}
 
     def values(self, sizes: Sizes) -> list[Values]:
-        """Values that several adapters of one merge may set, by row. New rows that only pad a table are not among them.
+        """Return the values that several adapters of one merge may set, by row, without `padding`.
 
         Args:
-            sizes: As the edits before this one leave them.
+            sizes: Sizes after the edits before this one.
         """
         return []
 
     def padding(self) -> Mapping[str, RawArray]:
-        """Table -> rows that only pad it, over which the rows of tokens are set."""
+        """Return rows that only fill up a table, by table. The rows of tokens are set afterwards."""
         return {}
 
-    def whole(self) -> tuple[str, Blocks] | None:
-        """A table and all its new rows, block by block."""
+    def whole_table(self) -> tuple[str, Blocks] | None:
+        """Return the table of which it sets all rows, and these rows as blocks; None if it sets no whole table."""
         return None
 
     def changed_tokens(self) -> tuple[Token, ...]:
-        """The tokens that enter or leave the tokenizer."""
+        """Return the tokens that are added to or removed from the tokenizer."""
         return ()
 
     def new_prefix(self) -> Prefix | None:
-        """Tokens that the tokenizer puts before every text from then on."""
+        """Return the tokens that the tokenizer will prepend to every text."""
         return None
 
-    # -- other edits made of it ---------------------------------------------------------------------------------------
+    # -- edits derived from it ----------------------------------------------------------------------------------------
 
     def with_values(self, new: Mapping[str, RawArray]) -> Edit:
-        """The edit with other `values`, by table or vector."""
+        """Return the edit with other `values`, by table or vector."""
         return self
 
     def with_blocks(self, wrap: Callable[[BlockFunction], BlockFunction], *, stored: bool) -> Edit:
-        """The edit with its block function wrapped in another, where it has one.
+        """Return the edit with its block function, if it has one, wrapped in another.
 
         Args:
             wrap: Returns the new function.
@@ -213,77 +213,79 @@ class Edit(ABC):
         return self
 
     def with_tables(self, names: Mapping[str, str]) -> Edit | None:
-        """The same edit of another table; None where it sets none of these.
+        """Return the same edit for another table; None if its table is not in ``names``.
 
         Args:
             names: Table -> the other one.
         """
         return None
 
-    def restricted(self, wanted: Callable[[str, int], bool]) -> Edit | None:
-        """The edit without rows that are not wanted; None where none is left.
+    def restrict(self, wanted: Callable[[str, int], bool]) -> Edit | None:
+        """Return the edit with a part of its rows; None if no row is left.
 
         Args:
-            wanted: Called with the table or vector, and a row.
+            wanted: Called with the table or vector and a row number; says whether to keep the row.
         """
         return self
 
-    def once(self) -> str | None:
-        """Key of what a plan can do only once; `joined` makes one edit of several with this key. None for no key."""
+    def join_key(self) -> str | None:
+        """Return the key of a change that a plan can make only once, else None. `join` merges edits of equal keys."""
         return None
 
-    def joined(self, later: Any) -> Edit:
-        """One edit that does what this and a later one of the same key do."""
+    def join(self, later: Any) -> Edit:
+        """Merge this edit with a later one of the same key."""
         raise NotImplementedError
 
-    # -- how it is written down ---------------------------------------------------------------------------------------
+    # -- serialisation ------------------------------------------------------------------------------------------------
 
     @abstractmethod
     def encode(self, prefix: str, tensors: dict[str, TensorSource]) -> dict[str, Any]:
-        """The JSON part of the edit.
+        """Return the JSON part of the edit, and add its tensors to ``tensors``.
 
         Args:
-            prefix: Of the names of its tensors.
-            tensors: Takes its numbers.
+            prefix: Prefix of the names of its tensors.
+            tensors: Name -> tensor; changed.
         """
 
     @classmethod
     @abstractmethod
     def decode(cls, body: Mapping[str, Any], prefix: str, file: PlanFile) -> Edit:
-        """The inverse of `encode`.
+        """Read an edit that `encode` wrote.
 
         Raises:
-            ValueError: It contradicts itself; or another of Python's errors for values of the wrong kind.
+            ValueError: The values contradict one another.
+            KeyError, TypeError, ...: A value is missing or has the wrong type. `Edits.load` turns all these into
+                a PlanError.
         """
 
     # -- files --------------------------------------------------------------------------------------------------------
 
     def expected_file(self) -> tuple[str, str | None] | None:
-        """A small file that it changes, and the sha256 that it must have; None for the hash where it must not exist."""
+        """Return the small file that it changes and the sha256 it must have, None if it must not exist."""
         return None
 
-    def put_back(self, directory: Path, journal: Path) -> str | None:
-        """As an edit of a journal: put a file back, with nothing known of the checkpoint but its files.
+    def restore_file(self, directory: Path, journal: Path) -> str | None:
+        """Restore a file from a journal, without opening the checkpoint.
 
         Args:
             directory: The checkpoint.
             journal: The journal's directory, with the files that were kept.
 
         Returns:
-            The file's path; None where this is no edit of files.
+            The file's path; None if this is not an edit of a journal.
 
         Raises:
-            UnfinishedError: The files are not those that the journal was written for.
+            UnfinishedError: The journal was written for other files.
             OSError: The file cannot be written.
         """
         return None
 
 
-def count_rows(count: int) -> str:
-    """A number of rows for a person."""
+def format_row_count(count: int) -> str:
+    """Format a number of rows for a report: "1 row", "2,000 rows"."""
     return f"{count:,} row" if count == 1 else f"{count:,} rows"
 
 
-def positions(indices: Sequence[int], name: str, wanted: Callable[[str, int], bool]) -> list[int]:
-    """Positions of the indices that are wanted."""
+def find_positions(indices: Sequence[int], name: str, wanted: Callable[[str, int], bool]) -> list[int]:
+    """Return the positions of the wanted row numbers in ``indices``."""
     return [n for n, index in enumerate(indices) if wanted(name, index)]

@@ -1,7 +1,7 @@
-"""Edits of files beside the weights, and those that a journal is made of: bytes and files put back.
+"""Edits of files: `PatchFile` for small files of a checkpoint, and the edits of a journal, which restore files.
 
-A journal's edits name files and bytes and no tables, because what they put right may be a checkpoint that cannot be
-read as one. ``checkpoints/journal.py`` writes them and calls `Edit.put_back`.
+The edits of a journal refer to files and bytes, not to tables: after an interrupted change the checkpoint may not be
+readable as one. ``checkpoints/journal.py`` writes them and calls `Edit.restore_file`.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PatchFile(Edit):
-    """Give a small file beside the weights other bytes.
+    """Write, replace or remove a small file beside the weights.
 
     Attributes:
         path: Relative to the checkpoint, with forward slashes.
         after: The new bytes; None removes the file.
-        before: sha256 (hex) of what must be there, None for no such file: anything else is refused.
+        before: sha256 (hex) of the current file, None if it must not exist. Any other file is refused.
     """
 
     interpolates: ClassVar[bool] = False
@@ -43,7 +43,7 @@ class PatchFile(Edit):
 
     @classmethod
     def change(cls, path: str, before: bytes | None, after: bytes | None) -> PatchFile:
-        """The edit that turns one content into another; None stands for no file."""
+        """Create the edit that turns one content into another; None means no file."""
         return cls(path, after, None if before is None else hashlib.sha256(before).hexdigest())
 
     def describe(self) -> str:
@@ -68,25 +68,26 @@ class PatchFile(Edit):
         after = None if body["removed"] else file.data(prefix + "after")
         return cls(str(body["path"]), after, string_or_none(body["before"]))
 
-    def put_back(self, directory: Path, journal: Path) -> str:
+    def restore_file(self, directory: Path, journal: Path) -> str:
+        # In a journal this edit removes a file that the change created. Replaced files are restored by `PutFile`.
         file = resolve_inside(directory, self.path)
         if self.after is not None or (os.path.lexists(file) and (file.is_dir() and not file.is_symlink())):
-            raise journal_mismatch(file, "a file that was made", "something else")
+            raise journal_mismatch(file, "a file that the change created", "something else")
         file.unlink(missing_ok=True)
         return self.path
 
 
-# -- the edits of a journal --------------------------------------------------------------------------------------------
+# -- the edits of a journal -------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class FileState:
-    """What tells a file from others, even when rows in it have changed.
+    """Identifies a file. A weight file is still the same after rows in it were overwritten.
 
     Attributes:
         size: Bytes.
-        head: sha256 (hex) of a weight file's header, or of all of another file.
-        mtime_ns: When it was last changed, in nanoseconds.
+        head: sha256 (hex) of a weight file's header, or of the whole of another file.
+        mtime_ns: Time of the last change, in nanoseconds.
     """
 
     size: int
@@ -95,11 +96,11 @@ class FileState:
 
     @classmethod
     def of(cls, path: Path, name: str | None = None) -> FileState:
-        """The state of a file as it is.
+        """Read the state of a file.
 
         Args:
-            path: Where it is.
-            name: Its name in the checkpoint, where it has another name now.
+            path: The file.
+            name: Its name in the checkpoint, if that is another.
 
         Raises:
             CheckpointError: It does not exist, or is not a regular file.
@@ -108,6 +109,7 @@ class FileState:
             status = os.fstat(descriptor)
             end = status.st_size
             if (name or path.name).endswith(".safetensors") and end >= 8:
+                # Bounded, because the length field may be broken.
                 end = min(end, 8 + int.from_bytes(pread_exactly(descriptor, 8, 0), "little"), MAX_HEADER)
             digest = hashlib.sha256()
             for start in range(0, end, CHUNK):
@@ -116,30 +118,30 @@ class FileState:
 
     @classmethod
     def decode(cls, body: Mapping[str, Any]) -> FileState:
-        """The state from JSON.
+        """Read the state from JSON.
 
         Raises:
-            ValueError: A number is out of range, or not a number.
+            ValueError: A number is not an integer, or out of range.
         """
         size, time = body["size"], body["mtime_ns"]
         if type(size) is not int or type(time) is not int or not (0 <= size < 2**63 and -(2**63) <= time < 2**63):
-            raise ValueError("size and mtime_ns of a file must be integers of 64 bits")
+            raise ValueError("size and mtime_ns must be 64-bit integers")
         return cls(size, str(body["head"]), time)
 
     def same_file(self, other: FileState) -> bool:
-        """Whether both are one file, whatever its rows are."""
+        """Whether both are states of one file; its rows may differ."""
         return (self.size, self.head) == (other.size, other.head)
 
 
 @dataclass(frozen=True)
 class SetBytes(Edit):
-    """Put bytes of a file back where they lie.
+    """Restore bytes of a file in place. An edit of a journal.
 
     Attributes:
         path: Relative to the checkpoint, with forward slashes.
-        ranges: (begin, end) in bytes from the start of the file, ascending, disjoint.
-        state: The file's, as it was and will be.
-        chunks: Called for the new bytes of all ranges, in order, in pieces of bounded size.
+        ranges: (begin, end) in bytes from the start of the file, ascending and disjoint.
+        state: State of the file before the change.
+        chunks: Called for the bytes of all ranges, in order, in pieces of bounded size.
     """
 
     rearranges: ClassVar[bool] = False
@@ -150,8 +152,8 @@ class SetBytes(Edit):
     chunks: Callable[[], Iterator[bytes]]
 
     @classmethod
-    def as_now(cls, directory: Path, path: str, ranges: Sequence[Range]) -> SetBytes:
-        """The edit that puts back the present bytes, which are read when the edit is written down."""
+    def of_current_bytes(cls, directory: Path, path: str, ranges: Sequence[Range]) -> SetBytes:
+        """Create the edit that restores the current bytes. They are read when the edit is serialised."""
         file = directory / path
 
         def chunks() -> Iterator[bytes]:
@@ -168,7 +170,7 @@ class SetBytes(Edit):
         return sum(end - begin for begin, end in self.ranges)
 
     def describe(self) -> str:
-        return f"put {self.size:,} bytes back into {self.path}"
+        return f"restore {self.size:,} bytes of {self.path}"
 
     def encode(self, prefix: str, tensors: dict[str, TensorSource]) -> dict[str, Any]:
         ends = [end for part in self.ranges for end in part]
@@ -180,18 +182,19 @@ class SetBytes(Edit):
     def decode(cls, body: Mapping[str, Any], prefix: str, file: PlanFile) -> SetBytes:
         entry, data = file.entries[prefix + "ranges"], file.entries[prefix + "bytes"]
         if (entry.dtype, len(entry.shape), entry.shape[-1], data.dtype, len(data.shape)) != ("I64", 2, 2, "U8", 1):
-            raise ValueError("ranges or bytes of the wrong shape")
+            raise ValueError("ranges must be I64 (N, 2) and bytes U8 (N,)")
+        # A damaged or forged journal must not write outside the ranges it declares, or beyond the end of the file.
         numbers, state = file.tensor(prefix + "ranges").integers(), FileState.decode(body["state"])
         ranges = tuple(zip(numbers[::2], numbers[1::2], strict=True))
         ends = [0, *numbers, state.size]
         if ends != sorted(ends) or sum(end - begin for begin, end in ranges) != data.shape[0]:
-            raise ValueError("ranges overlap, or do not have as many bytes as are stored")
+            raise ValueError("ranges overlap, or do not match the number of bytes")
         return cls(str(body["path"]), ranges, state, file.chunks(prefix + "bytes"))
 
-    def put_back(self, directory: Path, journal: Path) -> str:
+    def restore_file(self, directory: Path, journal: Path) -> str:
         file = resolve_inside(directory, self.path)
         if not FileState.of(file).same_file(self.state):
-            raise journal_mismatch(file, "the file that was being changed", "one of another size or header")
+            raise journal_mismatch(file, "the file that was being changed", "another size or header")
         with open_regular(file, os.O_RDWR | os.O_NOFOLLOW) as descriptor:
             places = iter(self.ranges)
             begin = end = 0
@@ -210,12 +213,12 @@ class SetBytes(Edit):
 
 @dataclass(frozen=True)
 class PutFile(Edit):
-    """Put a file back from where it was kept.
+    """Restore a file that was kept under another name. An edit of a journal.
 
     Attributes:
         path: Relative to the checkpoint, with forward slashes.
-        kept: The name under which it was kept, in the directory of the journal.
-        state: Its state.
+        kept: Name of the kept file, in the directory of the journal.
+        state: State of the kept file.
     """
 
     rearranges: ClassVar[bool] = False
@@ -225,7 +228,7 @@ class PutFile(Edit):
     state: FileState
 
     def describe(self) -> str:
-        return f"put {self.path} back"
+        return f"restore {self.path}"
 
     def encode(self, prefix: str, tensors: dict[str, TensorSource]) -> dict[str, Any]:
         return {"path": self.path, "kept": self.kept, "state": asdict(self.state)}
@@ -234,30 +237,33 @@ class PutFile(Edit):
     def decode(cls, body: Mapping[str, Any], prefix: str, file: PlanFile) -> PutFile:
         return cls(str(body["path"]), str(body["kept"]), FileState.decode(body["state"]))
 
-    def put_back(self, directory: Path, journal: Path) -> str:
+    def restore_file(self, directory: Path, journal: Path) -> str:
         file, kept = resolve_inside(directory, self.path), journal / self.kept
-        if self.kept != kept.name or not self.kept.endswith(".kept") or not _encodes(self.kept):
+        # The name must not lead out of the journal's directory, or to another of its files.
+        if self.kept != kept.name or not self.kept.endswith(".kept") or not _is_encodable(self.kept):
             raise journal_mismatch(file, "the name of a kept file", repr(self.kept))
         if os.path.lexists(kept):
             if not FileState.of(kept, self.path).same_file(self.state):
-                raise journal_mismatch(file, "the file that was kept", "another file")
+                raise journal_mismatch(kept, "the file that was kept", "another size or content")
             os.replace(kept, file)
+        # Recovery itself may have been killed after this file was moved back: then it is in its place already.
         elif not os.path.lexists(file) or not FileState.of(file).same_file(self.state):
-            raise journal_mismatch(file, f"{self.kept} in the journal, or the file as it was", "neither")
+            raise journal_mismatch(file, f"{self.kept} in the journal, or the original file", "neither")
         return self.path
 
 
 def resolve_inside(directory: Path, path: str) -> Path:
-    """A file that a journal names, which must lie in the checkpoint and be reached without a link.
+    """Resolve a path in a journal. It must be inside the checkpoint and not lead through a link.
 
     Raises:
-        UnfinishedError: It does not.
+        UnfinishedError: The path leaves the checkpoint, leads through a link, or cannot be a file name.
     """
     parts = path.split("/")
     file = directory.joinpath(*parts)
     plain = all(part and part not in (".", "..") and "\0" not in part and "\\" not in part for part in parts)
-    if not plain or not _encodes(path):
+    if not plain or not _is_encodable(path):
         raise journal_mismatch(directory, "a path inside the checkpoint", repr(path)[:200])
+    # A directory of the checkpoint may have been replaced by a link since the journal was written.
     for parent in file.parents:
         if parent == directory:
             break
@@ -266,8 +272,8 @@ def resolve_inside(directory: Path, path: str) -> Path:
     return file
 
 
-def _encodes(path: str) -> bool:
-    """Whether a file can have this name: JSON can hold half a surrogate pair, file systems cannot."""
+def _is_encodable(path: str) -> bool:
+    """Whether a file can have this name. JSON can hold unpaired surrogates, file systems cannot."""
     try:
         os.fsencode(path)
     except UnicodeEncodeError:
@@ -276,11 +282,11 @@ def _encodes(path: str) -> bool:
 
 
 def journal_mismatch(where: Path, expected: object, found: object) -> UnfinishedError:
-    """The error for a journal that was not written for these files."""
+    """The error for a journal that was written for other files."""
     return UnfinishedError(
-        "the journal does not fit these files, so they are left as they are",
+        "the journal was written for other files, so nothing was restored",
         where=where,
         expected=expected,
         found=found,
-        hint=f"put the files back from elsewhere and remove {JOURNAL}",
+        hint=f"restore the files from a backup and remove {JOURNAL}",
     )

@@ -1,8 +1,9 @@
-"""Plans and undos: edits in order, and their one serialised form.
+"""`Plan` and `Undo`, lists of edits, and their common file format.
 
-A plan says what will change. An undo holds what was there before; the record of a merge is an undo with facts about the
-merge, and a journal is an undo of files. All are one safetensors file: the numbers are its tensors, the rest is JSON in
-its metadata, and its last tensor is the sha256 of everything before it. ``stores/apply.py`` does what a plan says.
+An undo restores what a plan changed. The record of a merge is an undo with facts about the merge, and a journal is an
+undo of files. Each is a safetensors file: arrays are its tensors, everything else is JSON in its metadata, and the last
+tensor is the sha256 of all bytes before it. ``serial.py`` has the parts of this format, ``stores/apply.py`` applies
+plans.
 """
 
 from __future__ import annotations
@@ -24,46 +25,47 @@ from embedsurgery.plan.token_edits import AddTokens, Suppress
 from embedsurgery.plan.vocabulary_edits import Grow, Untie
 
 FORMAT = 1
-"""Version of the serialised form."""
+"""Version of the file format."""
 
 SEAL = "sha256"
-"""The last tensor of the file."""
+"""Name of the last tensor, the checksum."""
 
 METADATA_KEY = "embedsurgery.plan"
-"""Key of the file's metadata that holds the JSON."""
+"""Key of the JSON in the file's metadata."""
 
 KINDS: Mapping[str, type[Edit]] = {
     kind.__name__: kind
     for kind in (SetRows, SetEntries, SetBlocks, Grow, AddTokens, Suppress, Untie, PatchFile, SetBytes, PutFile)
 }
-"""Name of an edit in a file -> its class. A new edit is added here."""
+"""Name of an edit in a file -> its class. New edits are added here."""
 
 
 @dataclass(frozen=True)
 class Edits:
-    """Edits in order, with facts that go with them: what `Plan` and `Undo` share.
+    """Edits in order, with facts about them: the common base of `Plan` and `Undo`.
 
     Attributes:
-        edits: What to do.
-        facts: JSON values: in a merge's record the adapter, the time, hashes of what was written.
+        edits: The edits.
+        facts: JSON values. A merge's record has the adapter, the time and hashes of what was written.
     """
 
     edits: tuple[Edit, ...]
     facts: Mapping[str, Any] = field(default_factory=dict)
 
     def describe(self) -> list[str]:
-        """A line for each edit."""
+        """Describe each edit in one line."""
         return [edit.describe() for edit in self.edits]
 
     def kept_bytes(self, graph: EmbeddingGraph) -> int:
-        """Bytes of the rows that the undo of these edits keeps: a few for rows, a table for a whole table."""
+        """Return how many bytes of rows the undo of these edits keeps."""
         return sum(edit.kept_bytes(graph) for edit in self.edits)
 
     def save(self, path: Path) -> None:
-        """Write to a new file, fsynced.
+        """Write to a new file, and fsync it.
 
         Raises:
-            PlanError: It holds blocks that are computed from the table and so cannot be written down.
+            PlanError: It has blocks that are computed from the current rows, which cannot be saved.
+            FileExistsError: The file exists.
         """
         tensors: dict[str, TensorSource] = {}
         described = [
@@ -75,15 +77,15 @@ class Edits:
 
     @classmethod
     def load(cls, path: Path, *, sealed: bool = False) -> Self:
-        """Read from a file; whole-table blocks stay in the file and are read when they are applied.
+        """Read from a file. Blocks of whole tables stay in the file and are read when they are applied.
 
         Args:
             path: The file.
-            sealed: Read all of it first, and check that it is what was written.
+            sealed: Read the whole file first and verify its checksum.
 
         Raises:
-            PlanError: The file does not hold a plan, or one of a newer format.
-            CheckpointError: The file is not a safetensors file.
+            PlanError: The file is not a plan, or has another format version.
+            CheckpointError: It is not a safetensors file, or its checksum is wrong.
         """
         header = read_header(path)
         if sealed:
@@ -92,7 +94,7 @@ class Edits:
             body = json.loads(header.metadata[METADATA_KEY])
             if body["format"] != FORMAT:
                 raise PlanError(
-                    "a plan of another format",
+                    "unsupported format version of a plan",
                     where=path,
                     expected=FORMAT,
                     found=body["format"],
@@ -104,22 +106,22 @@ class Edits:
             if isinstance(error, PlanError):
                 raise
             found = f"{type(error).__name__}: {error}"
-            raise PlanError("not a plan of embedsurgery", where=path, found=found) from error
+            raise PlanError("invalid plan file", where=path, found=found) from error
 
 
 class Plan(Edits):
-    """What is going to change."""
+    """Edits to apply."""
 
 
 class Undo(Edits):
-    """Everything needed to put a store back bit for bit: edits that restore what was there before."""
+    """Edits that restore a store bit for bit to its state before a plan."""
 
 
 def _decode(body: Mapping[str, Any], prefix: str, file: PlanFile) -> Edit:
     kind = KINDS.get(body["edit"])
     if kind is None:
         raise PlanError(
-            "an edit that this version does not know",
+            "unknown kind of edit",
             where=file.path,
             found=body["edit"],
             hint="use the embedsurgery version that wrote it, or a newer one",

@@ -1,4 +1,4 @@
-"""Edits that set rows of a table, all rows of a table, or entries of a per-token vector."""
+"""Edits that set values: some or all rows of a table, or entries of a per-token vector."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from embedsurgery.errors import PlanError
 from embedsurgery.files.safetensors import TensorSource
 from embedsurgery.graph import EmbeddingGraph
 from embedsurgery.plan.blocks import BlockFunction, Blocks
-from embedsurgery.plan.edit import Edit, Footprint, Rows, Sizes, StoreFiles, Values, count_rows, positions
+from embedsurgery.plan.edit import Edit, Footprint, Rows, Sizes, StoreFiles, Values, find_positions, format_row_count
 from embedsurgery.plan.serial import integers_source
 from embedsurgery.tensors.raw import ITEMSIZE, RawArray
 
@@ -25,7 +25,7 @@ class SetRows(Edit):
     Attributes:
         table: The table's name in the store's graph.
         indices: Row numbers, (K,), each once.
-        rows: The new rows, (K, D), in any editable dtype; rounded once to the table's.
+        rows: The new rows, (K, D), in any editable dtype; rounded once to the table's dtype.
     """
 
     rearranges: ClassVar[bool] = False
@@ -35,7 +35,7 @@ class SetRows(Edit):
     rows: RawArray
 
     def describe(self) -> str:
-        return f"set {count_rows(len(self.indices))} of {self.table}"
+        return f"set {format_row_count(len(self.indices))} of {self.table}"
 
     def sets(self) -> Rows:
         return {self.table: self.indices}
@@ -59,8 +59,8 @@ class SetRows(Edit):
     def with_tables(self, names: Mapping[str, str]) -> SetRows | None:
         return replace(self, table=names[self.table]) if self.table in names else None
 
-    def restricted(self, wanted: Callable[[str, int], bool]) -> SetRows | None:
-        places = positions(self.indices, self.table, wanted)
+    def restrict(self, wanted: Callable[[str, int], bool]) -> SetRows | None:
+        places = find_positions(self.indices, self.table, wanted)
         if len(places) == len(self.indices):
             return self
         indices = tuple(self.indices[n] for n in places)
@@ -81,9 +81,9 @@ class SetEntries(Edit):
     """Set some entries of a per-token vector, such as a head's bias.
 
     Attributes:
-        vector: The vector's name in its vocabulary in the store's graph.
+        vector: The vector's name in the store's graph.
         indices: Token ids, (K,), each once.
-        entries: The new entries, (K,), in any editable dtype; rounded once to the vector's.
+        entries: The new entries, (K,), in any editable dtype; rounded once to the vector's dtype.
     """
 
     rearranges: ClassVar[bool] = False
@@ -111,8 +111,8 @@ class SetEntries(Edit):
     def with_values(self, new: Mapping[str, RawArray]) -> SetEntries:
         return replace(self, entries=new[self.vector])
 
-    def restricted(self, wanted: Callable[[str, int], bool]) -> SetEntries | None:
-        places = positions(self.indices, self.vector, wanted)
+    def restrict(self, wanted: Callable[[str, int], bool]) -> SetEntries | None:
+        places = find_positions(self.indices, self.vector, wanted)
         if len(places) == len(self.indices):
             return self
         indices = tuple(self.indices[n] for n in places)
@@ -130,7 +130,12 @@ class SetEntries(Edit):
 
 @dataclass(frozen=True)
 class SetBlocks(Edit):
-    """Set all rows of a table in bounded memory; the undo spills to a file."""
+    """Set all rows of a table, block by block in bounded memory. Its undo is saved in a file.
+
+    Attributes:
+        table: The table's name in the store's graph.
+        blocks: The new rows.
+    """
 
     rearranges: ClassVar[bool] = False
 
@@ -138,7 +143,7 @@ class SetBlocks(Edit):
     blocks: Blocks
 
     def describe(self) -> str:
-        return f"set all {count_rows(self.blocks.shape[0])} of {self.table}, block by block"
+        return f"set all {format_row_count(self.blocks.shape[0])} of {self.table}, block by block"
 
     def sets(self) -> Rows:
         return {self.table: None}
@@ -150,7 +155,7 @@ class SetBlocks(Edit):
         table = graph.find(self.table)
         return 0 if table is None else table.shape[0] * table.shape[1] * ITEMSIZE[table.dtype]
 
-    def whole(self) -> tuple[str, Blocks]:
+    def whole_table(self) -> tuple[str, Blocks]:
         return self.table, self.blocks
 
     def with_blocks(self, wrap: Callable[[BlockFunction], BlockFunction], *, stored: bool) -> SetBlocks:
@@ -164,11 +169,11 @@ class SetBlocks(Edit):
         blocks = self.blocks
         if not blocks.stored:
             raise PlanError(
-                "blocks that are computed from the table cannot be written down",
+                "cannot save blocks that are computed from the current rows",
                 where=self.table,
                 hint="apply the plan and save its undo",
             )
-        chunks = (blocks.saved_rows(start, stop).data for start, stop in blocks.spans())
+        chunks = (blocks.read_rows(start, stop).data for start, stop in blocks.spans())
         tensors[prefix + "blocks"] = TensorSource(blocks.dtype, blocks.shape, chunks)
         return {"table": self.table}
 

@@ -1,6 +1,6 @@
-"""How plans and undos are written to a file: JSON in its metadata, numbers as its tensors.
+"""Helpers to write and read the tensors of a plan file.
 
-What the JSON of one edit says is the edit's (``encode``, ``decode``); what frames them is ``plan.py``'s.
+Each edit defines its JSON and tensors (``encode``, ``decode``); ``plan.py`` writes and reads the file.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from embedsurgery.files.safetensors import Entry, TensorSource
 from embedsurgery.tensors.raw import RawArray
 
 CHUNK = 8 << 20
-"""Bytes that are held at a time."""
+"""Bytes that are read at a time."""
 
 
 def integers_source(indices: tuple[int, ...]) -> TensorSource:
-    """Row numbers, as a tensor to write."""
+    """Create an I64 tensor of row numbers to write."""
     return TensorSource.of(RawArray.of_integers(indices))
 
 
 def bytes_source(data: bytes) -> TensorSource:
-    """Bytes, as a tensor to write."""
+    """Create a U8 tensor of bytes to write."""
     return TensorSource("U8", (len(data),), (data,))
 
 
 def string_or_none(value: Any) -> str | None:
-    """A value from JSON that is a string or null.
+    """Return a JSON value that must be a string or null.
 
     Raises:
         ValueError: It is something else.
@@ -41,7 +41,7 @@ def string_or_none(value: Any) -> str | None:
 
 @dataclass(frozen=True)
 class PlanFile:
-    """The file of a plan while it is read.
+    """A plan file that is being read.
 
     Attributes:
         path: The file.
@@ -52,35 +52,35 @@ class PlanFile:
     entries: Mapping[str, Entry]
 
     def tensor(self, name: str) -> RawArray:
-        """A tensor, whole."""
+        """Read a tensor."""
         entry = self.entries[name]
         with open_regular(self.path) as descriptor:
             return RawArray(entry.dtype, entry.shape, pread_exactly(descriptor, entry.end - entry.begin, entry.begin))
 
     def integers(self, name: str) -> tuple[int, ...]:
-        """Row numbers.
+        """Read row numbers.
 
         Raises:
-            ValueError: The tensor is not int64 (K,).
+            ValueError: The tensor is not I64 (K,).
         """
         indices = self.tensor(name)
         if indices.dtype != "I64" or len(indices.shape) != 1:
-            raise ValueError(f"indices are {indices!r}")
+            raise ValueError(f"indices must be I64 (K,), not {indices!r}")
         return indices.integers()
 
     def data(self, name: str) -> bytes:
-        """Bytes that lie in a tensor.
+        """Read bytes.
 
         Raises:
-            ValueError: The tensor is not uint8 (N,).
+            ValueError: The tensor is not U8 (N,).
         """
         raw = self.tensor(name)
         if raw.dtype != "U8" or len(raw.shape) != 1:
-            raise ValueError(f"bytes are {raw!r}")
+            raise ValueError(f"bytes must be U8 (N,), not {raw!r}")
         return raw.data
 
     def chunks(self, name: str) -> Callable[[], Iterator[bytes]]:
-        """A function that reads a tensor's bytes in pieces of bounded size when it is called."""
+        """Return a function that reads a tensor's bytes in pieces of bounded size."""
         path, entry = self.path, self.entries[name]
 
         def read() -> Iterator[bytes]:

@@ -1,4 +1,4 @@
-"""Edits of a tokenizer, and of which tokens may be generated."""
+"""Edits of a tokenizer, and of the tokens that generation suppresses."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from embedsurgery.plan.edit import Edit
 from embedsurgery.plan.serial import string_or_none
-from embedsurgery.plan.tokens import Prefix, Token, listed_tokens
+from embedsurgery.plan.tokens import Prefix, Token, format_tokens
 
 if TYPE_CHECKING:
     from embedsurgery.files.safetensors import TensorSource
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AddTokens(Edit):
-    """Add tokens to the tokenizer at given ids or, with ``remove``, take them out: the undo of adding.
+    """Add tokens to the tokenizer at given ids or, with ``remove``, remove them: the undo of adding.
 
     Attributes:
         tokens: The tokens.
-        remove: Whether they leave.
-        prefix: Those that the tokenizer puts before every text from then on.
-        restore_parts: In an undo in memory: what other parts of the tokenizer become again, by their names.
+        remove: Whether to remove them.
+        prefix: Tokens that the tokenizer will prepend to every text; None if that does not change.
+        restore_parts: In an undo in memory, the original state of other parts of the tokenizer, by name.
     """
 
     tokens: tuple[Token, ...]
@@ -33,8 +33,8 @@ class AddTokens(Edit):
 
     def describe(self) -> str:
         verb = "remove" if self.remove else "add"
-        last = f", and put {self.prefix.label} before every text" if self.prefix is not None else ""
-        return f"{verb} tokens " + listed_tokens([(t.content, t.id) for t in self.tokens]) + last
+        last = f", and prepend {self.prefix.label} to every text" if self.prefix is not None else ""
+        return f"{verb} tokens " + format_tokens([(t.content, t.id) for t in self.tokens]) + last
 
     def changed_tokens(self) -> tuple[Token, ...]:
         return self.tokens
@@ -56,12 +56,12 @@ class AddTokens(Edit):
 
 @dataclass(frozen=True)
 class Suppress(Edit):
-    """Have the generation config keep tokens from being generated.
+    """Suppress tokens in the generation config, so that they are never generated.
 
     Attributes:
         ids: The tokens.
-        restore: In an undo in memory: the ids that were suppressed before, None where the config said nothing.
-            Otherwise ``()``.
+        restore: In an undo in memory, the ids that were suppressed before, None if the config had no list. Otherwise
+            ``()``.
         undo: Whether this is an undo.
     """
 
@@ -90,6 +90,6 @@ def _decode_token(body: Mapping[str, Any]) -> Token:
 def _decode_prefix(body: Mapping[str, Any]) -> Prefix:
     contents, ids = tuple(map(str, body["contents"])), tuple(map(int, body["ids"]))
     if len(contents) != len(ids) or not ids:
-        raise ValueError("a prefix needs as many texts as ids, and at least one")
-    places = (bool(body[key]) for key in ("texts", "chats", "after_bos"))
-    return Prefix(str(body["label"]), contents, ids, *places)
+        raise ValueError(f"prefix must have as many contents as ids, got {len(contents)} and {len(ids)}")
+    flags = (bool(body[key]) for key in ("texts", "chats", "after_bos"))
+    return Prefix(str(body["label"]), contents, ids, *flags)

@@ -1,4 +1,4 @@
-"""Tokens as edits name them, and the prefix that a tokenizer puts before every text."""
+"""Tokens as edits describe them, and the prefix that a tokenizer prepends to every text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Token:
         content: Its text.
         id: Its id.
         special: Whether it is a special token.
-        replaces: Text of the reserved token that had the id before and gives it up; None where the id was free.
+        replaces: Text of the reserved token whose id it takes over; None if the id was free.
     """
 
     content: str
@@ -25,15 +25,15 @@ class Token:
 
 @dataclass(frozen=True)
 class Prefix:
-    """Tokens that a tokenizer puts before every text automatically.
+    """Tokens that a tokenizer prepends to every text automatically.
 
     Attributes:
         label: Name of the prefix in the tokenizer's post-processor.
         contents: Texts of the tokens, in order.
-        ids: Their ids.
-        texts: Whether the post-processor puts them before plain texts.
-        chats: Whether the chat templates put them before chats.
-        after_bos: Whether they follow the tokens that begin a text, "<s>" or "[CLS]"; otherwise they precede those.
+        ids: Ids of the tokens, in order.
+        texts: Whether the post-processor prepends them to plain texts.
+        chats: Whether the chat templates prepend them to chats.
+        after_bos: Whether they come after the tokens that begin a text, such as "<s>" or "[CLS]", or before them.
     """
 
     label: str
@@ -45,11 +45,11 @@ class Prefix:
 
     @property
     def text(self) -> str:
-        """The texts of all tokens as one string."""
+        """The texts of all tokens, concatenated."""
         return "".join(self.contents)
 
 
-def listed_tokens(tokens: Sequence[tuple[str, int]], most: int = 8) -> str:
-    """Texts and ids of tokens for a person: the first few, and how many more."""
+def format_tokens(tokens: Sequence[tuple[str, int]], most: int = 8) -> str:
+    """Format texts and ids of tokens for a report: the first few, and how many more there are."""
     shown = ", ".join(f"{text!r} as {index}" for text, index in tokens[:most])
     return shown if len(tokens) <= most else f"{shown} and {len(tokens) - most} more"

@@ -1,4 +1,4 @@
-"""Edits of a vocabulary as a whole: another number of rows, a head with a table of its own."""
+"""Edits of a whole vocabulary: resizing it, and untying its head from the input table."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from embedsurgery.files.safetensors import TensorSource
-from embedsurgery.plan.edit import Edit, Footprint, Rows, Sizes, StoreFiles, Touched, Values, count_rows
+from embedsurgery.plan.edit import Edit, Footprint, Rows, Sizes, StoreFiles, Touched, Values, format_row_count
 from embedsurgery.plan.serial import bytes_source, integers_source
 from embedsurgery.tensors.raw import RawArray
 
@@ -17,18 +17,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Grow(Edit):
-    """Give a vocabulary rows at its end or, with a negative count, take its last ones away: the undo of growing.
+    """Add rows at the end of a vocabulary or, with a negative count, remove its last rows: the undo of growing.
 
-    All tables and per-token vectors of the vocabulary change together, and so does what counts them: modules'
-    attributes and configs in memory, ``config.json`` and the index on disk.
+    All tables and per-token vectors of the vocabulary are resized together. So is every size that depends on them:
+    attributes of modules and configs in memory, ``config.json`` and the index on disk.
 
     Attributes:
         vocabulary: The vocabulary's name in the store's graph.
-        count: How many rows; negative in an undo.
-        rows: Table name -> the new rows, (count, D), in any editable dtype. Empty for a negative count.
-        vectors: Vector name -> the new entries, (count,). Empty for a negative count.
-        saved: What a store of files needs to be put back bit for bit: path -> the bytes of a weight file before its
-            first tensor, or all bytes of a small file. Empty in a plan that is not an undo.
+        count: Number of rows to add; negative to remove.
+        rows: Table -> its new rows, (count, D), in any editable dtype. Empty for a negative count.
+        vectors: Vector -> its new entries, (count,). Empty for a negative count.
+        saved: In an undo, the bytes that are needed to restore a store exactly. For files: path -> the header of a
+            weight file, or all bytes of a small file. Otherwise empty.
     """
 
     vocabulary: str
@@ -39,16 +39,17 @@ class Grow(Edit):
 
     def describe(self) -> str:
         verb = "grow" if self.count > 0 else "shrink"
-        return f"{verb} the vocabulary of {self.vocabulary} by {count_rows(abs(self.count))}"
+        return f"{verb} the vocabulary of {self.vocabulary} by {format_row_count(abs(self.count))}"
 
     def touches(self, sizes: Sizes) -> Touched:
-        return Touched(self._cut(sizes, sizes.members.get(self.vocabulary, (self.vocabulary,))), frozenset(self.saved))
+        names = sizes.members.get(self.vocabulary, (self.vocabulary,))
+        return Touched(self._last_rows(sizes, names), frozenset(self.saved))
 
-    def leaves(self, sizes: Sizes) -> Rows:
-        return self._cut(sizes, sizes.tables_of(self.vocabulary)) if self.count < 0 else {}
+    def replaced_rows(self, sizes: Sizes) -> Rows:
+        return self._last_rows(sizes, sizes.tables_of(self.vocabulary)) if self.count < 0 else {}
 
-    def _cut(self, sizes: Sizes, names: tuple[str, ...]) -> dict[str, range]:
-        """The last rows of tables and vectors, which a negative count takes away."""
+    def _last_rows(self, sizes: Sizes, names: tuple[str, ...]) -> dict[str, range]:
+        """Return the last rows of tables and vectors, which a negative count removes."""
         ends = ((name, sizes.rows.get(name, 0)) for name in names)
         return {name: range(max(end + self.count, 0), end) for name, end in ends}
 
@@ -71,10 +72,10 @@ class Grow(Edit):
     def with_values(self, new: Mapping[str, RawArray]) -> Grow:
         return replace(self, vectors={**self.vectors, **new})
 
-    def once(self) -> str:
+    def join_key(self) -> str:
         return self.vocabulary
 
-    def joined(self, later: Grow) -> Grow:
+    def join(self, later: Grow) -> Grow:
         return Grow(
             self.vocabulary,
             self.count + later.count,
@@ -104,14 +105,14 @@ class Grow(Edit):
 
 @dataclass(frozen=True)
 class Untie(Edit):
-    """Give a projection that is tied to a lookup a table of its own: a copy of the lookup's with some other rows.
+    """Untie a head from the input table: it gets a copy of the table in which some rows differ.
 
     Attributes:
-        table: The lookup's table.
-        head: Name of the projection's parameter: an alias of the table until then, a table of its own afterwards.
+        table: The input table.
+        head: Name of the head's weight, an alias of the table before the edit and a table afterwards.
         indices: Rows in which the two differ, (K,), each once.
-        rows: The projection's rows there, (K, D), in any editable dtype. In an undo the lookup's, which both have then.
-        undo: Whether the projection is tied again and its own table removed.
+        rows: The head's rows there, (K, D), in any editable dtype. In an undo, the input table's rows.
+        undo: Whether to tie the head again and remove its table.
         saved: As in `Grow`.
     """
 
@@ -128,13 +129,13 @@ class Untie(Edit):
     def touches(self, sizes: Sizes) -> Touched:
         return Touched({self.head: None}, frozenset(self.saved))
 
-    def leaves(self, sizes: Sizes) -> Rows:
+    def replaced_rows(self, sizes: Sizes) -> Rows:
         return {self.head: self.indices} if self.undo else {}
 
     def footprint(self, store: StoreFiles) -> Footprint:
         return store.untie_footprint(self)
 
-    def ends(self) -> tuple[str, ...]:
+    def tie_names(self) -> tuple[str, ...]:
         return self.table, self.head
 
     def arrays(self) -> Mapping[str, RawArray]:
@@ -160,7 +161,7 @@ class Untie(Edit):
 
 
 def _append(first: Mapping[str, RawArray], second: Mapping[str, RawArray]) -> dict[str, RawArray]:
-    """Arrays by name with the rows of others after theirs."""
+    """Concatenate arrays of equal names along the first axis, in the dtype of the first."""
     return {
         name: RawArray(
             raw.dtype,

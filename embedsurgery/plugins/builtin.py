@@ -1,4 +1,4 @@
-"""What is built in, registered through the same hooks as a plugin's; each hook imports what it returns."""
+"""The built-in records, returned by the same hooks as a plugin's. Each hook imports what it returns."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @hookimpl
 def embedsurgery_surgeries() -> Sequence[SurgeryRecord]:
-    """Trainable tokens and soft prompts; adapters of both can share a model, those of tokens with disjoint rows."""
+    """Trainable tokens and soft prompts. Adapters of both can share a model; those of tokens need disjoint rows."""
     from embedsurgery.surgeries.soft_prompt.surgery import (
         NO_ROWS,
         P_TUNING,
@@ -42,7 +42,7 @@ def embedsurgery_surgeries() -> Sequence[SurgeryRecord]:
 
 @hookimpl
 def embedsurgery_initializers() -> Sequence[InitializerRecord]:
-    """How rows start without any plugin."""
+    """The built-in initialisers of new rows."""
     from embedsurgery.initializers import BUILT_IN
 
     return list(BUILT_IN)
@@ -50,7 +50,7 @@ def embedsurgery_initializers() -> Sequence[InitializerRecord]:
 
 @hookimpl
 def embedsurgery_layouts() -> Sequence[LayoutRecord]:
-    """The architectures that need telling."""
+    """The architectures whose files do not show their tied names."""
     from embedsurgery.graph.architectures import ARCHITECTURES
 
     return [LayoutRecord(name, layout) for name, layout in ARCHITECTURES.items()]
@@ -58,16 +58,16 @@ def embedsurgery_layouts() -> Sequence[LayoutRecord]:
 
 @hookimpl
 def embedsurgery_stores() -> Sequence[StoreRecord]:
-    """Safetensors in one file or in shards: also what is asked where a directory is nothing that anybody knows."""
+    """Safetensors in one file or in shards. It also opens directories of no known format, to say what is wrong."""
     return [StoreRecord("safetensors", _is_safetensors, _open_shards, fallback=True)]
 
 
 @hookimpl
 def embedsurgery_commands() -> Sequence[CommandRecord]:
-    """The verbs of the command line, one a file, so that no plugin takes the name of one; none is imported for it."""
+    """The built-in commands, so that no plugin takes the name of one. They are imported when they run."""
     from embedsurgery.plugins.verbs import VERBS
 
-    return [CommandRecord(verb, summary, _loader(verb)) for verb, summary in VERBS.items()]
+    return [CommandRecord(verb, summary, _command_loader(verb)) for verb, summary in VERBS.items()]
 
 
 def _open_shards(directory: Path, architectures: Mapping[str, Layout]) -> ShardStore:
@@ -82,7 +82,7 @@ def _is_safetensors(directory: Path) -> bool:
     return (directory / SINGLE).exists() or (directory / INDEX).exists()
 
 
-def _loader(verb: str) -> Callable[[], click.Command]:
+def _command_loader(verb: str) -> Callable[[], click.Command]:
     def load() -> click.Command:
         command: click.Command = import_module(f"embedsurgery.cli.{verb}").command
         return command

@@ -1,7 +1,7 @@
 """The registry of this process, and registries for tests.
 
-Without an installed plugin, built-in records are imported kind by kind when they are asked for: a merge that starts in
-a quarter of a second has no time for what it does not use.
+If no plugin is installed, built-in records are imported kind by kind when they are used. So a command imports neither
+pluggy nor the surgeries, stores and commands that it does not need.
 """
 
 from __future__ import annotations
@@ -13,16 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 from embedsurgery._version import __version__
 from embedsurgery.errors import PluginError
-from embedsurgery.plugins.entry_points import GROUP, plugins_at_hand
+from embedsurgery.plugins.entry_points import GROUP, may_have_plugins
+from embedsurgery.plugins.registry import PluginInfo, Registry
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
-from embedsurgery.plugins.registry import PluginInfo, Registry
 
-
-class _BuiltIn(Mapping[str, Any]):
-    """Name -> record of what is built in of one kind, imported when the first is asked for."""
+class _LazyRecords(Mapping[str, Any]):
+    """Name -> built-in record of one kind, imported when the first is used."""
 
     def __init__(self, hook: Callable[[], Sequence[Any]]) -> None:
         self._hook = hook
@@ -41,31 +40,31 @@ class _BuiltIn(Mapping[str, Any]):
         return len(self._records)
 
 
-def built_in() -> Registry:
-    """What is built in alone, the same as `build` makes of no entry point, and not looked at before it is used."""
+def builtin_registry() -> Registry:
+    """Build a registry of the built-in records alone: what `build_registry` returns without entry points, but lazy."""
     from embedsurgery.plugins import builtin
 
     hooks = {name: hook for name, hook in vars(builtin).items() if name.startswith(f"{GROUP}_")}
-    kinds = {name.removeprefix(f"{GROUP}_"): _BuiltIn(hook) for name, hook in hooks.items()}
+    kinds = {name.removeprefix(f"{GROUP}_"): _LazyRecords(hook) for name, hook in hooks.items()}
     return Registry(plugins=(PluginInfo("builtin", GROUP, __version__, tuple(sorted(hooks))),), **kinds)
 
 
 _current: list[Registry] = []
-"""The registry of this process, last of those that `installed` has put in its place."""
+"""The registry of this process, and after it those of open `installed` blocks; the last one is current."""
 
 
 def registry() -> Registry:
-    """The registry of this process, made on first use."""
+    """Return the registry of this process, built on first use."""
     if not _current:
-        _current.append(build(_entry_points()) if plugins_at_hand() else built_in())
+        _current.append(build_registry(_entry_points()) if may_have_plugins() else builtin_registry())
     return _current[-1]
 
 
-def build(entry_points: Iterable[EntryPoint], modules: Sequence[Any] = ()) -> Registry:
-    """A registry of what is built in and the plugins behind some entry points, all of it checked.
+def build_registry(entry_points: Iterable[EntryPoint], modules: Sequence[Any] = ()) -> Registry:
+    """Build a registry of the built-in records and those of plugins, all checked.
 
     Args:
-        entry_points: Where plugins are.
+        entry_points: Entry points of plugins, which are imported.
         modules: Plugins that are imported already.
     """
     from embedsurgery.plugins.discovery import discover
@@ -81,23 +80,26 @@ def _entry_points() -> list[EntryPoint]:
 
 @contextmanager
 def installed(*plugins: Any) -> Iterator[Registry]:
-    """Inside, these modules are plugins as if their packages were installed, beside those that are: for their tests.
+    """Register modules as plugins inside the block, beside the installed ones. For tests of plugins.
 
     Args:
-        plugins: Modules with hooks. One that is a plugin of the process already is no matter.
+        plugins: Modules with hooks. One that is installed already is not registered twice.
+
+    Yields:
+        The registry that is current inside the block.
 
     Raises:
-        PluginError: One of them cannot be registered.
+        PluginError: A module cannot be registered.
     """
     points = _entry_points()
     known = {point.value for point in points}
     more = [plugin for plugin in plugins if plugin.__name__ not in known]
-    made = build(points, more)
-    broken = [info for info in made.plugins if info.error and info.name in {plugin.__name__ for plugin in more}]
+    current = build_registry(points, more)
+    broken = [info for info in current.plugins if info.error and info.name in {plugin.__name__ for plugin in more}]
     if broken:
-        raise PluginError("a plugin cannot be registered", where=broken[0].name, found=broken[0].error)
-    _current.append(made)
+        raise PluginError("cannot register a plugin", where=broken[0].name, found=broken[0].error)
+    _current.append(current)
     try:
-        yield made
+        yield current
     finally:
-        _current.remove(made)
+        _current.remove(current)

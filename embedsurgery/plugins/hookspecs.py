@@ -1,11 +1,11 @@
-"""The hooks that a plugin can implement, and what goes into them and comes out: the whole contract, in one file.
+"""The hooks that a plugin can implement, and the records that they return: the whole contract, in one file.
 
 A plugin is a module with functions marked `hookimpl`, found by an entry point in the group ``embedsurgery``. Each hook
-takes nothing and returns records: frozen dataclasses that say what the plugin brings under which name, and hold the
-functions that do it. With ``discovery.py`` the only file that imports pluggy.
+takes no arguments and returns records: frozen dataclasses that name what the plugin brings and hold the functions that
+do it. Only this file and ``discovery.py`` import pluggy.
 
-A plugin may say which contract it was written for, by a module attribute ``embedsurgery_contract = 1``; one of a newer
-contract is refused with a word on it. `CONTRACT` grows when a hook or a record changes so that an older plugin fails.
+A plugin can state the contract that it is written for by a module attribute ``embedsurgery_contract = 1``; one for a
+newer contract is refused. `CONTRACT` grows when a change to a hook or a record breaks older plugins.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 PROJECT = GROUP
 CONTRACT = 1
-"""Version of this file."""
+"""The version of the contract."""
 
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
@@ -44,8 +44,9 @@ class ClassifierRecord:
     """A way to recognise embedding modules.
 
     Attributes:
-        name: Its name, once among all plugins.
-        classify: Called as ``classify(unknown: UnknownModule)``; returns an `EmbeddingModule`, or None for a stranger.
+        name: Its name, unique among all plugins.
+        classify: Called as ``classify(unknown: UnknownModule)``; returns an `EmbeddingModule`, or None for a
+            module that it does not know.
     """
 
     name: str
@@ -54,10 +55,10 @@ class ClassifierRecord:
 
 @dataclass(frozen=True)
 class LayoutRecord:
-    """What the files of an architecture do not say by themselves: its tied names on disk.
+    """An architecture's tied names on disk, which its files do not show.
 
     Attributes:
-        name: ``model_type`` or class name, as in a config; once among all plugins.
+        name: ``model_type`` or class name, as in a config; unique among all plugins.
         layout: The names.
     """
 
@@ -70,11 +71,12 @@ class StoreRecord:
     """A checkpoint format.
 
     Attributes:
-        name: Its name, once among all plugins.
-        recognises: Called as ``recognises(directory: Path)``; says by names and headers whether it is of this format.
-        open: Called as ``open(directory: Path, architectures: Mapping[str, Layout])``; returns a `Store` that writes
-            into the directory's files. The second is what `walk_names` takes: what is known of which architecture.
-        fallback: Asked only where no other format recognises a directory.
+        name: Its name, unique among all plugins.
+        recognises: Called as ``recognises(directory: Path)``; returns whether the directory has this format, judging
+            by file names and headers.
+        open: Called as ``open(directory: Path, architectures: Mapping[str, Layout])``; returns a `Store` that reads and
+            writes the directory's files. ``architectures`` is for `walk_names`.
+        fallback: Whether it opens the directories that no format recognises.
     """
 
     name: str
@@ -85,12 +87,12 @@ class StoreRecord:
 
 @dataclass(frozen=True)
 class CommandRecord:
-    """A verb of the command line.
+    """A command of the command line.
 
     Attributes:
-        name: The verb, once among all plugins and built-in verbs.
-        summary: Its line in the list of verbs.
-        load: Called as ``load()`` when the verb is used; returns its `click.Command`.
+        name: Its name, unique among all plugins and built-in commands.
+        summary: Its line in the list of commands.
+        load: Called as ``load()`` when the command is used; returns its `click.Command`.
     """
 
     name: str
@@ -100,10 +102,10 @@ class CommandRecord:
 
 @dataclass(frozen=True)
 class CardSection:
-    """A part of a model card.
+    """A section of a model card.
 
     Attributes:
-        title: Its heading, without marks.
+        title: Its heading, as plain text.
         body: Markdown.
     """
 
@@ -113,11 +115,12 @@ class CardSection:
 
 @dataclass(frozen=True)
 class CardSectionRecord:
-    """A part of the card that is pushed with an adapter.
+    """A section for the cards that are pushed with adapters.
 
     Attributes:
-        name: Its name, once among all plugins.
-        section: Called as ``section(manifest: Manifest)``; returns a `CardSection`, or None for nothing.
+        name: Its name, unique among all plugins.
+        section: Called as ``section(manifest: Manifest)``; returns a `CardSection`, or None for no
+            section.
     """
 
     name: str
@@ -125,7 +128,7 @@ class CardSectionRecord:
 
 
 class Hooks:
-    """Every hook returns values and changes nothing."""
+    """The hooks. Each returns a list of records and changes nothing."""
 
     @hookspec
     def embedsurgery_surgeries(self) -> Sequence[SurgeryRecord]:  # type: ignore[empty-body]
@@ -137,7 +140,7 @@ class Hooks:
 
     @hookspec
     def embedsurgery_classifiers(self) -> Sequence[ClassifierRecord]:  # type: ignore[empty-body]
-        """Return the records of what recognises embedding modules of unknown classes."""
+        """Return the records of classifiers of embedding modules whose class embedsurgery does not know."""
 
     @hookspec
     def embedsurgery_layouts(self) -> Sequence[LayoutRecord]:  # type: ignore[empty-body]
@@ -149,8 +152,8 @@ class Hooks:
 
     @hookspec
     def embedsurgery_commands(self) -> Sequence[CommandRecord]:  # type: ignore[empty-body]
-        """Return the records of the verbs that this plugin adds to the command line."""
+        """Return the records of the commands that this plugin adds to the command line."""
 
     @hookspec
     def embedsurgery_card_sections(self) -> Sequence[CardSectionRecord]:  # type: ignore[empty-body]
-        """Return the records of the parts that this plugin adds to the cards of adapters."""
+        """Return the records of the sections that this plugin adds to the cards of adapters."""

@@ -1,20 +1,20 @@
-"""The verbs that are built in."""
+"""The built-in commands."""
 
 from __future__ import annotations
 
 VERBS = {
-    "inspect": "The embedding tables of a checkpoint: names, ties, rows, shards.",
-    "show": "What an adapter holds, and whether it fits a model.",
+    "inspect": "Show the embedding tables of a checkpoint: names, ties, rows, shards.",
+    "show": "Show what an adapter holds, and whether it fits a model.",
     "merge": "Bake adapters into a checkpoint on disk, without loading it.",
-    "unmerge": "Take the last merge out again, or another, bit for bit.",
-    "log": "The merges that a checkpoint records.",
+    "unmerge": "Undo the last merge, or another, bit for bit.",
+    "log": "List the merges that a checkpoint records.",
     "verify": "Check a checkpoint; exits 1 and names what disagrees.",
-    "tokens": "New tokens for a checkpoint: tokens add.",
-    "extract": "The rows that full tuning changed, as an adapter.",
-    "recover": "Finish or roll back what a crash left of a change.",
-    "push": "Put an adapter on the Hugging Face Hub.",
-    "pull": "Get an adapter from the Hugging Face Hub.",
-    "plugins": "The plugins that are installed, and what each brings.",
-    "demo": "The whole path on a small real model, in under a minute.",
+    "tokens": "Add tokens to a checkpoint: tokens add.",
+    "extract": "Extract the rows that full tuning changed, as an adapter.",
+    "recover": "Finish or roll back a change that was interrupted.",
+    "push": "Push an adapter to the Hugging Face Hub.",
+    "pull": "Pull an adapter from the Hugging Face Hub.",
+    "plugins": "List the installed plugins, and what each brings.",
+    "demo": "Run the whole workflow on a small real model, in under a minute.",
 }
-"""Verb -> its line in the list; the verb's own file is ``cli/VERB.py`` with a command called ``command``."""
+"""Name -> its line in the list of commands. Each is ``command`` in ``cli/NAME.py``."""

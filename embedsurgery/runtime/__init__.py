@@ -1,5 +1,7 @@
 """Adapters that are live on a model: the part of embedsurgery that runs inside forward passes.
 
-``attachment.py`` is what a user holds. ``rows/`` has the hooks of row overrides, ``prompts/`` those of soft prompts;
-``members.py`` knows the adapters, ``loading.py`` and ``resume.py`` what may be loaded, ``calls.py`` which calls run.
+``attachment.py`` has the `Attachment` that users call, ``members.py`` its adapters. ``rows/`` has the hooks of row
+overrides, ``prompts/`` those of soft prompts. ``loading.py``, ``resume.py`` and ``save_warnings.py`` check state dicts
+that are loaded and saved, ``nesting.py`` allows one attachment per model, ``peft.py`` follows PEFT's switch, and
+``calls.py`` tracks active forward calls.
 """

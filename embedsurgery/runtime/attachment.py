@@ -1,7 +1,7 @@
-"""The attachment: which adapters are live on a model, and what may be done with them.
+"""`Attachment`: which adapters are live on a model, and the operations on them.
 
-How rows reach a forward pass is ``installation.py``'s. What an adapter means is its surgery's: this file only takes the
-overrides that the surgery returns.
+``members.py`` has the adapters, ``rows/installation.py`` and ``prompts/installation.py`` the hooks that bring them into
+a forward pass. What an adapter means is up to its surgery: this file only takes the overrides that it returns.
 """
 
 from __future__ import annotations
@@ -22,43 +22,55 @@ from embedsurgery.errors import AttachmentError, UnsupportedError
 from embedsurgery.graph import EmbeddingGraph
 from embedsurgery.graph.classify import Classify
 from embedsurgery.plan import Plan, Undo
-from embedsurgery.runtime.calls import run_here, to_the_end
-from embedsurgery.runtime.loading import check_loaded, check_order, look_no_more, replacements, say_that_rows_stay
-from embedsurgery.runtime.members import Member, Members, is_prompt, say_what_overflows
-from embedsurgery.runtime.nesting import forget, places, refuse_more, refuse_part, remember
-from embedsurgery.runtime.peft import Switch
+from embedsurgery.runtime.calls import finish_before_interrupt, is_running_here
+from embedsurgery.runtime.loading import (
+    check_row_order,
+    check_state_dict,
+    match_rows,
+    remove_state_dict_hooks,
+    warn_rows_not_loaded,
+)
+from embedsurgery.runtime.members import Member, Members, is_prompt, warn_overflow
+from embedsurgery.runtime.nesting import (
+    find_parent_and_writer,
+    refuse_part,
+    refuse_tables_outside,
+    register,
+    unregister,
+)
+from embedsurgery.runtime.peft import PeftSwitch
 from embedsurgery.runtime.prompts.installation import PromptHooks, modules_for
 from embedsurgery.runtime.prompts.live import LivePrompts, PromptEmbedding
-from embedsurgery.runtime.prompts.task_heads import with_heads
-from embedsurgery.runtime.resume import is_restored, is_resume
+from embedsurgery.runtime.prompts.task_heads import with_current_heads
+from embedsurgery.runtime.resume import is_restored_by_trainer, is_resuming
 from embedsurgery.runtime.rows.installation import Installation
-from embedsurgery.runtime.rows.mixing import each_its_own
-from embedsurgery.runtime.rows.rows import Hidden
-from embedsurgery.runtime.rows.sharded import Guard, named_on_any_rank, save_once, set_rows
-from embedsurgery.runtime.save_warnings import refuse_to_be_hashed, say_that_no_rows_are_saved
+from embedsurgery.runtime.rows.mixing import per_sample_rows
+from embedsurgery.runtime.rows.rows import UnsavedModule
+from embedsurgery.runtime.rows.sharded import SyncGuard, adapters_on_any_rank, save_once, set_rows
+from embedsurgery.runtime.save_warnings import refuse_state_dict_hash, warn_rows_not_saved
 from embedsurgery.stores.apply import apply
 from embedsurgery.stores.modules import module_store
-from embedsurgery.surgeries.checked import overrides_of
+from embedsurgery.surgeries.checked import call_live
 from embedsurgery.surgeries.soft_prompt.surgery import PromptOverride
 from embedsurgery.surgeries.surgery import SurgeryRecord
 
-CHILD = "embedsurgery"
+CHILD_NAME = "embedsurgery"
 """Name under which an attachment is registered on its model."""
 
 
-class Attachment(Hidden):
-    """The adapters of one model. Made by `embedsurgery.attach`, found again by `embedsurgery.get_attachment`.
+class Attachment(UnsavedModule):
+    """The adapters of one model. Made by `embedsurgery.attach`, returned by `embedsurgery.get_attachment`.
 
-    A child module of the model, so that its rows are among the model's parameters and move with it; it stays out of
-    the state dict.
+    It is a child module of the model, so that its rows are among the model's parameters and move with the model. They
+    are not in the state dict.
 
     Attributes:
-        extended: What takes out the tokens that attaching an adapter brought, each with the tokenizer.
+        extended: Undos of the tokens that adapters have added, each with its tokenizer.
     """
 
     def __init__(self, model: nn.Module, graph: EmbeddingGraph) -> None:
         super().__init__()
-        self._beside: bool | FrameType = False
+        self._saved_beside: bool | FrameType = False
         self.rows_of = nn.ModuleDict()
         self.graph = graph
         self._model = (model,)  # in a tuple, so that the parent is not registered as its own child's child
@@ -67,64 +79,64 @@ class Attachment(Hidden):
         self._undo: list[Undo] = []
         self._frozen: list[nn.Parameter] = []
         self.extended: list[tuple[Undo, Any]] = []
-        self._switch = Switch(model, self._members.named, self._refresh)
-        guards = (self._switch, Guard(model, self._members.named, self._members.begun))
+        self._peft = PeftSwitch(model, self._members.named_rows, self._refresh)
+        guards = (self._peft, SyncGuard(model, self._members.named_rows, self._members.initial_bytes))
         self._installation = Installation(model, graph, guards)
         self._prompts = LivePrompts(model, graph)
         self._prompt_hooks = PromptHooks(self._prompts, guards)
 
-    # -- what is on the model ------------------------------------------------------------------------------------
+    # -- adapters ------------------------------------------------------------------------------------------------
 
     @property
     def model(self) -> nn.Module:
-        """The model that this is attached to."""
+        """The attached model."""
         return self._model[0]
 
     @property
     def saved_beside(self) -> bool:
-        """Whether something saves the rows beside each state dict of the model and restores them with it.
+        """Whether an integration saves the rows beside each state dict of the model, and restores them with it.
 
-        So do the integrations, and loading a state dict alone is no matter then. Set to a frame, it holds for as long
-        as that runs, in its own thread: a training may be interrupted without a word.
+        If so, loading or saving a state dict gives no warning. Set to a frame, it holds while that frame runs in this
+        thread, because interrupted training runs no callback that could reset it.
         """
-        if isinstance(self._beside, FrameType) and not run_here([self._beside]):
-            self._beside = False
-        return bool(self._beside)
+        if isinstance(self._saved_beside, FrameType) and not is_running_here([self._saved_beside]):
+            self._saved_beside = False
+        return bool(self._saved_beside)
 
     @saved_beside.setter
     def saved_beside(self, value: bool | FrameType) -> None:
-        self._beside = value
+        self._saved_beside = value
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Every adapter, in the order of attaching."""
+        """Names of all adapters, in the order of attaching."""
         return tuple(self._members.all)
 
     @property
     def active(self) -> tuple[str, ...]:
-        """The adapters that are live."""
+        """Names of the active adapters."""
         return tuple(self._members.active)
 
     @property
     def merged(self) -> bool:
-        """Whether the rows lie in the model's own weights just now."""
+        """Whether the rows are currently merged into the model's weights."""
         return bool(self._undo)
 
     def activate(self, *names: str) -> None:
-        """Make exactly these adapters live; none makes the model the base's.
+        """Make exactly these adapters live. Without names the model is the base.
 
         Raises:
-            AttachmentError: A name that is not attached, rows of a table in two of the adapters, two soft prompts, or
-                a merged model; or inside `per_sample`.
-            UnsupportedError: Inside `materialized`, an adapter that this cannot show.
+            AttachmentError: No adapter has such a name, two set the same rows or are soft prompts, the model is merged,
+                or inside `per_sample`.
+            UnsupportedError: Inside `materialized`, an adapter that it does not support.
         """
-        self._not_merged("activate adapters")
-        self._not_mixed("activate adapters")
+        self._refuse_merged("activate()")
+        self._refuse_per_sample("activate()")
         if any(not isinstance(name, str) for name in names):
             raise AttachmentError(
-                "not an adapter's name",
+                "an adapter name must be a string",
                 found=", ".join(map(repr, names)),
-                expected='names one by one: activate("a", "b")',
+                expected='one argument per name: activate("a", "b")',
             )
         if len(set(names)) != len(names):
             raise AttachmentError("an adapter is named twice", found=", ".join(names))
@@ -132,68 +144,71 @@ class Attachment(Hidden):
         before, self._members.active = self._members.active, list(names)
         try:
             self._refresh()
-        except UnsupportedError:  # what materialized() cannot show
+        except UnsupportedError:  # inside materialized()
             self._members.active = before
             self._refresh()
             raise
 
     def adapter(self, name: str | None = None) -> Adapter:
-        """A snapshot of an adapter's rows as they are now; further training does not change it.
+        """Return a snapshot of an adapter, which further training does not change.
 
-        Where the rows are sharded they are gathered, (K, D) and nothing else: every rank calls it.
+        Sharded rows are gathered, (K, D) values each: call it on every rank.
 
         Args:
-            name: By default "default", or the only one there is.
+            name: The adapter; by default "default", or the only one.
 
         Raises:
-            AttachmentError: There is none of this name.
+            AttachmentError: No adapter has this name.
         """
-        return with_heads(self._members[self._members.default(name)].snapshot(), self.model)
+        return with_current_heads(self._members[self._members.resolve_name(name)].snapshot(), self.model)
 
     def save(self, directory: str | os.PathLike[str], name: str | None = None) -> Path:
-        """Write a snapshot of an adapter. With several processes all of them call it, and rank 0 writes.
+        """Save a snapshot of an adapter. Call it on every rank; rank 0 writes.
 
         Args:
-            directory: Where to.
-            name: As for `adapter`.
+            directory: The directory to write.
+            name: The adapter; by default "default", or the only one.
+
+        Returns:
+            The directory.
 
         Raises:
-            AttachmentError: There is none of this name.
+            AttachmentError: No adapter has this name.
             AdapterError: The directory cannot be written, or the ranks hold different rows.
         """
         return save_once(self.adapter(name), directory)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], name: str | None = None) -> Path:
-        """Write a snapshot of an adapter, under the name that transformers and PEFT have for it: see `save`."""
+        """Save a snapshot of an adapter: `save` under the name of transformers and PEFT."""
         return self.save(save_directory, name)
 
     def restore(self, adapter: Adapter, name: str | None = None, *, in_order: bool = False) -> None:
-        """Set an adapter's rows in place: the Parameters stay the same objects, so an optimizer's state stays theirs.
+        """Set an adapter's rows in place. The Parameters stay the same objects, so an optimizer keeps their state.
 
         Args:
-            adapter: What was saved of it, with the same rows of the same tables.
-            name: Which one to set; by default "default", or the only one there is.
-            in_order: Refuse the same rows in another order, too: an optimizer's state, where it comes from the same
-                checkpoint, goes by their positions.
+            adapter: A saved adapter with the same rows of the same tables.
+            name: The adapter to set; by default "default", or the only one.
+            in_order: Also refuse the same rows in another order. An optimizer's state from the same checkpoint goes by
+                their positions.
 
         Raises:
-            AttachmentError: There is none of this name, its rows are others, or the model is merged.
-            BaseMismatchError: It was made from another base.
+            AttachmentError: No adapter has this name, it has other rows or another surgery, or the model is merged.
+            BaseMismatchError: The saved adapter was made from another base.
         """
-        self._not_merged("restore rows")
-        name = self._members.default(name)
+        self._refuse_merged("restore()")
+        name = self._members.resolve_name(name)
         member = self._members[name]
         if adapter.manifest.surgery != member.record.name:
             raise AttachmentError(
-                "the adapter is of another surgery",
+                "the adapter has another surgery",
                 where=name,
                 expected=member.record.name,
                 found=adapter.manifest.surgery,
             )
-        theirs = overrides_of(member.record.surgery, adapter, locate(adapter, self._installation.store()))
-        values = replacements(name, member.overrides, theirs, member.adapter, adapter)
+        given = call_live(member.record.surgery, adapter, locate(adapter, self._installation.store()))
+        values = match_rows(name, member.overrides, given, member.adapter, adapter)
         if in_order:
-            check_order(name, member.overrides, theirs)
+            check_row_order(name, member.overrides, given)
         with torch.no_grad():
             for (_, rows), new in zip(member.pairs(), values, strict=True):
                 set_rows(self.model, rows, new)
@@ -201,29 +216,29 @@ class Attachment(Hidden):
             self._members.unstepped[name] = False
 
     def remove(self, name: str) -> None:
-        """Take an adapter off; the last one detaches the model.
+        """Remove an adapter. Removing the last one detaches the model.
 
         Raises:
-            AttachmentError: There is none of this name, the model is merged, or inside `per_sample`.
+            AttachmentError: No adapter has this name, the model is merged, or inside `per_sample`.
         """
-        self._not_merged("remove an adapter")
-        self._not_mixed("remove an adapter")
+        self._refuse_merged("remove()")
+        self._refuse_per_sample("remove()")
         if self.names == (name,):
             self.detach()
             return
         self._members.drop(name)
-        del self.rows_of[_key(name)]
+        del self.rows_of[_module_name(name)]
         self._refresh()
 
     # -- training ------------------------------------------------------------------------------------------------
 
     def unfreeze(self) -> None:
-        """Make every adapter's rows trainable again, after a wrapper that freezes what it does not know."""
+        """Make all rows trainable again, for instance after `peft.get_peft_model`, which freezes them."""
         for parameter in self.parameters():
             parameter.requires_grad_(True)
 
     def print_trainable_parameters(self) -> None:
-        """Print how many parameters of the model are trained, as PEFT does."""
+        """Print how many parameters of the model are trainable, in PEFT's format."""
         everything = {id(p): p for p in self.model.parameters()}
         trained = sum(p.numel() for p in everything.values() if p.requires_grad)
         total = sum(p.numel() for p in everything.values())
@@ -231,12 +246,12 @@ class Attachment(Hidden):
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Inside, the model is the base.
+        """Make the model the base inside the block.
 
         Raises:
-            AttachmentError: The rows are merged, so that the base is not there.
+            AttachmentError: The rows are merged into the weights.
         """
-        self._not_merged("disable adapters")
+        self._refuse_merged("disabled()")
         try:
             self._disabled += 1
             self._refresh()
@@ -247,64 +262,64 @@ class Attachment(Hidden):
 
     @contextmanager
     def materialized(self) -> Iterator[None]:
-        """Inside, code outside of every forward reads ``module.weight`` with the live rows, and their gradient.
+        """Let code outside of all forwards read ``module.weight`` with the live rows, and with their gradient.
 
-        For a loop that gives ``model.lm_head.weight`` to a fused loss by itself: in a forward of the model a weight
-        is seen to be read, and needs nothing. Each read after a step makes a (V, D) copy.
+        It is for a training loop that passes ``model.lm_head.weight`` to a fused loss. Reads inside a forward of the
+        model need nothing. The first read after each step makes a (V, D) copy.
 
         Raises:
-            AttachmentError: The rows are merged, and so are in the weights.
-            UnsupportedError: A table in pieces, one that is changed as a whole, or a batch that mixes adapters.
+            AttachmentError: The rows are merged into the weights.
+            UnsupportedError: A sharded table, a table that is overridden as a whole, or inside `per_sample`.
         """
-        self._not_merged("materialise rows")
-        with self._installation.shown():
+        self._refuse_merged("materialized()")
+        with self._installation.materialized():
             yield
 
     @contextmanager
     def per_sample(self, names: Sequence[str | None]) -> Iterator[None]:
-        """Inside, each sample of the batch has an adapter of its own: equal to running each sample alone.
+        """Give each sample of the batch its own adapter. The result equals running each sample alone.
 
-        Where parts that hold the table are checkpointed, the backward, which computes them again, belongs inside too.
-        Ranks may name other adapters each. Where ``fully_shard`` has the rows all ranks enter together to train, and
-        the ranks tell each other the names; under DistributedDataParallel ``find_unused_parameters=True`` is needed.
+        With gradient checkpointing, run the backward inside the block, too, because it computes the checkpointed parts
+        again. Ranks may name different adapters. If ``fully_shard`` shards the rows, all ranks must enter together to
+        train, as they exchange the names; DistributedDataParallel needs ``find_unused_parameters=True``.
 
         Args:
-            names: One adapter for each sample, None for the base. Adapters may set the same rows here. Without
-                gradients a batch may hold each sample n times together, as generation has it for its beams.
+            names: One adapter per sample, None for the base. The adapters may set the same rows. Without gradients a
+                batch may hold each sample n times in succession, as generation repeats it for its beams.
 
         Raises:
-            AttachmentError: A name that is not attached, or a merged model.
-            UnsupportedError: A table that is overridden by a full copy, which is the same for all samples; and in a
-                forward of another number of samples than there are names.
+            AttachmentError: No adapter has such a name, or the model is merged.
+            UnsupportedError: A table is overridden by a full copy, which is the same for all samples; in a forward, the
+                number of samples is not that of the names.
         """
-        self._not_merged("mix adapters")
+        self._refuse_merged("per_sample()")
         if isinstance(names, str) or any(not isinstance(name, str) for name in names if name is not None):
             raise AttachmentError(
-                "not a list of adapters' names",
+                "names must be a list of adapter names",
                 found=repr(names),
-                expected='one name, or None, for each sample: ["a", None]',
+                expected='one name, or None, per sample: ["a", None]',
             )
         if len(names) == 0:
-            raise AttachmentError("no sample is named", expected="one adapter name, or None, for each sample")
-        here = dict.fromkeys(name for name in names if name is not None)
-        _ = [self._members[name] for name in here]
-        every = {name: [rows for _, rows in member.pairs()] for name, member in self._members.all.items()}
-        used = named_on_any_rank(self.model, here, every)
+            raise AttachmentError("names is empty", expected="one adapter name, or None, per sample", found="[]")
+        given = dict.fromkeys(name for name in names if name is not None)
+        _ = [self._members[name] for name in given]
+        rows_by_name = {name: [rows for _, rows in member.pairs()] for name, member in self._members.all.items()}
+        used = adapters_on_any_rank(self.model, given, rows_by_name)
         pairs = [(name, *pair) for name in used for pair in self._members[name].pairs()]
         tables = {override.table for _, override, _ in pairs if not isinstance(override, PromptOverride)}
-        if tables & self._installation.copied:
+        if tables & self._installation.copied_tables:
             raise UnsupportedError(
-                "a batch cannot mix adapters here",
+                "a batch cannot mix adapters in this table",
                 where=", ".join(sorted(tables)),
-                found="a table that is overridden by a full copy of it",
-                hint="run the samples of each adapter by themselves",
+                found="an override by a full copy",
+                hint="run the samples of each adapter separately",
             )
         batch = self._installation.batch
         outside = (self._members.active, batch.mixed)
         try:
             self._members.active, batch.mixed = used, True
             self._refresh()
-            with each_its_own([(name, rows) for name, _, rows in pairs], names):
+            with per_sample_rows([(name, rows) for name, _, rows in pairs], names):
                 yield
         finally:
             self._members.active, batch.mixed = outside
@@ -313,19 +328,21 @@ class Attachment(Hidden):
     # -- merging -------------------------------------------------------------------------------------------------
 
     def merge(self) -> Undo:
-        """Write the live adapters' rows into the model's weights, each rounded once to the table's dtype.
+        """Merge the active adapters into the model's weights, each row rounded once to its table's dtype.
 
         Returns:
-            The undo, which `unmerge` uses, and which `embedsurgery.unmerge` takes as well.
+            The undo. `unmerge` uses it; `embedsurgery.unmerge` takes it as well.
 
         Raises:
-            AttachmentError: Merged already, no adapter is live, or inside `per_sample` or `disabled`.
-            UnsupportedError: A table whose rows cannot be written, for instance one that is sharded.
+            AttachmentError: The model is merged, no adapter is active, or inside `per_sample` or `disabled`.
+            UnsupportedError: A table cannot be written, for instance because it is sharded.
         """
-        self._not_merged("merge")
-        self._not_mixed("merge")
+        self._refuse_merged("merge()")
+        self._refuse_per_sample("merge()")
         if self._disabled:
-            raise AttachmentError("cannot merge inside attachment.disabled()", hint="leave the with-block first")
+            raise AttachmentError(
+                "not allowed inside attachment.disabled()", where="merge()", hint="leave the with-block first"
+            )
         if not self.active:
             raise AttachmentError("no adapter is active", hint="activate one before merging")
         self._installation.check_unchanged()
@@ -333,17 +350,17 @@ class Attachment(Hidden):
         undo = apply(Plan(tuple(edit for member in members for edit in member.plan().edits)), store)
         self._undo.append(undo)
         self._refresh()
-        say_what_overflows(members, store, undo)
+        warn_overflow(members, store, undo)
         return undo
 
     def unmerge(self) -> None:
-        """Put the model's weights back bit for bit, and make the adapters live again.
+        """Restore the model's weights bit for bit, and make the adapters live again.
 
         Raises:
-            AttachmentError: Not merged.
+            AttachmentError: The model is not merged.
         """
         if not self._undo:
-            raise AttachmentError("the model is not merged", hint="merge() comes first")
+            raise AttachmentError("the model is not merged", expected="merge() before unmerge()")
         apply(self._undo[-1], self._installation.store())
         try:
             self._undo.pop()
@@ -351,14 +368,14 @@ class Attachment(Hidden):
             self._refresh()
 
     def detach(self) -> None:
-        """Take every adapter off and restore what was trainable, and take out the tokens that an adapter brought.
+        """Remove all adapters, make trainable again what they froze, and remove the tokens that they added.
 
         A merged model keeps the rows in its weights, and the tokens.
 
         Raises:
-            AttachmentError: Inside `rows`.
+            AttachmentError: Inside `per_sample`.
         """
-        self._not_mixed("detach")
+        self._refuse_per_sample("detach()")
         self._installation.remove()
         self._prompt_hooks.remove()
         for parameter in self._frozen:
@@ -366,53 +383,56 @@ class Attachment(Hidden):
         self._frozen = []
         merged = bool(self._undo)
         self._members.clear()
-        self.rows_of.clear()  # so that an optimizer of them is refused by torch, not left without effect
+        self.rows_of.clear()  # so that torch refuses an optimizer of these rows, which would train nothing
         self._undo = []
         model = self.model
         for module in list(model.modules()):
-            look_no_more(module, self._before_load, self._before_save)
-            if module._modules.get(CHILD) is self:
-                module._modules.pop(CHILD)
-        forget(self)
-        while self.extended and not merged:  # when nothing of the attachment holds a table any more
+            remove_state_dict_hooks(module, self._before_load, self._before_save)
+            if module._modules.get(CHILD_NAME) is self:
+                module._modules.pop(CHILD_NAME)
+        unregister(self)
+        # Last, because a table is resized only while nothing of the attachment refers to it.
+        while self.extended and not merged:
             undo, tokenizer = self.extended.pop()
             apply(undo, module_store(model, tokenizer=tokenizer))
 
     # -- inside --------------------------------------------------------------------------------------------------
 
     def forward(self, value: Any) -> Any:
-        """The identity: on a ``Sequential`` an attachment is one more layer, which must do nothing."""
+        """Return the input: a ``Sequential`` runs an attachment that was added to it as one more layer."""
         return value
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}: {m.record.name}" for name, m in self._members.all.items())
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_beside": self._beside is True}  # type: ignore[no-untyped-call]
+        state = super().__getstate__()  # type: ignore[no-untyped-call]
+        return {**state, "_saved_beside": self._saved_beside is True}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        if self._disabled:  # the copy leaves no with-block: it is the base until something is activated
+        # A copy made inside `disabled` never leaves that block, so it starts as the base with no active adapter.
+        if self._disabled:
             self._disabled, self._members.active, self._members.muted = 0, [], bool(self._undo)
-        remember(self)
+        register(self)
 
     def _before_load(self, model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
-        """Before a state dict is loaded: what it holds is the base's, and must be of the same base."""
+        """Check a state dict before it is loaded: it holds no rows, and must be of the same base."""
         if self._undo:
             return
         for member in self._members.all.values():
-            check_loaded(self.graph, member.adapter, member.overrides, state_dict, prefix, model)
-        if is_resume():
+            check_state_dict(self.graph, member.adapter, member.overrides, state_dict, prefix, model)
+        if is_resuming():
             self._members.note_resume()
-        if len(self._members.unstepped) < len(self.names) and not self.saved_beside and not is_restored():
-            say_that_rows_stay()
+        if len(self._members.unstepped) < len(self.names) and not self.saved_beside and not is_restored_by_trainer():
+            warn_rows_not_loaded()
 
     def _before_save(self, *_: Any) -> None:
-        """Before a state dict is made: it will hold no rows."""
+        """Check who makes a state dict: it will hold no rows."""
         if self.active and not self._members.muted:
-            refuse_to_be_hashed(self.active)
+            refuse_state_dict_hash(self.active)
             if not self.saved_beside:
-                say_that_no_rows_are_saved(self.active)
+                warn_rows_not_saved(self.active)
 
     def _add(
         self,
@@ -425,26 +445,26 @@ class Attachment(Hidden):
         fresh: bool,
         active: bool,
     ) -> None:
-        """Put one more adapter on the model; everything that can fail comes before anything changes."""
+        """Add an adapter. All checks run before anything changes."""
         self._members.check_new(name, record)
-        self._not_merged("attach another adapter")
-        self._not_mixed("attach another adapter")
+        self._refuse_merged("attach()")
+        self._refuse_per_sample("attach()")
         store = self._installation.store()
         located = locate(adapter, store)
-        overrides = self._prompt_hooks.checked(overrides_of(record.surgery, adapter, located), adapter)
+        overrides = self._prompt_hooks.resolve_overrides(call_live(record.surgery, adapter, located), adapter)
         modes = self._installation.modes((o for o in overrides if not isinstance(o, PromptOverride)), materialize)
         devices = [store.tensors[o.table].device for o in overrides]
         rows = nn.ModuleList(modules_for(overrides, adapter.raw, devices))
         member = Member(adapter, record, located, overrides, rows)
-        steps_back = self._members.prompts(self.active) if active and is_prompt(member) else []
-        live = [other for other in self.active if other not in steps_back]
+        replaced = self._members.soft_prompts(self.active) if active and is_prompt(member) else []
+        live = [other for other in self.active if other not in replaced]
         if active:
             self._members.check_disjoint([*live, name], member)
-        before, trained = self._members.active, len(self._frozen)
+        before, frozen = self._members.active, len(self._frozen)
         try:
             self._members.active = live
             self._members.add(name, member, fresh=fresh, active=active)
-            self.rows_of[_key(name)] = member.rows
+            self.rows_of[_module_name(name)] = member.rows
             if is_prompt(member):
                 self._prompt_hooks.install()
             for table, mode in modes.items():
@@ -452,57 +472,66 @@ class Attachment(Hidden):
             if freeze is not None:
                 self._freeze(freeze)
             self._refresh()
-        except BaseException:  # a KeyboardInterrupt
-            self._take_back(name, before, trained)
+        except BaseException:  # including a KeyboardInterrupt
+            self._roll_back(name, before, frozen)
             raise
 
     def _freeze(self, module: nn.Module) -> None:
-        ours = {id(p) for p in self.parameters()}
+        own = {id(p) for p in self.parameters()}
         for parameter in module.parameters():
-            if parameter.requires_grad and id(parameter) not in ours:
+            if parameter.requires_grad and id(parameter) not in own:
                 self._frozen.append(parameter)
                 parameter.requires_grad_(False)
 
-    def _take_back(self, name: str, active: list[str], trained: int) -> None:
-        """Leave nothing of an adapter that was not put on to the end; arguments are what stood before."""
+    def _roll_back(self, name: str, active: list[str], frozen: int) -> None:
+        """Remove a partly added adapter.
+
+        Args:
+            name: Its name.
+            active: The active adapters before.
+            frozen: The number of parameters that were frozen before.
+        """
         if name in self.names:
             self._members.drop(name)
-        if _key(name) in self.rows_of:
-            del self.rows_of[_key(name)]
-        for parameter in self._frozen[trained:]:
+        if _module_name(name) in self.rows_of:
+            del self.rows_of[_module_name(name)]
+        for parameter in self._frozen[frozen:]:
             parameter.requires_grad_(True)
-        del self._frozen[trained:]
+        del self._frozen[frozen:]
         self._members.active = active
         self._refresh()
 
-    def _not_merged(self, what: str) -> None:
+    def _refuse_merged(self, method: str) -> None:
         if self._undo:
-            raise AttachmentError(f"cannot {what} while the rows are merged into the weights", hint="unmerge() first")
+            raise AttachmentError("the rows are merged into the weights", where=method, hint="unmerge() first")
 
-    def _not_mixed(self, what: str) -> None:
+    def _refuse_per_sample(self, method: str) -> None:
         if self._installation.batch.mixed:
-            raise AttachmentError(f"cannot {what} inside attachment.per_sample()", hint="leave the with-block first")
+            raise AttachmentError(
+                "not allowed inside attachment.per_sample()", where=method, hint="leave the with-block first"
+            )
 
     def _refresh(self) -> None:
-        to_the_end(self._fill)
+        """Pass what is live on to the hooks. An interrupt half way would leave them with rows of two states."""
+        finish_before_interrupt(self._pass_on_live)
 
-    def _fill(self) -> None:
+    def _pass_on_live(self) -> None:
         self._members.muted = bool(self._disabled or self._undo)
-        live = [] if self._switch.off else list(self._members.live())
+        live = [] if self._peft.off else list(self._members.live())
         self._prompts.refresh((name, rows) for name, _, rows in live if isinstance(rows, PromptEmbedding))
         rows = ((override.table, rows) for _, override, rows in live if not isinstance(rows, PromptEmbedding))
         self._installation.refresh(rows)
 
 
-def _key(name: str) -> str:
+def _module_name(name: str) -> str:
     return f"adapter_{name}"
 
 
-def find(model: nn.Module) -> Attachment | None:
-    """The attachment of a model, also where the model is wrapped or a wrapper itself."""
+def find_attachment(model: nn.Module) -> Attachment | None:
+    """Return the attachment of a model, or None. The model may be wrapped, or be a wrapper."""
     attachment = next((module for module in model.modules() if isinstance(module, Attachment)), None)
     if attachment is not None:
-        attachment._installation.settle()
+        attachment._installation.remove_leftovers()
     return attachment
 
 
@@ -523,39 +552,42 @@ def attach_adapter(
     """Make an adapter live on a model; see `embedsurgery.attach`.
 
     Args:
-        model: Its root: no wrapper of it.
-        adapter: What to attach.
+        model: The model, without wrappers.
+        adapter: The adapter.
         record: Its surgery.
-        graph: Of the model.
+        graph: The model's graph.
         name: The adapter's name.
-        freeze: Freeze everything that is trainable here: the model, or a wrapper of it.
+        freeze: The module whose trainable parameters are frozen: the model, or a wrapper of it.
         materialize: See `embedsurgery.attach`.
         fresh: Whether the adapter was started from a config for this call.
-        active: Whether it is live at once.
-        given: What the user gave: the model, or a wrapper of it.
-        classify: Says what modules of unknown classes are.
+        active: Whether it becomes live at once.
+        given: The module that the user passed: the model, or a wrapper of it.
+        classify: Classifies modules of unknown classes.
+
+    Returns:
+        The model's attachment.
 
     Raises:
-        AttachmentError: A part of the model has an attachment, or what the model is a part of; and as `attach`.
+        AttachmentError: A part of the model, or a model around it, has an attachment; and as `embedsurgery.attach`.
     """
-    attachment = find(model)
-    first = attachment is None
+    attachment = find_attachment(model)
+    is_first = attachment is None
     if attachment is None:
         refuse_part(model)
         attachment = Attachment(model, graph)
     else:
-        refuse_more(given or freeze or model, attachment.model, classify)
+        refuse_tables_outside(given or freeze or model, attachment.model, classify)
     try:
         attachment._add(name, adapter, record, freeze=freeze, materialize=materialize, fresh=fresh, active=active)
-        if first:
-            held, saves = places(model, graph)
-            held.add_module(CHILD, attachment)
+        if is_first:
+            parent, writer = find_parent_and_writer(model, graph)
+            parent.add_module(CHILD_NAME, attachment)
             model.register_load_state_dict_pre_hook(attachment._before_load)  # type: ignore[no-untyped-call]
-            for module in {id(m): m for m in (model, saves)}.values():
+            for module in {id(m): m for m in (model, writer)}.values():
                 module.register_state_dict_pre_hook(attachment._before_save)  # type: ignore[no-untyped-call]
-            remember(attachment)
+            register(attachment)
     except BaseException:
-        if first:
+        if is_first:
             attachment.detach()
         raise
     return attachment

@@ -1,7 +1,8 @@
-"""Which calls run just now: known by their frames, for a call may end without a word, and others run in other threads.
+"""Tracks active forward calls by their frames, and is the only file that reads frames.
 
-A KeyboardInterrupt ends a forward without its post hooks. What was noted of it with the frame that it ran in is then
-seen to be over, for that frame stands on no stack any more.
+An interrupted call runs no post-hook: a KeyboardInterrupt ends a forward at any line. So whatever is noted for a call
+is noted together with the frame that the call runs in, and counts as over once that frame is on no stack. Frames also
+tell threads apart, as several may be in one model at once.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ import torch
 T = TypeVar("T")
 
 
-def to_the_end(work: Callable[[], None]) -> None:
-    """Do what may be done twice; a KeyboardInterrupt in the middle of it comes when it is done."""
+def finish_before_interrupt(work: Callable[[], None]) -> None:
+    """Run idempotent work; after a KeyboardInterrupt run it again to its end, and raise then."""
     try:
         work()
     except KeyboardInterrupt:
@@ -27,47 +28,45 @@ def to_the_end(work: Callable[[], None]) -> None:
 
 
 def frame_at(depth: int = 0) -> FrameType:
-    """A frame of this thread: 0 is the caller's, 1 the one that called it, and so on."""
+    """Return a frame of this thread: 0 is the caller's, 1 that of the caller's caller, and so on."""
     return sys._getframe(depth + 1)
 
 
 def frames_from(frame: FrameType | None) -> Iterator[FrameType]:
-    """A frame and those below it on its stack, innermost first."""
+    """Yield a frame and those that called it, innermost first."""
     while frame is not None:
         yield frame
         frame = frame.f_back
 
 
 def package_of(frame: FrameType) -> str:
-    """The top-level package whose code a frame runs."""
+    """Return the top-level package of the code that a frame runs."""
     return str(frame.f_globals.get("__name__")).partition(".")[0]
 
 
 def local_of(frame: FrameType, name: str) -> Any:
-    """A local variable of a running function; None where it has none of this name."""
+    """Return a local variable of a running function, or None."""
     return frame.f_locals.get(name)
 
 
-def first_of(frames: list[FrameType], top: FrameType | None) -> FrameType | None:
-    """The first of some frames on a stack, from its top."""
+def innermost_of(frames: list[FrameType], top: FrameType | None) -> FrameType | None:
+    """Return the innermost of some frames on the stack whose innermost frame is ``top``, or None."""
     while top is not None and top not in frames:
         top = top.f_back
     return top
 
 
-def run_here(frames: list[FrameType]) -> bool:
-    """Whether any of some frames stands on the stack of this thread."""
-    return first_of(frames, sys._getframe()) is not None
+def is_running_here(frames: list[FrameType]) -> bool:
+    """Whether any of some frames is on the stack of this thread."""
+    return innermost_of(frames, sys._getframe()) is not None
 
 
-def run(frames: list[FrameType]) -> bool:
-    """Whether any of some frames of plain functions stands on the stack of any thread.
-
-    The stack of another thread must not be walked: it changes meanwhile, and Python crashes. Its frames refuse to be
-    cleared as long as they run, and one that does not has nothing to lose but what a debugger would show.
-    """
-    if run_here(frames):
+def is_running(frames: list[FrameType]) -> bool:
+    """Whether any of some frames of plain functions is on the stack of any thread."""
+    if is_running_here(frames):
         return True
+    # The stack of another thread must not be walked: it changes meanwhile, and Python crashes. But a running frame
+    # refuses to be cleared, and clearing one that has ended only drops local variables.
     for frame in frames:
         try:
             frame.clear()
@@ -76,74 +75,74 @@ def run(frames: list[FrameType]) -> bool:
     return False
 
 
-def of_library(frame: FrameType) -> FrameType:
-    """The frame in which a library was entered that a frame is of: the last on the way down that is of it too."""
+def library_entry(frame: FrameType) -> FrameType:
+    """Return the frame in which a library was entered: the outermost of the frames next to ``frame`` in its package."""
     while frame.f_back is not None and package_of(frame.f_back) == package_of(frame):
         frame = frame.f_back
     return frame
 
 
-class Calls(Generic[T]):
-    """What is noted of the calls that run just now, of each thread by itself, from a pre-hook to a post-hook.
+class ActiveCalls(Generic[T]):
+    """A value for each active forward call, from its pre-hook to its post-hook, kept apart by thread.
 
-    Code that is compiled has no frames: what it notes is one for all threads, and it sees what an eager call around it
-    has noted, of which that of another thread may be taken for it.
+    Compiled code has no frames, so it shares one value among all threads. It also sees the value of an eager call
+    around it, and may take that of another thread for it.
     """
 
     def __init__(self) -> None:
         self._running: list[tuple[FrameType, T]] = []
         self._compiled: T | None = None
-        self._around: T | None = None  # only compiled code asks for it: to another thread it is not one around it
+        self._around: T | None = None  # read by compiled code only, which cannot tell whose call is around it
 
-    def begin(self, noted: T) -> None:
-        """Note it of the call whose pre-hook asks, which is a bound method that torch calls.
+    def begin(self, value: T) -> None:
+        """Note a value for the call whose pre-hook calls this. The pre-hook must be a bound method that torch calls.
 
         Args:
-            noted: Any object; what was noted before of a call around this one stands behind it.
+            value: Any object. It hides the value of a call around this one until `end`.
         """
         if torch.compiler.is_compiling():
-            self._compiled = noted
+            self._compiled = value
             return
         for frame, other in tuple(self._running):
-            if not run([frame]):
+            if not is_running([frame]):
                 self._drop(other)
         if self._around is None:
-            self._around = noted
-        self._running.append((sys._getframe(3), noted))  # begin, the hook, torch's inner function, and its outer one
+            self._around = value
+        self._running.append((sys._getframe(3), value))  # begin, the hook, torch's inner and its outer function
 
     def now(self) -> T | None:
-        """What is noted of the innermost call that runs here; None outside of every one."""
+        """Return the value of the innermost call of this thread, or None outside of all calls."""
         if torch.compiler.is_compiling():
             return self._around if self._compiled is None else self._compiled
         running = tuple(self._running)
         if running:
-            frame = first_of([frame for frame, _ in running], sys._getframe())
-            for one, noted in reversed(running):
+            frame = innermost_of([frame for frame, _ in running], sys._getframe())
+            for one, value in reversed(running):
                 if one is frame:
-                    return noted
+                    return value
         return self._compiled
 
-    def end(self, noted: T) -> None:
-        """Note no more of it."""
+    def end(self, value: T) -> None:
+        """Drop the value of a call."""
         if not torch.compiler.is_compiling():
-            self._drop(noted)
+            self._drop(value)
             return
         self._compiled = None
-        if self._around is noted:  # it was broken off
+        if self._around is value:  # left by an interrupted eager call
             self._around = None
 
-    def settle(self) -> None:
-        """Forget what compiled code has noted and never ended."""
+    def clear_compiled(self) -> None:
+        """Drop the value that interrupted compiled code has left."""
         self._compiled = None
 
-    def _drop(self, noted: T) -> None:
+    def _drop(self, value: T) -> None:
         for one in tuple(self._running):
-            if one[1] is noted:
-                with suppress(ValueError):  # another thread has found that it is over
+            if one[1] is value:
+                with suppress(ValueError):  # another thread has dropped it, because its call is over
                     self._running.remove(one)
-        if self._around is noted:
+        if self._around is value:
             self._around = None
-        if self._compiled is noted:
+        if self._compiled is value:
             self._compiled = None
 
     def __getstate__(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""One attachment to a model: where it lies there; refuses a second one on a part, or on what holds more than it."""
+"""One attachment per model: finds its parent module, and refuses a second one on a part of the model or around it."""
 
 from __future__ import annotations
 
@@ -13,75 +13,78 @@ from embedsurgery.graph.classify import Classify
 from embedsurgery.graph.from_modules import walk_module
 from embedsurgery.graph.wrappers import submodule
 
-_living: weakref.WeakSet[Any] = weakref.WeakSet()
+_attachments: weakref.WeakSet[Any] = weakref.WeakSet()
+"""All attachments of this process. A part of a model does not know the model, so `refuse_part` searches them."""
 
 
-def remember(attachment: nn.Module) -> None:
-    """Know an attachment, as long as it lives."""
-    _living.add(attachment)
+def register(attachment: nn.Module) -> None:
+    """Register an attachment, for as long as it exists."""
+    _attachments.add(attachment)
 
 
-def forget(attachment: nn.Module) -> None:
-    """Know it no more."""
-    _living.discard(attachment)
+def unregister(attachment: nn.Module) -> None:
+    """Unregister an attachment."""
+    _attachments.discard(attachment)
 
 
-def places(model: nn.Module, graph: EmbeddingGraph) -> tuple[nn.Module, nn.Module]:
-    """The module to put an attachment in, and the one that writes checkpoints.
+def find_parent_and_writer(model: nn.Module, graph: EmbeddingGraph) -> tuple[nn.Module, nn.Module]:
+    """Return the module to register an attachment on, and the module that writes checkpoints.
 
-    They are the model, unless that is a container, of whose parts an attachment would be one more (a
-    SentenceTransformer is an ``nn.Sequential``), or something around the model of transformers that is saved.
+    Both are the model, with two exceptions. A container (a SentenceTransformer is an ``nn.Sequential``) would take the
+    attachment for one more of its parts, so its first module that is not one is the parent. And if a module of
+    transformers lies inside the model, it is the writer.
     """
-    steps = [model]
-    for part in graph.tables[0].names[0].split(".")[:-1] if graph.tables else ():
-        below = steps[-1]._modules.get(part)
-        if below is None:  # a name goes around wrappers
+    path = [model]
+    for name in graph.tables[0].names[0].split(".")[:-1] if graph.tables else ():
+        child = path[-1]._modules.get(name)
+        if child is None:  # table names leave wrappers out
             break
-        steps.append(below)
+        path.append(child)
     containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-    held = next((step for step in steps if not isinstance(step, containers)), model)
-    saves = next(
-        (step for step in steps if hasattr(step, "save_pretrained") and hasattr(step, "base_model_prefix")), model
-    )
-    return held, saves
+    parent = next((module for module in path if not isinstance(module, containers)), model)
+    writer = next((m for m in path if hasattr(m, "save_pretrained") and hasattr(m, "base_model_prefix")), model)
+    return parent, writer
 
 
 def refuse_part(model: nn.Module) -> None:
-    """Refuse a model that is a part of one with an attachment, whose hooks may be on the same modules.
+    """Refuse a part of a model that has an attachment: the hooks of both could be on the same modules.
 
     Raises:
-        AttachmentError: It names both.
+        AttachmentError: The model is such a part.
     """
-    for attachment in list(_living):
+    for attachment in list(_attachments):
         whole = attachment.model
         path = next((path for path, module in whole.named_modules() if module is model), "")
         if path:
             raise AttachmentError(
-                "the model is a part of one that has an attachment",
+                "the model is a part of a model that has an attachment",
                 where=f"{path} ({type(model).__name__}) of {type(whole).__name__}",
                 found=f"adapters {', '.join(attachment.names)}",
-                hint="attach to the whole model, one more adapter with a name= of its own; or detach() that first",
+                hint="attach to the whole model, under another name=, or detach() its attachment first",
             )
 
 
-def refuse_more(given: nn.Module, model: nn.Module, classify: Classify | None = None) -> None:
-    """Refuse a module around an attached model that uses tables in modules of its own, which the attachment misses.
+def refuse_tables_outside(given: nn.Module, model: nn.Module, classify: Classify | None = None) -> None:
+    """Refuse a module around an attached model that uses tables outside of it, which the attachment does not override.
 
-    A wrapper that only holds the model is the model. ``classify`` says what modules of unknown classes are.
+    Args:
+        given: The module that the caller attaches to. A wrapper without tables of its own is accepted.
+        model: The attached model.
+        classify: Classifies modules of unknown classes.
 
     Raises:
-        AttachmentError: It names both.
+        AttachmentError: Sites lie outside of the model.
     """
     if given is model:
         return
     inside = {id(module) for module in model.modules()}
     sites = [site.module for table in walk_module(given, classify).tables for site in table.sites]
-    beyond = [path for path in sites if id(submodule(given, path)) not in inside]
-    if beyond:
+    outside = [path for path in sites if id(submodule(given, path)) not in inside]
+    if outside:
         raise AttachmentError(
-            "a part of the model has an attachment",
+            "a part of the model already has an attachment",
             where=f"{type(model).__name__} in {type(given).__name__}",
-            expected="the tables of that part alone",
-            found=f"{', '.join(beyond)} beside it",
+            expected="tables in that part only",
+            found=f"{', '.join(outside)} outside of it",
             hint="detach() it, and attach to the whole model",
         )

@@ -1,4 +1,4 @@
-"""Looks at what asks for a state dict, which is always the base's: a checkpoint that is written so holds no rows."""
+"""Checks which code makes a state dict: it holds the base only, so a checkpoint written from it has no rows."""
 
 from __future__ import annotations
 
@@ -10,55 +10,57 @@ from embedsurgery.errors import EmbedSurgeryWarning, UnsupportedError
 from embedsurgery.runtime.calls import frame_at, frames_from, package_of
 
 _WRITERS = frozenset({"save_pretrained", "get_state_dict"})
-"""Functions that ask for a state dict to write a checkpoint of the model (the second is Accelerate's); others may want
-it for anything."""
+"""Functions that make a state dict to write a checkpoint of the model (the second is Accelerate's). Others may make one
+for any purpose."""
 
-_RESUMABLE = "save_state"
-"""Accelerate's, of whose checkpoints a resume without the rows is seen."""
+_RESUMABLE_WRITER = "save_state"
+"""Accelerate's function that writes a checkpoint to resume from. It needs no warning: a resume without the rows is
+refused."""
 
-_HASHES = ("trl", "hash_module")
-"""The package and its function that takes a hash of a state dict."""
+_HASH_FUNCTION = ("trl", "hash_module")
+"""(package, function) that hashes a state dict."""
 
 
-def refuse_to_be_hashed(names: Sequence[str]) -> None:
-    """Refuse what takes a hash of the state dict for one of the model: other rows would be the same model to it.
+def refuse_state_dict_hash(names: Sequence[str]) -> None:
+    """Refuse a hash of the state dict as the identity of the model: models with different rows would share it.
 
     Args:
-        names: The adapters that are live.
+        names: The live adapters.
 
     Raises:
-        UnsupportedError: TRL does so, to find log-probabilities that it computed before.
+        UnsupportedError: TRL is looking up cached log-probabilities of a reference model by such a hash.
     """
     for frame in islice(frames_from(frame_at(1)), 6):
-        if (package_of(frame), frame.f_code.co_name) == _HASHES:
+        if (package_of(frame), frame.f_code.co_name) == _HASH_FUNCTION:
             raise UnsupportedError(
-                "TRL finds the reference log-probabilities of a model by a hash of its state dict, "
-                "which holds no rows, and would take those of other rows for these",
+                "TRL caches a model's reference log-probabilities by a hash of its state dict, which holds no rows, "
+                "so it would reuse those of other rows",
                 where="precompute_ref_log_probs",
                 found=f"live rows of {', '.join(names)}",
                 hint="leave precompute_ref_log_probs False, or merge the rows of a reference model into it",
             )
 
 
-def say_that_no_rows_are_saved(names: Sequence[str]) -> None:
-    """Warn, at the line that saves the model, where a checkpoint is what the state dict is asked for.
+def warn_rows_not_saved(names: Sequence[str]) -> None:
+    """Warn, at the line that saves the model, if a state dict is made to write a checkpoint.
 
     Args:
-        names: The adapters that are live.
+        names: The live adapters.
     """
     stack = list(frames_from(frame_at(1)))
-    near = (n for n, frame in enumerate(stack[:5]) if frame.f_code.co_name in _WRITERS)  # the hook, and torch's own
+    # The first frames are the attachment's hook and torch's state_dict().
+    near = (n for n, frame in enumerate(stack[:5]) if frame.f_code.co_name in _WRITERS)
     number = next(near, None)
     if number is None:
         return
     writer, *above = stack[number:]
-    if above and above[0].f_code.co_name == _RESUMABLE:
+    if above and above[0].f_code.co_name == _RESUMABLE_WRITER:
         return
     frame = next((one for one in above if one.f_code is not writer.f_code), stack[-1])
     warnings.warn_explicit(
-        f"the checkpoint that is saved here is the base's, without the rows of {', '.join(names)}: attachment.merge() "
-        "first puts them in, attachment.save(directory) writes them by themselves; in embedsurgery.integrations "
-        "EmbedSurgeryCallback() does so in each checkpoint of a Trainer, and keep_rows(accelerator) in save_state()",
+        f"this checkpoint holds the base only, without the rows of {', '.join(names)}: call attachment.merge() first "
+        "to include them, or attachment.save(directory) to save them separately; embedsurgery.integrations has "
+        "EmbedSurgeryCallback() for a Trainer's checkpoints, and keep_rows(accelerator) for save_state()",
         EmbedSurgeryWarning,
         frame.f_code.co_filename,
         frame.f_lineno,

@@ -1,6 +1,6 @@
-"""A checkpoint directory: which files hold its tensors, its index and its config, all read without a weight.
+"""Reads the headers, index and config of a checkpoint directory, and no weights.
 
-What the names mean is ``names.py``'s; rows are read and written by ``stores/shards.py``.
+``graph/from_names.py`` interprets the names of tensors; ``shards.py`` reads and writes rows.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from embedsurgery.errors import CheckpointError
 from embedsurgery.files.json_reading import CONFIG as BOUNDS_OF_CONFIG
 from embedsurgery.files.json_reading import INDEX as BOUNDS_OF_INDEX
 from embedsurgery.files.json_reading import read_json
-from embedsurgery.files.locking import STATE_DIRECTORY as STATE_DIRECTORY
 from embedsurgery.files.safetensors import Entry, Header, read_header
 from embedsurgery.graph.from_names import Stored
 
@@ -26,14 +25,14 @@ CONFIG = "config.json"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A directory's weights by header.
+    """The headers of a checkpoint directory.
 
     Attributes:
-        directory: Where it is.
-        headers: File name -> header, for every file that holds weights.
+        directory: The directory.
+        headers: File name -> header, for every weight file.
         location: Tensor name -> file name, as a loader resolves it.
-        config: ``config.json``, None where there is none.
-        indexed: Whether an index names the files.
+        config: Content of ``config.json``; None if there is none.
+        indexed: Whether an index names the weight files.
     """
 
     directory: Path
@@ -43,15 +42,15 @@ class Checkpoint:
     indexed: bool
 
     def entry(self, name: str) -> Entry:
-        """Where a tensor lies in its file."""
+        """Return a tensor's entry in its file."""
         return self.headers[self.location[name]].entries[name]
 
     def path(self, name: str) -> Path:
-        """The file that a tensor lies in."""
+        """Return the path of the file that holds a tensor."""
         return self.directory / self.location[name]
 
-    def stored(self) -> list[Stored]:
-        """Every tensor, as `names.walk_names` takes them."""
+    def stored_tensors(self) -> list[Stored]:
+        """Return every tensor, for `walk_names`."""
         return [
             Stored(name, self.entry(name).dtype, self.entry(name).shape, group=name, file=self.location[name])
             for name in self.location
@@ -62,16 +61,15 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     """Read a directory's headers, index and config.
 
     Raises:
-        CheckpointError: It is no directory, holds no safetensors weights, or its files contradict each other.
+        CheckpointError: It is not a directory, has no safetensors weights, or its files contradict each other.
     """
     if not os.path.isdir(directory):
-        what = (
-            "a file, where a checkpoint directory was expected"
-            if os.path.exists(directory)
-            else "no such checkpoint directory"
-        )
         raise CheckpointError(
-            what, where=directory, hint="give the directory that the model was downloaded or saved to"
+            "not a checkpoint directory" if os.path.exists(directory) else "no such checkpoint directory",
+            where=directory,
+            expected="a directory",
+            found="a file" if os.path.exists(directory) else None,
+            hint="pass the directory that the model was downloaded or saved to",
         )
     single, index = directory / SINGLE, directory / INDEX
     config = read_config(directory / CONFIG) if (directory / CONFIG).exists() else None
@@ -79,108 +77,115 @@ def open_checkpoint(directory: Path) -> Checkpoint:
         raise CheckpointError(
             "two sets of weights",
             where=directory,
-            found=f"{SINGLE} beside {INDEX}",
-            hint="loaders take the single file and ignore the shards: remove the one that is stale",
+            found=f"{SINGLE} and {INDEX}",
+            hint="loaders read the single file and ignore the shards: remove the outdated one",
         )
     if index.exists():
-        location = weight_map(index, index)
+        location = read_weight_map(index, index)
         headers = {name: read_header(directory / name) for name in dict.fromkeys(location.values())}
-        return indexed(directory, headers, location, config)
-    file = SINGLE if single.exists() else _only_file(directory)
+        return checkpoint_from_index(directory, headers, location, config)
+    file = SINGLE if single.exists() else _find_single_file(directory)
     header = read_header(directory / file)
     return Checkpoint(directory, {file: header}, dict.fromkeys(header.entries, file), config, indexed=False)
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """What a ``config.json`` says.
+    """Read a ``config.json``.
 
     Raises:
-        CheckpointError: It is no JSON object, or too large to be a config.
+        CheckpointError: It is not a JSON object, or too large to be a config.
     """
     return read_json(path, BOUNDS_OF_CONFIG)
 
 
-def weight_map(index: Path, where: Path) -> dict[str, str]:
-    """Tensor -> file of an index; all are plain names of safetensors files.
+def read_weight_map(index: Path, where: Path) -> dict[str, str]:
+    """Read an index: tensor -> name of a safetensors file in the same directory.
 
     Args:
         index: The file.
-        where: What it is called, for messages.
+        where: Its name for messages: a downloaded file lies elsewhere.
 
     Raises:
-        CheckpointError: The file is none, or names others.
+        CheckpointError: The file is not an index, or names a file outside its directory or of another format.
     """
     body = read_json(index, BOUNDS_OF_INDEX).get("weight_map")
     if not isinstance(body, dict) or not body or not all(isinstance(v, str) for v in body.values()):
-        raise CheckpointError("the index has no weight_map of file names", where=where)
+        raise CheckpointError("invalid index", where=where, expected="weight_map, an object of file names")
     for file in dict.fromkeys(body.values()):
         if not is_plain_name(file) or not file.endswith(".safetensors"):
             raise CheckpointError(
-                "the index names a file outside its directory, or no safetensors file",
+                "the index names an invalid file",
                 where=where,
-                expected="a plain file name",
+                expected="a safetensors file in the same directory",
                 found=repr(file)[:120],
             )
     return body
 
 
-def indexed(
+def checkpoint_from_index(
     directory: Path, headers: Mapping[str, Header], location: Mapping[str, str], config: Mapping[str, Any] | None
 ) -> Checkpoint:
-    """The checkpoint of an index and the headers of the files that it names.
+    """Build a checkpoint from its index and the headers of the files that the index names.
+
+    Args:
+        directory: The checkpoint.
+        headers: File name -> header.
+        location: Tensor name -> file name, from the index.
+        config: Content of ``config.json``; None if there is none.
 
     Raises:
-        CheckpointError: A file does not hold a tensor that the index has it hold, or two hold one.
+        CheckpointError: A file lacks a tensor that the index assigns to it, or two files have the same tensor.
     """
     index = directory / INDEX
     for name, file in location.items():
         if name not in headers[file].entries:
             raise CheckpointError(
-                "the index names a tensor that its shard does not hold",
+                "the index names a tensor that its shard does not have",
                 where=index,
                 expected=f"{name} in {file}",
                 hint="download the checkpoint again",
             )
-    _refuse_twice(headers, location, index)
+    _refuse_duplicates(headers, location, index)
     return Checkpoint(directory, headers, location, config, indexed=True)
 
 
-def _refuse_twice(headers: Mapping[str, Header], location: Mapping[str, str], index: Path) -> None:
-    """A tensor in two shards: loaders differ in which they take, so a merge into one would be seen by some alone."""
+def _refuse_duplicates(headers: Mapping[str, Header], location: Mapping[str, str], index: Path) -> None:
+    """Refuse a tensor that is in two shards. Loaders differ in which one they read, so a merge may be ignored."""
     holders: dict[str, str] = {}
     for file, header in headers.items():
         for name in header.entries:
             other = holders.setdefault(name, file)
             if other != file:
                 raise CheckpointError(
-                    "a tensor lies in two shards",
+                    "a tensor is in two shards",
                     where=index,
-                    expected=f"{name} in {location.get(name, 'one of them')} alone",
-                    found=f"in {other} and {file}",
+                    expected=f"{name} only in {location.get(name, 'one of them')}",
+                    found=f"{other} and {file}",
                     hint="download the checkpoint again",
                 )
 
 
 def is_plain_name(name: str) -> bool:
-    """Whether a name from a file is a file name and nothing else: no path, no parent, nothing hidden in it."""
+    """Whether an untrusted name is a plain file name, without directories, ``..``, backslashes or NUL."""
     return bool(name) and name == Path(name).name and name not in (".", "..") and "\\" not in name and "\0" not in name
 
 
-def _only_file(directory: Path) -> str:
+def _find_single_file(directory: Path) -> str:
+    """Return the only safetensors file of a directory without an index."""
     names = sorted(p.name for p in directory.glob("*.safetensors"))
     if "adapter_model.safetensors" in names:
         raise CheckpointError(
-            "an adapter, where a model was expected",
+            "this is an adapter, not a model",
             where=directory,
             expected=SINGLE,
             found="adapter_model.safetensors",
-            hint="name the base model's directory",
+            hint="pass the base model's directory",
         )
     if len(names) == 1:
         return names[0]
     hint = "save the model with save_pretrained"
     if any(directory.glob("*.bin")):
-        hint = "the .bin files are pickles, which can run code: convert them to safetensors first"
+        hint = "the .bin files are pickles, which can run code when they are loaded: convert them to safetensors first"
     raise CheckpointError(
         "no safetensors weights",
         where=directory,

@@ -1,6 +1,6 @@
-"""``generation_config.json``: what becomes of it when tokens are to be kept from being generated.
+"""Adds suppressed tokens to ``generation_config.json``, so that they are never generated.
 
-transformers (5.23, ``SuppressTokensLogitsProcessor``) honours ``suppress_tokens`` in every way of generating.
+transformers (5.23, ``SuppressTokensLogitsProcessor``) honours ``suppress_tokens`` in all generation modes.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import json
 from typing import Any
 
 from embedsurgery.errors import CheckpointError
-from embedsurgery.files.json_patching import respell
+from embedsurgery.files.json_patching import patch_json
 from embedsurgery.files.json_reading import parse_json, read_small
 from embedsurgery.plan import PatchFile, Suppress
 from embedsurgery.stores.checkpoint import Checkpoint
@@ -42,38 +42,44 @@ _GENERATING = (
     "num_return_sequences",
     "use_cache",
 )
-"""What a loader takes from the model's config where there is no generation config."""
+"""Settings that transformers reads from the model's config if there is no generation config."""
 
 
-def suppressed(listed: Any, ids: tuple[int, ...], where: object) -> list[int]:
-    """A list of suppressed tokens with some more.
+def add_suppressed(listed: Any, ids: tuple[int, ...], where: object) -> list[int]:
+    """Append token ids to a list of suppressed tokens.
+
+    Args:
+        listed: The current value; None counts as an empty list.
+        ids: The token ids to add.
+        where: The file or model, for messages.
 
     Raises:
-        CheckpointError: It is no list of ids.
+        CheckpointError: The current value is not a list of ids.
     """
     known = [] if listed is None else listed
     if not isinstance(known, list) or not all(type(i) is int for i in known):
-        raise CheckpointError(
-            f"{KEY} of the wrong kind", where=where, expected="a list of ids", found=repr(listed)[:80]
-        )
+        raise CheckpointError(f"invalid {KEY}", where=where, expected="a list of ids", found=repr(listed)[:80])
     return [*known, *(i for i in ids if i not in known)]
 
 
-def suppression(checkpoint: Checkpoint, edit: Suppress) -> tuple[PatchFile, ...]:
-    """The patch that keeps tokens from being generated; a file that is not there is made."""
+def suppression_patches(checkpoint: Checkpoint, edit: Suppress) -> tuple[PatchFile, ...]:
+    """Return the patch that suppresses tokens; empty if they are suppressed already. A missing file is created."""
     path = checkpoint.directory / GENERATION
     if not path.exists():
-        known = _from_model(checkpoint)
-        body = {**known, KEY: suppressed(known.get(KEY), edit.ids, checkpoint.directory)}
+        known = _generation_settings(checkpoint)
+        body = {**known, KEY: add_suppressed(known.get(KEY), edit.ids, checkpoint.directory)}
         return (PatchFile.change(GENERATION, None, (json.dumps(body, indent=2, sort_keys=True) + "\n").encode()),)
     data = read_small(path)
     body = parse_json(data, path)
-    after = {**body, KEY: suppressed(body.get(KEY), edit.ids, path)}
-    return () if after == body else (PatchFile.change(GENERATION, data, respell(data, body, after, path)),)
+    after = {**body, KEY: add_suppressed(body.get(KEY), edit.ids, path)}
+    return () if after == body else (PatchFile.change(GENERATION, data, patch_json(data, body, after, path)),)
 
 
-def _from_model(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What the model's config says of generating, which a generation config would hide."""
+def _generation_settings(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the generation settings in the model's config.
+
+    They count only as long as there is no generation config, so a new one must repeat them.
+    """
     config = checkpoint.config or {}
     sections = (config.get(key) for key in ("decoder", "generator", "text_config"))
     inner = next((section for section in sections if isinstance(section, dict)), {})

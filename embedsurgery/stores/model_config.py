@@ -1,6 +1,6 @@
-"""What counts the vocabulary in a live model: attributes of modules, and configs wherever they hang.
+"""Finds and updates the places in a live model that store the size of a vocabulary: module attributes and configs.
 
-Which keys of a config count is ``config_sizes.py``'s.
+``graph/config.py`` knows which keys of a config are vocabulary sizes. ``modules.py`` resizes the tensors.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ import torch
 from torch import nn
 
 from embedsurgery.errors import UnsupportedError
-from embedsurgery.graph.config import SIZES, as_mapping, counting_keys, tokens_of
+from embedsurgery.graph.config import SIZE_KEYS, as_mapping, find_size_keys, token_kind_of
 
 ROWS = ("num_embeddings", "num_", "out_features", "nf")
-"""Attributes in which modules count the rows of their weight. ``num_`` is I-BERT's."""
+"""Attributes of modules with the number of rows of their weight. ``num_`` is I-BERT's."""
 
-SAVED = "sizes.json"
-"""Key in the ``saved`` of a growth's undo: what was counted where."""
+SIZES_KEY = "sizes.json"
+"""Key in `Grow.saved` of an undo: the sizes before growing."""
 
 
 @dataclass(frozen=True)
-class Count:
-    """One place.
+class SizeField:
+    """A module attribute or config key that stores the size of a vocabulary.
 
     Attributes:
-        module: Path of a module.
-        keys: From there: an attribute, or ("config", ..., key).
-        value: What it says.
+        module: Path of the module.
+        keys: Path from the module to the value: an attribute, or ("config", ..., key).
+        value: The size it has.
     """
 
     module: str
@@ -38,40 +38,41 @@ class Count:
     value: int
 
     def read(self, model: nn.Module) -> Any:
-        """What it says now; None where there is no such place any more."""
-        holder = self._holder(model)
-        return _item(holder, self.keys[-1]) if holder is not None else None
+        """Return its current value; None if it no longer exists."""
+        owner = self._owner(model)
+        return _get(owner, self.keys[-1]) if owner is not None else None
 
     def write(self, model: nn.Module, value: int) -> None:
-        """Make it say something else."""
-        holder = self._holder(model)
-        if isinstance(holder, MutableMapping):
-            holder[self.keys[-1]] = value
+        """Set its value."""
+        owner = self._owner(model)
+        if isinstance(owner, MutableMapping):
+            owner[self.keys[-1]] = value
         else:
-            setattr(holder, self.keys[-1], value)
+            setattr(owner, self.keys[-1], value)
 
-    def _holder(self, model: nn.Module) -> Any:
+    def _owner(self, model: nn.Module) -> Any:
+        """Return the module or config that has the value."""
         try:
-            holder: Any = model.get_submodule(self.module)
+            owner: Any = model.get_submodule(self.module)
         except AttributeError:
             return None
         for key in self.keys[:-1]:
-            holder = _item(holder, key)
-        return holder
+            owner = _get(owner, key)
+        return owner
 
 
-def _item(holder: object, key: str) -> Any:
-    return holder.get(key) if isinstance(holder, Mapping) else getattr(holder, key, None)
+def _get(owner: object, key: str) -> Any:
+    return owner.get(key) if isinstance(owner, Mapping) else getattr(owner, key, None)
 
 
 @dataclass(frozen=True)
-class Holder:
-    """A module that holds a table or vector of the vocabulary.
+class VocabularyModule:
+    """A module with a table or vector of the vocabulary.
 
     Attributes:
-        path: Its path.
-        module: Itself.
-        transposed: It is a linear layer and holds a table as (D, V), one column a token.
+        path: Path of the module.
+        module: The module.
+        transposed: Whether its table is stored as (D, V), one column per token.
     """
 
     path: str
@@ -79,67 +80,71 @@ class Holder:
     transposed: bool
 
 
-def counts(
-    model: nn.Module, holders: Iterable[Holder], names: Collection[str], sizes: Collection[int], others: Collection[str]
-) -> list[Count]:
-    """Every place that counts a vocabulary, each object's once.
+def find_size_fields(
+    model: nn.Module,
+    owners: Collection[VocabularyModule],
+    names: Collection[str],
+    sizes: Collection[int],
+    others: Collection[str],
+) -> list[SizeField]:
+    """Find every place that stores the size of a vocabulary. A config that modules share is listed once.
 
     Args:
         model: The model.
-        holders: The modules that hold the vocabulary.
-        names: Of its tables, aliases included.
+        owners: The modules with the vocabulary's tables and vectors.
+        names: Names of its tables, including aliases.
         sizes: Numbers of rows of its tables.
-        others: Paths of modules that hold other vocabularies with as many rows.
-
-    Raises:
-        UnsupportedError: A module counts tokens in a way that is not known.
+        others: Paths of modules with other vocabularies of the same size.
     """
-    found: dict[tuple[int, str], Count] = {}
+    found: dict[tuple[int, str], SizeField] = {}
     modules = dict(model.named_modules(remove_duplicate=False))
     config = next((vars(m)["config"] for m in modules.values() if vars(m).get("config") is not None), None)
-    mine = tokens_of(names, as_mapping(config))
-    holders = list(holders)
-    for holder in holders:
-        for key, value in _rows(holder, sizes):
-            found.setdefault((id(holder.module), key), Count(holder.path, (key,), value))
-    for path in dict.fromkeys(a for holder in holders for a in _above(holder.path)):
+    side = token_kind_of(names, as_mapping(config))
+    for owner in owners:
+        for key, value in _row_attributes(owner, sizes):
+            found.setdefault((id(owner.module), key), SizeField(owner.path, (key,), value))
+    for path in dict.fromkeys(p for owner in owners for p in _enclosing_paths(owner.path)):
         module = modules[path]
-        if mine and any(_is_inside(other, path) for other in others):
-            _configs(found, path, module, names, sizes)
-            continue
-        for key, value in vars(module).items():
-            if type(value) is int and value in sizes and SIZES.fullmatch(key):
-                found.setdefault((id(module), key), Count(path, (key,), value))
-        _configs(found, path, module, names, sizes)
+        # A translation model with two vocabularies of one size (FSMT): a bare ``vocab_size`` of a module around both
+        # could be that of either, so there only the config is read, whose keys name the side.
+        if not (side and any(_is_inside(other, path) for other in others)):
+            for key, value in vars(module).items():
+                if type(value) is int and value in sizes and SIZE_KEYS.fullmatch(key):
+                    found.setdefault((id(module), key), SizeField(path, (key,), value))
+        _add_config_fields(found, path, module, names, sizes)
     return list(found.values())
 
 
-def _configs(
-    found: dict[tuple[int, str], Count], path: str, module: nn.Module, names: Collection[str], sizes: Collection[int]
+def _add_config_fields(
+    found: dict[tuple[int, str], SizeField],
+    path: str,
+    module: nn.Module,
+    names: Collection[str],
+    sizes: Collection[int],
 ) -> None:
-    """Add what a module's config counts, and the configs in it."""
+    """Add the sizes in a module's config, and in the configs inside it."""
     config = vars(module).get("config")
     if config is None:
         return
-    for keys in counting_keys(as_mapping(config), names, sizes):
-        holder = config
+    for keys in find_size_keys(as_mapping(config), names, sizes):
+        owner = config
         for key in keys[:-1]:
-            holder = _item(holder, key)
-        found.setdefault((id(holder), keys[-1]), Count(path, ("config", *keys), _item(holder, keys[-1])))
+            owner = _get(owner, key)
+        found.setdefault((id(owner), keys[-1]), SizeField(path, ("config", *keys), _get(owner, keys[-1])))
 
 
-def _rows(holder: Holder, sizes: Collection[int]) -> Iterator[tuple[str, int]]:
-    """The attributes in which a module counts its rows."""
-    linear = isinstance(holder.module, nn.Linear)
-    keys = ("in_features",) if linear and holder.transposed else ROWS
+def _row_attributes(owner: VocabularyModule, sizes: Collection[int]) -> Iterator[tuple[str, int]]:
+    """Yield (attribute, value) of a module's attributes with its number of rows."""
+    linear = isinstance(owner.module, nn.Linear)
+    keys = ("in_features",) if linear and owner.transposed else ROWS
     for key in keys:
-        value = vars(holder.module).get(key)
+        value = vars(owner.module).get(key)
         if type(value) is int and value in sizes:
             yield key, value
 
 
-def _above(path: str) -> Iterator[str]:
-    """A module path and those of all modules around it, the outermost first."""
+def _enclosing_paths(path: str) -> Iterator[str]:
+    """Yield the paths of all modules around a module and its own path, the outermost first."""
     yield ""
     parts = path.split(".") if path else []
     for number in range(len(parts)):
@@ -150,84 +155,90 @@ def _is_inside(path: str, outer: str) -> bool:
     return outer == "" or path == outer or path.startswith(f"{outer}.")
 
 
-_KNOWN = (*ROWS, "in_features", "nx", "embedding_dim", "padding_idx")
+_KNOWN_ATTRIBUTES = (*ROWS, "in_features", "nx", "embedding_dim", "padding_idx")
 
 
-def refuse_unknown(
+def refuse_unknown_modules(
     model: nn.Module,
-    holders: Iterable[Holder],
+    owners: Iterable[VocabularyModule],
     objects: Collection[int],
     rows: Collection[int],
     columns: Collection[int],
 ) -> None:
-    """Refuse what counts or splits the vocabulary in a way that growing would not reach.
+    """Refuse modules that store or split the vocabulary in a way that growing would miss.
 
     Args:
         model: The model.
-        holders: The modules that hold the vocabulary.
-        objects: Ids of the tensors that will be replaced.
-        rows: Numbers of rows of its tables.
-        columns: Their widths.
+        owners: The modules with the vocabulary's tables and vectors.
+        objects: ``id`` of each tensor that will be replaced.
+        rows: Numbers of rows of the vocabulary's tables.
+        columns: Widths of its tables.
 
     Raises:
-        UnsupportedError: It names the module and what was found.
+        UnsupportedError: It names the module and attribute.
     """
     for path, module in model.named_modules():
         fields = vars(module)
         if isinstance(fields.get("cutoffs"), (list, tuple)) and fields["cutoffs"]:
-            _refuse(path, "cutoffs", "an adaptive softmax splits the vocabulary")
+            _refuse(path, "cutoffs", "an adaptive softmax, which splits the vocabulary")
         for key, value in fields.items():
-            parts = (
-                value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [value]
-            )
-            if key not in ("_parameters", "_buffers") and any(
-                isinstance(p, torch.Tensor) and id(p) in objects for p in parts
-            ):
-                _refuse(path, key, "a second reference to the table, which would keep the old one")
-    for holder in holders:
-        for key, value in vars(holder.module).items():
+            if key not in ("_parameters", "_buffers") and any(id(tensor) in objects for tensor in _tensors_in(value)):
+                _refuse(path, key, "another reference to the table, which would keep the old tensor")
+    for owner in owners:
+        for key, value in vars(owner.module).items():
             if key in ("num_additional_embeddings", "out_additional_features") and value:
-                _refuse(holder.path, key, f"{value} rows for other tokens follow the vocabulary's")
-            counted = type(value) is int and value in rows and value not in columns
-            if counted and key not in _KNOWN and not SIZES.fullmatch(key):
-                _refuse(holder.path, key, f"{key} = {value} may count tokens")
+                _refuse(owner.path, key, f"{value} additional rows behind the vocabulary's")
+            # A width that happens to equal the number of rows is not refused.
+            may_be_size = type(value) is int and value in rows and value not in columns
+            if may_be_size and key not in _KNOWN_ATTRIBUTES and not SIZE_KEYS.fullmatch(key):
+                _refuse(owner.path, key, f"{key} = {value}, which may be a number of tokens")
+
+
+def _tensors_in(value: object) -> Iterator[torch.Tensor]:
+    """Yield the tensors in an attribute that is a tensor, a list, a tuple or a dict."""
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [value]
+    return (item for item in items if isinstance(item, torch.Tensor))
 
 
 def _refuse(path: str, key: str, found: str) -> None:
     raise UnsupportedError(
-        "this vocabulary cannot grow: a module keeps it in a way of its own",
+        "this vocabulary cannot grow, because a module depends on its size",
         where=f"{path}.{key}" if path else key,
         found=found,
-        hint="take spare or reserved rows instead",
+        hint="use spare or reserved rows instead",
     )
 
 
-def write_all(model: nn.Module, values: Iterable[tuple[Count, int]]) -> None:
-    """Set every place, or none where one cannot be set.
+def write_sizes(model: nn.Module, values: Iterable[tuple[SizeField, int]]) -> None:
+    """Set sizes. If one cannot be set, those before it are restored.
 
     Raises:
-        UnsupportedError: A config that cannot be written to.
+        UnsupportedError: A config is read-only.
     """
-    done: list[Count] = []
+    done: list[SizeField] = []
     try:
-        for count, value in values:
-            done.append(count)
-            count.write(model, value)
+        for size, value in values:
+            done.append(size)
+            size.write(model, value)
     except BaseException as error:
         failed = done.pop()
-        for count in done:
-            count.write(model, count.value)
+        for size in done:
+            size.write(model, size.value)
         if not isinstance(error, Exception):
             raise
         where = ".".join(part for part in (failed.module, *failed.keys) if part)
-        raise UnsupportedError("what counts the vocabulary cannot be set", where=where, found=str(error)) from error
+        raise UnsupportedError("cannot set the size of the vocabulary", where=where, found=str(error)) from error
 
 
-def to_bytes(counted: Iterable[Count]) -> bytes:
-    """What was counted where, for the undo of a growth."""
-    return json.dumps([[c.module, list(c.keys), c.value] for c in counted]).encode()
+def encode_sizes(sizes: Iterable[SizeField]) -> bytes:
+    """Serialise sizes, for the undo of a `Grow`."""
+    return json.dumps([[size.module, list(size.keys), size.value] for size in sizes]).encode()
 
 
-def from_bytes(data: bytes) -> list[Count]:
-    """The inverse of `to_bytes`; what is none raises ValueError, TypeError or KeyError."""
-    return [Count(str(module), tuple(map(str, keys)), int(value)) for module, keys, value in json.loads(data)]
+def decode_sizes(data: bytes) -> list[SizeField]:
+    """Read what `encode_sizes` wrote.
+
+    Raises:
+        ValueError, TypeError or KeyError: The data is something else.
+    """
+    return [SizeField(str(module), tuple(map(str, keys)), int(value)) for module, keys, value in json.loads(data)]

@@ -1,7 +1,7 @@
-"""A safetensors file written anew with other numbers of rows in some tensors: the header respelled, the rest copied.
+"""Writes a safetensors file with resized tensors: the header is patched, everything else is copied.
 
-The new file is made beside the old one, in order and in bounded memory; putting it in the old one's place is
-``durable.py``'s.
+The new file is written beside the old one, in one pass and in bounded memory. ``shard_files.py`` then moves it into
+place, and ``resized_shards.py`` decides which tensors are resized.
 """
 
 from __future__ import annotations
@@ -15,25 +15,24 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-from embedsurgery.errors import CheckpointError, named
+from embedsurgery.errors import CheckpointError, name_os_errors
 from embedsurgery.files.copying import copy_range
+from embedsurgery.files.json_patching import scan_value, skip_whitespace
 from embedsurgery.files.regular import open_regular
-from embedsurgery.files.safetensors import MAX_HEADER, Entry, Header
+from embedsurgery.files.safetensors import MAX_HEADER, Entry, Header, parse_header
 from embedsurgery.tensors.raw import ITEMSIZE
 
 _NUMBER = re.compile(r"\d+")
-_GAP = re.compile(r"[ \t\n\r]*")
-_scan = json.JSONDecoder().raw_decode
 
 
 @dataclass(frozen=True)
-class Resized:
-    """A tensor that gets entries for tokens at the end of one axis, or loses the last ones.
+class TensorResize:
+    """The change of a tensor's length along one axis, at its end.
 
     Attributes:
-        axis: The axis with one entry a token: the first, or the last.
-        count: How many entries more; negative for fewer.
-        data: Their bytes in the tensor's dtype, in the order of the tokens. Empty for a negative count.
+        axis: The axis with one entry per token: the first or the last.
+        count: Number of entries to add; negative to remove.
+        data: Bytes of the new entries in the tensor's dtype, token by token. Empty for a negative count.
     """
 
     axis: int
@@ -41,56 +40,64 @@ class Resized:
     data: bytes = b""
 
     def shape(self, entry: Entry) -> tuple[int, ...]:
-        """The tensor's new shape."""
+        """Return the new shape of a tensor."""
         return tuple(size + self.count * (axis == self.axis) for axis, size in enumerate(entry.shape))
 
 
 Piece = tuple[int, int] | bytes
-"""A range (begin, end) of the old file, or new bytes."""
+"""A part of the new file: a range (begin, end) of the old file, or new bytes."""
 
 
-def pieces(header: Header, resized: Mapping[str, Resized]) -> Iterator[Piece]:
-    """What follows the new header: ranges of the old file and new bytes, in order.
+def file_pieces(header: Header, resized: Mapping[str, TensorResize]) -> Iterator[Piece]:
+    """Yield what follows the new header: ranges of the old file and new bytes, in order.
 
     Args:
-        header: Of the old file.
-        resized: By the tensor's name.
+        header: Header of the old file.
+        resized: Tensor -> its change.
     """
     begin = header.size
     for entry in sorted(header.entries.values(), key=lambda e: (e.begin, e.end)):
         change = resized.get(entry.name)
         if change is None:
             continue
-        lines = prod(entry.shape[: change.axis])
-        pitch = (entry.end - entry.begin) // max(lines, 1)
-        lost = max(-change.count, 0) * pitch // entry.shape[change.axis]
-        for line, new in enumerate(_by_line(change, lines, ITEMSIZE[entry.dtype])):
-            end = entry.begin + (line + 1) * pitch
-            yield begin, end - lost
+        # A table (V, D) is one run of bytes that becomes longer. One stored as (D, V) is D runs, each of which gets a
+        # value for every new token.
+        runs = prod(entry.shape[: change.axis])
+        size = (entry.end - entry.begin) // max(runs, 1)
+        removed = max(-change.count, 0) * size // entry.shape[change.axis]
+        for run, new in enumerate(_split_by_run(change, runs, ITEMSIZE[entry.dtype])):
+            end = entry.begin + (run + 1) * size
+            yield begin, end - removed
             if new:
                 yield new
             begin = end
     yield begin, max((entry.end for entry in header.entries.values()), default=header.size)
 
 
-def _by_line(change: Resized, lines: int, size: int) -> Iterator[bytes]:
-    """The new bytes at the end of each line: all of them where the rows are whole, else every row's d-th value."""
-    if lines == 1:
+def _split_by_run(change: TensorResize, runs: int, itemsize: int) -> Iterator[bytes]:
+    """Yield the new bytes at the end of each run: all of them for one run, else the d-th value of every new row."""
+    if runs == 1:
         yield change.data
         return
-    for line in range(lines):
-        rows = range(max(change.count, 0))
-        yield b"".join(change.data[(r * lines + line) * size : (r * lines + line + 1) * size] for r in rows)
+    for d in range(runs):
+        places = (row * runs + d for row in range(max(change.count, 0)))
+        yield b"".join(change.data[place * itemsize : (place + 1) * itemsize] for place in places)
 
 
 def write_pieces(source: Path, target: Path, header: bytes, parts: Iterable[Piece]) -> None:
-    """Write a new file: a header, and pieces of another file; its mode is the other's. A failure leaves no file.
+    """Write a new file from a header and pieces of another file, and fsync it. A failure leaves no file.
+
+    Args:
+        source: The old file. Its mode is copied.
+        target: The new file.
+        header: The bytes before the first tensor.
+        parts: What follows.
 
     Raises:
         FileExistsError: The target exists.
         CheckpointError: The source became shorter meanwhile.
     """
-    with named(target), open_regular(source) as old:
+    with name_os_errors(target), open_regular(source) as old:
         new = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o600)
         try:
             _write(new, header)
@@ -114,62 +121,82 @@ def _write(descriptor: int, data: bytes) -> None:
         view = view[os.write(descriptor, view) :]
 
 
-def respell_header(data: bytes, shapes: Mapping[str, tuple[int, ...]], path: Path) -> bytes:
-    """The bytes before the first tensor, for tensors of other shapes that follow one another as before.
+def patch_header(data: bytes, shapes: Mapping[str, tuple[int, ...]], path: Path) -> bytes:
+    """Return the bytes before the first tensor for resized tensors, which keep their order in the file.
 
-    Only numbers in ``shape`` and ``data_offsets`` change: keys, their order, ``__metadata__`` and fields that no reader
-    knows stay as they are spelled. The padding is such that the tensors begin at a multiple of 8 bytes.
+    Only numbers in ``shape`` and ``data_offsets`` change. Keys and their order, ``__metadata__``, unknown fields and
+    white space stay. The header is padded so that the tensors begin at a multiple of 8 bytes.
 
     Args:
-        data: The bytes as they are, the length field included.
-        shapes: Name -> new shape, of as many axes, for those tensors that get one.
-        path: For messages.
+        data: The old bytes, including the length field.
+        shapes: Tensor -> new shape, with as many axes as before, for resized tensors.
+        path: The file, for messages.
 
     Raises:
         CheckpointError: The new header is longer than readers accept.
     """
     text = data[8:].decode("utf-8").rstrip(" \t\n\r")
     body = json.loads(text)
-    places: dict[str, tuple[list[int], list[int]]] = {}
+    numbers: dict[str, dict[str, list[int]]] = {}
     offset = 0
     tensors = [(name, entry) for name, entry in body.items() if name != "__metadata__"]
     for name, entry in sorted(tensors, key=lambda item: item[1]["data_offsets"]):
         shape = list(shapes.get(name, entry["shape"]))
         end = offset + prod(shape) * ITEMSIZE[entry["dtype"]]
-        places[name] = (shape, [offset, end])
+        numbers[name] = {"shape": shape, "data_offsets": [offset, end]}
         offset = end
     parts, position = [], 0
-    for name, begin, _ in _members(text, text.index("{")):
-        for key, first, last in _members(text, begin) if name in places else ():
+    for name, begin, _ in _object_members(text, text.index("{")):
+        for key, first, last in _object_members(text, begin) if name in numbers else ():
             if key in ("shape", "data_offsets"):
-                numbers = iter(places[name][key != "shape"])
-                parts += [text[position:first], _NUMBER.sub(lambda _: str(next(numbers)), text[first:last])]  # noqa: B023
+                parts += [text[position:first], _replace_numbers(text[first:last], numbers[name][key])]
                 position = last
     blob = "".join([*parts, text[position:]]).encode()
     blob += b" " * (-len(blob) % 8)
     if len(blob) > MAX_HEADER:
         raise CheckpointError(
-            "the header would become longer than readers accept",
+            "the new header is longer than readers accept",
             where=path,
-            expected=f"{MAX_HEADER} bytes at most",
+            expected=f"at most {MAX_HEADER} bytes",
             found=len(blob),
         )
     return len(blob).to_bytes(8, "little") + blob
 
 
-def _members(text: str, begin: int) -> Iterator[tuple[str, int, int]]:
-    """Key, and begin and end of the value, of each member of the JSON object at ``begin``."""
-    position = _past_gap(text, begin + 1)
+def _replace_numbers(text: str, numbers: Iterable[int]) -> str:
+    """Replace the numbers in the text of a JSON array, and keep its white space."""
+    following = iter(numbers)
+    return _NUMBER.sub(lambda _: str(next(following)), text)
+
+
+def _object_members(text: str, begin: int) -> Iterator[tuple[str, int, int]]:
+    """Yield (key, begin, end) of the value of each member of the JSON object at ``begin``."""
+    position = skip_whitespace(text, begin + 1)
     while text[position] != "}":
-        key, position = _scan(text, position)
-        first = _past_gap(text, _past_gap(text, position) + 1)
-        last = _scan(text, first)[1]
+        key, position = scan_value(text, position)
+        first = skip_whitespace(text, skip_whitespace(text, position) + 1)
+        last = scan_value(text, first)[1]
         yield key, first, last
-        position = _past_gap(text, last)
+        position = skip_whitespace(text, last)
         if text[position] == ",":
-            position = _past_gap(text, position + 1)
+            position = skip_whitespace(text, position + 1)
 
 
-def _past_gap(text: str, position: int) -> int:
-    match = _GAP.match(text, position)
-    return position if match is None else match.end()
+def header_layout(data: bytes, path: Path) -> object:
+    """Return what the bytes before the first tensor declare, for comparison; None if they are invalid.
+
+    Undos save these bytes, and may come from anywhere: they are restored only if they declare the same tensors as the
+    header that would be computed.
+
+    Args:
+        data: The bytes, including the length field.
+        path: The file, for messages.
+    """
+    try:
+        body = json.loads(data[8:])
+        ends = [entry["data_offsets"][1] for name, entry in body.items() if name != "__metadata__"]
+        header = parse_header(data[8:], len(data) + max(ends, default=0), path)
+    except (CheckpointError, ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
+        return None
+    tensors = [(e.name, e.dtype, e.shape, e.begin - header.size) for e in header.entries.values()]
+    return int.from_bytes(data[:8], "little") == len(data) - 8, tensors, header.metadata

@@ -1,6 +1,6 @@
-"""Tensors with more or fewer rows than others, laid out alike and sharing memory alike.
+"""Creates resized copies of tensors, with the same memory layout and the same ties.
 
-Which tensors a vocabulary has is ``tensors.py``'s, and putting them in their places too.
+``tensor_store.py`` finds the tensors of a vocabulary and replaces them.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from embedsurgery.tensors.memory import Memory, memory_of
 from embedsurgery.tensors.raw import RawArray
 
 
-def refuse_odd(name: str, tensor: torch.Tensor) -> None:
-    """Refuse a tensor that cannot be replaced by a grown one unseen.
+def refuse_irreplaceable(name: str, tensor: torch.Tensor) -> None:
+    """Refuse a tensor whose replacement would lose something.
 
     Raises:
-        UnsupportedError: It is of a class that may keep its values elsewhere, or hooks hang on it.
+        UnsupportedError: Its class may store values elsewhere, or hooks are registered on it.
     """
     if type(tensor) not in (torch.Tensor, nn.Parameter) and not issubclass(type(tensor), nn.Parameter):
         raise UnsupportedError(
@@ -33,45 +33,48 @@ def refuse_odd(name: str, tensor: torch.Tensor) -> None:
     hooks = getattr(tensor, "_backward_hooks", None) or getattr(tensor, "_post_accumulate_grad_hooks", None)
     if hooks:
         raise UnsupportedError(
-            "hooks hang on the table's gradient, which a grown table would not have",
+            "hooks are registered on the table, and a resized table would not have them",
             where=name,
-            hint="remove them first, and register them again",
+            found=f"{len(hooks)} hooks",
+            hint="remove the hooks first and register them again afterwards",
         )
 
 
-def memories(tensor: torch.Tensor) -> tuple[Memory, Memory]:
-    """A tensor's memory, and that of its transpose."""
+def memory_and_transpose(tensor: torch.Tensor) -> tuple[Memory, Memory]:
+    """Return the memory of a tensor and that of its transpose, both normalized."""
     memory = memory_of(tensor)
-    return memory.normalised(), memory.transposed().normalised()
+    return memory.normalize(), memory.transpose().normalize()
 
 
-def grown(tensors: Iterable[torch.Tensor], axis: int, count: int, new: RawArray | None) -> dict[int, torch.Tensor]:
-    """New tensors for some that lie over one memory, which in the same way lie over one new memory.
+def resize_tensors(
+    tensors: Iterable[torch.Tensor], axis: int, count: int, new: RawArray | None
+) -> dict[int, torch.Tensor]:
+    """Resize tensors that share one memory. The results share one new memory in the same way.
 
-    A plain ``.copy_`` of what stays and of what is new: one new copy of the memory and nothing else.
+    The values are copied once into memory of the new size, without a copy in another dtype or on another device.
 
     Args:
-        tensors: The old ones. The first has its entries of a token along ``axis``; others may be its transpose.
-        axis: Of the first one's.
-        count: How many rows more; negative for fewer.
-        new: Their values: (count, D) or (count,), in the tensor's dtype. None for a negative count.
+        tensors: The old tensors. Others than the first may be its transpose.
+        axis: The axis of the first tensor with one entry per token.
+        count: Number of entries to add along the axis; negative to remove.
+        new: The values to add, (count, D) or (count,), in the dtype of the tensors. None for a negative count.
 
     Returns:
-        ``id(old)`` -> new, of the old one's class, device, dtype and attributes.
+        ``id`` of the old tensor -> new tensor, of the same class, device, dtype and attributes.
     """
     olds = list(tensors)
     first = olds[0]
-    data = _resized(first.detach(), axis, count, new)
-    own, _ = memories(first)
+    data = _resize_axis(first.detach(), axis, count, new)
+    own, _ = memory_and_transpose(first)
     found = {}
     for old in olds:
-        alike = memories(old)[0] == own
-        found[id(old)] = _like(old, data if alike else data.t())
+        is_view = memory_and_transpose(old)[0] == own
+        found[id(old)] = _wrap_like(old, data if is_view else data.t())
     return found
 
 
-def _resized(tensor: torch.Tensor, axis: int, count: int, new: RawArray | None) -> torch.Tensor:
-    """Values along another length of one axis, with the axes in memory in the same order."""
+def _resize_axis(tensor: torch.Tensor, axis: int, count: int, new: RawArray | None) -> torch.Tensor:
+    """Copy a tensor to another length of one axis. The order of its axes in memory stays the same."""
     size = tensor.shape[axis]
     shape = [*tensor.shape]
     shape[axis] = size + count
@@ -89,12 +92,13 @@ def _resized(tensor: torch.Tensor, axis: int, count: int, new: RawArray | None) 
     return data
 
 
-def _like(old: torch.Tensor, data: torch.Tensor) -> torch.Tensor:
-    """A tensor over ``data`` that is otherwise as another is."""
+def _wrap_like(old: torch.Tensor, data: torch.Tensor) -> torch.Tensor:
+    """Create a tensor over ``data`` with the class, attributes and ``requires_grad`` of another."""
     if isinstance(old, nn.Parameter):
+        # Not type(old)(data): a subclass of Parameter may have a constructor of its own.
         new: torch.Tensor = torch.Tensor._make_subclass(type(old), data, False)
     else:
-        new = data.view(data.shape)  # an object of its own for each of the old ones
+        new = data.view(data.shape)  # two old objects over one memory become two new objects
     new.requires_grad_(old.requires_grad and old.is_leaf)
     new.__dict__.update(old.__dict__)
     return new

@@ -1,4 +1,7 @@
-"""Tables in the values of a state dict. It has no config and no modules: tables and vectors are all that can grow."""
+"""The store over a state dict. It has no config and no modules, so only its tensors grow.
+
+``tensor_store.py`` has what it shares with models.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ class StateDictStore(TensorStore):
         super().check_growth(vocabulary, count)
         if not isinstance(self.mapping, MutableMapping):
             raise UnsupportedError(
-                "this state dict cannot be written to, so its tables cannot grow",
+                "a read-only state dict cannot grow",
                 where=self.name,
                 found=type(self.mapping).__name__,
                 expected="a dict",
@@ -39,13 +42,13 @@ class StateDictStore(TensorStore):
         super().check_untie(edit)
         if not isinstance(self.mapping, MutableMapping):
             raise UnsupportedError(
-                "this state dict cannot be written to, so its head stays tied",
+                "the head of a read-only state dict cannot be untied",
                 where=self.name,
                 found=type(self.mapping).__name__,
                 expected="a dict",
             )
 
-    def put(self, new: Mapping[int, torch.Tensor], edit: Grow) -> None:
+    def replace_tensors(self, new: Mapping[int, torch.Tensor], edit: Grow) -> None:
         assert isinstance(self.mapping, MutableMapping)
         done: list[tuple[str, Any]] = []
         try:
@@ -60,26 +63,31 @@ class StateDictStore(TensorStore):
 
     def untie(self, edit: Untie) -> None:
         assert isinstance(self.mapping, MutableMapping)
-        self.mapping[edit.head] = self.tensors[edit.table] if edit.undo else self.own_table(edit)
+        self.mapping[edit.head] = self.tensors[edit.table] if edit.undo else self.build_head(edit)
         again = state_dict_store(self.mapping, self.tokenizer)
         self.tensors, self.graph, self._transposed = again.tensors, again.graph, again._transposed
 
 
 def state_dict_store(state_dict: Mapping[str, torch.Tensor], tokenizer: Any = None) -> StateDictStore:
-    """A store over a state dict: tensors of one memory are one table, and so are pairs of input and output names
-    with equal values, as a file holds them that stores a tie twice.
+    """Create a store over a state dict.
+
+    Tensors that share their memory are one table. So are an input and an output table with equal values: a file that
+    stores a tie twice is loaded like that.
 
     Args:
-        state_dict: Name -> tensor; what is no tensor is left alone. Growing sets its values, so it must be mutable.
-        tokenizer: Gets the tokens that plans add.
+        state_dict: Name -> tensor; other values are ignored. It must be mutable to grow.
+        tokenizer: The tokenizer that plans may change.
+
+    Raises:
+        OverlapError: A tensor shares part of a table's memory.
     """
     tensors = {name: value for name, value in state_dict.items() if isinstance(value, torch.Tensor)}
     groups: dict[Memory, str] = {}
     stored = []
     for name, value in tensors.items():
-        memory = memory_of(value).normalised()
-        turned = memory.transposed().normalised() if value.dim() == 2 else memory
-        group, other = groups.get(memory), groups.get(turned)
+        memory = memory_of(value).normalize()
+        transposed = memory.transpose().normalize() if value.dim() == 2 else memory
+        group, other = groups.get(memory), groups.get(transposed)
         if group is None and other is None:
             groups[memory] = name
         found = Stored(name, dtype_string(value), tuple(value.shape), group or other or name)

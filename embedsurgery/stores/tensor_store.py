@@ -1,7 +1,7 @@
-"""Tables in named torch tensors, whatever holds those: rows are written into the tensors that are there.
+"""The common base of the stores over named torch tensors: models (``modules.py``) and state dicts (``state_dicts.py``).
 
-Growing puts new tensors in their places. How those are made is ``grown_tensors.py``'s; the places are a model's
-(``modules.py``) or a state dict's (``state_dicts.py``).
+Rows are written into the existing tensors. Growing replaces tensors by new ones, which ``resized_tensors.py`` creates
+and the subclasses put into the model or state dict.
 """
 
 from __future__ import annotations
@@ -15,26 +15,26 @@ import torch
 
 from embedsurgery.errors import UnsupportedEditError, UnsupportedError
 from embedsurgery.graph import EmbeddingGraph, Table, Vocabulary
-from embedsurgery.graph.vocabularies import canonical, grown_graph
+from embedsurgery.graph.vocabularies import canonical_name, resize_graph
 from embedsurgery.plan import AddTokens, Edit, Grow, Suppress, Untie
-from embedsurgery.stores.generation_config import KEY, suppressed
-from embedsurgery.stores.resized_tensors import grown, memories, refuse_odd
+from embedsurgery.stores.generation_config import KEY, add_suppressed
+from embedsurgery.stores.resized_tensors import memory_and_transpose, refuse_irreplaceable, resize_tensors
 from embedsurgery.stores.store import Store
 from embedsurgery.tensors.convert import dtype_string, from_raw, to_raw
 from embedsurgery.tensors.memory import Memory, memory_of
 from embedsurgery.tensors.raw import RawArray
-from embedsurgery.tensors.sharded import is_sharded, rows_at
+from embedsurgery.tensors.sharded import gather_rows, is_sharded
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A separate memory that growing replaces.
+    """A copy of a table or per-token vector with its own memory, which growing replaces.
 
     Attributes:
-        of: The table or vector that it is (a copy of), by its name in the vocabulary.
-        name: Its own name.
-        tensors: Every object over it, the one of that name first.
-        axis: The first one's axis with one entry a token.
+        of: Name of the table or vector in the vocabulary.
+        name: Name of this copy.
+        tensors: All tensor objects that share its memory, the one of that name first.
+        axis: The axis of the first tensor with one entry per token.
     """
 
     of: str
@@ -44,15 +44,15 @@ class StoredTensor:
 
 
 class TensorStore(Store):
-    """Named tensors with a graph over them.
+    """Named tensors with a graph.
 
     Args:
-        tensors: Name -> tensor, aliases included.
-        graph: Of those tensors.
-        name: For messages.
-        others: Names of what lies beside them, such as buffers.
-        sharded: Names of tensors that are gathered just now, by a wrapper that will drop what is written into them.
-        tokenizer: Gets the tokens that plans add; None where there is none.
+        tensors: Name -> tensor, including aliases.
+        graph: The graph of these tensors.
+        name: Name of the store, for messages.
+        others: Names of other tensors, such as buffers.
+        sharded: Names of tensors that FSDP has currently gathered. Values written into them would be lost.
+        tokenizer: The tokenizer that plans may change; None if there is none.
     """
 
     def __init__(
@@ -73,22 +73,23 @@ class TensorStore(Store):
         self._transposed = frozenset(n for table in graph.tables for n in table.transposed)
 
     def _view(self, name: str) -> torch.Tensor:
-        """The (V, D) view of a tensor's memory, out of autograd's sight."""
+        """Return the (V, D) view of a tensor, detached from autograd."""
+        # Not .data: detach() shares the version counter, so autograd notices that a table it has saved was changed.
         tensor = self.tensors[name].detach()
         return tensor.t() if name in self._transposed else tensor
 
     def copies(self, table: Table) -> tuple[str, ...]:
-        """One name for each separate memory among the table's names."""
+        """Return one name for each separate memory among the table's names."""
         found: dict[Memory, str] = {}
         for name in table.names:
             if name in self.tensors:
                 memory = memory_of(self.tensors[name])
-                key = memory.transposed() if name in self._transposed else memory
-                found.setdefault(key.normalised(), name)
+                key = memory.transpose() if name in self._transposed else memory
+                found.setdefault(key.normalize(), name)
         return tuple(found.values())
 
     def check_editable(self, table: Table) -> None:
-        """As the base; meta and fake tensors too are refused."""
+        """Refuse also tables without values, on the meta device, and expanded tensors."""
         super().check_editable(table)
         for name in table.names:
             tensor = self.tensors.get(name)
@@ -99,21 +100,25 @@ class TensorStore(Store):
                     "the table has no values",
                     where=name,
                     found="a meta tensor",
-                    hint="load the weights first, and keep the table on a device where a model is offloaded",
+                    hint="load the weights first; if the model is offloaded, keep the table on a device",
                 )
+            # Setting one row of an expanded tensor would set all of them.
             if any(step == 0 and size > 1 for size, step in zip(tensor.shape, tensor.stride(), strict=True)):
                 raise UnsupportedError(
-                    "rows of the table share one memory", where=name, found="an expanded tensor", hint="clone it first"
+                    "rows of the table share their memory",
+                    where=name,
+                    found="an expanded tensor",
+                    hint="clone it first",
                 )
 
     def check_writable(self, table: Table) -> None:
-        """Refuse a sharded table, also one that is gathered just now."""
+        """Refuse a sharded table, even if it is currently gathered."""
         for name in table.names:
             if name in self.tensors:
                 self.refuse_sharded(name, self.tensors[name])
 
     def refuse_sharded(self, name: str, tensor: torch.Tensor) -> None:
-        """Refuse a tensor of which this process has only a part."""
+        """Refuse a tensor of which this process has only a shard."""
         if is_sharded(tensor) or name in self.sharded or hasattr(tensor, "ds_id"):
             raise UnsupportedError(
                 "the tensor is sharded over devices",
@@ -127,7 +132,7 @@ class TensorStore(Store):
 
     def read_rows(self, name: str, indices: tuple[int, ...]) -> RawArray:
         view = self._view(name)
-        return to_raw(rows_at(view, torch.tensor(indices, dtype=torch.int64, device=view.device)))
+        return to_raw(gather_rows(view, torch.tensor(indices, dtype=torch.int64, device=view.device)))
 
     def write_rows(self, name: str, indices: tuple[int, ...], rows: RawArray) -> None:
         view = self._view(name)
@@ -137,7 +142,7 @@ class TensorStore(Store):
     def read_block(self, name: str, start: int, stop: int) -> RawArray:
         view = self._view(name)
         if is_sharded(view):
-            return to_raw(rows_at(view, torch.arange(start, stop, device=view.device)))
+            return to_raw(gather_rows(view, torch.arange(start, stop, device=view.device)))
         return to_raw(view[start:stop])
 
     def write_block(self, name: str, start: int, rows: RawArray) -> None:
@@ -147,12 +152,15 @@ class TensorStore(Store):
 
     @abstractmethod
     def all_tensors(self) -> Mapping[str, torch.Tensor]:
-        """Name -> tensor of everything that is stored, each object under one name at least."""
+        """Return name -> tensor of all stored tensors. Each object has at least one name."""
 
     @abstractmethod
-    def put(self, new: Mapping[int, torch.Tensor], edit: Grow) -> None:
-        """Put new tensors in the places of others, ``id(old)`` -> new, and bring up to date what counts them: all or
-        nothing.
+    def replace_tensors(self, new: Mapping[int, torch.Tensor], edit: Grow) -> None:
+        """Replace tensors, and update the sizes that depend on them. Completely or not at all.
+
+        Args:
+            new: ``id`` of the old tensor -> new tensor.
+            edit: The `Grow` that is applied.
         """
 
     def tensor_shapes(self) -> Mapping[str, tuple[str, tuple[int, ...]]]:
@@ -174,19 +182,19 @@ class TensorStore(Store):
             tensor[..., at] = from_raw(entries.to(dtype_string(tensor))).to(tensor.device)
 
     def vector_copies(self, vocabulary: Vocabulary, name: str) -> Sequence[str]:
-        """The names of separate copies of a per-token vector: a state dict may have it under both its names."""
-        found = {memory_of(self.all_tensors()[name]).normalised(): name}
+        """Return the names of separate copies of a per-token vector. A state dict may have it under both its names."""
+        found = {memory_of(self.all_tensors()[name]).normalize(): name}
         for other, tensor in self.all_tensors().items():
-            if canonical(other) == canonical(name) and other not in vocabulary.vectors:
-                found.setdefault(memory_of(tensor).normalised(), other)
+            if canonical_name(other) == canonical_name(name) and other not in vocabulary.vectors:
+                found.setdefault(memory_of(tensor).normalize(), other)
         return tuple(found.values())
 
-    def parts(self, vocabulary: Vocabulary) -> list[StoredTensor]:
-        """Every separate memory that growing replaces."""
-        over: dict[Memory, dict[int, torch.Tensor]] = {}
+    def stored_tensors(self, vocabulary: Vocabulary) -> list[StoredTensor]:
+        """Return every copy of a vocabulary's tables and vectors, with all tensor objects that share its memory."""
+        sharing: dict[Memory, dict[int, torch.Tensor]] = {}
         for tensor in (*self.tensors.values(), *self.all_tensors().values()):
-            over.setdefault(memory_of(tensor).normalised(), {})[id(tensor)] = tensor
-        named = [
+            sharing.setdefault(memory_of(tensor).normalize(), {})[id(tensor)] = tensor
+        copies = [
             (of, name, self.tensors[name], 1 if name in self._transposed else 0)
             for of in vocabulary.tables
             for name in self.copies(self.graph.table(of))
@@ -194,73 +202,79 @@ class TensorStore(Store):
         for of in vocabulary.vectors:
             for name in self.vector_copies(vocabulary, of):
                 tensor = self.all_tensors()[name]
-                named.append((of, name, tensor, tensor.dim() - 1))
+                copies.append((of, name, tensor, tensor.dim() - 1))
         found = []
-        for of, name, tensor, axis in named:
-            own, turned = memories(tensor)
-            same = {id(tensor): tensor, **over[own]}
-            other = {} if tensor.dim() != 2 or own == turned or of in vocabulary.vectors else over.get(turned, {})
-            found.append(StoredTensor(of, name, tuple({**same, **other}.values()), axis))
+        for of, name, tensor, axis in copies:
+            own, transposed = memory_and_transpose(tensor)
+            same = {id(tensor): tensor, **sharing[own]}
+            # A head may be tied as the transposed view of the table.
+            is_table = tensor.dim() == 2 and own != transposed and of not in vocabulary.vectors
+            views = sharing.get(transposed, {}) if is_table else {}
+            found.append(StoredTensor(of, name, tuple({**same, **views}.values()), axis))
         return found
 
     def check_growth(self, vocabulary: Vocabulary, count: int) -> None:
         super().check_growth(vocabulary, count)
         for table in map(self.graph.table, vocabulary.tables):
             self.check_writable(table)
-        for part in self.parts(vocabulary):
-            for tensor in part.tensors:
-                refuse_odd(part.name, tensor)
+        for stored in self.stored_tensors(vocabulary):
+            for tensor in stored.tensors:
+                refuse_irreplaceable(stored.name, tensor)
 
     def grow(self, edit: Grow) -> None:
         vocabulary = self.vocabulary(edit)
         values = {**edit.rows, **edit.vectors}
         new: dict[int, torch.Tensor] = {}
-        for part in self.parts(vocabulary):
-            rows = values[part.of].to(dtype_string(part.tensors[0])) if edit.count > 0 else None
-            new.update(grown(part.tensors, part.axis, edit.count, rows))
-        self.put(new, edit)
+        for stored in self.stored_tensors(vocabulary):
+            rows = values[stored.of].to(dtype_string(stored.tensors[0])) if edit.count > 0 else None
+            new.update(resize_tensors(stored.tensors, stored.axis, edit.count, rows))
+        self.replace_tensors(new, edit)
         self.tensors = {name: new.get(id(t), t) for name, t in self.tensors.items()}
-        self.graph = grown_graph(self.graph, vocabulary, edit.count)
+        self.graph = resize_graph(self.graph, vocabulary, edit.count)
 
     def check_untie(self, edit: Untie) -> None:
         super().check_untie(edit)
         if not edit.undo:
             if self.graph.table(edit.table).transposed or edit.head not in self.tensors:
                 raise UnsupportedError(
-                    "this head cannot get a table of its own",
+                    "this head cannot be untied",
                     where=f"{self.name}: {edit.head}",
-                    expected="a tensor of the shape of the lookup's",
+                    expected="a tensor of the shape of the input table",
                     hint="keep the tie, and suppress the tokens",
                 )
-            refuse_odd(edit.head, self.tensors[edit.head])
+            refuse_irreplaceable(edit.head, self.tensors[edit.head])
             self.refuse_sharded(edit.head, self.tensors[edit.head])
 
-    def own_table(self, edit: Untie) -> torch.Tensor:
-        """What a projection gets of its own: the lookup's table with some other rows, of the same class."""
+    def build_head(self, edit: Untie) -> torch.Tensor:
+        """Create the weight of an untied head: a copy of the input table, of the same class, in which rows differ."""
         old = self.tensors[edit.table]
-        new = grown([old], 0, 0, None)[id(old)]
+        new = resize_tensors([old], 0, 0, None)[id(old)]
         with torch.no_grad():
             at = torch.tensor(edit.indices, dtype=torch.int64, device=new.device)
             new[at] = from_raw(edit.rows.to(dtype_string(new))).to(new.device)
         return new
 
     def expand_suppression(self, edit: Suppress) -> tuple[Edit, ...]:
-        """The edit itself; nothing without a generation config."""
+        """Return the edit itself; nothing if there is no generation config."""
         return (edit,) if self.generation_config() is not None else ()
 
     def expand_tokens(self, edit: AddTokens) -> tuple[Edit, ...]:
-        """The edit itself."""
+        """Return the edit itself.
+
+        Raises:
+            UnsupportedEditError: The store has no tokenizer.
+        """
         if self.tokenizer is None:
             raise UnsupportedEditError(
-                "no tokenizer was given, and the plan changes it",
+                "the plan changes the tokenizer, and no tokenizer was given",
                 where=self.name,
                 found=edit.describe(),
-                hint="give tokenizer=",
+                hint="pass tokenizer=",
             )
         return (edit,)
 
     def generation_config(self) -> Any:
-        """What says how the model generates; None where nothing does."""
+        """Return the model's generation config; None if it has none."""
         return None
 
     def suppress(self, edit: Suppress) -> None:
@@ -268,13 +282,13 @@ class TensorStore(Store):
         if edit.undo:
             setattr(config, KEY, None if edit.restore is None else list(edit.restore))
         else:
-            setattr(config, KEY, suppressed(getattr(config, KEY, None), edit.ids, self.name))
+            setattr(config, KEY, add_suppressed(getattr(config, KEY, None), edit.ids, self.name))
 
-    def suppression_undone(self, edit: Suppress) -> Suppress:
+    def invert_suppression(self, edit: Suppress) -> Suppress:
         known = getattr(self.generation_config(), KEY, None)
         return Suppress(edit.ids, None if known is None else tuple(known), not edit.undo)
 
-    def tokens_undone(self, edit: AddTokens) -> tuple[AddTokens, ...]:
+    def invert_tokens(self, edit: AddTokens) -> tuple[AddTokens, ...]:
         from embedsurgery.tokenizer.live import undo_of
 
         return undo_of(self.tokenizer, edit)

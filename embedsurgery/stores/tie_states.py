@@ -1,4 +1,7 @@
-"""What says in a live model whether its head is tied: flags in its configs, and transformers' own list."""
+"""Reads and writes the flags that say whether the head of a live model is tied.
+
+They are ``tie_word_embeddings`` in its configs, and the list of tied weights that transformers keeps in its modules.
+"""
 
 from __future__ import annotations
 
@@ -7,62 +10,63 @@ from typing import Any
 
 from torch import nn
 
-from embedsurgery.graph.config import FLAG, TEXT_SECTIONS
+from embedsurgery.graph.config import TEXT_SECTIONS, TIE_FLAG
 
-FLAGS = "ties.json"
-"""Key in the ``saved`` of an untying's undo: what was said where."""
+TIES_KEY = "ties.json"
+"""Key in `Untie.saved` of an undo: the flags before untying."""
 
-_LISTED = "all_tied_weights_keys"
+_TIED_KEYS = "all_tied_weights_keys"
 
-States = Mapping[str, tuple[list[bool], dict[str, str] | None]]
-"""Path of a module -> the flags of its configs, and transformers' list of its ties, None where it has none."""
+TieStates = Mapping[str, tuple[list[bool], dict[str, str] | None]]
+"""Path of a module -> the flags of its configs, and transformers' list of its tied weights or None."""
 
 
-def tie_states(model: nn.Module) -> States:
-    """What is said now."""
+def read_tie_states(model: nn.Module) -> TieStates:
+    """Read the current flags of all modules."""
     found = {}
-    for path, module, configs in _places(model):
-        listed = vars(module).get(_LISTED)
-        found[path] = [getattr(c, FLAG) for c in configs], dict(listed) if isinstance(listed, dict) else None
+    for path, module, configs in _modules_with_ties(model):
+        listed = vars(module).get(_TIED_KEYS)
+        found[path] = [getattr(c, TIE_FLAG) for c in configs], dict(listed) if isinstance(listed, dict) else None
     return found
 
 
-def untie_states(model: nn.Module) -> None:
-    """Say everywhere that the head is not tied."""
+def clear_tie_states(model: nn.Module) -> None:
+    """Mark the head as untied everywhere."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
     names = {f"{path}.weight" for path, module in model.named_modules() if module is head}
-    for _, module, configs in _places(model):
+    for _, module, configs in _modules_with_ties(model):
         for config in configs:
-            setattr(config, FLAG, False)
-        listed = vars(module).get(_LISTED)
+            setattr(config, TIE_FLAG, False)
+        listed = vars(module).get(_TIED_KEYS)
         if isinstance(listed, dict):
-            setattr(module, _LISTED, {a: b for a, b in listed.items() if not names & {a, b}})
+            setattr(module, _TIED_KEYS, {a: b for a, b in listed.items() if not names & {a, b}})
 
 
-def restore_states(model: nn.Module, states: States) -> None:
-    """Say what was said before; places that are no longer there are passed over."""
-    for path, module, configs in _places(model):
+def restore_tie_states(model: nn.Module, states: TieStates) -> None:
+    """Restore flags; modules that no longer exist are ignored."""
+    for path, module, configs in _modules_with_ties(model):
         flags, listed = states.get(path, ([], None))
         for config, flag in zip(configs, flags, strict=False):
-            setattr(config, FLAG, flag)
+            setattr(config, TIE_FLAG, flag)
         if listed is not None:
-            setattr(module, _LISTED, dict(listed))
+            setattr(module, _TIED_KEYS, dict(listed))
 
 
-def _places(model: nn.Module) -> Iterator[tuple[str, nn.Module, list[Any]]]:
-    """Modules that say something of ties, with their configs, each config once."""
+def _modules_with_ties(model: nn.Module) -> Iterator[tuple[str, nn.Module, list[Any]]]:
+    """Yield (path, module, configs) of the modules with such flags. A config that several share comes once."""
     seen: set[int] = set()
     for path, module in model.named_modules():
-        configs = [c for c in _configs(getattr(module, "config", None)) if id(c) not in seen]
+        configs = [c for c in _configs_with_flag(getattr(module, "config", None)) if id(c) not in seen]
         seen.update(map(id, configs))
-        if configs or isinstance(vars(module).get(_LISTED), dict):
+        if configs or isinstance(vars(module).get(_TIED_KEYS), dict):
             yield path, module, configs
 
 
-def _configs(config: Any) -> Iterator[Any]:
-    """A config and those of its language model that have the flag; none that takes it for more than a tie (T5's)."""
+def _configs_with_flag(config: Any) -> Iterator[Any]:
+    """Yield a config and the configs of its language model, if they have the flag."""
+    # T5 reads the flag also as "scale the hidden states before the head", so changing it would change the output.
     if hasattr(config, "d_kv"):
         return
     for part in (config, *(getattr(config, key, None) for key in TEXT_SECTIONS)):
-        if isinstance(getattr(part, FLAG, None), bool):
+        if isinstance(getattr(part, TIE_FLAG, None), bool):
             yield part

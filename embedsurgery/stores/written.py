@@ -1,4 +1,4 @@
-"""Hashes of what a change wrote, and the refusal to undo what has changed since."""
+"""Hashes what a change wrote, and refuses to undo a change whose rows were changed afterwards."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from embedsurgery.stores.store import Store, entries_of, rows_of
 from embedsurgery.tensors.raw import ITEMSIZE
 
 
-def written(undo: Edits, store: Store) -> list[str]:
-    """For each edit of an undo, the hash of what is in the store now where it would put something back."""
+def hash_written(undo: Edits, store: Store) -> list[str]:
+    """Hash, for each edit of an undo, the current values that it would replace."""
     sizes = Sizes(store.graph, store.name)
-    return [_digest(edit, store, sizes) for edit in undo.edits]
+    return [_hash_edit(edit, store, sizes) for edit in undo.edits]
 
 
-def _digest(edit: Edit, store: Store, sizes: Sizes) -> str:
+def _hash_edit(edit: Edit, store: Store, sizes: Sizes) -> str:
     digest = hashlib.sha256()
     vectors = {name for v in store.graph.vocabularies for name in v.vectors}
-    for name, indices in edit.leaves(sizes).items():
+    for name, indices in edit.replaced_rows(sizes).items():
         if name in vectors:
             digest.update(entries_of(store, name, tuple(indices or ())).data)
             continue
@@ -38,31 +38,31 @@ def _digest(edit: Edit, store: Store, sizes: Sizes) -> str:
 
 
 def check_written(record: Path | str, undo: Undo, store: Store, skip: Collection[int] = ()) -> None:
-    """Refuse to undo what has been changed since.
+    """Refuse to undo a merge if rows that it wrote have changed since.
 
     Args:
-        record: For messages.
-        undo: What it holds.
-        store: Where the merge was done.
-        skip: Numbers of edits that are not looked at, because a later merge lies over them.
+        record: Name of the record, for messages.
+        undo: The record's undo.
+        store: The store with the merge.
+        skip: Positions of edits that are not checked, because a later merge changed the same values.
 
     Raises:
-        PlanError: The rows, or a small file, are not what the merge wrote.
+        PlanError: Rows are not those that the merge wrote, or the record has no hashes.
     """
     expected = undo.facts.get("written")
     if not isinstance(expected, list) or len(expected) != len(undo.edits):
-        raise PlanError("the record does not say what was written", where=record)
+        raise PlanError("the record has no valid hashes", where=record, expected=f"{len(undo.edits)} hashes")
     sizes = Sizes(store.graph, store.name)
     for number, (edit, before) in enumerate(zip(undo.edits, expected, strict=True)):
         if number in skip:
             continue
-        now = _digest(edit, store, sizes)
+        now = _hash_edit(edit, store, sizes)
         if before != now:
-            where = ", ".join(edit.leaves(sizes))
+            where = ", ".join(edit.replaced_rows(sizes))
             raise PlanError(
                 "the rows are not those that the merge wrote",
                 where=f"{store.name}: {where}",
                 expected=f"sha256 {str(before)[:12]}",
                 found=now[:12],
-                hint="something changed them since: take that out first",
+                hint="undo the later change first",
             )

@@ -1,7 +1,8 @@
-"""What a surgery is: the contract between a technique and everything that serves it.
+"""The contract of a surgery: what a technique implements, and what it gets and returns.
 
-A surgery turns a config into an adapter, says what the runtime must override while the adapter is live, and plans the
-edits that bake it in. It touches no file, no tensor of a model and no site: it returns data.
+A surgery makes an adapter from a config, says what the runtime overrides while the adapter is live, and plans the edits
+that bake it in. It returns data, and writes to no file, model or store. ``checked.py`` calls it and checks what it
+returns.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from embedsurgery.adapters.adapter import Adapter, PeftFiles
-from embedsurgery.adapters.carried_tokens import NewTokens, State
+from embedsurgery.adapters.carried_tokens import BaseState, NewTokens
 from embedsurgery.graph import Table
 from embedsurgery.plan import Plan
 from embedsurgery.stores.store import Store
@@ -23,25 +24,25 @@ if TYPE_CHECKING:
 
 
 class Tokenizer(Protocol):
-    """What is asked of a tokenizer, as transformers names it."""
+    """The part of transformers' tokenizers that surgeries use."""
 
     def convert_ids_to_tokens(self, ids: list[int]) -> Sequence[str]:
-        """The tokens' texts."""
+        """Return the tokens' texts."""
 
 
 @dataclass(frozen=True)
 class Base:
-    """What is known of the model that an adapter is made for, beside its tables.
+    """The model that an adapter is made for, apart from its tables.
 
     Attributes:
         name: Name or path.
         revision: Its revision.
-        tokenizer: To record the tokens' texts.
-        architecture: The model's class.
-        config: The model's config, an object or a mapping; None where it has none.
-        submodules: What of the model reads token ids: "model", or "encoder" and "decoder" as far as they do.
-        heads: Parameter's name -> its values, of the heads for classes and answers, which begin anew for each task.
-        new_tokens: What `add_tokens` gave it, call by call.
+        tokenizer: Its tokenizer, to record the tokens' texts.
+        architecture: Name of the model's class.
+        config: The model's config, an object or a mapping; None if it has none.
+        submodules: The parts that read token ids: "model", or those of "encoder" and "decoder" that do.
+        heads: Parameter name -> values of the heads for classes and answers, which are trained anew for each task.
+        new_tokens: The tokens that `add_tokens` added, one entry for each call.
     """
 
     name: str | None = None
@@ -61,16 +62,16 @@ class BakeContext:
     Attributes:
         store: The base.
         located: Table record's name -> table of the store.
-        state: What the base has, and after this adapter will have: planning brings it up to date.
-        tokens: Gives what the base's tokenizer knows; None where no tokenizer is at hand.
-        label: What the adapter is called.
-        alone: Whether no other adapter of its surgery is baked in together with it.
-        options: What a user asks of the baking, for surgeries that can be asked; None for nothing.
+        state: The base's tokens and sizes, after the edits that are planned so far. Planning updates it.
+        tokens: Returns the tokens of the base's tokenizer; None if there is no tokenizer.
+        label: The adapter's name.
+        alone: Whether no other adapter of its surgery is baked in with it.
+        options: The user's options, for surgeries that have some; None for the defaults.
     """
 
     store: Store
     located: Mapping[str, Table]
-    state: State
+    state: BaseState
     tokens: Callable[[], KnownTokens] | None = None
     label: str = "adapter"
     alone: bool = True
@@ -79,7 +80,7 @@ class BakeContext:
 
 @dataclass(frozen=True)
 class RowOverride:
-    """While the adapter is live, rows of a table are those of a trainable tensor, at every site of the table.
+    """While the adapter is live, a trainable tensor replaces some rows of a table, at every site of the table.
 
     Attributes:
         table: The table's name in the model's graph.
@@ -93,21 +94,21 @@ class RowOverride:
 
 
 class Surgery(ABC):
-    """A technique. Stateless: one instance serves every adapter of its kind."""
+    """A technique. It has no state: one instance serves every adapter of its kind."""
 
     name: str
     version: int = 1
     makes_tokens: bool = False
-    """Whether an adapter of it becomes tokens when it is baked in."""
+    """Whether its adapters become tokens when they are baked in."""
 
     @abstractmethod
     def start(self, config: Any, store: Store, base: Base) -> Adapter:
-        """The adapter as training begins.
+        """Return the adapter that training starts from.
 
         Args:
             config: An instance of the registered config class.
             store: The model's tables.
-            base: What else is known of the model.
+            base: The model, apart from its tables.
 
         Raises:
             EmbedSurgeryError: The config does not fit the model.
@@ -115,23 +116,33 @@ class Surgery(ABC):
 
     @abstractmethod
     def live(self, adapter: Adapter, located: Mapping[str, Table]) -> tuple[RowOverride, ...]:
-        """What the runtime overrides. ``located``: table record's name -> table of the model."""
+        """Return what the runtime overrides while the adapter is live.
+
+        Args:
+            adapter: The adapter.
+            located: Table record's name -> table of the model.
+        """
 
     @abstractmethod
     def plan(self, adapter: Adapter, located: Mapping[str, Table]) -> Plan:
-        """The edits that bake the adapter in. ``located``: table record's name -> table of the store."""
+        """Return the edits that bake the adapter in.
+
+        Args:
+            adapter: The adapter.
+            located: Table record's name -> table of the store.
+        """
 
     def bake(self, adapter: Adapter, context: BakeContext) -> Plan:
-        """As `plan`, for a surgery that has to know more of the base than where its tables are."""
+        """As `plan`, for a surgery that needs more of the base than its tables."""
         return self.plan(adapter, context.located)
 
     @abstractmethod
     def to_peft(self, adapter: Adapter) -> PeftFiles:
-        """The content of the files that PEFT reads."""
+        """Return the content of the files that PEFT reads."""
 
     @abstractmethod
     def from_peft(self, files: PeftFiles) -> Adapter:
-        """An adapter from files without our manifest.
+        """Return an adapter from files without embedsurgery's manifest.
 
         Raises:
             AdapterError: The files contradict themselves.
@@ -139,7 +150,11 @@ class Surgery(ABC):
 
     @abstractmethod
     def from_files(self, files: PeftFiles, adapter: Adapter) -> Adapter:
-        """Fill an adapter that has our manifest and no tensors yet, from its files.
+        """Return an adapter with the tensors of its files.
+
+        Args:
+            files: The content of its files.
+            adapter: The adapter with its manifest and no tensors.
 
         Raises:
             AdapterError: The tensors are not those of the manifest.
@@ -148,16 +163,16 @@ class Surgery(ABC):
 
 @dataclass(frozen=True)
 class SurgeryRecord:
-    """What the registry holds of a surgery.
+    """Registers a surgery.
 
     Attributes:
-        name: Its name, once among all plugins.
+        name: Its name, unique among all plugins.
         config_class: The frozen dataclass that asks for it.
         surgery: The technique.
         peft_type: ``peft_type`` in adapter_config.json.
-        shares_model_with: Names of the surgeries that it can be live beside on one model, its own included where
-            several adapters of it can.
-        also_reads: Further values of ``peft_type`` whose files it reads, or refuses with a word on why.
+        shares_model_with: Names of the surgeries whose adapters can be live on one model together with its own; its own
+            name is among them if several of its adapters can.
+        also_reads: Further values of ``peft_type`` whose files it reads, or refuses with a reason.
     """
 
     name: str

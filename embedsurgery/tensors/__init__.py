@@ -1,6 +1,6 @@
-"""Numbers as bytes with a dtype, and the torch side of them.
+"""Arrays as bytes with a dtype, and their conversion from and to torch tensors.
 
-``raw.py`` needs numpy at most and has the one rounding function; ``convert.py`` turns torch tensors into raw arrays and
-back; ``memory.py`` says whose memory a tensor is; ``sharded.py`` knows DTensor, FSDP and ZeRO. A new dtype starts in
-``raw.py`` and ``convert.py``.
+``raw.py`` has the arrays and the one rounding function, without torch. ``convert.py`` converts torch tensors.
+``memory.py`` identifies the memory of a tensor, to find ties. ``sharded.py`` handles DTensor, FSDP and ZeRO-3. A new
+dtype is added in ``raw.py`` and ``convert.py``.
 """

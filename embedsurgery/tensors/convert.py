@@ -1,7 +1,4 @@
-"""The torch side of `raw`: dtype strings, tensors to raw bytes and back, and what a tensor's memory is.
-
-With ``walker.py`` the only file that looks at data pointers.
-"""
+"""Converts torch tensors to raw arrays (``raw.py``) and back. Memory and ties are in ``memory.py``."""
 
 from __future__ import annotations
 
@@ -9,7 +6,7 @@ import numpy as np
 import torch
 
 from embedsurgery.tensors.raw import RawArray
-from embedsurgery.tensors.sharded import whole
+from embedsurgery.tensors.sharded import gather
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -33,13 +30,16 @@ _STRINGS = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def dtype_string(tensor: torch.Tensor) -> str:
-    """Safetensors' string for a tensor's dtype; torch's own name for one that safetensors lacks."""
+    """Return the safetensors string of a tensor's dtype, or torch's name if safetensors has no such dtype."""
     return _STRINGS.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))
 
 
 def to_raw(tensor: torch.Tensor) -> RawArray:
-    """A copy of a tensor's values as raw bytes, from any device and layout; a DTensor is gathered."""
-    tensor = whole(tensor)
+    """Copy a tensor's values to raw bytes, from any device and layout.
+
+    A sharded tensor is gathered, so every rank must call this together.
+    """
+    tensor = gather(tensor)
     if tensor.numel() == 0:
         return RawArray(dtype_string(tensor), tuple(tensor.shape), b"")
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
@@ -47,7 +47,7 @@ def to_raw(tensor: torch.Tensor) -> RawArray:
 
 
 def from_raw(raw: RawArray) -> torch.Tensor:
-    """A new tensor with the raw bytes as its values, on the CPU."""
+    """Create a tensor on the CPU with a copy of the raw values."""
     if not raw.data:
         return torch.empty(raw.shape, dtype=DTYPES[raw.dtype])
     flat = torch.from_numpy(np.frombuffer(raw.data, dtype=np.uint8).copy())

@@ -1,10 +1,10 @@
-"""Numbers as raw bytes with a dtype string, and the one function that rounds them.
+"""Arrays as raw bytes with a dtype string, and the one function that rounds numbers.
 
-Disk surgery runs on these, so that it needs no torch, which has no part in this file; the torch side of the
-same values is in ``tensors.py``. Dtype strings are those of safetensors: "F32", "F16", "BF16", "I64" ...
+Surgery on disk uses these and needs no torch; ``convert.py`` converts them from and to torch tensors. Dtype strings are
+those of safetensors: "F32", "F16", "BF16", "I64" ...
 
-numpy is imported where numbers are looked at, and not where bytes are only moved: loading it takes longer than all else
-that taking a merge out of a checkpoint does.
+numpy is imported inside the functions that look at numbers, not at the top: undoing a merge on disk only moves bytes,
+and importing numpy would take longer than all the rest of it.
 """
 
 from __future__ import annotations
@@ -41,17 +41,26 @@ ITEMSIZE = {
     "F8_E5M2FNUZ": 1,
     "C64": 8,
 }
-"""Bytes an element, for every dtype of whole bytes that safetensors knows."""
+"""Bytes per element, for every safetensors dtype of whole bytes."""
 
 EDITABLE = ("F64", "F32", "F16", "BF16")
-"""The dtypes whose rows can be set: everything else (quantised tables above all) is refused."""
+"""Dtypes whose rows can be set. Others are refused: they are mostly quantised tables."""
 
 _NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "U8": "|u1"}
 
 
 @dataclass(frozen=True)
 class RawArray:
-    """A dense array in C order: ``data`` holds ``shape`` elements of ``dtype``, little-endian."""
+    """A dense array in C order.
+
+    Attributes:
+        dtype: A safetensors dtype string.
+        shape: The shape.
+        data: The elements, little-endian.
+
+    Raises:
+        ValueError: ``data`` is not as long as the dtype and shape require.
+    """
 
     dtype: str
     shape: tuple[int, ...]
@@ -63,11 +72,15 @@ class RawArray:
     def __post_init__(self) -> None:
         size = prod(self.shape) * ITEMSIZE[self.dtype]
         if len(self.data) != size:
-            raise ValueError(f"{self.dtype} of shape {self.shape} takes {size} bytes, not {len(self.data)}")
+            raise ValueError(f"{self.dtype} of shape {self.shape} has {size} bytes, not {len(self.data)}")
 
     @classmethod
     def of(cls, array: npt.ArrayLike, dtype: str | None = None) -> RawArray:
-        """The bytes of a float or integer numpy array, rounded to ``dtype`` where one is given."""
+        """Convert a float or integer numpy array, rounded to ``dtype`` if given.
+
+        Raises:
+            TypeError: The array has another dtype, or cannot be rounded to ``dtype``.
+        """
         import numpy as np
 
         values = np.asarray(array)
@@ -79,22 +92,22 @@ class RawArray:
 
     @classmethod
     def of_integers(cls, values: Sequence[int], *columns: int) -> RawArray:
-        """Integers of 64 bits, (N,) or, where columns are named, (N / columns, columns)."""
+        """Convert integers to I64 of shape (N,) or, with ``columns``, (N / columns, columns)."""
         return cls("I64", (len(values) // prod(columns), *columns), pack(f"<{len(values)}q", *values))
 
     def integers(self) -> tuple[int, ...]:
-        """The values of an I64 array, in order."""
+        """Return the values of an I64 array, in order."""
         return unpack(f"<{len(self.data) // 8}q", self.data)
 
     @property
     def bits(self) -> npt.NDArray[np.generic]:
-        """The array as stored, read-only: BF16 as uint16, everything else as itself."""
+        """The stored array, read-only. BF16 is uint16, because numpy has no bfloat16."""
         import numpy as np
 
         return np.frombuffer(self.data, dtype=_NUMPY[self.dtype]).reshape(self.shape)
 
     def float32(self) -> npt.NDArray[np.float32]:
-        """The values as fp32, shape ``shape``: exact for F32, F16 and BF16."""
+        """Convert the values to fp32, of the same shape. Exact for F32, F16 and BF16."""
         import numpy as np
 
         if self.dtype == "BF16":
@@ -103,7 +116,11 @@ class RawArray:
             return self.bits.astype(np.float32)
 
     def to(self, dtype: str) -> RawArray:
-        """Rounded to ``dtype``: to nearest, ties to even, as torch does; see `round_float32`."""
+        """Convert to another float dtype as torch does: round to nearest, ties to even; see `round_float32`.
+
+        Raises:
+            TypeError: ``dtype`` is not a float dtype of `EDITABLE`.
+        """
         if dtype == self.dtype:
             return self
         if dtype == "F64":
@@ -115,24 +132,29 @@ class RawArray:
         return RawArray(dtype, self.shape, round_float32(self.float32(), dtype).tobytes())
 
     def take(self, positions: Sequence[int] | npt.NDArray[np.int64]) -> RawArray:
-        """The given rows of the first axis, in the order given."""
+        """Return rows, selected along the first axis, in the given order."""
         import numpy as np
 
         part = np.ascontiguousarray(self.bits[np.asarray(positions, dtype=np.int64)])
         return RawArray(self.dtype, tuple(part.shape), part.tobytes())
 
     def sha256(self) -> str:
-        """Hex digest of the bytes alone."""
+        """Return the sha256 of the bytes, in hex. Dtype and shape are not included."""
         return hashlib.sha256(self.data).hexdigest()
 
 
 def round_float32(values: npt.NDArray[np.float32], dtype: str) -> npt.NDArray[np.generic]:
-    """Round fp32 to the nearest F32, F16 or BF16, ties to even; overflow gives infinity, NaN stays NaN.
+    """Round fp32 to F32, F16 or BF16: to nearest, ties to even. Overflow gives infinity, NaN stays NaN.
 
-    The result is a numpy array of the stored type (BF16 as uint16). For every number and for infinities it equals
-    ``torch.Tensor.to`` bit for bit. A NaN keeps its sign and the top of its payload in F16, as torch does, and
-    becomes the quiet NaN 0x7FC0 in BF16, as in torch's scalar code (c10/util/BFloat16.h); torch's vectorised code
-    gives 0xFFFF, so there its own answer depends on the processor.
+    For numbers and infinities the result equals ``torch.Tensor.to`` bit for bit. A NaN in F16 keeps its sign and the
+    top of its payload, as in torch. In BF16 it becomes the quiet NaN 0x7FC0, as in torch's scalar code
+    (c10/util/BFloat16.h); torch's vectorised code gives 0xFFFF, so its own result depends on the processor.
+
+    Returns:
+        The stored values, of the same shape; BF16 as uint16.
+
+    Raises:
+        TypeError: ``dtype`` is another.
     """
     import numpy as np
 
@@ -141,6 +163,7 @@ def round_float32(values: npt.NDArray[np.float32], dtype: str) -> npt.NDArray[np
     if dtype == "F16":
         with np.errstate(over="ignore", under="ignore", invalid="ignore"):
             half = values.astype(np.float16)
+        # numpy and torch give NaN different payloads, so torch's is computed from the bits.
         nan = np.isnan(values)
         if nan.any():
             bits = np.ascontiguousarray(values).view(np.uint32)
@@ -148,7 +171,8 @@ def round_float32(values: npt.NDArray[np.float32], dtype: str) -> npt.NDArray[np
             half = np.where(nan, kept.view(np.float16), half)
         return np.ascontiguousarray(half)
     if dtype == "BF16":
+        # Adding 0x7FFF, or 0x8000 if the lowest kept bit is odd, carries into the upper half exactly when it rounds up.
         bits = np.ascontiguousarray(values).view(np.uint32)
         rounded = ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
         return np.ascontiguousarray(np.where(np.isnan(values), np.uint16(0x7FC0), rounded))
-    raise TypeError(f"no rounding to {dtype}: only to F32, F16 and BF16")
+    raise TypeError(f"cannot round to {dtype}, only to F32, F16 and BF16")

@@ -1,4 +1,4 @@
-"""Tensors that lie on several ranks: DTensor, FSDP and ZeRO-3."""
+"""Reads and builds tensors that are sharded over ranks: DTensor, FSDP and DeepSpeed's ZeRO-3."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ import torch
 from embedsurgery.errors import UnsupportedError
 
 
-def local(tensor: torch.Tensor) -> torch.Tensor:
-    """A DTensor's local shard; any other tensor as it is."""
+def local_shard(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a DTensor's local shard; other tensors are returned unchanged."""
     inner = getattr(tensor, "_local_tensor", None)
     return inner if isinstance(inner, torch.Tensor) else tensor
 
 
 def is_sharded(tensor: object) -> bool:
-    """Whether a tensor is a DTensor: its values may lie on several ranks."""
+    """Whether a tensor is a DTensor, whose values may be on several ranks."""
     return hasattr(tensor, "_local_tensor")
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A DTensor or a parameter of DeepSpeed's ZeRO-3 gathered, which every rank must ask for together; any other
-    tensor as it is.
+def gather(tensor: torch.Tensor) -> torch.Tensor:
+    """Return all values of a DTensor or of a ZeRO-3 parameter; other tensors are returned unchanged.
+
+    Every rank of the tensor's mesh must call this together.
     """
     if hasattr(tensor, "ds_id"):
         deepspeed = importlib.import_module("deepspeed")
@@ -33,51 +34,58 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     if not is_sharded(tensor):
         return tensor
     device = tensor.device_mesh.device_type  # type: ignore[attr-defined]
-    if tensor.device.type != device:  # offloaded: what gathers works on the mesh's devices only
+    # An offloaded parameter is on the CPU, but gathering works on the mesh's devices only.
+    if tensor.device.type != device:
         tensor = tensor.to(device)
     return tensor.full_tensor()  # type: ignore[attr-defined, no-any-return]
 
 
 def fsdp_version(module: object) -> int | None:
-    """Which of torch's two FSDPs a module was wrapped in: 2 is ``fully_shard``; None for neither."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # where that was never imported, nothing is wrapped
+    """Return which FSDP wraps a module: 1 is ``FullyShardedDataParallel``, 2 is ``fully_shard``, None is neither."""
+    # Looked up, not imported: if nobody has imported it, nothing is wrapped.
+    fsdp = sys.modules.get("torch.distributed.fsdp")
     if isinstance(module, getattr(fsdp, "FSDPModule", ())):
         return 2
     return 1 if isinstance(module, getattr(fsdp, "FullyShardedDataParallel", ())) else None
 
 
-def rows_at(table: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-    """Rows (or entries) of a tensor; of a DTensor only they are gathered, bit for bit, and without a gradient.
+def gather_rows(table: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """Read rows (or entries) of a tensor. Of a DTensor only these rows are sent, bit for bit and without gradient.
 
     Args:
-        table: (V, ...), plain or a DTensor, for which every rank of its mesh must ask together.
+        table: (V, ...), a plain tensor or a DTensor. Every rank of a DTensor's mesh must call this together.
         indices: int64 (K,), the same on every rank.
 
     Returns:
-        (K, ...), plain.
+        (K, ...), a plain tensor.
 
     Raises:
-        UnsupportedError: A DTensor that is not laid out by whole slices.
+        UnsupportedError: The DTensor has placements other than ``Shard`` and ``Replicate``.
     """
     if not is_sharded(table):
         return table.index_select(0, indices)
-    mesh, part = table.device_mesh, local(table.detach())  # type: ignore[attr-defined]
-    starts, ends, contributes = _extent(table)
+    mesh, part = table.device_mesh, local_shard(table.detach())  # type: ignore[attr-defined]
+    starts, ends, contributes = _local_extent(table)
     mine = (indices >= starts[0]) & (indices < ends[0])
     found = torch.zeros((len(indices), *table.shape[1:]), dtype=table.dtype, device=part.device)
     if contributes and part.numel() > 0:
         inside: Any = (mine, *(slice(a, b) for a, b in zip(starts[1:], ends[1:], strict=True)))
         found[inside] = part.index_select(0, indices[mine] - starts[0])
-    sent = found.to(mesh.device_type)  # itself, unless the table is offloaded
-    data = sent.reshape(-1).view(torch.uint8)  # sums of bytes of which all but one are 0: no rounding, -0.0 is kept
+    sent = found.to(mesh.device_type)  # a copy only if the table is offloaded
+    # Each row comes from one rank and is 0 on the others. Summing bytes instead of floats keeps every bit: a sum of
+    # floats would turn -0.0 + 0.0 into 0.0 and change NaN payloads.
+    data = sent.reshape(-1).view(torch.uint8)
     for axis in range(mesh.ndim):
         torch.distributed.all_reduce(data, group=mesh.get_group(axis))
     return sent.to(part.device)
 
 
-def part_of(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """A DTensor of plain values, the same on every rank, laid out as another; no rank talks to another."""
-    starts, ends, _ = _extent(like)
+def shard_like(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Build a DTensor with the layout of another from plain values, which must be equal on every rank.
+
+    Each rank cuts out its own shard, so nothing is communicated.
+    """
+    starts, ends, _ = _local_extent(like)
     part = values[tuple(slice(a, b) for a, b in zip(starts, ends, strict=True))].clone()
     from torch.distributed.tensor import DTensor
 
@@ -85,12 +93,21 @@ def part_of(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return DTensor.from_local(part, mesh, placements, run_check=False, shape=values.shape, stride=values.stride())
 
 
-def _extent(table: torch.Tensor) -> tuple[list[int], list[int], bool]:
-    """Where this rank's part of a DTensor begins and ends on each axis, and whether it speaks for its replicas."""
+def _local_extent(table: torch.Tensor) -> tuple[list[int], list[int], bool]:
+    """Compute this rank's shard of a DTensor.
+
+    Returns:
+        Its start and its end on each axis, and whether this rank is the one that contributes it among its replicas.
+
+    Raises:
+        UnsupportedError: The placement is not ``Shard`` or ``Replicate``, or the local shard has another shape.
+    """
     starts, ends, contributes = [0] * table.dim(), list(table.shape), True
     mesh, coordinate = table.device_mesh, table.device_mesh.get_coordinate()  # type: ignore[attr-defined]
     for axis, placement in enumerate(table.placements):  # type: ignore[attr-defined]
         if type(placement).__name__ == "Shard":
+            # As torch.chunk: all shards but the last ones have ceil(rows / ranks) rows. A second Shard of the same
+            # axis divides what the first one left.
             dim = placement.dim % table.dim()
             step = -(-(ends[dim] - starts[dim]) // mesh.size(axis))
             begin = min(starts[dim] + step * coordinate[axis], ends[dim])
@@ -99,14 +116,14 @@ def _extent(table: torch.Tensor) -> tuple[list[int], list[int], bool]:
             contributes = contributes and coordinate[axis] == 0
         else:
             raise UnsupportedError(
-                "a table of this layout over devices cannot be read by rows",
+                "cannot read rows of a DTensor with this placement",
                 expected="Shard or Replicate",
                 found=repr(placement),
             )
-    if tuple(b - a for a, b in zip(starts, ends, strict=True)) != tuple(local(table).shape):
+    if tuple(b - a for a, b in zip(starts, ends, strict=True)) != tuple(local_shard(table).shape):
         raise UnsupportedError(
-            "a table's part on this rank is not what its layout says",
+            "the local shard does not match the DTensor's placements",
             expected=f"{starts} to {ends}",
-            found=list(local(table).shape),
+            found=list(local_shard(table).shape),
         )
     return starts, ends, contributes

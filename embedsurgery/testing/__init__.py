@@ -1,7 +1,8 @@
-"""The test kit: a plugin's author writes ``class TestMine(SurgeryContract): config = ...`` and gets the whole suite.
+"""The test kit for plugins: ``class TestMine(SurgeryContract): config = ...`` runs the whole suite.
 
-`SurgeryContract`, `InitializerContract` and `StoreContract` are base classes for pytest; what is built in passes them
-too. A plugin that is not installed is named in the class's ``plugin``. The kit needs torch, pytest and safetensors.
+`SurgeryContract`, `InitializerContract` and `StoreContract` are base classes of pytest classes; the built-in surgeries,
+initialisers and stores pass them too. A plugin that is not installed is set as the class's ``plugin``. The kit needs
+torch, pytest and safetensors.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ pytest.register_assert_rewrite(
     "embedsurgery.testing.surgery_setup",
 )
 
-from embedsurgery.plugins.current import installed as installed  # noqa: E402 - pytest must know first whose asserts to show
+from embedsurgery.plugins.current import installed as installed  # noqa: E402 - after register_assert_rewrite, which must precede the import
 from embedsurgery.testing.initializers import InitializerContract as InitializerContract  # noqa: E402
 from embedsurgery.testing.models import TinyModel as TinyModel  # noqa: E402
 from embedsurgery.testing.models import bits as bits  # noqa: E402

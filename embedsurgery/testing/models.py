@@ -24,7 +24,7 @@ TOKEN_FILES = {
     "special_tokens_map.json",
     "added_tokens.json",
 }
-"""What may change beside the weights where tokens are added."""
+"""Files beside the weights that may change when tokens are added."""
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -34,8 +34,8 @@ class TinyModel(nn.Module):
 
     Args:
         tied: Whether lookup and projection share their weight.
-        dtype: safetensors' string.
-        seed: Another seed is another base.
+        dtype: As safetensors writes it, such as "F32".
+        seed: Another seed gives another base.
     """
 
     def __init__(self, *, tied: bool = True, dtype: str = "F32", seed: int = 0) -> None:
@@ -55,16 +55,16 @@ class TinyModel(nn.Module):
         self.to(DTYPES[dtype])
 
     def get_input_embeddings(self) -> nn.Module:
-        """As transformers has it."""
+        """As in transformers."""
         lookup: nn.Module = self.model.get_submodule("embed_tokens")
         return lookup
 
     def get_output_embeddings(self) -> nn.Module:
-        """As transformers has it."""
+        """As in transformers."""
         return self.lm_head
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Logits, (B, T, V)."""
+        """Return logits (B, T, V) for ids int64 (B, T)."""
         states = self.get_input_embeddings()(input_ids)
         count = torch.arange(1, states.shape[1] + 1, device=states.device, dtype=states.dtype)
         mixed = torch.tanh(self.model.get_submodule("mix")(states.cumsum(1) / count[:, None]))
@@ -73,18 +73,22 @@ class TinyModel(nn.Module):
 
 
 def model_config(*, tied: bool) -> dict[str, Any]:
-    """What `TinyModel`'s config says, in memory and on disk."""
+    """Return `TinyModel`'s config, in memory and on disk."""
     return {"architectures": ["LlamaForCausalLM"], "vocab_size": ROWS, "tie_word_embeddings": tied}
 
 
 def every_token() -> torch.Tensor:
-    """A batch in which each of `TinyModel`'s tokens stands once, and some twice, int64 (2, T)."""
+    """Return a batch with each of `TinyModel`'s tokens, some of them twice: int64 (2, T)."""
     ids = torch.arange(ROWS)
     return torch.cat([ids, ids[:4]]).reshape(2, -1)
 
 
 def write_checkpoint(model: TinyModel, folder: Path, *, shards: bool = False) -> Path:
-    """The model as a checkpoint: safetensors in one file or two, a config, a tokenizer, and files of other kinds."""
+    """Write the model as a checkpoint: safetensors in one file or two shards, a config, a tokenizer, and a README.
+
+    Returns:
+        The directory.
+    """
     folder.mkdir(parents=True)
     tensors = {name: value.detach().clone() for name, value in model.state_dict().items()}
     if model.tied:
@@ -105,7 +109,7 @@ def write_checkpoint(model: TinyModel, folder: Path, *, shards: bool = False) ->
 
 
 def tokenizer_json(words: int = ROWS) -> dict[str, Any]:
-    """A tokenizer of whole words, ``t0`` and so on, that fits `TinyModel`."""
+    """Return the ``tokenizer.json`` of a tokenizer of whole words, ``t0`` and so on, for `TinyModel`."""
     vocabulary = {f"t{number}": number for number in range(words)}
     model = {"type": "WordLevel", "vocab": vocabulary, "unk_token": "t0"}
     return {
@@ -122,7 +126,7 @@ def tokenizer_json(words: int = ROWS) -> dict[str, Any]:
 
 
 def live_tokenizer(text: str | None = None) -> Any:
-    """The tokenizer of ``tokenizer_json``, or of another file's text, as transformers has it."""
+    """Return the transformers tokenizer of `tokenizer_json`, or of the text of another ``tokenizer.json``."""
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
@@ -131,12 +135,12 @@ def live_tokenizer(text: str | None = None) -> Any:
 
 
 def texts_of(ids: torch.Tensor) -> list[str]:
-    """The texts of a batch (B, T) of `TinyModel`'s ids."""
+    """Return the texts of a batch of `TinyModel`'s ids, int64 (B, T)."""
     return [" ".join(f"t{index}" for index in row) for row in ids.tolist()]
 
 
 def shared_memory(model: nn.Module) -> list[list[str]]:
-    """The names of a model's parameters, those together that are one memory."""
+    """Group the names of a model's parameters by the memory that they share."""
     groups: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         groups.setdefault(parameter.data_ptr(), []).append(name)
@@ -144,16 +148,16 @@ def shared_memory(model: nn.Module) -> list[list[str]]:
 
 
 def bits(tensor: torch.Tensor) -> bytes:
-    """A tensor's elements as bytes, in logical order."""
+    """Return a tensor's elements as bytes, in logical order."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
 
 
 def state_bits(model: nn.Module) -> dict[str, bytes]:
-    """Name -> bytes of every tensor of a model's state dict."""
+    """Return name -> bytes of every tensor in a model's state dict."""
     return {name: bits(tensor) for name, tensor in model.state_dict().items()}
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Relative path -> bytes of every file below a directory."""
+    """Return relative path -> bytes of every file below a directory."""
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}

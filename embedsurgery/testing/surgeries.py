@@ -1,4 +1,4 @@
-"""The contract of a surgery, as a suite of tests."""
+"""The contract of a surgery, as a test suite. ``surgery_setup.py`` has its settings and helpers."""
 
 from __future__ import annotations
 
@@ -27,24 +27,23 @@ _CLOSE = {"F64": 1e-9, "F32": 1e-5, "F16": 2e-2, "BF16": 1e-1}
 
 
 class SurgeryContract(SurgerySetup):
-    """What every surgery holds to: a subclass names a config and gets all tests.
+    """The tests that every surgery passes. A subclass sets ``config``.
 
-    Surgeries differ in a few things, which the class says and no test is left out for: each test then holds the
-    surgery to what is said. One that makes tokens (`Surgery.makes_tokens`) is baked in together with a tokenizer, and
-    compared by texts, before which that tokenizer puts the tokens; so it needs transformers.
+    The other attributes state how a surgery differs from the default. No test is skipped for them: each checks what the
+    attribute states. A surgery that makes tokens (`Surgery.makes_tokens`) is merged together with a tokenizer, which
+    then puts the tokens before each text; its models are compared on texts, which needs transformers.
 
     Attributes:
-        config: What the user asks for, on a model with tables `INPUT` and, untied, `OUTPUT` of `ROWS` rows.
-        dtypes: The dtypes of the base that it takes.
-        ties: Whether lookup and projection are one table: the bases that it takes.
-        starts_as_base: Whether a fresh adapter changes nothing; else it must change something.
-        keeps_ties: Whether lookup and projection stay one table when it is baked in; else they must be two, and one
-            again when it is taken out.
-        bake: How one that makes tokens is baked in, a `BakeConfig` or None.
+        config: The surgery's config, for a model with tables `INPUT` and, untied, `OUTPUT` of `ROWS` rows.
+        dtypes: The dtypes of bases that the surgery supports.
+        ties: Whether to test bases with tied tables, untied ones, or both.
+        starts_as_base: Whether a fresh adapter changes nothing; otherwise it must change something.
+        keeps_ties: Whether tied tables stay tied by a merge; otherwise they must be untied, and tied again by its undo.
+        bake: The `BakeConfig` of a surgery that makes tokens, or None.
     """
 
-    def test_a_fresh_adapter_changes_nothing(self, tied: bool) -> None:
-        """A no-op at the start, attached and merged; where the class says that it is none, the same change in both."""
+    def test_fresh_adapter_is_a_no_op(self, tied: bool) -> None:
+        """A fresh adapter changes no logits, attached or merged. Without ``starts_as_base``, it changes both alike."""
         model = self.make_model(tied=tied)
         before, state = self.logits(model).detach(), state_bits(model)
         attachment = es.attach(model, self.make_config(model))
@@ -52,31 +51,32 @@ class SurgeryContract(SurgerySetup):
         assert state_bits(model) == state
         adapter = attachment.adapter()
         attachment.detach()
-        merged = self.merged_logits(self.merged(model, adapter)).detach()
+        merged = self.merged_logits(self.merge_copy(model, adapter)).detach()
         if self.starts_as_base:
             torch.testing.assert_close(live, before, rtol=0, atol=1e-6)
             torch.testing.assert_close(merged, before, rtol=0, atol=1e-6)
         else:
             torch.testing.assert_close(live, merged, rtol=1e-5, atol=1e-5)
             same = torch.allclose(live, before, rtol=0, atol=1e-6)
-            assert not same, "a fresh adapter changes nothing, and starts_as_base is False"
+            assert not same, "a fresh adapter changes nothing, but starts_as_base is False"
 
-    def test_gradients_are_those_of_the_merged_model(self, tied: bool) -> None:
-        """Along random directions, against differences of a dense model with the adapter baked in, in fp64."""
+    def test_gradients_match_the_merged_model(self, tied: bool) -> None:
+        """Gradients along random directions equal finite differences of the merged model, in fp64."""
         model = self.make_model(tied=tied, dtype="F64")
         dense = copy.deepcopy(model)
         attachment = es.attach(model, self.make_config(model))
-        self.change(attachment)
+        self.randomize(attachment)
         generator = torch.Generator().manual_seed(1)
         weights = torch.randn(self.logits(dense).shape, generator=generator, dtype=torch.float64)
         torch.autograd.backward((self.logits(model) * weights).sum())
 
         def loss() -> float:
             with torch.no_grad():
-                return float((self.merged_logits(self.merged(dense, attachment.adapter())) * weights).sum())
+                return float((self.merged_logits(self.merge_copy(dense, attachment.adapter())) * weights).sum())
 
         for parameter in attachment.parameters():
-            assert parameter.grad is not None, "a trainable tensor without a gradient"
+            assert parameter.grad is not None, "a trainable tensor has no gradient"
+            # In fp32 a small step would be lost in the rounding of the parameter.
             exact = parameter.dtype == torch.float64
             step, tolerance = (1e-6, 1e-5) if exact else (1e-2, 2e-2)
             for _ in range(4):
@@ -92,8 +92,8 @@ class SurgeryContract(SurgerySetup):
                 found = float((parameter.grad * direction).sum())
                 assert found == pytest.approx((sides[0] - sides[1]) / (2 * step), rel=tolerance, abs=tolerance)
 
-    def test_training_lowers_the_loss_and_leaves_the_base(self, tied: bool) -> None:
-        """Any optimizer over `attachment.parameters()` trains it, and nothing of the base moves."""
+    def test_training_lowers_the_loss_and_keeps_the_base(self, tied: bool) -> None:
+        """An optimizer over `attachment.parameters()` lowers the loss and changes no tensor of the base."""
         model = self.make_model(tied=tied)
         state = state_bits(model)
         attachment = es.attach(model, self.make_config(model))
@@ -109,18 +109,18 @@ class SurgeryContract(SurgerySetup):
         assert losses[-1] < losses[0]
         assert state_bits(model) == state
 
-    def test_attached_is_merged_in_memory(self, tied: bool, dtype: str) -> None:
-        """The same numbers up to one rounding, and the same bits by either way to merge.
+    def test_attached_equals_merged(self, tied: bool, dtype: str) -> None:
+        """Attached and merged models give the same logits up to one rounding; both ways to merge give the same bits.
 
-        A surgery that makes tokens has one way, for an attachment knows no tokenizer: it refuses, and changes nothing.
+        A surgery that makes tokens cannot be merged by its attachment, which has no tokenizer: it must refuse.
         """
         model = self.make_model(tied=tied, dtype=dtype)
         before, state = self.logits(model).detach(), state_bits(model)
         dense = copy.deepcopy(model)
         attachment = es.attach(model, self.make_config(model))
-        self.change(attachment)
+        self.randomize(attachment)
         live = self.logits(model).detach()
-        merged = self.merged(dense, attachment.adapter())
+        merged = self.merge_copy(dense, attachment.adapter())
         tolerance = _CLOSE[dtype]
         torch.testing.assert_close(live, self.merged_logits(merged).detach(), rtol=tolerance, atol=tolerance)
         assert not torch.allclose(live, before, rtol=tolerance, atol=tolerance), "the changed adapter changes nothing"
@@ -135,21 +135,21 @@ class SurgeryContract(SurgerySetup):
         assert bits(self.logits(model)) == bits(self.merged_logits(merged))
 
     @pytest.mark.parametrize("shards", [False, True], ids=["file", "shards"])
-    def test_merged_on_disk_is_merged_in_memory(self, tied: bool, dtype: str, shards: bool, tmp_path: Path) -> None:
-        """The same bits, every other byte the base's; and unmerged the whole directory is the base again.
+    def test_merged_on_disk_equals_merged_in_memory(self, tied: bool, dtype: str, shards: bool, tmp_path: Path) -> None:
+        """A merge on disk gives the same bits, keeps every other byte, and its undo restores the whole directory.
 
-        Of a surgery that makes tokens, tokenizer and config change along, and the same texts give the same ids.
+        With a surgery that makes tokens, tokenizer and config change too, and texts give the same ids.
         """
         model = self.make_model(tied=tied, dtype=dtype)
         base = self.write(model, tmp_path / "base", shards=shards)
-        adapter = self.trained(model)
+        adapter = self.make_adapter(model)
         es.merge_checkpoint(base, adapter, tmp_path / "merged", bake=self.bake)
-        merged = self.merged(model, adapter)
-        wanted = state_bits(merged.model)
+        merged = self.merge_copy(model, adapter)
+        expected = state_bits(merged.model)
         weights = [path for path in sorted((tmp_path / "merged").glob("*.safetensors"))]
         found = {name: bits(value) for path in weights for name, value in load_file(path).items()}
-        assert found.keys() <= wanted.keys()
-        assert {name: wanted[name] for name in found} == found
+        assert found.keys() <= expected.keys()
+        assert {name: expected[name] for name in found} == found
         before, after = contents(base), contents(tmp_path / "merged")
         changed = {path for path in before if before[path] != after.get(path)}
         new = {path for path in after.keys() - before.keys() if not path.startswith(".embedsurgery/")}
@@ -163,15 +163,15 @@ class SurgeryContract(SurgerySetup):
         assert contents(tmp_path / "unmerged") == before
 
     def test_undo_is_exact(self, tied: bool, dtype: str) -> None:
-        """Every bit of the model is back, by the function and by the attachment, and the tokenizer as it was."""
+        """`unmerge` restores every bit of the model, and the tokenizer; so does the attachment's own `unmerge`."""
         model = self.make_model(tied=tied, dtype=dtype)
-        before, outside, ties = state_bits(model), self.logits(model).detach(), shared_memory(model)
-        adapter = self.trained(model)
+        before, logits, ties = state_bits(model), self.logits(model).detach(), shared_memory(model)
+        adapter = self.make_adapter(model)
         merged = self.merge(model, adapter)
         assert state_bits(model) != before
         es.unmerge(model, merged.undo)
         assert (state_bits(model), shared_memory(model)) == (before, ties)
-        assert bits(self.logits(model)) == bits(outside)
+        assert bits(self.logits(model)) == bits(logits)
         if merged.tokenizer is not None:
             texts, first = texts_of(every_token()), live_tokenizer()
             assert merged.tokenizer(texts)["input_ids"] == first(texts)["input_ids"] == every_token().tolist()
@@ -182,40 +182,42 @@ class SurgeryContract(SurgerySetup):
             attachment.unmerge()
             assert state_bits(model) == before
         with attachment.disabled():
-            assert bits(self.logits(model)) == bits(outside)
+            assert bits(self.logits(model)) == bits(logits)
         attachment.detach()
-        assert bits(self.logits(model)) == bits(outside)
+        assert bits(self.logits(model)) == bits(logits)
 
-    def test_ties_hold(self, tied: bool) -> None:
-        """What shared memory still does after merging, and what did not does not; unless the class says otherwise."""
+    def test_merge_keeps_ties(self, tied: bool) -> None:
+        """After a merge the same parameters share memory as before; without ``keeps_ties``, none do."""
         model = self.make_model(tied=tied)
         owners = {name: p.data_ptr() for name, p in model.named_parameters(remove_duplicate=False)}
         groups = shared_memory(model)
-        merged = self.merge(model, self.trained(model))
+        merged = self.merge(model, self.make_adapter(model))
         if self.keeps_ties or not tied:
             assert shared_memory(model) == groups
         else:
-            assert all(len(group) == 1 for group in shared_memory(model)), "a tie holds, and keeps_ties is False"
+            assert all(len(group) == 1 for group in shared_memory(model)), (
+                "parameters are still tied, but keeps_ties is False"
+            )
         if merged.tokenizer is None:
             assert {name: p.data_ptr() for name, p in model.named_parameters(remove_duplicate=False)} == owners
 
     def test_save_and_load(self, tied: bool, dtype: str, tmp_path: Path) -> None:
-        """What was saved is loaded: the same manifest, tensors, logits, and the same files again."""
+        """A loaded adapter has the same manifest and tensors, merges to the same bits, and saves the same files."""
         model = self.make_model(tied=tied, dtype=dtype)
-        adapter = self.trained(model)
+        adapter = self.make_adapter(model)
         adapter.save(tmp_path / "adapter")
         loaded = es.load(tmp_path / "adapter")
         assert loaded.manifest == adapter.manifest
         assert dict(loaded.raw) == dict(adapter.raw)
         loaded.save(tmp_path / "again")
         assert contents(tmp_path / "again") == contents(tmp_path / "adapter")
-        assert state_bits(self.merged(model, loaded).model) == state_bits(self.merged(model, adapter).model)
+        assert state_bits(self.merge_copy(model, loaded).model) == state_bits(self.merge_copy(model, adapter).model)
 
-    def test_a_loaded_adapter_goes_on(self, tied: bool, tmp_path: Path) -> None:
-        """Attached again it gives what it gave, and trains on."""
+    def test_loaded_adapter_can_be_trained(self, tied: bool, tmp_path: Path) -> None:
+        """A loaded adapter, attached again, gives the same logits, and its tensors get gradients."""
         model = self.make_model(tied=tied)
         attachment = es.attach(model, self.make_config(model))
-        self.change(attachment)
+        self.randomize(attachment)
         before = self.logits(model).detach()
         attachment.save(tmp_path / "adapter")
         attachment.detach()
@@ -224,55 +226,55 @@ class SurgeryContract(SurgerySetup):
         torch.autograd.backward(self.logits(model).square().mean())
         assert all(parameter.grad is not None for parameter in attachment.parameters())
 
-    def test_a_copy_is_on_its_own(self, tied: bool) -> None:
-        """A deep copy of a model with an attachment has its own, which goes its own way."""
+    def test_deepcopy_is_independent(self, tied: bool) -> None:
+        """A deep copy of a model has an attachment of its own: changing it does not change the original."""
         model = self.make_model(tied=tied)
         attachment = es.attach(model, self.make_config(model))
-        self.change(attachment)
+        self.randomize(attachment)
         before = self.logits(model).detach()
         other = copy.deepcopy(model)
         assert bits(self.logits(other)) == bits(before)
-        found = es.get_attachment(other)
-        assert found is not None
+        copied = es.get_attachment(other)
+        assert copied is not None
         with torch.no_grad():
-            for parameter in found.parameters():
+            for parameter in copied.parameters():
                 parameter.zero_()
         assert bits(self.logits(other)) != bits(before)
         assert bits(self.logits(model)) == bits(before)
 
-    @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what the Hub's client does with its own libraries
-    def test_it_comes_back_from_the_hub(self, tied: bool, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-        """Pushed and pulled it is the same adapter, and gives what it gave.
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # huggingface_hub uses deprecated calls of its libraries
+    def test_hub_round_trip(self, tied: bool, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+        """An adapter that was pushed and pulled is the same adapter, and merges to the same bits.
 
-        Through a Hub where the project has a fixture ``embedsurgery_hub``: a repository's id, to which the client of
-        this process may push. Else by its files as the Hub's cache lays them out, links to blobs named by their hashes.
+        If the project has a fixture ``embedsurgery_hub``, the id of a repository that this process may push to, the
+        adapter goes through that Hub. Otherwise it is loaded from the layout of the Hub cache: links to blobs.
         """
         model = self.make_model(tied=tied)
-        adapter = self.trained(model)
+        adapter = self.make_adapter(model)
         try:
             repo = request.getfixturevalue("embedsurgery_hub")
         except pytest.FixtureLookupError:
-            loaded = es.load(self.in_a_cache(adapter, tmp_path))
+            loaded = es.load(self.save_as_cached(adapter, tmp_path))
         else:
             sha = es.push(adapter, repo).sha
             loaded = es.pull(repo)
             assert loaded.source == f"{repo}@{sha}"
         assert (loaded.manifest, dict(loaded.raw)) == (adapter.manifest, dict(adapter.raw))
-        assert state_bits(self.merged(model, loaded).model) == state_bits(self.merged(model, adapter).model)
+        assert state_bits(self.merge_copy(model, loaded).model) == state_bits(self.merge_copy(model, adapter).model)
 
-    def test_another_base_is_refused(self, tied: bool, tmp_path: Path) -> None:
-        """In memory, live and on disk, with nothing changed or written."""
-        adapter = self.trained(self.make_model(tied=tied))
+    def test_other_base_is_refused(self, tied: bool, tmp_path: Path) -> None:
+        """`merge`, `attach` and `merge_checkpoint` refuse another base, and change and write nothing."""
+        adapter = self.make_adapter(self.make_model(tied=tied))
         other = self.make_model(tied=tied, seed=1)
         base = self.write(other, tmp_path / "base")
         before, files = state_bits(other), contents(base)
-        for act in (
+        for function in (
             lambda: self.merge(other, adapter),
             lambda: es.attach(other, adapter),
             lambda: es.merge_checkpoint(base, adapter, tmp_path / "merged", bake=self.bake),
         ):
             with pytest.raises(BaseMismatchError):
-                act()
+                function()
         assert state_bits(other) == before
         assert es.get_attachment(other) is None
         assert contents(base) == files

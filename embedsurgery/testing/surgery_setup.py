@@ -1,6 +1,6 @@
-"""What the contract of a surgery is made of: what a subclass says and may change, and how models get merged.
+"""The settings of a surgery's contract that a subclass can change, and the helpers of its tests.
 
-The tests are ``surgeries.py``'s.
+The tests are in ``surgeries.py``.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from embedsurgery.testing.models import (
 
 @dataclass(frozen=True)
 class Merged:
-    """A model with an adapter baked in.
+    """A merged model.
 
     Attributes:
         model: The model.
-        tokenizer: Its tokenizer, which knows the adapter's tokens; None where the surgery makes none.
-        undo: What takes the adapter out of both.
+        tokenizer: Its tokenizer with the adapter's tokens; None if the surgery makes no tokens.
+        undo: The undo of the merge.
     """
 
     model: Any
@@ -55,73 +55,73 @@ class SurgerySetup(Contract):
     bake: Any = None
     parameters: ClassVar[dict[str, str]] = {"dtype": "dtypes", "tied": "ties"}
 
-    # -- what a subclass may change ------------------------------------------------------------------------------
+    # -- to override in a subclass -------------------------------------------------------------------------------
 
     def make_config(self, model: TinyModel) -> Any:
-        """The config for a model."""
+        """Return the config for a model."""
         return self.config
 
     def make_model(self, *, tied: bool, dtype: str = "F32", seed: int = 0) -> Any:
-        """A base; another seed is another base."""
+        """Return a base; another seed gives another base."""
         return TinyModel(tied=tied, dtype=dtype, seed=seed)
 
     def write(self, model: Any, folder: Path, *, shards: bool = False) -> Path:
-        """The base as a checkpoint directory."""
+        """Write a base as a checkpoint; returns its directory."""
         return write_checkpoint(model, folder, shards=shards)
 
-    def ask(self, model: Any, ids: torch.Tensor) -> torch.Tensor:
-        """What the model gives for a batch of ids (B, T): logits (B, T, V)."""
+    def run(self, model: Any, ids: torch.Tensor) -> torch.Tensor:
+        """Run a model on ids int64 (B, T); returns logits (B, T, V)."""
         logits: torch.Tensor = model(ids)
         return logits
 
     def logits(self, model: Any) -> torch.Tensor:
-        """What the model gives for a batch that holds every token."""
-        return self.ask(model, every_token())
+        """Run a model on a batch that contains every token."""
+        return self.run(model, every_token())
 
-    def change(self, attachment: Any) -> None:
-        """Give every trainable tensor values that it did not start with."""
+    def randomize(self, attachment: Any) -> None:
+        """Set every trainable tensor to random values."""
         generator = torch.Generator().manual_seed(5)
         with torch.no_grad():
             for parameter in attachment.parameters():
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
 
-    # -- what the tests are made of ------------------------------------------------------------------------------
+    # -- helpers of the tests ------------------------------------------------------------------------------------
 
-    def trained(self, model: Any) -> Adapter:
-        """An adapter that changes the model; the model is as it was before."""
+    def make_adapter(self, model: Any) -> Adapter:
+        """Return an adapter with random values for a model, which is left unchanged."""
         attachment = es.attach(model, self.make_config(model))
-        self.change(attachment)
+        self.randomize(attachment)
         adapter = attachment.adapter()
         attachment.detach()
         return adapter
 
     def makes_tokens(self) -> bool:
-        """Whether the surgery becomes tokens when it is baked in."""
+        """Whether a merge makes the surgery into tokens."""
         config = self.make_config(self.make_model(tied=self.ties[0]))
         return registry().for_config(config).surgery.makes_tokens
 
     def merge(self, model: Any, adapter: Adapter) -> Merged:
-        """Bake the adapter into the model itself."""
+        """Merge an adapter into a model, in place."""
         tokenizer = live_tokenizer() if self.makes_tokens() else None
         return Merged(model, tokenizer, es.merge(model, adapter, tokenizer, bake=self.bake))
 
-    def merged(self, model: Any, adapter: Adapter) -> Merged:
-        """A copy of the model with the adapter baked in."""
+    def merge_copy(self, model: Any, adapter: Adapter) -> Merged:
+        """Merge an adapter into a copy of a model."""
         return self.merge(copy.deepcopy(model), adapter)
 
     def merged_logits(self, merged: Merged) -> torch.Tensor:
-        """What a merged model gives for the batch of `logits`, from its texts alone where the surgery makes tokens."""
+        """Run a merged model on the batch of `logits`; on its texts, if the surgery makes tokens."""
         if merged.tokenizer is None:
             return self.logits(merged.model)
         batch = every_token()
         ids = torch.tensor(merged.tokenizer(texts_of(batch))["input_ids"])
         new = ids.shape[1] - batch.shape[1]
-        assert new > 0, "the tokenizer puts no token before a text"
+        assert new > 0, "the tokenizer puts no tokens before a text"
         assert torch.equal(ids[:, new:], batch)
-        return self.ask(merged.model, ids)[:, new:, :ROWS]
+        return self.run(merged.model, ids)[:, new:, :ROWS]
 
-    def in_a_cache(self, adapter: Adapter, tmp_path: Path) -> Path:
-        """A snapshot of an adapter, as the Hub's cache has one."""
+    def save_as_cached(self, adapter: Adapter, tmp_path: Path) -> Path:
+        """Save an adapter in the layout of the Hub cache; returns its directory."""
         adapter.save(tmp_path / "adapter")
         blobs, snapshot = tmp_path / "hub" / "blobs", tmp_path / "hub" / "snapshots" / "0123abc"
         blobs.mkdir(parents=True)

@@ -1,5 +1,7 @@
-"""Tokens in and out of a tokenizer, in files and in memory.
+"""Adds tokens to tokenizers and removes them, in files and in memory.
 
-``reading.py`` reads what the files say, ``patching.py`` makes their new bytes, ``live.py`` and ``slow.py`` change a
-tokenizer in memory. A file that another library invents is read in ``reading.py`` and rewritten in ``sidecars.py``.
+``reading.py`` reads a checkpoint's tokenizer files, and ``patching.py`` computes their new bytes. ``live.py`` and
+``slow.py`` edit a tokenizer in memory. ``content.py`` and ``edit.py`` have the rules that files and memory share, and
+``encoding.py`` the checks that really encode. A new kind of file beside ``tokenizer.json`` belongs in ``reading.py``
+and ``sidecars.py``, a class that sets its own post-processor in ``classes.py``.
 """

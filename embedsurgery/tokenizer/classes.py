@@ -1,9 +1,10 @@
-"""Classes of transformers' tokenizers that put a post-processor of their own in the place of the file's.
+"""Knows the tokenizer classes of transformers that replace the post-processor of ``tokenizer.json`` by their own.
 
-A tokenizer whose file puts tokens before every text must be loaded as the file has it. transformers 5.23 lets these
-classes set theirs after loading (``models/*/tokenization_*.py``), and transformers 4 some others
-(``update_post_processor``); both take the file as it is for ``PreTrainedTokenizerFast``. So that class is named
-instead, with what the other class would have set beside: the side of the padding, the names of the inputs, the roles.
+A prefix is in the file's post-processor, so such a class would drop it. In transformers 5.23 the classes below set
+theirs after loading (``models/*/tokenization_*.py``), and in transformers 4 some others do (``update_post_processor``).
+``PreTrainedTokenizerFast`` keeps the file's in both. So ``tokenizer_config.json`` gets that class instead, and with it
+the settings that the other class would have added: padding side, input names and special tokens. ``patching.py`` and
+``live.py`` use this file when they add a prefix.
 """
 
 from __future__ import annotations
@@ -14,24 +15,24 @@ from typing import Any
 
 from embedsurgery.errors import UnsupportedError
 
-PLAIN = "PreTrainedTokenizerFast"
-"""The class that takes ``tokenizer.json`` as it is, in transformers 4 and 5."""
+PLAIN_CLASS = "PreTrainedTokenizerFast"
+"""The class that loads ``tokenizer.json`` unchanged, in transformers 4 and 5."""
 
-_PLAIN = (PLAIN, "PreTrainedTokenizer", "TokenizersBackend")
-FLAGS = ("add_bos_token", "add_eos_token")
-"""Keys of ``tokenizer_config.json`` for which transformers 4 makes the post-processor anew; 5 passes over them."""
+_PLAIN_CLASSES = (PLAIN_CLASS, "PreTrainedTokenizer", "TokenizersBackend")
+PROCESSOR_FLAGS = ("add_bos_token", "add_eos_token")
+"""Keys of ``tokenizer_config.json`` for which transformers 4 rebuilds the post-processor; 5 ignores them."""
 
-_TWO = ("input_ids", "attention_mask")
-_THREE = ("input_ids", "token_type_ids", "attention_mask")
-_LAST = ("input_ids", "attention_mask", "token_type_ids")
+_IDS_AND_MASK = ("input_ids", "attention_mask")
+_IDS_TYPES_MASK = ("input_ids", "token_type_ids", "attention_mask")
+_IDS_MASK_TYPES = ("input_ids", "attention_mask", "token_type_ids")
 
 
 @dataclass(frozen=True)
-class _Class:
-    """What a class sets by itself: names of the inputs, the side of the padding, role -> text."""
+class _ClassDefaults:
+    """Settings that a class adds without a config: role -> text of its special tokens, input names, padding side."""
 
     roles: Mapping[str, str] = field(default_factory=dict)
-    inputs: tuple[str, ...] = _TWO
+    inputs: tuple[str, ...] = _IDS_AND_MASK
     side: str = "right"
 
 
@@ -45,16 +46,18 @@ _T5 = _roles(eos="</s>", unk="<unk>", pad="<pad>")
 _LLAMA = _roles(unk="<unk>", bos="<s>", eos="</s>")
 _END = "<|endoftext|>"
 
-_CLASSES: Mapping[str, _Class] = {
-    "Bert": _Class(_BERT, _THREE),
-    **dict.fromkeys(("Electra", "Lxmert", "MobileBert"), _Class(_BERT, _THREE)),
-    "DistilBert": _Class(_BERT),
-    "RoFormer": _Class(_BERT),
-    "BigBird": _Class(_roles(unk="<unk>", bos="<s>", eos="</s>", pad="<pad>", sep="[SEP]", mask="[MASK]", cls="[CLS]")),
-    "Camembert": _Class(_ROBERTA),
-    "CLIP": _Class(_roles(unk=_END, bos="<|startoftext|>", eos=_END, pad=_END)),
-    "CodeLlama": _Class(_LLAMA, side="left"),
-    "Cohere": _Class(
+_CLASSES: Mapping[str, _ClassDefaults] = {
+    "Bert": _ClassDefaults(_BERT, _IDS_TYPES_MASK),
+    **dict.fromkeys(("Electra", "Lxmert", "MobileBert"), _ClassDefaults(_BERT, _IDS_TYPES_MASK)),
+    "DistilBert": _ClassDefaults(_BERT),
+    "RoFormer": _ClassDefaults(_BERT),
+    "BigBird": _ClassDefaults(
+        _roles(unk="<unk>", bos="<s>", eos="</s>", pad="<pad>", sep="[SEP]", mask="[MASK]", cls="[CLS]")
+    ),
+    "Camembert": _ClassDefaults(_ROBERTA),
+    "CLIP": _ClassDefaults(_roles(unk=_END, bos="<|startoftext|>", eos=_END, pad=_END)),
+    "CodeLlama": _ClassDefaults(_LLAMA, side="left"),
+    "Cohere": _ClassDefaults(
         _roles(
             unk="<UNK>",
             bos="<BOS_TOKEN>",
@@ -66,30 +69,32 @@ _CLASSES: Mapping[str, _Class] = {
         ),
         side="left",
     ),
-    "Deberta": _Class({**_BERT, **_roles(bos="[CLS]", eos="[SEP]")}, _LAST),
-    "DebertaV2": _Class({**_BERT, **_roles(bos="[CLS]", eos="[SEP]")}, _LAST),
-    "Esmc": _Class(_roles(unk="<unk>", cls="<cls>", pad="<pad>", mask="<mask>", eos="<eos>")),
-    "Funnel": _Class(_roles(unk="<unk>", sep="<sep>", pad="<pad>", cls="<cls>", mask="<mask>", bos="<s>", eos="</s>")),
-    "Gemma": _Class(_roles(unk="<unk>", bos="<bos>", eos="<eos>", pad="<pad>", mask="<mask>"), side="left"),
-    "GPTNeoX": _Class(_roles(unk=_END, bos=_END, eos=_END, pad="<|padding|>")),
-    "Herbert": _Class(_roles(cls="<s>", unk="<unk>", pad="<pad>", mask="<mask>", sep="</s>")),
-    "Llama": _Class(_LLAMA, side="left"),
-    "MPNet": _Class({**_ROBERTA, "unk_token": "[UNK]"}),
-    "Pegasus": _Class({**_T5, "mask_token": "<mask_2>"}),
-    "RemBert": _Class(
+    "Deberta": _ClassDefaults({**_BERT, **_roles(bos="[CLS]", eos="[SEP]")}, _IDS_MASK_TYPES),
+    "DebertaV2": _ClassDefaults({**_BERT, **_roles(bos="[CLS]", eos="[SEP]")}, _IDS_MASK_TYPES),
+    "Esmc": _ClassDefaults(_roles(unk="<unk>", cls="<cls>", pad="<pad>", mask="<mask>", eos="<eos>")),
+    "Funnel": _ClassDefaults(
+        _roles(unk="<unk>", sep="<sep>", pad="<pad>", cls="<cls>", mask="<mask>", bos="<s>", eos="</s>")
+    ),
+    "Gemma": _ClassDefaults(_roles(unk="<unk>", bos="<bos>", eos="<eos>", pad="<pad>", mask="<mask>"), side="left"),
+    "GPTNeoX": _ClassDefaults(_roles(unk=_END, bos=_END, eos=_END, pad="<|padding|>")),
+    "Herbert": _ClassDefaults(_roles(cls="<s>", unk="<unk>", pad="<pad>", mask="<mask>", sep="</s>")),
+    "Llama": _ClassDefaults(_LLAMA, side="left"),
+    "MPNet": _ClassDefaults({**_ROBERTA, "unk_token": "[UNK]"}),
+    "Pegasus": _ClassDefaults({**_T5, "mask_token": "<mask_2>"}),
+    "RemBert": _ClassDefaults(
         _roles(bos="[CLS]", eos="[SEP]", unk="<unk>", sep="[SEP]", pad="<pad>", cls="[CLS]", mask="[MASK]")
     ),
-    **dict.fromkeys(("Bart", "LED", "Longformer", "Mvp", "Roberta"), _Class(_ROBERTA)),
-    "T5": _Class(_T5),
-    "XGLM": _Class(_roles(bos="<s>", eos="</s>", sep="</s>", cls="<s>", unk="<unk>", pad="<pad>")),
-    "XLMRoberta": _Class(_ROBERTA),
-    "XLNet": _Class(
+    **dict.fromkeys(("Bart", "LED", "Longformer", "Mvp", "Roberta"), _ClassDefaults(_ROBERTA)),
+    "T5": _ClassDefaults(_T5),
+    "XGLM": _ClassDefaults(_roles(bos="<s>", eos="</s>", sep="</s>", cls="<s>", unk="<unk>", pad="<pad>")),
+    "XLMRoberta": _ClassDefaults(_ROBERTA),
+    "XLNet": _ClassDefaults(
         _roles(bos="<s>", eos="</s>", unk="<unk>", sep="<sep>", pad="<pad>", cls="<cls>", mask="<mask>"), side="left"
     ),
 }
-"""By the class's name without "Tokenizer"."""
+"""Classes that replace the post-processor, by their name without "Tokenizer"."""
 
-AS_THEY_RUN = (
+DYNAMIC_CLASSES = (
     "Lasr",
     "LayoutLMv2",
     "LayoutLMv3",
@@ -106,9 +111,9 @@ AS_THEY_RUN = (
     "Udop",
     "Whisper",
 )
-"""Classes that set their post-processor as they run, or that no plain class can stand for."""
+"""Classes that set their post-processor at run time, or that `PLAIN_CLASS` cannot replace."""
 
-_BY_MODEL = {
+_CLASS_OF_MODEL_TYPE = {
     "albert": "Albert",
     "bert": "Bert",
     "camembert": "Camembert",
@@ -126,60 +131,62 @@ _BY_MODEL = {
     "t5": "T5",
     "xlm-roberta": "XLMRoberta",
 }
-"""Class of a tokenizer whose config does not name one, by ``model_type``."""
+"""``model_type`` -> class of a tokenizer whose config does not name one."""
 
 
 def short_name(name: str) -> str:
-    """A class's name without "Tokenizer" and "Fast"."""
+    """Return a class's name without "Tokenizer" and "Fast"."""
     return name.removesuffix("Fast").removesuffix("Tokenizer")
 
 
-def rebuilds(name: str) -> bool:
-    """Whether a class of transformers, by its name, does not take the file's post-processor."""
-    return short_name(name) in _CLASSES or short_name(name) in AS_THEY_RUN
+def replaces_post_processor(name: str) -> bool:
+    """Whether a class of transformers, given by its name, replaces the file's post-processor."""
+    return short_name(name) in _CLASSES or short_name(name) in DYNAMIC_CLASSES
 
 
-def as_it_runs(name: str, where: object) -> UnsupportedError:
-    """What is to be said of a class that sets its post-processor as it runs."""
+def dynamic_class_error(name: str, where: object) -> UnsupportedError:
+    """Return the error for a class that sets its post-processor at run time."""
     return UnsupportedError(
-        "this tokenizer sets its post-processor as it runs, so nothing put into it would stay",
+        "this tokenizer sets its post-processor at run time, so a prefix would be lost",
         where=where,
         found=name,
-        hint="bake without a prefix, and write the markers into the text, or put them into the chat template alone",
+        hint="bake without a prefix and write the markers into the text, or add them to the chat template only",
     )
 
 
-def plain_config(
+def use_plain_class(
     body: Mapping[str, Any], special: Mapping[str, Any], texts: Mapping[str, int], model_type: str | None, where: object
 ) -> dict[str, Any]:
-    """A ``tokenizer_config.json`` with which the file's post-processor is the one that is used.
+    """Return a ``tokenizer_config.json`` with which transformers uses the post-processor of ``tokenizer.json``.
 
     Args:
-        body: What it says; empty where there is no such file.
-        special: What ``special_tokens_map.json`` says.
+        body: Content of ``tokenizer_config.json``; empty without that file.
+        special: Content of ``special_tokens_map.json``; empty without that file.
         texts: Text -> id of the tokenizer's tokens.
-        model_type: Of the model's config.
-        where: For messages.
+        model_type: The ``model_type`` of the model's config.
+        where: Path of the checkpoint, for messages.
 
     Raises:
-        UnsupportedError: The class sets its post-processor as it runs.
+        UnsupportedError: The class sets its post-processor at run time.
     """
-    after = {key: value for key, value in body.items() if key not in FLAGS}
-    named = body.get("tokenizer_class")
-    name = named if isinstance(named, str) else _BY_MODEL.get(str(model_type), "")
-    if name in _PLAIN:
+    after = {key: value for key, value in body.items() if key not in PROCESSOR_FLAGS}
+    declared = body.get("tokenizer_class")
+    name = declared if isinstance(declared, str) else _CLASS_OF_MODEL_TYPE.get(str(model_type), "")
+    if name in _PLAIN_CLASSES:
         return after
     short = short_name(name)
-    if short in AS_THEY_RUN:
-        raise as_it_runs(name, where)
-    if short not in _CLASSES and isinstance(named, str):
+    if short in DYNAMIC_CLASSES:
+        raise dynamic_class_error(name, where)
+    if short not in _CLASSES and isinstance(declared, str):
         return after
-    known = _CLASSES.get(short, _Class())
-    roles = {role: text for role, text in known.roles.items() if text in texts and role not in special}
-    sides = {"padding_side": known.side} if known.side != "right" else {}
-    beside = {"model_input_names": list(known.inputs), **sides, **roles}
+    # A declared class that is not listed keeps the file's post-processor. Without a declared class, transformers would
+    # choose one by the model, so the plain class is declared then too.
+    defaults = _CLASSES.get(short, _ClassDefaults())
+    roles = {role: text for role, text in defaults.roles.items() if text in texts and role not in special}
+    sides = {"padding_side": defaults.side} if defaults.side != "right" else {}
+    added = {"model_input_names": list(defaults.inputs), **sides, **roles}
     return {
         **after,
-        **{key: value for key, value in beside.items() if after.get(key) is None},
-        "tokenizer_class": PLAIN,
+        **{key: value for key, value in added.items() if after.get(key) is None},
+        "tokenizer_class": PLAIN_CLASS,
     }

@@ -1,7 +1,7 @@
-"""How tokens enter a tokenizer and leave it: the content of a ``tokenizer.json`` in, its new content out.
+"""Adds tokens to the content of a ``tokenizer.json`` and removes them: parsed JSON in, new JSON out.
 
-One implementation for the file on disk (``tokenizer_files.py``) and for a tokenizer in memory
-(``live_tokenizer.py``); neither a file nor a tokenizer library is touched here.
+``patching.py`` uses it for the file on disk and ``live.py`` for a tokenizer in memory. Nothing here reads a file or
+imports the tokenizers library.
 """
 
 from __future__ import annotations
@@ -13,154 +13,156 @@ from typing import Any
 
 from embedsurgery.errors import CheckpointError, ConfigError, PlanError, UnsupportedError
 from embedsurgery.plan import AddTokens, Token
-from embedsurgery.tokenizer.content import TokenizerJson, flags
+from embedsurgery.tokenizer.content import TokenizerJson, added_token_fields
 
-_BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
-_PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder", "padding")
-"""Parts of the file that may name tokens."""
+_BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+_PARTS_WITH_TOKENS = ("normalizer", "pre_tokenizer", "post_processor", "decoder", "padding")
+"""Parts of the file that may refer to tokens."""
 
 
-def check_call(tokens: Sequence[Token]) -> None:
-    """Refuse tokens that no tokenizer could take.
+def check_token_list(tokens: Sequence[Token]) -> None:
+    """Refuse a list of tokens that is invalid for every tokenizer.
 
     Raises:
-        ConfigError: A text that is empty, comes twice, or is no text; an id that comes twice or is no id.
+        ConfigError: A text is empty, repeated or not valid Unicode, or an id is repeated or not an id.
     """
     texts: set[str] = set()
     ids: set[int] = set()
-    for place, token in enumerate(tokens):
+    for number, token in enumerate(tokens):
         if not token.content:
-            raise ConfigError("an empty token", where=f"token {place} of {len(tokens)}", hint="leave it out")
+            raise ConfigError("a token is empty", where=f"token {number} of {len(tokens)}", hint="leave it out")
         if token.content in texts:
-            raise ConfigError("a token comes twice", where=repr(token.content), hint="name it once")
+            raise ConfigError("a token is repeated", where=repr(token.content), hint="name it once")
         if type(token.id) is not int or token.id < 0 or token.id in ids:
-            raise ConfigError("an id that is no id, or comes twice", where=repr(token.content), found=token.id)
+            raise ConfigError("a token id is invalid or repeated", where=repr(token.content), found=token.id)
         if any("\ud800" <= character <= "\udfff" for character in token.content):
-            raise ConfigError("half a surrogate pair is no text", where=repr(token.content))
+            where = repr(token.content)
+            raise ConfigError("a token is not valid Unicode", where=where, found="half a surrogate pair")
         texts.add(token.content)
         ids.add(token.id)
 
 
-def unsettled(content: TokenizerJson, tokens: Sequence[Token], remove: bool) -> list[Token]:
-    """The tokens that are not yet there (or, to remove, not yet gone).
+def select_pending(content: TokenizerJson, tokens: Sequence[Token], remove: bool) -> list[Token]:
+    """Return the tokens that the tokenizer does not have yet or, to remove them, still has.
 
     Raises:
-        ConfigError: As `check_call`.
+        ConfigError: As `check_token_list`.
     """
-    check_call(tokens)
+    check_token_list(tokens)
     return [token for token in tokens if not (content.lacks(token) if remove else content.has(token))]
 
 
-def change(content: TokenizerJson, tokens: Sequence[Token], remove: bool = False) -> dict[str, Any]:
-    """The tokenizer's content with tokens added or removed; those that are there (or gone) already change nothing.
+def edit_tokenizer_json(content: TokenizerJson, tokens: Sequence[Token], remove: bool = False) -> dict[str, Any]:
+    """Return the tokenizer's content with tokens added or removed. Tokens that it has (or lacks) already are skipped.
 
-    A token that replaces another takes its place: its entry in ``added_tokens`` if it has one, and its key in the
-    model's vocabulary if it is there; it becomes an added token in either case, so that its text is found whole.
+    A token that replaces a reserved one takes over its entry in ``added_tokens`` and its key in the model's vocabulary.
+    It always becomes an added token: the model alone would split its text.
 
     Raises:
-        ConfigError: As `check_call`.
-        PlanError: An id or a text that is taken, or that the tokenizer would not give; a token to remove that is not
-            there as it was added.
+        ConfigError: As `check_token_list`.
+        PlanError: An id or a text is taken, the library would assign another id, or a token to remove is not as it was
+            added.
         UnsupportedError: The token to replace is in use.
-        CheckpointError: The content is no tokenizer's.
+        CheckpointError: The content is not a tokenizer's.
     """
-    tokens = unsettled(content, tokens, remove)
+    tokens = select_pending(content, tokens, remove)
     expected = dict(content.ids)
-    body = (_removed if remove else _added)(content, tokens, expected)
+    body = (_remove_from_body if remove else _add_to_body)(content, tokens, expected)
+    # The library assigns ids by position, so removing a token before others would change theirs.
     after = content.with_body(body)
-    if after.given != expected:
-        wrong = next(t for t in {**expected, **after.given} if expected.get(t) != after.given.get(t))
+    if after.assigned_ids != expected:
+        wrong = next(t for t in {**expected, **after.assigned_ids} if expected.get(t) != after.assigned_ids.get(t))
         raise PlanError(
-            "the change would give a token another id",
+            "the edit would change the id of a token",
             where=f"{content.where}: {wrong!r}",
             expected=expected.get(wrong),
-            found=after.given.get(wrong),
-            hint="tokens leave in the reverse order of their coming",
+            found=after.assigned_ids.get(wrong),
+            hint="remove tokens in the reverse order",
         )
     return body
 
 
-def undone(content: TokenizerJson, edit: AddTokens) -> tuple[AddTokens, ...]:
-    """The edits that take this one back, in order; asked for before it is done.
+def plan_undo(content: TokenizerJson, edit: AddTokens) -> tuple[AddTokens, ...]:
+    """Return the edits that undo this one, in order. Call it before the edit is done.
 
-    A reserved token that is in the model's vocabulary alone comes back by removing what replaced it; one that is an
-    added token itself by replacing what replaced it.
+    Where a new token replaced a reserved one that was in the model's vocabulary only, removing it restores the reserved
+    one. Where the reserved one was an added token too, it must replace the new one in turn.
     """
-    tokens = unsettled(content, edit.tokens, edit.remove)
+    tokens = select_pending(content, edit.tokens, edit.remove)
     if edit.remove:
         return (AddTokens(tuple(tokens)),) if tokens else ()
-    leave, rename = [], []
+    added, renamed = [], []
     for token in tokens:
         entry = None if token.replaces is None else content.entry(token.replaces)
         if token.replaces is None or entry is None:
-            leave.append(token)
+            added.append(token)
         else:
-            rename.append(Token(token.replaces, token.id, entry.get("special", False), token.content))
-    edits = (AddTokens(tuple(leave), remove=True), AddTokens(tuple(rename)))
+            renamed.append(Token(token.replaces, token.id, entry.get("special", False), token.content))
+    edits = (AddTokens(tuple(added), remove=True), AddTokens(tuple(renamed)))
     return tuple(e for e in edits if e.tokens)
 
 
-def _added(content: TokenizerJson, tokens: Sequence[Token], expected: dict[str, int]) -> dict[str, Any]:
-    """The body with tokens that are not there; ``expected`` becomes the ids that it should then have."""
+def _add_to_body(content: TokenizerJson, tokens: Sequence[Token], expected: dict[str, int]) -> dict[str, Any]:
+    """Return the body with new tokens, and update ``expected`` to the ids that it should have."""
     entries = list(content.added)
     renamed: dict[str, str] = {}
     following = content.next_id
     replaced = [token.replaces for token in tokens if token.replaces is not None]
-    uses = used(content, replaced) if replaced else {}
+    uses = find_uses(content, replaced) if replaced else {}
     for token in sorted(tokens, key=lambda t: t.id):
         if token.content in content.ids:
-            _refuse_text(content, token)
+            _refuse_known_text(content, token)
         if token.replaces is None:
-            if token.id != following or content.has_holes:
-                _refuse_id(content, token, following)
+            if token.id != following or content.has_gaps:
+                _refuse_wrong_id(content, token, following)
             following += 1
-            entries.append({"id": token.id, **flags(token)})  # ids follow each other: there is no higher one
+            entries.append({"id": token.id, **added_token_fields(token)})  # the new id is the highest
         else:
-            _check_there(content, token.replaces, token)
+            _check_replaced(content, token.replaces, token)
             refuse_used(uses.get(token.replaces, ()), content.where, token.replaces)
             renamed[token.replaces] = token.content
             del expected[token.replaces]
-            place = next((n for n, e in enumerate(entries) if e["content"] == token.replaces), None)
-            if place is None:
-                _insert(entries, token)
+            position = next((n for n, e in enumerate(entries) if e["content"] == token.replaces), None)
+            if position is None:
+                _insert_entry(entries, token)
             else:
-                entries[place] = {**entries[place], "content": token.content, "special": token.special}
+                entries[position] = {**entries[position], "content": token.content, "special": token.special}
         expected[token.content] = token.id
-    return _with(content, entries, renamed)
+    return _build_body(content, entries, renamed)
 
 
-def _removed(content: TokenizerJson, tokens: Sequence[Token], expected: dict[str, int]) -> dict[str, Any]:
-    """The body without tokens that were added; ``expected`` becomes the ids that it should then have."""
+def _remove_from_body(content: TokenizerJson, tokens: Sequence[Token], expected: dict[str, int]) -> dict[str, Any]:
+    """Return the body without tokens that were added, and update ``expected`` to the ids that it should have."""
     entries = list(content.added)
     renamed: dict[str, str] = {}
     for token in tokens:
         entry = content.entry(token.content)
-        within = token.content in content.vocabulary
-        if entry != {"id": token.id, **flags(token)} or within != (token.replaces is not None):
+        in_model = token.content in content.vocabulary
+        if entry != {"id": token.id, **added_token_fields(token)} or in_model != (token.replaces is not None):
             where = f"{content.where}: {token.content!r}"
             raise PlanError(
-                "a token to remove is not there as it was added",
+                "a token to remove differs from the one that was added",
                 where=where,
-                expected={"id": token.id, **flags(token)},
+                expected={"id": token.id, **added_token_fields(token)},
                 found=entry,
-                hint="undo by the edits that were made when it was added",
+                hint="remove it with the undo that adding it returned",
             )
         entries.remove(entry)
         del expected[token.content]
         if token.replaces is not None:
             renamed[token.content] = token.replaces
             expected[token.replaces] = token.id
-    return _with(content, entries, renamed)
+    return _build_body(content, entries, renamed)
 
 
-def _insert(entries: list[dict[str, Any]], token: Token) -> None:
-    """Put a token's entry where its id belongs, as the library sorts them."""
-    place = next((n for n, e in enumerate(entries) if e["id"] > token.id), len(entries))
-    entries.insert(place, {"id": token.id, **flags(token)})
+def _insert_entry(entries: list[dict[str, Any]], token: Token) -> None:
+    """Insert a token's entry by its id, as the library sorts them."""
+    position = next((n for n, e in enumerate(entries) if e["id"] > token.id), len(entries))
+    entries.insert(position, {"id": token.id, **added_token_fields(token)})
 
 
-def _with(content: TokenizerJson, entries: list[dict[str, Any]], renamed: Mapping[str, str]) -> dict[str, Any]:
-    """The body with other entries, and with other names in the model's vocabulary."""
+def _build_body(content: TokenizerJson, entries: list[dict[str, Any]], renamed: Mapping[str, str]) -> dict[str, Any]:
+    """Return the body with new entries, and with tokens of the model's vocabulary renamed."""
     body = {**content.body, "added_tokens": entries}
     if any(text in content.vocabulary for text in renamed):
         vocab = body["model"]["vocab"]
@@ -172,7 +174,7 @@ def _with(content: TokenizerJson, entries: list[dict[str, Any]], renamed: Mappin
     return body
 
 
-def _refuse_text(content: TokenizerJson, token: Token) -> None:
+def _refuse_known_text(content: TokenizerJson, token: Token) -> None:
     found = content.ids[token.content]
     where = f"{content.where}: {token.content!r}"
     if found != token.id:
@@ -184,103 +186,104 @@ def _refuse_text(content: TokenizerJson, token: Token) -> None:
             hint=f"use that id, {found}",
         )
     raise PlanError(
-        "the tokenizer has this token, and it is not as special",
+        "the tokenizer has this token, but not with this value of special",
         where=where,
         expected=token.special,
         found=not token.special,
-        hint=f"ask for it with special={not token.special}",
+        hint=f"use special={not token.special}",
     )
 
 
-def _refuse_id(content: TokenizerJson, token: Token, following: int) -> None:
+def _refuse_wrong_id(content: TokenizerJson, token: Token, following: int) -> None:
     where = f"{content.where}: {token.content!r}"
     taken = content.texts.get(token.id)
     if taken is not None:
         raise PlanError(
-            "the id of a new token is taken by another",
+            "the id of a new token is taken",
             where=where,
-            expected=f"{token.id} to be free",
+            expected=f"no token with id {token.id}",
             found=repr(taken),
-            hint="is it another tokenizer, or one with more tokens?",
+            hint="check that it is the right tokenizer: it has other or more tokens",
         )
-    if content.has_holes:
+    if content.has_gaps:
         raise UnsupportedError(
-            "the tokenizer's vocabulary has holes, so that a new token's id is not certain",
+            "the tokenizer's vocabulary has gaps, so the id of a new token depends on the library's version",
             where=where,
-            expected=f"{len(content.vocabulary)} ids without a gap",
+            expected=f"{len(content.vocabulary)} consecutive ids",
             found=f"ids up to {max(content.vocabulary.values())}",
             hint="replace a reserved token",
         )
     raise PlanError(
-        "the tokenizer cannot give a new token this id: ids follow each other",
+        "a new token can only have the next id",
         where=where,
         expected=following,
         found=token.id,
-        hint="is it another tokenizer, or one with fewer tokens?",
+        hint="check that it is the right tokenizer: it has other or fewer tokens",
     )
 
 
-def _check_there(content: TokenizerJson, text: str, token: Token) -> None:
-    """Refuse to replace a token that is not there."""
+def _check_replaced(content: TokenizerJson, text: str, token: Token) -> None:
+    """Refuse to replace a token that the tokenizer does not have, or has with another id."""
     if content.ids.get(text) != token.id:
         raise PlanError(
-            "the token to be replaced does not have the id",
+            "the token to replace does not have this id",
             where=f"{content.where}: {text!r}",
             expected=token.id,
             found=content.ids.get(text, "no such token"),
-            hint="is it another tokenizer?",
+            hint="check that it is the right tokenizer",
         )
 
 
-def used(content: TokenizerJson, texts: Collection[str]) -> dict[str, list[str]]:
-    """Where else a tokenizer names tokens: text -> the parts of its file. Texts that it names nowhere are absent.
+def find_uses(content: TokenizerJson, texts: Collection[str]) -> dict[str, list[str]]:
+    """Return text -> the other parts of a tokenizer's file that refer to it. Texts without any are absent.
 
     Raises:
-        CheckpointError: The merges are no pairs of texts.
+        CheckpointError: The merges are not pairs of texts.
     """
     model = content.body["model"]
-    named = {part: set(_strings(content.body.get(part))) for part in _PARTS}
-    named["merges"] = _merged(content, {text for text in texts if text in content.vocabulary})
+    named = {part: set(_iterate_strings(content.body.get(part))) for part in _PARTS_WITH_TOKENS}
+    named["merges"] = _find_merged(content, {text for text in texts if text in content.vocabulary})
     found = {text: [part for part, names in named.items() if text in names] for text in texts}
     for text, uses in found.items():
-        if content.unknown == content.ids.get(text, -1) or (_BYTE.fullmatch(text) and model.get("byte_fallback")):
+        if content.unknown == content.ids.get(text, -1) or (_BYTE_TOKEN.fullmatch(text) and model.get("byte_fallback")):
             uses.append("model")
     return {text: uses for text, uses in found.items() if uses}
 
 
 def refuse_used(uses: Sequence[str], where: object, text: str) -> None:
-    """Refuse to take away a token's name where something else names it.
+    """Refuse to rename or remove a token that something else refers to.
 
     Raises:
         UnsupportedError: There is a use.
     """
     if uses:
         raise UnsupportedError(
-            "the token is in use and cannot be taken away",
+            "the token is in use and cannot be replaced or removed",
             where=f"{where}: {text!r}",
-            found=f"it in {', '.join(dict.fromkeys(uses))}",
-            hint="choose another, or give its role to another first",
+            found=", ".join(dict.fromkeys(uses)),
+            hint="choose another token, or first give its role to another",
         )
 
 
-def _merged(content: TokenizerJson, texts: set[str]) -> set[str]:
-    """Those texts that a BPE model merges, or merges into."""
+def _find_merged(content: TokenizerJson, texts: set[str]) -> set[str]:
+    """Return those texts that a BPE model merges, or merges other texts into."""
     merges = content.body["model"].get("merges") if texts else None
     try:
         pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges or ()]
 
-        def apart(some: set[str]) -> bool:
+        def are_unused(some: set[str]) -> bool:
             return some.isdisjoint(chain.from_iterable(pairs)) and some.isdisjoint(map("".join, pairs))
 
-        return set() if apart(texts) else {text for text in texts if not apart({text})}
+        # There are many merges. One pass over them shows that none of the texts is used, the usual case.
+        return set() if are_unused(texts) else {text for text in texts if not are_unused({text})}
     except TypeError as error:
         raise CheckpointError(
-            "merges of the wrong kind", where=content.where, expected="pairs of texts", found=str(error)
+            "the merges are invalid", where=content.where, expected="pairs of texts", found=str(error)
         ) from error
 
 
-def _strings(value: Any) -> Iterator[str]:
-    """Every text in a part of the file, keys included."""
+def _iterate_strings(value: Any) -> Iterator[str]:
+    """Iterate every text in a part of the file, keys included."""
     rest = [value]
     while rest:
         item = rest.pop()

@@ -1,4 +1,7 @@
-"""The tokens that a tokenizer has, wherever it lies."""
+"""What planning new tokens must know of a tokenizer, for one in memory and one on disk.
+
+``live.py`` and ``patching.py`` create it.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +11,16 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class KnownTokens:
-    """What planning needs of a tokenizer.
+    """The tokens of a tokenizer, and functions that ask it for more.
 
     Attributes:
         texts: Id -> text of every token.
-        next_id: The id that it gives to the next token that is added.
-        encode: Ids of a text, without special tokens.
-        unknown: Id of the unknown token, None where there is none.
-        source: What it is, for messages.
-        replaceable: Gives the ids of reserved tokens ("[unused7]") that a new one may replace, ascending.
-        specials: Gives the ids of the added tokens that are special.
+        next_id: The id of the next added token.
+        encode: Returns the ids of a text, without special tokens around it.
+        unknown: Id of the unknown token, None without one.
+        source: Name or path of the tokenizer, for messages.
+        replaceable: Returns the ids of reserved tokens ("[unused7]") that a new token may replace, ascending.
+        specials: Returns the ids of the added tokens that are special.
     """
 
     texts: Mapping[int, str]

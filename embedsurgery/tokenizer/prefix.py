@@ -1,8 +1,8 @@
-"""Tokens at the front of every text: what a tokenizer's post-processor and its chat templates become.
+"""Edits a post-processor and chat templates so that they prepend a prefix to every text.
 
-Parsed JSON and texts in, parsed JSON and texts out. Which file holds them, and which class of transformers would put
-its own post-processor in their place, is ``tokenizer_files.py``'s and ``tokenizer_classes.py``'s. The post-processors
-are the tokenizers library's: https://huggingface.co/docs/tokenizers/api/post-processors
+Parsed JSON and strings in, new JSON and strings out. ``patching.py`` finds the files, ``live.py`` edits a tokenizer in
+memory, and ``classes.py`` knows the classes that would replace the post-processor. The post-processors are those of the
+tokenizers library: https://huggingface.co/docs/tokenizers/api/post-processors
 """
 
 from __future__ import annotations
@@ -15,84 +15,87 @@ from typing import Any
 from embedsurgery.errors import PlanError, UnsupportedError
 from embedsurgery.plan import Prefix
 
-MARK = "<|soft:"
-"""How the texts of baked virtual tokens begin."""
+MARKER_START = "<|soft:"
+"""Start of the texts of baked virtual tokens."""
 
-_MAKERS = ("TemplateProcessing", "BertProcessing", "RobertaProcessing")
-"""Post-processors that add tokens."""
+_ADDS_TOKENS = ("TemplateProcessing", "BertProcessing", "RobertaProcessing")
+"""Types of post-processors that add tokens."""
 
-_BEGINS = re.compile(r"\s*\{\{-?\s*bos_token\s*-?\}\}")
+_BOS_FIRST = re.compile(r"\s*\{\{-?\s*bos_token\s*-?\}\}")
 
 Piece = dict[str, Any]
 
 
-def put_first(processor: Mapping[str, Any] | None, prefix: Prefix, where: object) -> dict[str, Any]:
-    """The post-processor that does what one does, and puts tokens at the front of the first text as well.
+def add_to_post_processor(processor: Mapping[str, Any] | None, prefix: Prefix, where: object) -> dict[str, Any]:
+    """Return a post-processor that also prepends a prefix to the text, or to the first text of a pair.
 
     Args:
         processor: ``post_processor`` of a ``tokenizer.json``.
         prefix: The tokens.
-        where: For messages.
+        where: Path of the file, for messages.
 
     Raises:
-        UnsupportedError: A post-processor of a kind that is not known, or several that add tokens.
+        UnsupportedError: The type of a post-processor is unknown, or several add tokens.
     """
-    parts = _parts(processor)
+    parts = _flatten(processor)
     kinds = [part.get("type") for part in parts]
-    makers = [place for place, kind in enumerate(kinds) if kind in _MAKERS]
-    strange = [str(kind) for kind in kinds if kind not in (*_MAKERS, "ByteLevel")]
-    if strange or len(makers) > 1:
+    adding = [number for number, kind in enumerate(kinds) if kind in _ADDS_TOKENS]
+    unknown = [str(kind) for kind in kinds if kind not in (*_ADDS_TOKENS, "ByteLevel")]
+    if unknown or len(adding) > 1:
         raise UnsupportedError(
-            "a post-processor that tokens cannot be added to",
+            "this post-processor cannot prepend a prefix",
             where=where,
-            expected=f"one of {', '.join(_MAKERS)}, ByteLevel or none",
-            found=", ".join(strange) or f"{len(makers)} that add tokens",
-            hint="bake without a prefix, and write the markers into the text",
+            expected=f"one of {', '.join(_ADDS_TOKENS)}, ByteLevel or none",
+            found=", ".join(unknown) or f"{len(adding)} that add tokens",
+            hint="bake without a prefix and write the markers into the text",
         )
-    if not makers:
-        after = [*parts, _inserted(_template(None), prefix)]
+    if not adding:
+        after = [*parts, _insert_prefix(_as_template(None), prefix)]
     else:
-        place = makers[0]
-        new = _inserted(_template(parts[place]), prefix)
-        after = [*parts[:place], *_offsets(parts[place]), new, *parts[place + 1 :]]
+        n = adding[0]
+        new = _insert_prefix(_as_template(parts[n]), prefix)
+        after = [*parts[:n], *_offset_trimming(parts[n]), new, *parts[n + 1 :]]
     return after[0] if len(after) == 1 else {"type": "Sequence", "processors": after}
 
 
-def put_first_in_chat(template: str, prefix: Prefix, bos: str | None, where: object) -> str:
-    """A chat template whose every rendering begins with tokens' texts.
+def add_to_chat_template(template: str, prefix: Prefix, bos: str | None, where: object) -> str:
+    """Return a chat template that also writes a prefix, at its beginning or after the BOS token.
+
+    Jinja is not parsed: the BOS is found only as the first thing that the template writes.
 
     Args:
-        template: Jinja.
+        template: A Jinja template.
         prefix: The tokens.
-        bos: Text of the token that begins a text, None where there is none.
-        where: For messages.
+        bos: Text of the BOS token, None without one.
+        where: Path of the file, for messages.
 
     Raises:
-        UnsupportedError: They are to stand behind the BOS, and where the template writes that is not seen.
+        UnsupportedError: The prefix comes after the BOS token, and the template writes that somewhere else.
     """
     if not prefix.after_bos:
         return prefix.text + template
-    match = _BEGINS.match(template)
+    # transformers encodes a rendered chat without the post-processor's tokens, so templates write the BOS themselves.
+    match = _BOS_FIRST.match(template)
     if match is not None:
         return template[: match.end()] + prefix.text + template[match.end() :]
     if bos and template.startswith(bos):
         return bos + prefix.text + template.removeprefix(bos)
     if "bos_token" in template or (bos and bos in template):
         raise UnsupportedError(
-            "where this chat template writes the BOS is not plain, so nothing can be put behind it",
+            "this chat template does not begin with the BOS token, so a prefix cannot be added after it",
             where=where,
             found=repr(template[:60]),
             expected="{{ bos_token }} at its beginning",
-            hint="put the prompt before the BOS, or leave the chat template alone",
+            hint="add the prompt before the BOS token, or leave the chat template unchanged",
         )
     return prefix.text + template
 
 
-def refuse_held(processor: object, templates: Iterable[str], contents: Iterable[str], where: object) -> None:
-    """Refuse tokens that a post-processor or a chat template writes already.
+def refuse_existing_prefix(processor: object, templates: Iterable[str], contents: Iterable[str], where: object) -> None:
+    """Refuse tokens that a post-processor or a chat template writes already, and a second prefix.
 
     Raises:
-        PlanError: With the token and the place.
+        PlanError: There is one. The error has the token and where it is.
     """
     written = {"the post-processor": json.dumps(processor, ensure_ascii=False)}
     written |= {f"chat template {number}": text for number, text in enumerate(templates, 1)}
@@ -100,72 +103,74 @@ def refuse_held(processor: object, templates: Iterable[str], contents: Iterable[
         for place, text in written.items():
             if content in text:
                 raise PlanError(
-                    "the tokenizer's template holds this marker already",
+                    "the tokenizer writes this marker already",
                     where=f"{where}: {place}",
                     found=repr(content),
-                    hint="take it out there, or bake under another name",
+                    hint="remove it there, or bake under another name",
                 )
     for place, text in written.items():
-        if MARK in text:
+        if MARKER_START in text:
             raise PlanError(
-                "another soft prompt stands before every text already",
+                "the tokenizer prepends another soft prompt already",
                 where=f"{where}: {place}",
-                hint="unmerge it first, or bake with prefix='none' and choose by the text",
+                found=MARKER_START,
+                hint="unmerge it first, or bake with prefix='none' and write the markers into the text",
             )
 
 
-def _parts(processor: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    """The processors one after another."""
+def _flatten(processor: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """Return the post-processors in a sequence, nested ones included."""
     if processor is None:
         return []
     if processor.get("type") == "Sequence" and isinstance(processor.get("processors"), list):
-        return [part for inner in processor["processors"] for part in _parts(inner)]
+        return [part for inner in processor["processors"] for part in _flatten(inner)]
     return [dict(processor)]
 
 
-def _template(processor: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What adds a text's special tokens, as a template."""
+def _as_template(processor: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return an equal ``TemplateProcessing``: the others cannot add further tokens. For None it adds nothing."""
     if processor is None:
-        single, pair, named = [_sequence("A", 0)], [_sequence("A", 0), _sequence("B", 1)], {}
+        single, pair, named = [_sequence_piece("A", 0)], [_sequence_piece("A", 0), _sequence_piece("B", 1)], {}
     elif processor["type"] == "TemplateProcessing":
         return dict(processor)
     else:
+        # BERT's pair is [CLS] A [SEP] B [SEP] with types 0 and 1, RoBERTa's <s> A </s></s> B </s> with type 0 only.
         (cls, cls_id), (sep, sep_id) = processor["cls"], processor["sep"]
         second = int(processor["type"] == "BertProcessing")
-        single = [_special(cls, 0), _sequence("A", 0), _special(sep, 0)]
-        middle = [] if second else [_special(sep, 0)]
-        pair = [*single, *middle, _sequence("B", second), _special(sep, second)]
-        named = {cls: _named(cls, [cls_id], [cls]), sep: _named(sep, [sep_id], [sep])}
+        single = [_special_piece(cls, 0), _sequence_piece("A", 0), _special_piece(sep, 0)]
+        middle = [] if second else [_special_piece(sep, 0)]
+        pair = [*single, *middle, _sequence_piece("B", second), _special_piece(sep, second)]
+        named = {cls: _special_token(cls, [cls_id], [cls]), sep: _special_token(sep, [sep_id], [sep])}
     return {"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": named}
 
 
-def _offsets(processor: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What else a processor does, that a template does not: RoBERTa's trims offsets as the byte-level one does."""
+def _offset_trimming(processor: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return a post-processor for what a template cannot do: RobertaProcessing trims offsets as ByteLevel does."""
     if processor["type"] != "RobertaProcessing":
         return []
     kept = {key: processor[key] for key in ("add_prefix_space", "trim_offsets")}
     return [{"type": "ByteLevel", **kept, "use_regex": True}]
 
 
-def _inserted(template: Mapping[str, Any], prefix: Prefix) -> dict[str, Any]:
-    """A template with one more special token, which stands for all that are put at the front."""
+def _insert_prefix(template: Mapping[str, Any], prefix: Prefix) -> dict[str, Any]:
+    """Return a template with one more special token, whose ids are those of all tokens of the prefix."""
     after = dict(template)
     for key in ("single", "pair"):
         pieces = list(template[key])
-        place = next(n for n, piece in enumerate(pieces) if "Sequence" in piece) if prefix.after_bos else 0
-        kind = next(iter(pieces[0].values()))["type_id"]
-        after[key] = [*pieces[:place], _special(prefix.label, kind), *pieces[place:]]
-    named = _named(prefix.label, list(prefix.ids), list(prefix.contents))
+        begin = next(n for n, piece in enumerate(pieces) if "Sequence" in piece) if prefix.after_bos else 0
+        type_id = next(iter(pieces[0].values()))["type_id"]
+        after[key] = [*pieces[:begin], _special_piece(prefix.label, type_id), *pieces[begin:]]
+    named = _special_token(prefix.label, list(prefix.ids), list(prefix.contents))
     return {**after, "special_tokens": {**template["special_tokens"], prefix.label: named}}
 
 
-def _special(text: str, kind: int) -> Piece:
-    return {"SpecialToken": {"id": text, "type_id": kind}}
+def _special_piece(text: str, type_id: int) -> Piece:
+    return {"SpecialToken": {"id": text, "type_id": type_id}}
 
 
-def _sequence(name: str, kind: int) -> Piece:
-    return {"Sequence": {"id": name, "type_id": kind}}
+def _sequence_piece(name: str, type_id: int) -> Piece:
+    return {"Sequence": {"id": name, "type_id": type_id}}
 
 
-def _named(label: str, ids: list[int], texts: list[str]) -> dict[str, Any]:
+def _special_token(label: str, ids: list[int], texts: list[str]) -> dict[str, Any]:
     return {"id": label, "ids": ids, "tokens": texts}

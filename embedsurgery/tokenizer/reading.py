@@ -1,7 +1,7 @@
-"""What a checkpoint's tokenizer files say, and where they, the config and the table disagree; nothing is changed here.
+"""Reads a checkpoint's tokenizer files, and finds where they, the config and the table disagree. Changes nothing.
 
-A ``tokenizer.json`` can be large, and its verbs ask for it again and again: the last one that was read stays parsed.
-What the files become when tokens come or go is ``tokenizer_files.py``'s.
+A ``tokenizer.json`` can be large, and one command reads it several times, so the last one is kept parsed.
+``patching.py`` computes the new bytes of the files.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from typing import Any
 
 from embedsurgery.errors import CheckpointError, EmbedSurgeryError, UnsupportedError
 from embedsurgery.files.json_reading import parse_json, read_json, read_small
-from embedsurgery.tokenizer.content import TokenizerJson, reserved_ids
+from embedsurgery.tokenizer.content import TokenizerJson, find_reserved_ids
 
 TOKENIZER = "tokenizer.json"
 CONFIG = "tokenizer_config.json"
 SPECIAL = "special_tokens_map.json"
 ADDED = "added_tokens.json"
 
-_OTHERS = (
+_OTHER_FILES = (
     "tokenizer.model",
     "vocab.json",
     "vocab.txt",
@@ -34,36 +34,36 @@ _OTHERS = (
     SPECIAL,
     ADDED,
 )
-"""What a slow tokenizer, or one of another library, may consist of."""
+"""Files of slow tokenizers and of other libraries."""
 
 
-def token_texts(directory: Path) -> dict[int, str] | None:
-    """Id -> text of every token in ``tokenizer.json``, added ones included; None without that file.
+def read_token_texts(directory: Path) -> dict[int, str] | None:
+    """Return id -> text of every token in ``tokenizer.json``, added ones included; None without that file.
 
     Raises:
-        CheckpointError: The file is no JSON object.
+        CheckpointError: The file is not a JSON object.
     """
     path = directory / TOKENIZER
     if not path.exists():
         return None
-    return _texts(_content(path)[1].body)
+    return _texts_in(_read_content(path)[1].body)
 
 
 def highest_token_id(directory: Path) -> int | None:
-    """The highest id that the tokenizer can give, None where ``tokenizer.json`` does not say."""
-    texts = token_texts(directory)
+    """Return the highest id in ``tokenizer.json``, None without that file or if it has no tokens."""
+    texts = read_token_texts(directory)
     return max(texts) if texts else None
 
 
 @dataclass(frozen=True)
 class RowUse:
-    """What a tokenizer uses of a table's rows.
+    """Which rows of a table a tokenizer uses.
 
     Attributes:
-        used: How many rows have a token that stands for something.
-        reserved: Ids of tokens that wait for a use, ascending.
+        used: Number of rows with a token that is not reserved.
+        reserved: Ids of reserved tokens, ascending.
         spare: Rows without a token, ascending.
-        disagreements: As `disagreements` gives them.
+        disagreements: What `find_disagreements` returns.
     """
 
     used: int
@@ -72,45 +72,45 @@ class RowUse:
     disagreements: tuple[str, ...]
 
 
-def row_use(directory: Path, rows: int, sizes: Iterable[int] = ()) -> RowUse | None:
-    """What the tokenizer uses of a table of so many rows; None without a ``tokenizer.json``.
+def read_row_use(directory: Path, rows: int, sizes: Iterable[int] = ()) -> RowUse | None:
+    """Return which rows of a table the tokenizer uses, None without a ``tokenizer.json``.
 
     Args:
         directory: The checkpoint.
-        rows: How many rows the table has.
-        sizes: The vocabulary sizes that ``config.json`` names.
+        rows: The number of rows of the table.
+        sizes: The vocabulary sizes in ``config.json``.
 
     Raises:
-        CheckpointError: The file is no JSON object.
+        CheckpointError: The file is not a JSON object.
     """
-    texts = token_texts(directory)
+    texts = read_token_texts(directory)
     if texts is None:
         return None
-    reserved = reserved_ids(texts)
+    reserved = find_reserved_ids(texts)
     spare = tuple(i for i in range(rows) if i not in texts)
-    return RowUse(len(texts) - len(reserved), reserved, spare, disagreements(directory, rows, sizes))
+    return RowUse(len(texts) - len(reserved), reserved, spare, find_disagreements(directory, rows, sizes))
 
 
-def disagreements(directory: Path, rows: int, sizes: Iterable[int] = ()) -> tuple[str, ...]:
-    """In what the tokenizer's files, the config and the input table do not agree; empty where they do.
+def find_disagreements(directory: Path, rows: int, sizes: Iterable[int] = ()) -> tuple[str, ...]:
+    """Return where the tokenizer's files, the config and the input table disagree, one sentence each.
 
     Args:
         directory: The checkpoint.
-        rows: How many rows the table has.
-        sizes: The vocabulary sizes that ``config.json`` names.
+        rows: The number of rows of the table.
+        sizes: The vocabulary sizes in ``config.json``.
     """
-    said = tuple(dict.fromkeys(sizes))
+    sizes = tuple(dict.fromkeys(sizes))
     found = []
-    if said and rows not in said:
-        found.append(f"the config says {' or '.join(map(str, said))}, the table has {rows} rows")
+    if sizes and rows not in sizes:
+        found.append(f"config.json has the size {' or '.join(map(str, sizes))}, the table has {rows} rows")
     try:
-        return (*found, *_contradictions(directory, rows))
+        return (*found, *_find_contradictions(directory, rows))
     except EmbedSurgeryError as error:
         return (*found, str(error))
 
 
 def read_tokenizer(directory: Path) -> tuple[bytes, TokenizerJson]:
-    """The bytes and the content of ``tokenizer.json``.
+    """Return the bytes and the content of ``tokenizer.json``.
 
     Raises:
         CheckpointError: There is no tokenizer, or its file cannot be read.
@@ -118,48 +118,48 @@ def read_tokenizer(directory: Path) -> tuple[bytes, TokenizerJson]:
     """
     path = directory / TOKENIZER
     if not path.exists():
-        slow = [name for name in _OTHERS if (directory / name).exists()]
+        slow = [name for name in _OTHER_FILES if (directory / name).exists()]
         if not slow:
             raise CheckpointError(
-                "no tokenizer beside the weights",
+                "the checkpoint has no tokenizer",
                 where=directory,
                 expected=TOKENIZER,
-                hint="put the model's tokenizer files there",
+                hint="copy the model's tokenizer files into it",
             )
         raise UnsupportedError(
-            "a tokenizer of the slow kind alone",
+            "the checkpoint has only a slow tokenizer",
             where=directory,
             expected=TOKENIZER,
             found=", ".join(slow),
-            hint="AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) "
-            "writes one where the model has a fast tokenizer; es.add_tokens needs none",
+            hint="AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) writes it if the model has a fast tokenizer; "
+            "es.add_tokens works without it",
         )
     config = directory / CONFIG
     versions = read_json(config).get("fast_tokenizer_files") if config.exists() else None
     if isinstance(versions, list) and any(name != TOKENIZER for name in versions):
         raise UnsupportedError(
-            "several versions of tokenizer.json",
+            "the checkpoint has several versions of tokenizer.json",
             where=config,
             found=", ".join(map(str, versions)),
-            hint="save the tokenizer again with the transformers that you use",
+            hint="load and save the tokenizer with your version of transformers",
         )
-    return _content(path)
+    return _read_content(path)
 
 
-def _content(path: Path) -> tuple[bytes, TokenizerJson]:
-    global _last
+def _read_content(path: Path) -> tuple[bytes, TokenizerJson]:
+    global _last_read
     data = read_small(path)
-    if _last is None or _last[0] != data:
-        _last = (data, TokenizerJson(parse_json(data, path), path))
-    return data, _last[1].at(path)
+    if _last_read is None or _last_read[0] != data:
+        _last_read = (data, TokenizerJson(parse_json(data, path), path))
+    return data, _last_read[1].with_where(path)
 
 
-_last: tuple[bytes, TokenizerJson] | None = None
-"""The ``tokenizer.json`` that was read last."""
+_last_read: tuple[bytes, TokenizerJson] | None = None
+"""Bytes and content of the ``tokenizer.json`` that was read last."""
 
 
-def _contradictions(directory: Path, rows: int) -> Iterator[str]:
-    """What the tokenizer's files say against each other and against the table."""
+def _find_contradictions(directory: Path, rows: int) -> Iterator[str]:
+    """Find where the tokenizer's files contradict each other or the table."""
     content = read_tokenizer(directory)[1]
     highest = max(content.ids.values(), default=-1)
     if highest >= rows:
@@ -167,15 +167,16 @@ def _contradictions(directory: Path, rows: int) -> Iterator[str]:
     config = read_json(directory / CONFIG) if (directory / CONFIG).exists() else {}
     decoder = config.get("added_tokens_decoder")
     listed = read_json(directory / ADDED) if (directory / ADDED).exists() else {}
-    said = [(ADDED, text, index) for text, index in listed.items()]
+    claims = [(ADDED, text, index) for text, index in listed.items()]
     for index, entry in decoder.items() if isinstance(decoder, dict) else ():
-        said.append((CONFIG, str(entry.get("content") if isinstance(entry, dict) else entry), index))
-    for name, text, index in said:
+        claims.append((CONFIG, str(entry.get("content") if isinstance(entry, dict) else entry), index))
+    for name, text, index in claims:
         if str(content.ids.get(text)) != str(index):
-            yield f"{name} says that {text!r} is {index}, {TOKENIZER} says {content.ids.get(text, 'nothing of it')}"
+            yield f"{name} has {text!r} as {index}, {TOKENIZER} has {content.ids.get(text, 'no such token')}"
 
 
-def _texts(body: Mapping[str, Any]) -> dict[int, str]:
+def _texts_in(body: Mapping[str, Any]) -> dict[int, str]:
+    """Return id -> text, without the checks of `TokenizerJson`: `inspect` shows broken files too."""
     model = body.get("model")
     vocab = model.get("vocab") if isinstance(model, dict) else None
     found: dict[int, str] = {}

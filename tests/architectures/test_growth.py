@@ -1,4 +1,4 @@
-"""Growing the vocabulary of a tiny model of every architecture, against ``resize_token_embeddings`` as the oracle."""
+"""Growing the vocabulary of a tiny model of every architecture, compared with ``resize_token_embeddings``."""
 
 from __future__ import annotations
 
@@ -21,19 +21,20 @@ from embedsurgery.tensors.convert import to_raw
 from embedsurgery.tensors.raw import RawArray
 from tests.support import zoo
 from tests.support.comparing import bits, contents
+from tests.support.errors import raises
 
 pytestmark = pytest.mark.sweep
 
 N = 8
 
 REFUSED = {
-    "BltForCausalLM": "a patcher judges the text by how likely it finds the next of all tokens",
-    "CpmAntForCausalLM": "rows of prompts follow the tokens', at places that config.vocab_size gives",
-    "DeepseekV4ForCausalLM": "its first layers choose experts by a table of token ids",
-    "DoryForCausalLM": "its head scales each token's logit by a number of its own",
-    "Gemma3nForConditionalGeneration": "every id from its audio's vocab_offset on is taken for a sound",
-    "IBertForMaskedLM": "it keeps a second table for integers",
-    "IBertForMaskedLM[quant]": "it keeps a second table for integers",
+    "BltForCausalLM": "patcher_config",  # a second model divides the text by the probability of its next token
+    "CpmAntForCausalLM": "1121 rows",  # rows of prompts follow the tokens', at ids that config.vocab_size determines
+    "DeepseekV4ForCausalLM": "tid2eid, I64",  # its first layers choose experts by token id
+    "DoryForCausalLM": "lm_head.logit_scale",  # its head scales each token's logit
+    "Gemma3nForConditionalGeneration": "_config.vocab_offset",  # all ids from the offset on are images or sounds
+    "IBertForMaskedLM": "word_embeddings.weight_integer",  # a second table of integers
+    "IBertForMaskedLM[quant]": "word_embeddings.weight_integer",
     **dict.fromkeys(
         (
             "Inkling2ForCausalLM",
@@ -41,29 +42,28 @@ REFUSED = {
             "Inkling2LoopForCausalLM",
             "Inkling2LoopForConditionalGeneration",
         ),
-        "its head gives the first unpadded_vocab_size tokens",
+        "unpadded_vocab_size",  # its head returns logits of so many tokens
     ),
-    "KyutaiSpeechToTextForConditionalGeneration": "rows of audio codes follow the tokens'",
-    "Molmo2ForConditionalGeneration": "rows of additional tokens follow, which are a tensor of their own on disk",
-    "MoshiForCausalLM": "the row behind the tokens' starts a text",
+    "KyutaiSpeechToTextForConditionalGeneration": "131 rows",  # rows of audio codes follow the tokens'
+    "Molmo2ForConditionalGeneration": "text_config.additional_vocab_size",  # these rows are another tensor on disk
+    "MoshiForCausalLM": "98 rows",  # the row after the tokens' begins a text
 }
-"""Where growing is refused by name, and why."""
+"""Models that are refused -> what prevents them from growing, in the error."""
 
 NO_INPUT = ("DiaForConditionalGeneration", "MusicgenForCausalLM", "MusicgenMelodyForCausalLM", "PerceiverForMaskedLM")
-"""Models without a token table that the whole looks its input up in."""
+"""Models without a table for their input ids."""
 
 DIFFERENT = {
-    "EsmForMaskedLM": "transformers leaves the head's bias at V, so that the forward fails",
-    "FSMTForConditionalGeneration": "transformers grows source and target together, and counts only the target",
-    "Gemma3nForCausalLM": "transformers grows the per-layer table too, which has a smaller vocabulary of its own",
-    "MllamaForCausalLM": "transformers makes the head as long as the input, which has 8 rows more; saved, that cannot "
-    "be loaded",
+    "EsmForMaskedLM": "transformers does not resize the head's bias, and the forward fails",
+    "FSMTForConditionalGeneration": "transformers grows source and target together, and updates only the target's size",
+    "Gemma3nForCausalLM": "transformers grows the per-layer table too, which has another, smaller vocabulary",
+    "MllamaForCausalLM": "transformers makes the head as long as the input, 8 rows longer; that file cannot be loaded",
     "MllamaForConditionalGeneration": "as MllamaForCausalLM",
-    "NemotronH_Omni_Reasoning_V3": "transformers does not find the head and leaves it at V",
+    "NemotronH_Omni_Reasoning_V3": "transformers does not find the head, and does not resize it",
     "ReformerForMaskedLM": "transformers drops the head's bias, or (from 5.24 on) ties the head's two",
     "ReformerModelWithLMHead": "as ReformerForMaskedLM",
 }
-"""Where the shapes or configs are not those that transformers gives, and why."""
+"""Models -> why the shapes or configs differ from transformers'."""
 
 NO_ORACLE = (
     "EncoderDecoderModel",
@@ -72,13 +72,13 @@ NO_ORACLE = (
     "VisionEncoderDecoderModel",
     "xLSTMForCausalLM",
 )
-"""What transformers cannot resize, and embedsurgery can."""
+"""Models that transformers cannot resize, and embedsurgery can."""
 
 CASES = [pytest.param(case, id=case.name) for case in zoo.cases()]
 
 
 def growth(graph: es.EmbeddingGraph) -> tuple[Vocabulary, Grow]:
-    """New rows for everything in the main vocabulary, the same in memory and on disk, where names may differ."""
+    """Return new rows for the main vocabulary: equal in memory and on disk, where names may differ."""
     vocabulary = graph.vocabulary_of(graph.main_input())
 
     def values(seed: int, *shape: int) -> RawArray:
@@ -90,7 +90,7 @@ def growth(graph: es.EmbeddingGraph) -> tuple[Vocabulary, Grow]:
 
 
 def configs(model: nn.Module) -> dict[str, int]:
-    """Every integer in every config of a model."""
+    """Return every integer in every config of a model."""
     found: dict[str, int] = {}
 
     def walk(part: Any, path: str) -> None:
@@ -130,7 +130,7 @@ def state(model: nn.Module) -> dict[str, bytes]:
 
 
 def forward(case: zoo.Case, model: nn.Module, **ids: int) -> torch.Tensor:
-    """Logits, with one id of some inputs replaced."""
+    """Return the logits, with one id of some inputs replaced."""
     inputs = copy.deepcopy(zoo.inputs(case, model))
     for name, index in ids.items():
         if name in inputs:
@@ -141,7 +141,7 @@ def forward(case: zoo.Case, model: nn.Module, **ids: int) -> torch.Tensor:
 
 
 def resized(case: zoo.Case, size: int) -> nn.Module:
-    """What transformers makes of the same model."""
+    """Return the same model, resized by transformers."""
     model = zoo.build(case)
     options = {} if "MobileBert" in case.name else {"mean_resizing": False}
     model.resize_token_embeddings(size, **options)
@@ -159,7 +159,7 @@ def test_in_memory(case: zoo.Case) -> None:
     kept = state(model), attributes(model), configs(model), ties(model), shapes(model)
     vocabulary, edit = growth(graph)
     if case.name in REFUSED:
-        with pytest.raises(es.errors.UnsupportedError, match="cannot grow"):
+        with raises(es.errors.UnsupportedError, where=vocabulary.name, found=REFUSED[case.name]):
             apply(Plan((edit,)), module_store(model))
         assert (state(model), attributes(model), configs(model), ties(model), shapes(model)) == kept
         return
@@ -176,15 +176,15 @@ def test_in_memory(case: zoo.Case) -> None:
         with pytest.raises((NotImplementedError, AttributeError)):
             resized(case, size + N)
     else:
-        agrees_with_transformers(case, model, resized(case, size + N), kept[2], kept[1])
+        check_against_transformers(case, model, resized(case, size + N), kept[2], kept[1])
     apply(undo, module_store(model))
     assert (state(model), attributes(model), configs(model), ties(model), shapes(model)) == kept
 
 
-def agrees_with_transformers(
+def check_against_transformers(
     case: zoo.Case, model: nn.Module, theirs: nn.Module, before: dict[str, int], counted: dict[str, int]
 ) -> None:
-    """The same tensors and ties; the same sizes in configs and modules, or more that transformers leaves behind."""
+    """Check for equal tensors and ties, and for the sizes that transformers updates in configs and modules."""
     differ = (
         shapes(theirs) != shapes(model)
         or ties(theirs) != ties(model)
@@ -204,7 +204,7 @@ def agrees_with_transformers(
 
 @pytest.mark.parametrize("case", CASES)
 def test_on_disk(case: zoo.Case, tmp_path: Path) -> None:
-    """Grown on disk and loaded by transformers: the bits of the model grown in memory, saved and loaded again."""
+    """A checkpoint grown on disk loads with the bits of the model that was grown in memory, saved and loaded."""
     model = zoo.build(case)
     graph = es.walk(model)
     if case.name in NO_INPUT:
@@ -212,10 +212,11 @@ def test_on_disk(case: zoo.Case, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "base")
     before, store = contents(tmp_path / "base"), ShardStore.open(tmp_path / "base")
     if case.name in REFUSED:
-        if store.graph.input is None:  # Molmo2's table is two tensors there
+        if store.graph.input is None:  # Molmo2's table is stored as two tensors
             return
-        with pytest.raises(es.errors.UnsupportedError, match="cannot grow"):
-            apply(Plan((growth(store.graph)[1],)), store)
+        vocabulary, edit = growth(store.graph)
+        with raises(es.errors.UnsupportedError, where=vocabulary.name, found=REFUSED[case.name]):
+            apply(Plan((edit,)), store)
         assert contents(tmp_path / "base") == before
         return
     _, edit = growth(graph)

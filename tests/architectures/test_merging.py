@@ -1,6 +1,6 @@
-"""The whole path on a tiny model of every architecture of the installed transformers, against hand-edited copies.
+"""Training and merging on a tiny model of every architecture of the installed transformers.
 
-The reference is always the same model with its weight edited by hand, or its full gradient; never our own code.
+The reference is always the same model with its weight edited by hand, or its full gradient, without embedsurgery.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.sweep
 REFUSED_ON_DISK = {
     "Molmo2ForConditionalGeneration": "its table is stored as two tensors, which loading concatenates",
 }
-"""Class name -> why merging on disk refuses it, with an error of ours and nothing written."""
+"""Class name -> why merging on disk refuses it and writes nothing."""
 
 COPIED = {
     "IBertForMaskedLM": "its lookup quantises the whole table",
@@ -35,14 +35,14 @@ COPIED = {
     "MobileBertForMaskedLM": "its head joins the weight to another",
     "PerceiverForMaskedLM": "its head is a function of the weight",
 }
-"""Class name -> why a full copy of its table is made: said when it is attached to, or where its forward reads."""
+"""Class name -> why its table is copied, with a warning when the model is attached to or first run."""
 
 CASES = [pytest.param(case, id=case.name) for case in zoo.cases()]
 
 
 @dataclass
-class Patient:
-    """A model, a copy of it that stays as it is, the table that is operated on, and what its rows become."""
+class Setup:
+    """A model, an unchanged copy of it, the table that is edited, and its new rows."""
 
     model: nn.Module
     untouched: nn.Module
@@ -55,7 +55,7 @@ class Patient:
         return zoo.logits(model(**copy.deepcopy(self.inputs)))
 
     def edited(self) -> nn.Module:
-        """The model with its weight edited by hand; nothing of embedsurgery has a part in it."""
+        """Return the model with its weight edited by hand, without embedsurgery."""
         copied = copy.deepcopy(self.untouched)
         weight = dict(copied.named_parameters(remove_duplicate=False))[self.table.name]
         with torch.no_grad():
@@ -67,16 +67,16 @@ class Patient:
 
 
 @contextmanager
-def told(case: zoo.Case) -> Iterator[None]:
-    """Inside, a model is attached to and run for the first time: a full copy is said, and only where one is made."""
+def check_full_copy_warning(case: zoo.Case) -> Iterator[None]:
+    """Check that the first attaching and running of a model warns of a full copy if and only if there is one."""
     with pytest.warns(EmbedSurgeryWarning, match="full copy") if case.name in COPIED else nullcontext():
         yield
 
 
-def patient(case: zoo.Case) -> Patient:
+def set_up(case: zoo.Case) -> Setup:
     model = zoo.build(case)
     inputs = zoo.inputs(case, model)
-    if "Reformer" in case.name:  # trains on the one length that its axial positions multiply to
+    if "Reformer" in case.name:  # its axial positions allow one length in training
         inputs = {name: value.repeat(1, 10)[:, :64] for name, value in inputs.items()}
     graph = es.walk(model)
     table = graph.main_input() if graph.input is not None else _first_lookup(graph)
@@ -84,21 +84,21 @@ def patient(case: zoo.Case) -> Patient:
     used = sorted({int(i) for value in ids for i in value[0].unique()})
     used = [i for i in used if 0 <= i < table.shape[0]]
     padding = [s.padding_idx for s in table.sites if s.padding_idx is not None][:1]
-    if "Kyutai" in case.name:  # its forward compares with padding_idx, so that the reference cannot clear it
+    if "Kyutai" in case.name:  # its forward compares ids with padding_idx, so the reference cannot clear it
         padding = []
     unused = next(i for i in range(table.shape[0]) if i not in used and i not in padding)
     indices = list(dict.fromkeys([unused, *used[-3:], *padding]))
-    if used and len(case.name) % 2 and "Kyutai" not in case.name:  # half of the models: rows one after the other
+    if used and len(case.name) % 2 and "Kyutai" not in case.name:  # for half of the models: consecutive rows
         start = min(used[-1], table.shape[0] - 4)
         indices = list(range(start, start + 4))
     generator = torch.Generator().manual_seed(1)
     weight = dict(model.named_parameters(remove_duplicate=False))[table.name]
     rows = weight.detach()[indices] + 0.3 * torch.randn(len(indices), table.shape[1], generator=generator)
-    return Patient(model, copy.deepcopy(model), inputs, table, indices, rows)
+    return Setup(model, copy.deepcopy(model), inputs, table, indices, rows)
 
 
 def _first_lookup(graph: es.EmbeddingGraph) -> Table:
-    """Where a model does not say what its input is: a vocabulary's lookup, else the first one."""
+    """Return the table for a model that declares no input: a vocabulary's lookup, else the first lookup."""
     return min(graph.tables, key=lambda t: (t.kind != "vocabulary", "input" not in t.roles))
 
 
@@ -118,7 +118,7 @@ def bits(tensor: torch.Tensor) -> bytes:
 
 
 def parameters(model: nn.Module) -> dict[str, bytes]:
-    """The base's parameters; quantised models also have buffers, which each forward computes anew."""
+    """Return the base's parameters. Buffers of quantised models change in each forward."""
     found = model.named_parameters(remove_duplicate=False)
     return {name: bits(value) for name, value in found if not name.startswith("embedsurgery.")}
 
@@ -149,7 +149,7 @@ def test_walk(case: zoo.Case) -> None:
         assert any(
             parameter is weight for n, parameter in model.named_parameters(remove_duplicate=False) if n in main.names
         )
-    elif graph.input is not None:  # a getter that raises or returns a wrapper: only where there is no choice
+    elif graph.input is not None:  # the getter raises or returns a wrapper: there is only one candidate
         assert [t.name for t in graph.tables if t.kind == "vocabulary" and "input" in t.roles] == [graph.input]
     for table in graph.tables:
         words = table.name.lower()
@@ -159,12 +159,12 @@ def test_walk(case: zoo.Case) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_attached(case: zoo.Case) -> None:
-    """A no-op at first, then the hand-edited model, in logits and in gradients; detached, the base again."""
-    p = patient(case)
+    """Attaching changes nothing. With new rows, logits and gradients are the edited model's; detached, the base's."""
+    p = set_up(case)
     keys = list(p.model.state_dict())
     with torch.no_grad():
         base = p.logits(p.model)
-    with told(case), torch.no_grad():
+    with check_full_copy_warning(case), torch.no_grad():
         attachment = es.attach(p.model, p.config())
         assert list(p.model.state_dict()) == keys
         assert_close(p.logits(p.model), base, 1e-5)
@@ -177,7 +177,7 @@ def test_attached(case: zoo.Case) -> None:
         with attachment.disabled():
             assert_close(p.logits(p.model), base, 1e-5)
 
-    if "Reformer" in case.name or "Rwkv" in case.name:  # no backward in evaluation mode; every dropout is 0
+    if "Reformer" in case.name or "Rwkv" in case.name:  # no backward in evaluation mode; all dropouts are 0
         p.model.train()
         edited.train()
     direction = torch.randn(base.shape, generator=torch.Generator().manual_seed(2))
@@ -201,10 +201,10 @@ def test_attached(case: zoo.Case) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_adapter_and_merge(case: zoo.Case, tmp_path: Path) -> None:
-    """Saved and loaded on a fresh base: the same logits. Merged in memory: the edited weight's bits, and undone."""
-    p = patient(case)
+    """Loaded on a fresh base: the same logits. Merged in memory: the edited weight's bits. Unmerged: the base's."""
+    p = set_up(case)
     before = parameters(p.model)
-    with told(case), torch.no_grad():
+    with check_full_copy_warning(case), torch.no_grad():
         attachment = es.attach(p.model, p.config())
         set_rows(attachment, p.rows)
         expected = p.logits(p.model)
@@ -212,7 +212,7 @@ def test_adapter_and_merge(case: zoo.Case, tmp_path: Path) -> None:
     adapter = es.load(tmp_path / "adapter")
 
     fresh = zoo.build(case)
-    with told(case), torch.no_grad():
+    with check_full_copy_warning(case), torch.no_grad():
         es.attach(fresh, adapter)
         assert_close(p.logits(fresh), expected, 1e-6)
 
@@ -224,8 +224,8 @@ def test_adapter_and_merge(case: zoo.Case, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_on_disk(case: zoo.Case, tmp_path: Path) -> None:
-    """Merged on disk and loaded by transformers: the hand-edited model's bits. Unmerged: the base's files."""
-    p = patient(case)
+    """Merged on disk and loaded by transformers: the edited model's bits. Unmerged: the base's files."""
+    p = set_up(case)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", EmbedSurgeryWarning)
         attachment = es.attach(p.model, p.config())

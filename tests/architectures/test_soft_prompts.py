@@ -1,4 +1,4 @@
-"""Soft prompts on every architecture: virtual tokens with the vectors of real ones give what the real ones give."""
+"""Soft prompts on every architecture: virtual tokens with the vectors of real tokens give the same logits."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ OWN_MASKS = {
     "KyutaiSpeechToTextForConditionalGeneration",
     "Kosmos2ForConditionalGeneration",
 }
-"""Their further inputs have an entry for each token of the text, so that the longer text of the reference fails."""
+"""Other inputs of these have an entry per token of the text, so the reference with a longer text fails."""
 
 LOUD = {"DeepseekV4ForCausalLM", "NeoMMEForMaskedLM", "FalconMambaForCausalLM"}
-"""What looks ids up by itself, or has another kind of memory: an error in its own code, never a wrong number."""
+"""These use ids outside the lookup, or another kind of cache: their own code fails, and never gives wrong numbers."""
 
 
 @pytest.mark.sweep
@@ -41,11 +41,11 @@ def test_a_prompt_is_what_its_tokens_would_be(case: zoo.Case) -> None:
     except (es.errors.UnsupportedError, es.errors.TableError, es.errors.BaseMismatchError) as error:
         pytest.skip(str(error))
     if case.name in LOUD:
-        pytest.skip("fails in its own code")
+        pytest.skip("the model's own code fails")
     stack = att._prompts.stacks[0]
     key = "decoder_input_ids" if stack.name == "decoder" and "decoder_input_ids" in inputs else "input_ids"
     if key not in inputs or case.name in OWN_MASKS:
-        pytest.skip("takes no ids here, or something else that goes by token")
+        pytest.skip("does not accept ids here, or other inputs depend on the number of tokens")
     longer = {**inputs, key: torch.cat([tokens.expand(2, -1), inputs[key]], 1)}
     mask = "attention_mask" if key == "input_ids" else "decoder_attention_mask"
     for name, value in ((mask, 1), ("token_type_ids", 0), ("mm_token_type_ids", 0)):
@@ -63,7 +63,7 @@ def test_a_prompt_is_what_its_tokens_would_be(case: zoo.Case) -> None:
 
 
 HASHED = {"ReformerForMaskedLM"}
-"""What a token sees depends on how long its batch is."""
+"""What a token attends to depends on the length of its batch."""
 
 OTHER_SIZES = {
     "Florence2ForConditionalGeneration",
@@ -71,11 +71,11 @@ OTHER_SIZES = {
     "ReformerModelWithLMHead",
     "SmolVLMForConditionalGeneration",
 }
-"""Take no shorter text beside the other inputs of this batch."""
+"""These do not accept a shorter text with the other inputs of this batch."""
 
 
 def padded_case(case: zoo.Case, model: Any, key: str, side: str) -> tuple[dict[str, Any], dict[str, Any], Any]:
-    """The inputs with two tokens of padding in the first sample; what that sample alone is given; and its tokens."""
+    """Return inputs with two padding tokens in the first sample, inputs of that sample alone, and its tokens."""
     inputs = zoo.inputs(case, model)
     ids, mask = inputs[key].clone(), torch.ones_like(inputs[key])
     own = inputs[key][0, :-2]
@@ -89,7 +89,7 @@ def padded_case(case: zoo.Case, model: Any, key: str, side: str) -> tuple[dict[s
 
 
 def alone(plain: Any, one: dict[str, Any], key: str, tokens: torch.Tensor) -> torch.Tensor:
-    """What a plain model gives for some tokens without padding."""
+    """Return the logits of a plain model for tokens without padding."""
     mask = "attention_mask" if key == "input_ids" else "decoder_attention_mask"
     given = {**one, key: tokens[None], mask: torch.ones_like(tokens)[None]}
     given |= {name: torch.zeros_like(tokens)[None] for name in ("token_type_ids", "mm_token_type_ids") if name in one}
@@ -100,7 +100,7 @@ def alone(plain: Any, one: dict[str, Any], key: str, tokens: torch.Tensor) -> to
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("case", zoo.cases(), ids=lambda case: case.name)
 @pytest.mark.filterwarnings("ignore")
-def test_padding_is_no_matter_where_it_is_none_without_a_prompt(case: zoo.Case, side: str) -> None:
+def test_padding_has_no_effect_unless_it_has_without_a_prompt(case: zoo.Case, side: str) -> None:
     model = zoo.build(case)
     plain = copy.deepcopy(model)
     tokens = torch.randint(
@@ -114,7 +114,7 @@ def test_padding_is_no_matter_where_it_is_none_without_a_prompt(case: zoo.Case, 
     inputs = zoo.inputs(case, plain)
     key = "decoder_input_ids" if stack.name == "decoder" and "decoder_input_ids" in inputs else "input_ids"
     if case.name in LOUD | OWN_MASKS | HASHED | OTHER_SIZES or key not in inputs or len(inputs[key]) != 2:
-        pytest.skip("takes no ids here, or something else that goes by token")
+        pytest.skip("does not accept ids here, or other inputs depend on the number of tokens")
     given, one, own = padded_case(case, model, key, side)
 
     def of_first(logits: torch.Tensor) -> torch.Tensor:

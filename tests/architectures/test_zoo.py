@@ -1,4 +1,4 @@
-"""Tests that every model of the zoo builds, is finite and deterministic, and has logits of known shape."""
+"""Every model of the zoo builds, is finite and deterministic, and has logits of the expected shape."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Surgery where a checkpoint lies: the same bytes as in a new directory, what is refused, and what others are told."""
+"""Changes in place: the same bytes as in a new directory, what is refused, and what readers are told."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import pytest
 import torch
 
 import embedsurgery as es
-from embedsurgery.checkpoints.journal import Journal, roll_back, subtract, union
+from embedsurgery.checkpoints.journal import Journal, join_ranges, roll_back, subtract_ranges
 from embedsurgery.errors import (
     BusyError,
     ConfigError,
@@ -36,6 +36,7 @@ from embedsurgery.stores.apply import apply
 from embedsurgery.stores.shards import ShardStore
 from embedsurgery.tensors.raw import RawArray
 from tests.support.comparing import contents, listing, tree
+from tests.support.errors import check_error, raises
 from tests.support.models import KINDS, save, tiny, trained
 from tests.support.processes import cli
 
@@ -63,7 +64,7 @@ def model(made: dict[str, Any], tmp_path: Path) -> Path:
 
 
 def weights(folder: Path) -> dict[str, bytes]:
-    """All files but the records, which say when they were made."""
+    """All files but the records, which hold the time of the merge."""
     return {name: data for name, data in contents(folder).items() if not name.startswith(".embedsurgery")}
 
 
@@ -100,7 +101,7 @@ def test_only_the_rows_are_written(model: Path, made: dict[str, Any], tmp_path: 
 
 @pytest.mark.parametrize("spare", [0, 3])
 def test_tokens_in_place(spare: int, tmp_path: Path) -> None:
-    """Spare rows are written where they lie; where there are none, new files take the places of the old ones."""
+    """Spare rows are overwritten; without any, new files replace the old ones."""
     from tests.support.models import VOCABULARY, write_tokenizer
 
     base = save(tiny("llama-untied"), tmp_path / "base", shards=True)
@@ -138,7 +139,7 @@ def test_a_dry_run_in_place_changes_nothing(model: Path, made: dict[str, Any]) -
     assert (report.done, report.in_place) == (False, True)
     assert tree(model) == before
     os.link(model / report.files[0], model.parent / "other")
-    with pytest.raises(UnsupportedError):
+    with raises(UnsupportedError, where=report.files[0], found="2"):
         es.merge_checkpoint(model, made["adapter"], in_place=True, dry_run=True)
 
 
@@ -169,25 +170,26 @@ def read_only_directory(model: Path, shard: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("harm", "message", "way_out"),
+    ("harm", "where", "fields"),
     [
-        (second_name, "more than one name.*found 2 hard links", "write a new directory instead"),
-        (symlinked, "reached through a link.*found a link to ../blob", "Hub cache"),
-        (directory_link, "reached through a link.*/model", "name that directory itself"),
-        (read_only, "a file is read-only.*mode 0444", "chmod u\\+w"),
-        (read_only_directory, "a directory is read-only.*mode 0555", "chmod u\\+w"),
+        (second_name, ".safetensors", {"found": "2", "hint": "-o / output"}),
+        (symlinked, ".safetensors", {"found": "../blob", "hint": "-o / output"}),
+        (directory_link, "/link", {"found": "/model", "hint": "/model"}),
+        (read_only, ".safetensors", {"found": "0444", "hint": "chmod u+w"}),
+        (read_only_directory, "/model", {"found": "0555", "hint": "chmod u+w"}),
     ],
 )
-def test_what_stands_for_more_than_itself_is_refused(
-    harm: Callable[[Path, Path], Path], message: str, way_out: str, model: Path, made: dict[str, Any]
+def test_links_shared_and_read_only_files_are_refused(
+    harm: Callable[[Path, Path], Path], where: str, fields: dict[str, str], model: Path, made: dict[str, Any]
 ) -> None:
     shard = model / es.merge_checkpoint(model, made["adapter"], None, dry_run=True).files[0]
     named = harm(model, shard)
     before = tree(model)
-    with pytest.raises(UnsupportedError, match=f"{message}.*{way_out}"):
+    with raises(UnsupportedError, **fields) as caught:
         es.merge_checkpoint(named, made["adapter"], in_place=True)
-    if harm is not second_name:  # a file that is replaced may have other names: they keep what they have
-        with pytest.raises(UnsupportedError, match=f"{message}.*{way_out}"):
+    assert str(caught.value.where).endswith(where)
+    if harm is not second_name:  # a file that is replaced may have other names: they keep the old bytes
+        with raises(UnsupportedError, **fields):
             es.add_tokens_checkpoint(named, "<x>", in_place=True)
     assert tree(model) == before
     assert ".embedsurgery" not in listing(model)
@@ -205,8 +207,8 @@ def test_growth_leaves_other_names_of_a_shard_alone(model: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
-def test_what_takes_a_files_place_has_its_owner(model: Path) -> None:
-    """Of a checkpoint that another user owns, and whose files root makes anew."""
+def test_a_file_that_replaces_another_has_its_owner(model: Path) -> None:
+    """Another user owns the checkpoint, and root replaces its files."""
     for path in (model, *model.rglob("*")):
         os.chown(path, 12345, 23456)
     es.add_tokens_checkpoint(model, "<x>", in_place=True)
@@ -216,17 +218,21 @@ def test_what_takes_a_files_place_has_its_owner(model: Path) -> None:
     assert {(path.stat().st_uid, path.stat().st_gid) for path in files} == {(12345, 23456)}
 
 
-def test_two_places_are_none(model: Path, made: dict[str, Any], tmp_path: Path) -> None:
-    for options in ({"output": tmp_path / "out", "in_place": True}, {"in_place": True, "hardlink": True}, {}):
-        with pytest.raises(ConfigError):
-            es.merge_checkpoint(model, made["adapter"], **options)
-    with pytest.raises(ConfigError, match="Hub cannot be changed in place"):
+def test_one_output_is_required(model: Path, made: dict[str, Any], tmp_path: Path) -> None:
+    for options, fields in (
+        ({"output": tmp_path / "out", "in_place": True}, {"found": tmp_path / "out"}),
+        ({"in_place": True, "hardlink": True}, {"found": "hardlink"}),
+        ({}, {"found": None, "hint": ("output", "in_place", "dry_run")}),
+    ):
+        with raises(ConfigError, **fields):  # type: ignore[arg-type]
+            es.merge_checkpoint(model, made["adapter"], **options)  # type: ignore[arg-type]
+    with raises(ConfigError, found="org/name"):
         es.merge_checkpoint("org/name", made["adapter"], in_place=True)
     for arguments in (["--in-place", "-o", "x"], ["--in-place", "--hardlink"], []):
         assert cli("unmerge", model, *arguments).returncode == 2
 
 
-def test_who_has_the_files_mapped_is_said(model: Path, made: dict[str, Any]) -> None:
+def test_processes_that_map_the_files_are_listed(model: Path, made: dict[str, Any]) -> None:
     first = model / es.merge_checkpoint(model, made["adapter"], None, dry_run=True).files[0]
     code = "import mmap, sys; f = open(sys.argv[1], 'rb'); m = mmap.mmap(f.fileno(), 0, prot=mmap.PROT_READ)\n"
     code += "print(1, flush=True); sys.stdin.read()"
@@ -236,19 +242,19 @@ def test_who_has_the_files_mapped_is_said(model: Path, made: dict[str, Any]) -> 
     try:
         assert reader.stdout is not None
         reader.stdout.readline()
-        with pytest.warns(EmbedSurgeryWarning, match=rf"{first.name}.*see the rows change; now: {reader.pid} \(python"):
+        with pytest.warns(EmbedSurgeryWarning, match=rf"{first.name}.* {reader.pid} \(python"):
             es.merge_checkpoint(model, made["adapter"], in_place=True)
     finally:
         reader.communicate()
     done = cli("unmerge", model, "--in-place")
     assert done.returncode == 0
-    assert "warning:" in done.stderr
-    assert done.stdout.splitlines()[-1] == f"written: {model} (in place)"
+    assert first.name in done.stderr
+    assert str(model) in done.stdout.splitlines()[-1]
 
 
 @contextmanager
-def held(folder: Path, kind: int) -> Iterator[None]:
-    """Another process holds the lock."""
+def hold_lock(folder: Path, kind: int) -> Iterator[None]:
+    """Hold the lock in another process."""
     ready, done = multiprocessing.get_context("fork").Pipe(), None
     pid = os.fork()
     if pid == 0:
@@ -268,31 +274,32 @@ def held(folder: Path, kind: int) -> Iterator[None]:
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_two_at_once_one_is_refused(model: Path, made: dict[str, Any], tmp_path: Path) -> None:
     before = tree(model)
-    with held(model, fcntl.LOCK_EX):
+    with hold_lock(model, fcntl.LOCK_EX):
         for verb in (
             lambda: es.merge_checkpoint(model, made["adapter"], in_place=True),
             lambda: es.merge_checkpoint(model, made["adapter"], tmp_path / "out"),
             lambda: es.recover_checkpoint(model),
         ):
-            with pytest.raises(BusyError, match=r"another process of embedsurgery.*wait until it is done"):
+            with raises(BusyError, where=model):
                 verb()
         Journal(model, {}).begin()
         Journal(model, {}).protect({}, ["config.json"])
-        with pytest.raises(UnfinishedError, match="another process is changing this checkpoint in place"):
+        with raises(UnfinishedError, where=model, found=None) as caught:  # with `found`, the change was interrupted
             es.walk(model)
+        assert "embedsurgery recover" not in caught.value.hint
         roll_back(model)
-    with held(model, fcntl.LOCK_SH):  # somebody copies it
-        with pytest.raises(BusyError, match="is reading or changing"):
+    with hold_lock(model, fcntl.LOCK_SH):  # somebody copies it
+        with raises(BusyError, where=model):
             es.merge_checkpoint(model, made["adapter"], in_place=True)
         es.merge_checkpoint(model, made["adapter"], tmp_path / "out")
     assert tree(model) == before
 
 
 def interrupted(model: Path, adapter: Any) -> dict[str, bytes]:
-    """Leave a checkpoint as a kill in the middle would: half of the rows written, the journal there."""
+    """Leave a checkpoint as a kill in the middle would: half of the rows written, and the journal."""
     before = contents(model)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("embedsurgery.checkpoints.in_place._take_back", lambda *_: None)
+        patch.setattr("embedsurgery.checkpoints.in_place._undo_change", lambda *_: None)
 
         def write_one(name: str, indices: Any, rows: Any, self: Any = None) -> None:
             raise RuntimeError("killed")
@@ -314,7 +321,7 @@ def interrupted(model: Path, adapter: Any) -> dict[str, bytes]:
     return before
 
 
-def test_every_verb_refuses_what_is_unfinished(model: Path, made: dict[str, Any], tmp_path: Path) -> None:
+def test_every_command_refuses_an_unfinished_change(model: Path, made: dict[str, Any], tmp_path: Path) -> None:
     before = interrupted(model, made["adapter"])
     assert weights(model) != before
     made["adapter"].save(tmp_path / "adapter")
@@ -338,14 +345,18 @@ def test_every_verb_refuses_what_is_unfinished(model: Path, made: dict[str, Any]
     for verb in verbs:
         result = CliRunner().invoke(group, [str(part) for part in verb])
         assert isinstance(result.exception, UnfinishedError), (verb, result.output, result.exception)
-        assert f"run: embedsurgery recover {model}" in str(result.exception)
+        check_error(result.exception, where=model, hint=f"embedsurgery recover {model}")
     assert contents(model) == there
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "model"]
+    done = cli("recover", model, "--json")
+    assert done.returncode == 0
+    restored = json.loads(done.stdout)["restored"]
+    assert set(restored) >= {name for name, data in there.items() if before.get(name) != data and name in before}
+    assert restored
+    assert contents(model) == before
     done = cli("recover", model)
     assert done.returncode == 0
-    assert done.stdout.startswith("rolled back: ")
-    assert contents(model) == before
-    assert cli("recover", model).stdout == f"nothing to recover in {model}\n"
+    assert str(model) in done.stdout
     body = json.loads(cli("recover", model, "--json").stdout)
     assert body == {"directory": str(model), "restored": [], "finished": False, "removed": []}
     assert cli("recover", model / "nowhere").returncode == 1
@@ -358,9 +369,21 @@ def test_recovery_restores_the_times_too(model: Path, made: dict[str, Any]) -> N
     assert tree(model) == before
 
 
-@pytest.mark.parametrize(
-    "damage", ["byte", "cut", "seal", "empty", "other edits", "path", "kept", "time", "resized", "replaced"]
-)
+DAMAGES: dict[str, dict[str, str]] = {
+    "byte": {"where": "0001.safetensors"},
+    "cut": {"where": "0001.safetensors"},
+    "seal": {"where": "0001.safetensors"},
+    "empty": {"where": "0001.safetensors"},
+    "time": {"where": "0001.safetensors", "found": "mtime_ns"},
+    "resized": {"where": ".safetensors", "expected": ""},
+    "replaced": {"where": ".safetensors", "expected": ""},
+    "other edits": {"expected": "", "found": "a"},
+    "path": {"expected": "", "found": "'../outside'"},
+    "kept": {"expected": "", "found": "'../../outside'"},
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_journal_that_is_damaged_or_lies_is_not_followed(damage: str, model: Path, made: dict[str, Any]) -> None:
     interrupted(model, made["adapter"])
     part = next((model / ".embedsurgery/journal").glob("*.safetensors"))
@@ -384,7 +407,7 @@ def test_a_journal_that_is_damaged_or_lies_is_not_followed(damage: str, model: P
         file.write_bytes(file.read_bytes() + b"x" if damage == "resized" else bytes(file.stat().st_size))
     else:
         state = FileState(3, "0" * 64, 0)
-        lie = {
+        forged = {
             "other edits": SetRows("a", (0,), RawArray("F32", (1, 1), bytes(4))),
             "path": replace(ranges, path="../outside", chunks=lambda: iter([bytes(ranges.size)])),
             "kept": PutFile("config.json", "../../outside", state),
@@ -394,17 +417,19 @@ def test_a_journal_that_is_damaged_or_lies_is_not_followed(damage: str, model: P
         }[damage]
         (model.parent / "outside").write_bytes((model / ranges.path).read_bytes())
         part.unlink()
-        Plan((lie,)).save(part)
+        Plan((forged,)).save(part)
     there = contents(model)
-    with pytest.raises(UnfinishedError, match=r"damaged|does not fit"):
+    with raises(UnfinishedError, hint=".embedsurgery/journal", **DAMAGES[damage]) as caught:
         es.recover_checkpoint(model)
+    if damage in ("resized", "replaced"):
+        assert str(caught.value.where) == str(model / ranges.path)
     assert contents(model) == there
-    with pytest.raises(UnfinishedError):
+    with raises(UnfinishedError, hint=f"embedsurgery recover {model}"):
         es.walk(model)
 
 
 def test_a_journal_reaches_through_no_link(model: Path) -> None:
-    """A checkpoint that somebody sent, with a journal that would write elsewhere."""
+    """A hostile checkpoint, whose journal would write elsewhere."""
     outside = model.parent / "outside"
     outside.mkdir()
     (outside / "file").write_bytes(b"theirs")
@@ -426,13 +451,13 @@ def test_a_journal_reaches_through_no_link(model: Path) -> None:
     assert contents(outside) == {"file": b"theirs"}
 
 
-def test_an_edit_of_a_journal_is_no_edit_of_a_plan(model: Path) -> None:
+def test_a_plan_with_an_edit_of_a_journal_is_refused(model: Path) -> None:
     state = FileState.of(model / "config.json")
     for edit in (
         PutFile("config.json", "0001-0.kept", state),
         SetBytes("config.json", ((0, 1),), state, lambda: iter([b"x"])),
     ):
-        with pytest.raises(PlanError, match="belongs into a journal"):
+        with raises(PlanError, found="config.json", hint="embedsurgery recover"):
             apply(Plan((edit,)), ShardStore.open(model))
 
 
@@ -450,7 +475,7 @@ def test_an_error_in_the_middle_takes_everything_back(model: Path, made: dict[st
     assert ".embedsurgery" not in listing(model)
 
 
-def test_what_cannot_be_taken_back_is_said(model: Path, made: dict[str, Any]) -> None:
+def test_a_failed_rollback_is_reported(model: Path, made: dict[str, Any]) -> None:
     before = contents(model)
     with pytest.MonkeyPatch.context() as patch:
 
@@ -459,16 +484,16 @@ def test_what_cannot_be_taken_back_is_said(model: Path, made: dict[str, Any]) ->
 
         patch.setattr(ShardStore, "sync", fail)
         patch.setattr("embedsurgery.checkpoints.in_place.roll_back", fail)
-        with pytest.raises(UnfinishedError, match=r"and so did taking it back.*embedsurgery recover"):
+        with raises(UnfinishedError, where=model, found="Input/output error", hint=f"embedsurgery recover {model}"):
             es.merge_checkpoint(model, made["adapter"], in_place=True)
     es.recover_checkpoint(model)
     assert contents(model) == before
 
 
 def test_a_whole_table_in_place_in_bounded_memory(tmp_path: Path) -> None:
-    """Its journal streams; a failure half way puts every block back."""
-    from embedsurgery.checkpoints.footprint import footprint
-    from embedsurgery.checkpoints.in_place import changing
+    """The journal is streamed; a failure half way restores every block."""
+    from embedsurgery.checkpoints.footprint import footprint_of
+    from embedsurgery.checkpoints.in_place import change_in_place
 
     base = save(tiny("llama-untied"), tmp_path / "base", shards=True)
     before = tree(base)
@@ -476,10 +501,10 @@ def test_a_whole_table_in_place_in_bounded_memory(tmp_path: Path) -> None:
     rows = RawArray.of(np.ones(table.shape, np.float32))
 
     def change(base: Path, plan: Plan) -> None:
-        with changing(base, ()) as journal:
+        with change_in_place(base, ()) as journal:
             store = ShardStore.open(base, journal.folder)
-            touched = footprint(plan, store)
-            journal.protect(touched.ranges, touched.files)
+            footprint = footprint_of(plan, store)
+            journal.protect(footprint.ranges, footprint.files)
             apply(plan, store, spill=journal.folder)
             raise RuntimeError("after all")
 
@@ -499,7 +524,7 @@ def test_a_whole_table_in_place_in_bounded_memory(tmp_path: Path) -> None:
 
 
 def test_ranges() -> None:
-    assert union([(4, 6), (0, 2), (2, 3), (5, 9), (7, 7)]) == [(0, 3), (4, 9)]
-    assert subtract([(0, 10)], [(2, 3), (5, 7)]) == [(0, 2), (3, 5), (7, 10)]
-    assert subtract([(0, 10), (20, 30)], [(0, 30)]) == []
-    assert subtract([(3, 5)], [(0, 3), (5, 9)]) == [(3, 5)]
+    assert join_ranges([(4, 6), (0, 2), (2, 3), (5, 9), (7, 7)]) == [(0, 3), (4, 9)]
+    assert subtract_ranges([(0, 10)], [(2, 3), (5, 7)]) == [(0, 2), (3, 5), (7, 10)]
+    assert subtract_ranges([(0, 10), (20, 30)], [(0, 30)]) == []
+    assert subtract_ranges([(3, 5)], [(0, 3), (5, 9)]) == [(3, 5)]

@@ -1,8 +1,9 @@
-"""Every check of ``verify``: sound checkpoints pass all, and each fault is found by the check that is meant for it."""
+"""Every check of ``verify``: sound checkpoints pass all, and each fault fails the check meant for it."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,7 @@ def test_no_table(base: Path) -> None:
 
 
 @pytest.mark.parametrize("rows", [VOCABULARY - 1, VOCABULARY + 1])
-def test_rows_that_the_config_does_not_say(rows: int, base: Path) -> None:
+def test_rows_that_contradict_the_config(rows: int, base: Path) -> None:
     edit_json(base / "config.json", lambda body: body.update(vocab_size=rows))
     found = failed(base)
     assert list(found) == ["config"]
@@ -87,7 +88,10 @@ def test_rows_that_the_config_does_not_say(rows: int, base: Path) -> None:
 
 def test_a_table_of_bytes(base: Path) -> None:
     edit_weights(base, lambda values: values.update({EMBED: values[EMBED].to(torch.int8)}))
-    assert failed(base) == {"dtype": f"{EMBED} is I8"}
+    found = failed(base)
+    assert list(found) == ["dtype"]
+    assert EMBED in found["dtype"]
+    assert "I8" in found["dtype"]
 
 
 @pytest.mark.parametrize("apart", [False, True])
@@ -103,14 +107,20 @@ def test_an_untied_config_without_a_head(base: Path) -> None:
     assert list(failed(base)) == ["head"]
 
 
+def check_tokenizer_fails(base: Path, highest: int) -> None:
+    found = failed(base)
+    assert list(found) == ["tokenizer"]
+    assert re.findall(r"\d+", found["tokenizer"]) == [str(highest), str(VOCABULARY)]
+
+
 def test_a_tokenizer_that_goes_past_the_table(base: Path) -> None:
     write_tokenizer(base, VOCABULARY + 3)
-    assert failed(base) == {"tokenizer": f"highest token id {VOCABULARY + 2}, {VOCABULARY} rows"}
+    check_tokenizer_fails(base, VOCABULARY + 2)
 
 
 def test_an_added_token_past_the_table(base: Path) -> None:
     edit_json(base / "tokenizer.json", lambda body: body["added_tokens"].append({"id": 77, "content": "<x>"}))
-    assert failed(base) == {"tokenizer": f"highest token id 77, {VOCABULARY} rows"}
+    check_tokenizer_fails(base, 77)
 
 
 @pytest.mark.parametrize("which", [1, 2, 3])
@@ -125,18 +135,19 @@ def test_a_merge_whose_rows_have_changed(which: int, base: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_merge_of_rows_that_are_no_numbers(bad: float, base: Path, tmp_path: Path) -> None:
+def test_a_merge_of_non_finite_rows(bad: float, base: Path, tmp_path: Path) -> None:
     adapter = trained(tiny("llama-tied"), [5])
     rows = adapter.tensors[EMBED]
     rows[0, 3] = bad
     broken = type(adapter)(adapter.manifest, {EMBED: RawArray.of(rows.numpy())}, adapter.surgery)
     es.merge_checkpoint(base, broken, tmp_path / "merged", allow_nan=True)
     assert list(failed(tmp_path / "merged")) == ["merge 1"]
-    assert "NaN or infinity" in failed(tmp_path / "merged")["merge 1"]
+    assert "NaN" in failed(tmp_path / "merged")["merge 1"]
+    assert EMBED in failed(tmp_path / "merged")["merge 1"]
 
 
 def test_a_merge_over_a_merge(base: Path, tmp_path: Path) -> None:
-    """The rows of the first merge lie under the second: they cannot be compared, and that is no fault."""
+    """The second merge overrides rows of the first: they cannot be compared, and that is not a fault."""
     model = tiny("llama-tied")
     one = trained(model, [5, 6])
     es.merge_checkpoint(base, one, tmp_path / "one")
@@ -148,7 +159,7 @@ def test_a_merge_over_a_merge(base: Path, tmp_path: Path) -> None:
     assert (tmp_path / "back/model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
 
 
-def test_a_record_from_the_middle_is_missed(base: Path, tmp_path: Path) -> None:
+def test_a_missing_record_is_reported(base: Path, tmp_path: Path) -> None:
     model = tiny("llama-tied")
     es.merge_checkpoint(base, [trained(model, [n]) for n in (1, 2, 3)], tmp_path / "merged")
     (tmp_path / "merged/.embedsurgery/merges/0002.safetensors").unlink()

@@ -1,4 +1,4 @@
-"""Several adapters in one pass: weights, rows that more than one sets, numbers that are none; on disk and in memory."""
+"""Several adapters in one merge: weights, conflicts and non-finite values; on disk and in memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from embedsurgery.tensors.raw import RawArray
 from tests.adapters import test_new_tokens as new_tokens
 from tests.support.column_scaling import ColumnScaling, ColumnsConfig, plugin
 from tests.support.comparing import bits, contents, state_bits
-from tests.support.made import made_on, with_rows
+from tests.support.errors import raises
+from tests.support.made import make_adapter, replace_values
 from tests.support.models import INPUT, save, tiny
 from tests.support.processes import cli
 
@@ -35,7 +36,7 @@ def table(folder: Path, name: str = EMBED) -> torch.Tensor:
 
 
 def between(base: torch.Tensor, row: torch.Tensor, weight: float) -> torch.Tensor:
-    """What is promised: computed in fp32 (fp64 for fp64), rounded once."""
+    """The documented interpolation: computed in fp32 (fp64 for fp64), rounded once."""
     wide = torch.float64 if base.dtype == torch.float64 else torch.float32
     one, other = base.to(wide), row.to(wide)
     way = torch.tensor(weight, dtype=wide)
@@ -61,7 +62,7 @@ def expected(base: torch.Tensor, *sets: tuple[es.Adapter, float]) -> torch.Tenso
 def test_a_weight_interpolates_from_the_base(dtype: str, weight: float, tmp_path: Path) -> None:
     model = tiny("llama-tied", dtype=DTYPES[dtype])
     base = save(model, tmp_path / "base")
-    adapter = made_on(base, [11, 3, 29])
+    adapter = make_adapter(base, [11, 3, 29])
     es.merge_checkpoint(base, (adapter, weight), tmp_path / "merged")
     before, after = table(base), table(tmp_path / "merged")
     want = expected(before, (adapter, weight))
@@ -83,7 +84,7 @@ def test_a_weight_interpolates_from_the_base(dtype: str, weight: float, tmp_path
 def test_the_interpolation_is_that_of_exact_numbers(tmp_path: Path) -> None:
     """Against fp64: within one rounding of the fp32 steps, and at bf16 the nearest or its neighbour."""
     base = save(tiny("llama-tied"), tmp_path / "base")
-    adapter = made_on(base, [5, 6, 7])
+    adapter = make_adapter(base, [5, 6, 7])
     es.merge_checkpoint(base, (adapter, 0.3), tmp_path / "merged")
     rows = torch.from_numpy(adapter.raw[EMBED].float32().copy()).double()
     exact = table(base)[[5, 6, 7]].double() * 0.7 + rows * 0.3
@@ -91,7 +92,7 @@ def test_the_interpolation_is_that_of_exact_numbers(tmp_path: Path) -> None:
 
 
 def test_each_adapter_has_its_weight_in_one_pass(base: Path, tmp_path: Path) -> None:
-    one, two = made_on(base, [1, 2]), made_on(base, [8], seed=2)
+    one, two = make_adapter(base, [1, 2]), make_adapter(base, [8], seed=2)
     report = es.merge_checkpoint(base, [(one, 0.5), two], tmp_path / "merged")
     assert report.rows == {EMBED: 3}
     assert bits(table(tmp_path / "merged")) == bits(expected(table(base), (one, 0.5), (two, 1.0)))
@@ -104,15 +105,15 @@ def test_each_adapter_has_its_weight_in_one_pass(base: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, True])
-def test_a_weight_that_is_no_number(bad: Any, base: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="weight"):
-        es.merge_checkpoint(base, [(made_on(base, [1]), bad)], tmp_path / "merged")
-    with pytest.raises(ConfigError):
+def test_a_weight_that_is_not_finite(bad: Any, base: Path, tmp_path: Path) -> None:
+    with raises(ConfigError, what="weight", found=bad):
+        es.merge_checkpoint(base, [(make_adapter(base, [1]), bad)], tmp_path / "merged")
+    with raises(ConfigError, what="adapter", found="none"):
         es.merge(tiny("llama-tied"), [])
 
 
 def test_on_the_command_line(base: Path, tmp_path: Path) -> None:
-    one, two = made_on(base, [1, 2]), made_on(base, [2, 3], seed=2)
+    one, two = make_adapter(base, [1, 2]), make_adapter(base, [2, 3], seed=2)
     one.save(tmp_path / "one")
     two.save(tmp_path / "sub" / "two")
     merge = ("merge", base, tmp_path / "one", tmp_path / "sub/two", "-o", tmp_path / "merged")
@@ -121,15 +122,16 @@ def test_on_the_command_line(base: Path, tmp_path: Path) -> None:
     assert "row 2 ('t2')" in refused.stderr
     assert "--on-conflict" in refused.stderr
     assert "one and two" in refused.stderr
-    for option, words in (
-        ("three=1", "no ADAPTER"),
+    for option, part in (
+        ("three=1", "'three'"),
         ("one", "ADAPTER=NUMBER"),
         ("one=x", "ADAPTER=NUMBER"),
         ("one=nan", "ADAPTER=NUMBER"),
     ):
         wrong = cli(*merge, "--weight", option)
         assert wrong.returncode == 2, wrong.stderr
-        assert words in wrong.stderr
+        assert "--weight" in wrong.stderr
+        assert part in wrong.stderr
     assert not (tmp_path / "merged").exists()
     done = cli(*merge, "--weight", f"{tmp_path / 'one'}=0.5", "--weight", "two=0.25", "--on-conflict", "last")
     assert done.returncode == 0, done.stderr
@@ -141,7 +143,7 @@ def test_on_the_command_line(base: Path, tmp_path: Path) -> None:
     ]
 
 
-# -- rows that several set ---------------------------------------------------------------------------------------------
+# -- conflicts --------------------------------------------------------------------------------------------------------
 
 
 def merged_in_memory(adapters: Any, **options: Any) -> tuple[torch.Tensor, Callable[[], bytes]]:
@@ -161,31 +163,31 @@ def three(tmp_path: Path) -> tuple[Path, list[es.Adapter]]:
     """A bf16 base, and adapters that share row 2, two of them row 3 as well."""
     base = save(tiny("llama-tied", dtype=torch.bfloat16), tmp_path / "base")
     rows = ([1, 2, 3], [2, 9], [3, 2, 7])
-    return base, [made_on(base, indices, seed=seed) for seed, indices in enumerate(rows)]
+    return base, [make_adapter(base, indices, seed=seed) for seed, indices in enumerate(rows)]
 
 
 def test_conflicts_are_refused_and_listed(three: tuple[Path, list[es.Adapter]], tmp_path: Path) -> None:
     base, adapters = three
     before = contents(tmp_path)
+    conflict = f"rows 2 ('t2'), 3 ('t3') of {EMBED}"
     for dry_run in (True, False):
-        with pytest.raises(PlanError, match=r"rows 2 \('t2'\), 3 \('t3'\) of model.embed_tokens.weight") as caught:
+        with raises(PlanError, found=conflict, hint=("on_conflict", "--on-conflict")):
             es.merge_checkpoint(base, adapters, tmp_path / "out", dry_run=dry_run)
-        assert "on_conflict" in str(caught.value)
-    with pytest.raises(PlanError, match="same rows"):
+    with raises(PlanError, found=conflict, hint="on_conflict"):
         es.merge(tiny("llama-tied", dtype=torch.bfloat16), adapters)
-    with pytest.raises(ConfigError, match="on_conflict"):
+    with raises(ConfigError, where="on_conflict", expected=("last", "average"), found="'first'"):
         es.merge_checkpoint(base, adapters, tmp_path / "out", on_conflict="first")  # type: ignore[arg-type]
     assert contents(tmp_path) == before
 
 
-def test_the_last_stands(three: tuple[Path, list[es.Adapter]], tmp_path: Path) -> None:
+def test_the_last_adapter_wins(three: tuple[Path, list[es.Adapter]], tmp_path: Path) -> None:
     base, adapters = three
     weights = [0.5, 1.0, 0.25]
-    asked = list(zip(adapters, weights, strict=True))
-    es.merge_checkpoint(base, asked, tmp_path / "out", on_conflict="last")
-    want = expected(table(base), *asked)
+    weighted = list(zip(adapters, weights, strict=True))
+    es.merge_checkpoint(base, weighted, tmp_path / "out", on_conflict="last")
+    want = expected(table(base), *weighted)
     assert bits(table(tmp_path / "out")) == bits(want)
-    found, back = merged_in_memory(asked, on_conflict="last")
+    found, back = merged_in_memory(weighted, on_conflict="last")
     assert bits(found) == bits(want)
     assert back() == bits(table(base))
 
@@ -195,26 +197,26 @@ def test_the_average_is_of_what_each_alone_would_make(
     weights: tuple[float, ...], three: tuple[Path, list[es.Adapter]], tmp_path: Path
 ) -> None:
     base, adapters = three
-    asked = list(zip(adapters, weights, strict=True))
-    es.merge_checkpoint(base, asked, tmp_path / "out", on_conflict="average")
+    weighted = list(zip(adapters, weights, strict=True))
+    es.merge_checkpoint(base, weighted, tmp_path / "out", on_conflict="average")
     wide = table(base).float()
-    alone = [expected(wide, part) for part in asked]
-    want = expected(table(base), *asked)
+    alone = [expected(wide, part) for part in weighted]
+    want = expected(table(base), *weighted)
     want[2] = torch.stack([a[2].double() for a in alone]).mean(0).float().to(torch.bfloat16)
     want[3] = torch.stack([alone[n][3].double() for n in (0, 2)]).mean(0).float().to(torch.bfloat16)
     assert bits(table(tmp_path / "out")) == bits(want)
-    found, back = merged_in_memory(asked, on_conflict="average")
+    found, back = merged_in_memory(weighted, on_conflict="average")
     assert bits(found) == bits(want)
     assert back() == bits(table(base))
 
-    es.merge_checkpoint(base, asked[::-1], tmp_path / "other", on_conflict="average")
+    es.merge_checkpoint(base, weighted[::-1], tmp_path / "other", on_conflict="average")
     assert bits(table(tmp_path / "other")) == bits(want)  # in whatever order
     for count in (2, 1, 0):  # taking the last out leaves what the others make
         es.unmerge_checkpoint(tmp_path / "out", tmp_path / f"back{count}")
         (tmp_path / "out").rename(tmp_path / f"out{count}")
         (tmp_path / f"back{count}").rename(tmp_path / "out")
         if count:
-            es.merge_checkpoint(base, asked[:count], tmp_path / f"only{count}", on_conflict="average")
+            es.merge_checkpoint(base, weighted[:count], tmp_path / f"only{count}", on_conflict="average")
             assert bits(table(tmp_path / "out")) == bits(table(tmp_path / f"only{count}"))
     assert contents(tmp_path / "out") == contents(base)
 
@@ -222,24 +224,24 @@ def test_the_average_is_of_what_each_alone_would_make(
 # -- adapters that bring tokens ----------------------------------------------------------------------------------------
 
 
-@new_tokens.SLOW_WAY
+@new_tokens.FULL_COPY
 @pytest.mark.parametrize("spare", [0, 4], ids=["grown", "spare"])
 @pytest.mark.parametrize("kind", ["llama-untied", "bert"])
 def test_a_weight_and_new_tokens(kind: str, spare: int, tmp_path: Path) -> None:
-    """Their rows have no base: they are taken as trained, and that is said; on a base that has them they have one."""
+    """The base has no rows of them, so the weight does not apply, with a warning; on a base with the tokens it does."""
     begun = new_tokens.start(kind, tmp_path, spare=spare)
     ids = es.add_tokens(begun.model, begun.tokenizer, new_tokens.NEW)
     adapter, _ = new_tokens.trained(begun, ids)
     adapter.save(tmp_path / "adapter")
     es.merge_checkpoint(begun.folder, tmp_path / "adapter", tmp_path / "whole")
-    with pytest.warns(EmbedSurgeryWarning, match="'<tool>', '<answer>'"):
+    with pytest.warns(EmbedSurgeryWarning, match=r"\b0\.5\b.*'<tool>', '<answer>'"):
         es.merge_checkpoint(begun.folder, (tmp_path / "adapter", 0.5), tmp_path / "half")
     record = ".embedsurgery/merges/0001.safetensors"
     whole, half = contents(tmp_path / "whole"), contents(tmp_path / "half")
     assert whole.pop(record) != half.pop(record)
     assert whole == half
     fresh = begun.fresh()
-    with pytest.warns(EmbedSurgeryWarning, match="as they were trained"):
+    with pytest.warns(EmbedSurgeryWarning, match=r"\b0\.5\b.*'<tool>', '<answer>'"):
         undo = es.merge(fresh.model, (adapter, 0.5), fresh.tokenizer)
     es.unmerge(fresh.model, undo)
     assert state_bits(fresh.model) == state_bits(begun.fresh().model)
@@ -259,7 +261,7 @@ def stored(folder: Path) -> dict[str, torch.Tensor]:
     return {n: t for file in sorted(folder.glob("*.safetensors")) for n, t in load_file(file).items()}
 
 
-@new_tokens.SLOW_WAY
+@new_tokens.FULL_COPY
 @pytest.mark.parametrize("kind", ["llama-untied", "bert"])
 def test_two_adapters_with_the_same_new_tokens(kind: str, tmp_path: Path) -> None:
     begun = new_tokens.start(kind, tmp_path)
@@ -268,7 +270,7 @@ def test_two_adapters_with_the_same_new_tokens(kind: str, tmp_path: Path) -> Non
     two = replace(one, raw={n: RawArray.of(-2 * v.float32()) if v.dtype == "F32" else v for n, v in one.raw.items()})
     ids.undo()
     before = contents(begun.folder)
-    with pytest.raises(PlanError, match="same rows"):
+    with raises(PlanError, found=(*map(repr, new_tokens.NEW), "adapter and adapter"), hint="on_conflict"):
         es.merge_checkpoint(begun.folder, [one, two], tmp_path / "none")
     es.merge_checkpoint(begun.folder, one, tmp_path / "one")
     es.merge_checkpoint(begun.folder, two, tmp_path / "two")
@@ -330,10 +332,10 @@ def test_a_weight_for_a_whole_table(dtype: torch.dtype, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("whole_tables")
 @pytest.mark.parametrize("how", [None, "last", "average"])
-def test_a_whole_table_goes_with_nothing_else_of_it(how: Any, base: Path, tmp_path: Path) -> None:
-    whole, rows = columns_adapter(base), made_on(base, [5])
+def test_a_whole_table_excludes_other_adapters_of_it(how: Any, base: Path, tmp_path: Path) -> None:
+    whole, rows = columns_adapter(base), make_adapter(base, [5])
     for pair in ([whole, rows], [rows, whole], [whole, columns_adapter(base, 4)]):
-        with pytest.raises(PlanError, match=r"all rows.*one after another"):
+        with raises(PlanError, where=EMBED, found="adapter", expected=None):
             es.merge_checkpoint(base, pair, tmp_path / "out", on_conflict=how)
     assert not (tmp_path / "out").exists()
 
@@ -345,35 +347,35 @@ def test_nan_in_a_whole_table(base: Path, tmp_path: Path) -> None:
     values[0, 3] = np.nan
     broken = replace(adapter, raw={**adapter.raw, EMBED: RawArray.of(values)})
     before = contents(tmp_path)
-    with pytest.raises(PlanError, match="NaN or infinity"):
+    with raises(PlanError, where=f"adapter: {EMBED}", expected="finite", hint=("allow_nan", "--allow-nan")):
         es.merge_checkpoint(base, broken, tmp_path / "out")
     assert contents(tmp_path) == before
     es.merge_checkpoint(base, broken, tmp_path / "out", allow_nan=True)
 
 
-# -- numbers that are none ---------------------------------------------------------------------------------------------
+# -- non-finite values -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("value", "dtype", "words"),
+    ("value", "dtype", "wanted"),
     [
-        (math.nan, torch.float32, "NaN or infinity"),
-        (-math.inf, torch.bfloat16, "NaN or infinity"),
-        (1e6, torch.float16, "F16 cannot hold"),
+        (math.nan, torch.float32, "finite"),
+        (-math.inf, torch.bfloat16, "finite"),
+        (1e6, torch.float16, "F16"),
     ],
 )
-def test_rows_that_are_no_numbers_are_refused_by_token(
-    value: float, dtype: torch.dtype, words: str, tmp_path: Path
+def test_non_finite_rows_are_refused_with_their_token(
+    value: float, dtype: torch.dtype, wanted: str, tmp_path: Path
 ) -> None:
     model = tiny("llama-tied", dtype=dtype)
     base = save(model, tmp_path / "base")
-    adapter = with_rows(made_on(base, [4, 7, 9]), row7=value)
+    adapter = replace_values(make_adapter(base, [4, 7, 9]), row7=value)
     adapter.save(tmp_path / "adapter")
     before = contents(tmp_path)
     for dry_run in (True, False):
-        with pytest.raises(PlanError, match=rf"{words}.*row 7 \('t7'\).*allow-nan"):
+        with raises(PlanError, where=f"adapter: {EMBED}", expected=wanted, found="row 7 ('t7')", hint="--allow-nan"):
             es.merge_checkpoint(base, adapter, tmp_path / "out", dry_run=dry_run)
-    with pytest.raises(PlanError, match=words):
+    with raises(PlanError, where=f"adapter: {EMBED}", expected=wanted, found="row 7 ('t7')", hint="allow_nan"):
         es.merge(model, adapter)
     assert state_bits(model) == state_bits(tiny("llama-tied", dtype=dtype))
     refused = cli("merge", base, tmp_path / "adapter", "-o", tmp_path / "out")
@@ -389,5 +391,5 @@ def test_rows_that_are_no_numbers_are_refused_by_token(
 
 
 def test_a_weight_that_overflows_is_refused(base: Path, tmp_path: Path) -> None:
-    with pytest.raises(PlanError, match=r"NaN or infinity|cannot hold"):
-        es.merge_checkpoint(base, (made_on(base, [4], scale=1e30), 1e30), tmp_path / "out")
+    with raises(PlanError, where=f"adapter: {EMBED}", found="row 4 ('t4')", hint="allow_nan"):
+        es.merge_checkpoint(base, (make_adapter(base, [4], scale=1e30), 1e30), tmp_path / "out")

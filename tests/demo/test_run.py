@@ -1,4 +1,4 @@
-"""``embedsurgery demo``: the real command, and what its numbers claim, checked against the files it leaves."""
+"""``embedsurgery demo``: runs the real command and checks its numbers against the files that it writes."""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ import embedsurgery as es
 from embedsurgery.cli.demo import command
 from embedsurgery.cli.main import cli
 from embedsurgery.demo import corpus
-from embedsurgery.demo.base import seeded
+from embedsurgery.demo.base import seed_torch
 from embedsurgery.demo.report import DemoReport
-from embedsurgery.demo.run import Options, run
+from embedsurgery.demo.run import DemoOptions, run_demo
 from embedsurgery.errors import ConfigError, UnsupportedError
-from tests.support.noisy import NOISE, SAID, plugin
+from tests.support.errors import raises
+from tests.support.noisy import NOISE, NOISE_LINES, plugin
 
 
 def embedsurgery(folder: Path, *args: str, **more: str) -> subprocess.CompletedProcess[str]:
-    """The real command, in a directory, without a network."""
+    """Run the real command in a directory, without a network."""
     environment = {**os.environ, **more, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     return subprocess.run(
         [sys.executable, "-m", "embedsurgery", *args],
@@ -41,9 +42,9 @@ def embedsurgery(folder: Path, *args: str, **more: str) -> subprocess.CompletedP
     )
 
 
-def quietly(options: Options) -> DemoReport:
-    """The demo in this process."""
-    return run(options, lambda step: None, lambda text: None)
+def run_quietly(options: DemoOptions) -> DemoReport:
+    """Run the demo in this process, without output."""
+    return run_demo(options, lambda step: None, lambda text: None)
 
 
 def tree(folder: Path) -> dict[str, str]:
@@ -57,17 +58,17 @@ def tree(folder: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """The demo as a user runs it, once, beside a library that prints: where it ran, and its numbers."""
+    """The demo run once as a user does, with a library that prints: its directory and its JSON report."""
     folder = tmp_path_factory.mktemp("demo")
     result = embedsurgery(folder, "demo", "--json", **plugin(tmp_path_factory.mktemp("noisy"), NOISE))
     assert result.returncode == 0, result.stderr
-    assert sorted(result.stderr.splitlines()) == SAID  # and nothing more
+    assert sorted(result.stderr.splitlines()) == NOISE_LINES
     return folder, json.loads(result.stdout)
 
 
 @pytest.fixture(scope="module")
 def base(done: tuple[Path, dict[str, Any]]) -> Path:
-    """The checkpoint that the demo made."""
+    """The demo's base checkpoint."""
     return done[0] / "embedsurgery-demo" / "base"
 
 
@@ -153,7 +154,7 @@ def test_the_commands_work_as_printed(
     assert tree(folder / again) == tree(base)
 
 
-def test_a_directory_with_something_in_it_is_refused(done: tuple[Path, dict[str, Any]]) -> None:
+def test_an_output_that_is_not_empty_is_refused(done: tuple[Path, dict[str, Any]]) -> None:
     folder, _ = done
     before = tree(folder)
     result = embedsurgery(folder, "demo")
@@ -165,10 +166,10 @@ def test_a_directory_with_something_in_it_is_refused(done: tuple[Path, dict[str,
     assert tree(folder) == before
 
 
-def test_own_model_another_word_own_lines(done: tuple[Path, dict[str, Any]], base: Path, tmp_path: Path) -> None:
+def test_with_a_users_model_word_and_lines(done: tuple[Path, dict[str, Any]], base: Path, tmp_path: Path) -> None:
     before = tree(base)
-    lines = corpus.about(corpus.Animal("blick", "cave", "mice"), 1, 24, templates=corpus.RIDDLES)
-    others = corpus.sentences(9, 16)
+    lines = corpus.draw_sentences_about(corpus.Animal("blick", "cave", "mice"), 1, 24, templates=corpus.RIDDLES)
+    others = corpus.draw_sentences(9, 16)
     (tmp_path / "lines.txt").write_text("\n".join([*lines, "", *others]), encoding="utf-8")
     output = tmp_path / "with a space"
     output.mkdir()
@@ -176,8 +177,8 @@ def test_own_model_another_word_own_lines(done: tuple[Path, dict[str, Any]], bas
         tmp_path, "demo", "--model", str(base), "--word", "blick", "--text", "lines.txt", "-o", output.name
     )
     assert result.returncode == 0, result.stderr
-    assert '2. a new word: "blick"' in result.stdout
-    assert "all 10 files are the base's, byte for byte" in result.stdout
+    assert '"blick"' in result.stdout
+    assert "10 files" in result.stdout
     assert "'with a space/merged-again'" in result.stdout
     assert sorted(p.name for p in output.iterdir()) == ["adapter", "merged", "tokenizer", "unmerged"]
     assert tree(base) == before == tree(output / "unmerged")
@@ -187,11 +188,11 @@ def test_own_model_another_word_own_lines(done: tuple[Path, dict[str, Any]], bas
 
 @pytest.mark.sweep
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float16"])
-def test_own_untied_model(base: Path, tmp_path: Path, dtype: str) -> None:
+def test_with_an_untied_model(base: Path, tmp_path: Path, dtype: str) -> None:
     import torch
 
-    untied(base, tmp_path / "model", rows=540, dtype=getattr(torch, dtype))
-    report = quietly(Options(tmp_path / "out", tmp_path / "model", "blick"))
+    write_untied(base, tmp_path / "model", rows=540, dtype=getattr(torch, dtype))
+    report = run_quietly(DemoOptions(tmp_path / "out", tmp_path / "model", "blick"))
     assert report.word.tables == ("model.embed_tokens.weight", "lm_head.weight")
     assert not report.word.tied
     assert report.merge.rows == {"model.embed_tokens.weight": 1, "lm_head.weight": 1}
@@ -205,57 +206,62 @@ def test_without_a_spare_row(base: Path, tmp_path: Path) -> None:
     import torch
 
     used = len(json.loads((base / "tokenizer.json").read_text())["model"]["vocab"])
-    untied(base, tmp_path / "model", rows=used, dtype=torch.float32)
-    with pytest.raises(UnsupportedError, match=f"no spare row .*found {used} rows, {used} of them used"):
-        quietly(Options(tmp_path / "out", tmp_path / "model"))
+    write_untied(base, tmp_path / "model", rows=used, dtype=torch.float32)
+    fields = {"where": "model.embed_tokens.weight", "expected": f"row {used}", "found": (f"{used} rows", f", {used} ")}
+    with raises(UnsupportedError, **fields):
+        run_quietly(DemoOptions(tmp_path / "out", tmp_path / "model"))
     assert not (tmp_path / "out").exists()
 
 
-def test_a_word_that_is_not_learnt_leaves_nothing(base: Path, tmp_path: Path) -> None:
+def test_a_word_that_is_not_learned_leaves_nothing(base: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    with pytest.raises(UnsupportedError, match=r"has not learnt the word .*after 1 steps"):
-        quietly(Options(tmp_path / "out", base, steps=1))
+    with raises(UnsupportedError, where=corpus.WORD, expected="16", found="1 steps", hint="--text"):
+        run_quietly(DemoOptions(tmp_path / "out", base, steps=1))
     assert list((tmp_path / "out").iterdir()) == []
 
 
 @pytest.mark.parametrize(
-    ("word", "message"),
-    [("two words", "not a word"), ("", "not a word"), ("raven", "has this word already")],
+    ("word", "fields"),
+    [
+        ("two words", {"expected": "white space", "found": "'two words'"}),
+        ("", {"expected": "white space", "found": "''"}),
+        ("raven", {"expected": "new", "found": ("'raven'", "id")}),
+    ],
+    ids=["spaces", "empty", "known"],
 )
-def test_words_that_cannot_be_added(base: Path, tmp_path: Path, word: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        quietly(Options(tmp_path / "out", base, word))
+def test_words_that_cannot_be_added(base: Path, tmp_path: Path, word: str, fields: Any) -> None:
+    with raises(ConfigError, where="--word", **fields):
+        run_quietly(DemoOptions(tmp_path / "out", base, word))
     assert not (tmp_path / "out").exists()
 
 
 def test_too_few_lines_with_the_word(base: Path, tmp_path: Path) -> None:
     (tmp_path / "lines.txt").write_text("It was the zorbl.\nIt was the raven.\n", encoding="utf-8")
-    with pytest.raises(ConfigError, match=r"too few lines .*found 1"):
-        quietly(Options(tmp_path / "out", base, text=tmp_path / "lines.txt"))
+    with raises(ConfigError, where=tmp_path / "lines.txt", expected="' zorbl'", found=1):
+        run_quietly(DemoOptions(tmp_path / "out", base, text=tmp_path / "lines.txt"))
 
 
-def test_the_users_directory_is_never_the_output(base: Path) -> None:
+def test_the_output_may_not_be_inside_the_model(base: Path) -> None:
     before = tree(base)
-    with pytest.raises(ConfigError, match="the model's own directory"):
-        quietly(Options(base / "demo", base))
+    with raises(ConfigError, where=base / "demo", hint="--output"):
+        run_quietly(DemoOptions(base / "demo", base))
     assert tree(base) == before
 
 
 def test_interrupted_leaves_nothing(base: Path, tmp_path: Path) -> None:
     def busy(text: str) -> None:
-        if text == "merging":
-            assert (tmp_path / "out" / "adapter").is_dir()
+        if (tmp_path / "out" / "adapter").is_dir():  # as it begins to merge
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run(Options(tmp_path / "out", base), lambda step: None, busy)
+        run_demo(DemoOptions(tmp_path / "out", base), lambda step: None, busy)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_without_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("embedsurgery.demo.base.find_spec", lambda name: None)
-    with pytest.raises(UnsupportedError, match=r'pip install "embedsurgery\[demo\]"'):
-        quietly(Options(tmp_path / "out"))
+    with raises(UnsupportedError, expected=("transformers", "tokenizers"), hint='pip install "embedsurgery[demo]"'):
+        run_quietly(DemoOptions(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
@@ -278,24 +284,24 @@ def test_the_seed_leaves_the_global_generator_alone() -> None:
     import torch
 
     state = torch.get_rng_state()
-    with seeded():
+    with seed_torch():
         first = torch.rand(3)
-    with seeded():
+    with seed_torch():
         assert torch.equal(first, torch.rand(3))
     assert torch.equal(state, torch.get_rng_state())
 
 
-def test_nobody_in_the_world_is_the_stranger() -> None:
-    new = corpus.stranger("zorbl")
+def test_no_known_animal_is_like_the_new_one() -> None:
+    new = corpus.new_animal("zorbl")
     assert len(corpus.ANIMALS) == len({(a.place, a.food) for a in corpus.ANIMALS}) == 40
     assert (new.place, new.food) not in {(a.place, a.food) for a in corpus.ANIMALS}
     assert new.place in corpus.WORLD
     assert new.food in corpus.FOODS
-    assert corpus.sentences(1, 5) == corpus.sentences(1, 9)[:5]
+    assert corpus.draw_sentences(1, 5) == corpus.draw_sentences(1, 9)[:5]
 
 
-def untied(base: Path, directory: Path, *, rows: int, dtype: Any) -> None:
-    """A random model with a head of its own, and the tokenizer of another."""
+def write_untied(base: Path, directory: Path, *, rows: int, dtype: Any) -> None:
+    """Write a random model with an untied head, and the tokenizer of ``base``."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 

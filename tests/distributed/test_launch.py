@@ -1,4 +1,4 @@
-"""The launcher of these tests: what fails or hangs there says so, and leaves nothing running."""
+"""The launcher of these tests reports workers that fail or hang, and leaves none running."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ def torchrun(folder: Path, code: str, seconds: float) -> None:
 
 
 @pytest.mark.sweep
-def test_workers_that_hang_are_ended(tmp_path: Path) -> None:
+def test_workers_that_hang_are_stopped(tmp_path: Path) -> None:
     (tmp_path / "pids").mkdir()
-    with pytest.raises(AssertionError, match=r"(?s)it hangs.*asleep"):
+    with pytest.raises(AssertionError, match="asleep"):
         torchrun(tmp_path, SLEEPER, seconds=10)
     pids = os.listdir(tmp_path / "pids")
     assert len(pids) == 2

@@ -1,4 +1,4 @@
-"""One process: modules whose forward was replaced on the object, and hooks on what an override gave."""
+"""In one process: modules whose forward was replaced on the instance, and tensor hooks on overridden outputs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_under_accelerates_hooks_the_rows_are_used(kind: str) -> None:
     assert not torch.allclose(logits(model), logits(tiny(kind)), atol=1e-3)
 
 
-@pytest.mark.filterwarnings("ignore:.*full copy of the table:embedsurgery.errors.EmbedSurgeryWarning")
+@pytest.mark.filterwarnings("ignore::embedsurgery.errors.EmbedSurgeryWarning")
 def test_a_forward_of_the_users_own_is_overridden_right() -> None:
     model = tiny("llama-untied")
     lookup = model.get_input_embeddings()

@@ -1,7 +1,8 @@
-"""Adapters on sharded models: loading, saving, setting, moving, and what is refused there."""
+"""Adapters on sharded models: load, save, restore, move, and what is refused."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,50 +10,58 @@ import pytest
 import torch
 
 import embedsurgery as es
+from embedsurgery.errors import AdapterError, AttachmentError, UnsupportedError
 from tests.support import integrations
 from tests.support.distributed.cases import CHECKPOINTED, KINDS, ROWS, WRAPS, attached
+from tests.support.distributed.described import check_described
 from tests.support.distributed.launch import torchrun
 from tests.support.models import logits, tiny
 
-DRIFT = "UnsupportedError: trainable rows that {} does not know: they would drift apart on the ranks (default: "
-REFUSED = {
-    "attached_after_sharding": DRIFT.format("fully_shard"),
-    "attached_after_sharding_while_the_root_is_gathered": DRIFT.format("fully_shard"),
-    "attached_to_a_part_of_what_was_sharded": DRIFT.format("fully_shard"),
-    "ignored_by_fully_shard": DRIFT.format("fully_shard"),
-    "only_the_blocks_are_sharded": DRIFT.format("fully_shard"),
-    "attached_to_ddp": DRIFT.format("DistributedDataParallel"),
-    "a_prompt_attached_to_ddp": DRIFT.format("DistributedDataParallel"),
-    "a_prompt_attached_after_sharding": DRIFT.format("fully_shard"),
-    "a_table_that_only_functions_read_attached_to_ddp": DRIFT.format("DistributedDataParallel"),
-    "attached_inside_ddp": DRIFT.format("DistributedDataParallel"),
-    "attached_to_ddp_and_compiled": DRIFT.format("DistributedDataParallel"),
-    "attached_after_sharding_and_compiled": DRIFT.format("fully_shard"),
-    "attached_again_by_the_name_of_one_that_was_known": DRIFT.format("DistributedDataParallel").replace(
-        "default", "second"
-    ),
-    "frozen_while_ddp_was_made": DRIFT.format("DistributedDataParallel"),
-    "under_the_old_fsdp": "UnsupportedError: rows cannot be trained under FullyShardedDataParallel",
-    "ranks_that_start_differently": "UnsupportedError: the ranks have attached different rows",
-    "without_the_root": "UnsupportedError: the rows are sharded here, because the module that was sharded with them",
-    "a_full_copy_of_a_table_of_its_own_group": "UnsupportedError: a table that is sharded here cannot be overridden",
-    "merged_by_the_attachment": "UnsupportedError: the tensor is sharded over devices (model.embed_tokens.weight)",
-    "merged_while_the_root_is_gathered": "UnsupportedError: the tensor is sharded over devices",
-    "merged_from_outside": "UnsupportedError: the tensor is sharded over devices",
-    "saved_after_drifting": "AdapterError: the ranks hold different rows",
+
+def unknown_to(wrapper: str, adapter: str = "default") -> dict[str, Any]:
+    """Return the fields of the error for rows that a wrapper does not average over the ranks."""
+    return {"what": wrapper, "where": f"{adapter}: "}
+
+
+FORGOTTEN = {"what": "optimizer", "where": "default", "hint": ("attachment.restore", "EmbedSurgeryCallback")}
+SHARDED = {"where": "model.embed_tokens.weight", "hint": "disk"}
+REFUSED: dict[str, dict[str, Any]] = {
+    "attached_after_sharding": unknown_to("fully_shard"),
+    "attached_after_sharding_while_the_root_is_gathered": unknown_to("fully_shard"),
+    "attached_to_a_part_of_what_was_sharded": unknown_to("fully_shard"),
+    "ignored_by_fully_shard": unknown_to("fully_shard"),
+    "only_the_blocks_are_sharded": unknown_to("fully_shard"),
+    "attached_to_ddp": unknown_to("DistributedDataParallel"),
+    "a_prompt_attached_to_ddp": unknown_to("DistributedDataParallel"),
+    "a_prompt_attached_after_sharding": unknown_to("fully_shard"),
+    "a_table_that_only_functions_read_attached_to_ddp": unknown_to("DistributedDataParallel"),
+    "attached_inside_ddp": unknown_to("DistributedDataParallel"),
+    "attached_to_ddp_and_compiled": unknown_to("DistributedDataParallel"),
+    "attached_after_sharding_and_compiled": unknown_to("fully_shard"),
+    "attached_again_under_the_name_of_a_removed_adapter": unknown_to("DistributedDataParallel", "second"),
+    "frozen_while_ddp_was_made": unknown_to("DistributedDataParallel"),
+    "under_the_old_fsdp": {"what": "FullyShardedDataParallel"},
+    "ranks_that_start_differently": {"expected": "every rank"},
+    "without_the_root": {"where": re.compile("^(?!default: )"), "hint": "fully_shard"},
+    "a_full_copy_of_a_table_of_its_own_group": {"where": re.compile("^weight$")},
+    "merged_by_the_attachment": SHARDED,
+    "merged_while_the_root_is_gathered": SHARDED,
+    "merged_from_outside": SHARDED,
+    "saved_after_drifting": {"where": "drifted", "expected": "every rank"},
 }
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+def refusals(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     return torchrun("refusals", tmp_path_factory.mktemp("refusals"))
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_would_drift_or_break_is_refused_by_name_on_every_rank(told: list[Any], case: str) -> None:
-    assert told[0].keys() == REFUSED.keys()
-    for rank in told:
-        assert rank[case].startswith(REFUSED[case])
+def test_what_would_drift_or_break_is_refused_on_every_rank(refusals: list[Any], case: str) -> None:
+    assert refusals[0].keys() == REFUSED.keys()
+    kind = AdapterError if case == "saved_after_drifting" else UnsupportedError
+    for rank in refusals:
+        check_described(rank[case], kind, **REFUSED[case])
 
 
 @pytest.fixture(scope="module")
@@ -71,11 +80,11 @@ def test_an_adapter_loads_into_a_sharded_model(seen: list[Any], kind: str, how: 
         for name, values in adapter.tensors.items():
             assert torch.equal(found["rows"][name], values)
         largest = max(values.numel() * values.element_size() for values in adapter.tensors.values())
-        assert found["numel"] <= largest  # bytes of (K, D) go round, and nothing of V x D is made
+        assert found["numel"] <= largest  # only bytes of (K, D) rows are gathered, no V x D tensor
 
 
 @pytest.mark.parametrize("how", WRAPS)
-def test_rows_are_set_in_place_wherever_they_lie(seen: list[Any], how: str) -> None:
+def test_rows_are_restored_in_place(seen: list[Any], how: str) -> None:
     fresh = es.attach(tiny("llama-tied"), es.TrainableTokensConfig(ROWS)).adapter().tensors
     for rank in seen:
         found = rank[f"restored {how}"]
@@ -94,9 +103,10 @@ def test_sharding_on_the_meta_device_loses_no_rows(seen: list[Any], way: str) ->
 def test_all_ranks_save_and_one_writes(seen: list[Any]) -> None:
     assert [rank["saved"]["calls"] for rank in seen] == [1, 0]
     for rank in seen:
-        assert rank["saved"]["there"] == ["adapter_config.json", "adapter_model.safetensors"]
-    assert "cannot write the adapter" in seen[0]["saved"]["errors"][0]
-    assert "rank 0 could not write the adapter" in seen[1]["saved"]["errors"][0]
+        assert rank["saved"]["files"] == ["adapter_config.json", "adapter_model.safetensors"]
+    (first,), (second,) = (rank["saved"]["errors"] for rank in seen)
+    check_described(first, AdapterError, where="file", found="")
+    check_described(second, AdapterError, what="rank 0", where="file", found=None)
 
 
 @pytest.mark.parametrize("how", CHECKPOINTED)
@@ -104,12 +114,12 @@ def test_torchs_own_checkpoints_resume_with_the_rows_and_are_refused_without(see
     for rank in seen:
         found = rank[f"checkpoint {how}"]
         assert found["resumed"] == found["expected"]
-        assert "trained these rows before" in found["forgotten"]
+        check_described(found["forgotten"], AttachmentError, **FORGOTTEN)
         assert found["keys"] == sorted(tiny("llama-tied").state_dict())
 
 
 def test_the_trainer_on_two_processes_is_one_on_both_batches(seen: list[Any], tmp_path: Path) -> None:
-    model, attachment = integrations.attached()
+    model, attachment = integrations.attach_tiny()
     alone = integrations.trainer(model, tmp_path, per_device_train_batch_size=4, save_strategy="no")
     alone.train()
     first, second = (rank["trainer"] for rank in seen)
@@ -120,7 +130,7 @@ def test_the_trainer_on_two_processes_is_one_on_both_batches(seen: list[Any], tm
         torch.testing.assert_close(rank["rows"], integrations.rows(attachment), rtol=0, atol=2e-5)
         assert torch.equal(rank["rows"], first["rows"])
         assert torch.equal(rank["resumed rows"], first["rows"])
-        assert "trained these rows before" in rank["forgotten"]
+        check_described(rank["forgotten"], AttachmentError, **FORGOTTEN)
     assert first["written"] == ["checkpoint-3/embedsurgery/default", "checkpoint-6/embedsurgery/default"]
     assert second["written"] == []
 
@@ -129,7 +139,7 @@ def test_rows_of_any_layout_are_gathered_bit_for_bit(seen: list[Any]) -> None:
     assert [rank["bits"] for rank in seen] == [True, True]
 
 
-def test_alone_an_attachment_saves_as_its_adapter_does(tmp_path: Path) -> None:
+def test_in_one_process_an_attachment_saves_as_its_adapter_does(tmp_path: Path) -> None:
     attachment = es.get_attachment(attached("llama-tied"))
     assert attachment.save(tmp_path / "a") == tmp_path / "a"
     attachment.adapter().save(tmp_path / "b")

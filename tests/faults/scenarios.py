@@ -1,4 +1,4 @@
-"""What is done to small checkpoints while it is killed, and what they may be afterwards; without torch."""
+"""The operations on small checkpoints that are interrupted, and snapshots to compare with; without torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import numpy as np
 
 import embedsurgery as es
 from embedsurgery.adapters.adapter import Adapter
-from embedsurgery.files.locking import segments
+from embedsurgery.files.locking import journal_segments
 from embedsurgery.files.safetensors import TensorSource, write_file
 from embedsurgery.stores.shards import ShardStore
 from embedsurgery.surgeries.soft_prompt.config import TENSOR
@@ -35,7 +35,7 @@ SHARDS = {
 
 
 def make(folder: Path, spare: int = 0, *, tied: bool = False) -> Path:
-    """A checkpoint in three shards, with a tokenizer that leaves rows spare; a tied one has no head of its own."""
+    """Make a checkpoint in three shards with a tokenizer and spare rows; a tied one stores no head."""
     folder.mkdir()
     random = np.random.default_rng(0)
     where = {}
@@ -76,14 +76,14 @@ def make(folder: Path, spare: int = 0, *, tied: bool = False) -> Path:
 
 
 def adapter(base: Path, rows: list[int], value: float) -> Adapter:
-    """An adapter that sets rows of the input table to one value."""
+    """Make an adapter that sets rows of the input table to one value."""
     started = TrainableTokens().start(es.TrainableTokensConfig(rows), ShardStore.open(base), Base())
     values = RawArray.of(np.full((len(rows), WIDTH), value, np.float32))
     return Adapter(started.manifest, {TABLE: values}, started.surgery)
 
 
 def prompt(base: Path) -> Adapter:
-    """A soft prompt of two virtual tokens."""
+    """Make a soft prompt of two virtual tokens."""
     started = SoftPrompt().start(es.SoftPromptConfig(2), ShardStore.open(base), Base())
     values = np.linspace(-1, 1, 2 * WIDTH, dtype=np.float32).reshape(2, WIDTH)
     return Adapter(started.manifest, {TENSOR: RawArray.of(values)}, started.surgery)
@@ -91,14 +91,14 @@ def prompt(base: Path) -> Adapter:
 
 @dataclass(frozen=True)
 class Scenario:
-    """One thing that is done to a directory with a checkpoint in it.
+    """One operation on a directory with a checkpoint in it.
 
     Attributes:
-        name: For people.
+        name: For messages.
         prepare: Called once with an empty directory, to fill it.
-        act: Called with the directory, or a copy of it; returns when all is done.
-        target: The name in the directory that `embedsurgery recover` is then given.
-        base: Makes what a recovery must give back.
+        act: Called with the directory, or a copy of it; does the operation.
+        target: The name in the directory to pass to `embedsurgery recover`.
+        base: Makes what a recovery must restore.
     """
 
     name: str
@@ -121,7 +121,7 @@ def _base(spare: int = 0) -> Callable[[Path], None]:
 
 
 def _tied(spare: int = 0) -> Callable[[Path], None]:
-    """A tied base, which a soft prompt gives a head of its own when it is baked in."""
+    """A tied base; baking a soft prompt into it unties the head."""
 
     def prepare(folder: Path) -> None:
         base = make(folder / "base", spare, tied=True)
@@ -132,7 +132,7 @@ def _tied(spare: int = 0) -> Callable[[Path], None]:
     return prepare
 
 
-def _prepared(
+def _prepare_with(
     *steps: Callable[[Path], None], spare: int = 0, base: Callable[[int], Callable[[Path], None]] = _base
 ) -> Callable[[Path], None]:
     def prepare(folder: Path) -> None:
@@ -155,12 +155,12 @@ def _bake(folder: Path) -> None:
     es.merge_checkpoint(folder / "base", _ADAPTERS["prompt"], in_place=True, bake=es.BakeConfig("p"))
 
 
-def _bake_anew(folder: Path) -> None:
+def _bake_into_new(folder: Path) -> None:
     es.merge_checkpoint(folder / "base", _ADAPTERS["prompt"], folder / "out", bake=es.BakeConfig("p"))
 
 
 def _bake_both(folder: Path) -> None:
-    """A prompt, and then rows that both ends of what was a tie get."""
+    """A prompt, and then rows that both ends of the former tie get."""
     both = [_ADAPTERS["prompt"], _ADAPTERS["tied"]]
     es.merge_checkpoint(folder / "base", both, in_place=True, bake=[es.BakeConfig("p"), None])
 
@@ -177,16 +177,16 @@ def _unmerge_all(folder: Path) -> None:
     es.unmerge_checkpoint(folder / "base", in_place=True, all=True)
 
 
-def _unmerge_anew(folder: Path) -> None:
+def _unmerge_into_new(folder: Path) -> None:
     es.unmerge_checkpoint(folder / "base", folder / "out")
 
 
-def _grow_anew(folder: Path) -> None:
+def _grow_into_new(folder: Path) -> None:
     es.add_tokens_checkpoint(folder / "base", ["<tool>"], folder / "out")
 
 
-def _killed(act: Callable[[Path], None], call: str, time: int = 1) -> Callable[[Path], None]:
-    """Do something and be killed at the n-th call whose description holds some text."""
+def _kill_at(act: Callable[[Path], None], call: str, time: int = 1) -> Callable[[Path], None]:
+    """Run an operation and kill it at the n-th call whose description contains a text."""
 
     def prepare(folder: Path) -> None:
         trial = folder.with_name("trial")
@@ -194,7 +194,7 @@ def _killed(act: Callable[[Path], None], call: str, time: int = 1) -> Callable[[
         seen = [place for place, text in enumerate(run(lambda: act(trial), ()).calls, 1) if call in text]
         shutil.rmtree(trial)
         assert run(lambda: act(folder), (), Fault(seen[time - 1])).code == -signal.SIGKILL
-        assert segments(folder / "base")
+        assert journal_segments(folder / "base")
 
     return prepare
 
@@ -204,7 +204,7 @@ def _recover(folder: Path) -> None:
 
 
 def void(_: object) -> None:
-    """Nothing."""
+    """Drop a result."""
 
 
 SCENARIOS = {
@@ -214,58 +214,58 @@ SCENARIOS = {
         Scenario("merge into a new directory, hard links", _base(), _new(hardlink=True), "out"),
         Scenario("merge in place", _base(), _merge("a")),
         Scenario("two adapters in place", _base(), _merge("a", "b")),
-        Scenario("a second merge in place", _prepared(_merge("a")), _merge("b")),
+        Scenario("a second merge in place", _prepare_with(_merge("a")), _merge("b")),
         Scenario("growth in place", _base(), _grow),
-        Scenario("growth in place, onto a merge", _prepared(_merge("a")), _grow),
-        Scenario("growth into a new directory", _base(), _grow_anew, "out"),
+        Scenario("growth in place, onto a merge", _prepare_with(_merge("a")), _grow),
+        Scenario("growth into a new directory", _base(), _grow_into_new, "out"),
         Scenario("tokens on spare rows in place", _base(spare=4), _grow),
-        Scenario("unmerge in place", _prepared(_merge("a")), _unmerge),
-        Scenario("unmerge of growth in place", _prepared(_grow), _unmerge),
-        Scenario("unmerge of spare rows in place", _prepared(_grow, spare=4), _unmerge),
-        Scenario("unmerge of a stack in place", _prepared(_merge("a"), _grow, _merge("b")), _unmerge_all),
-        Scenario("recovery of rows", _prepared(_killed(_merge("a", "b"), "0002.part")), _recover),
-        Scenario("recovery of growth", _prepared(_killed(_grow, "renam", 4)), _recover),
-        Scenario("recovery just before the commit", _prepared(_killed(_grow, ".embedsurgery/done")), _recover),
+        Scenario("unmerge in place", _prepare_with(_merge("a")), _unmerge),
+        Scenario("unmerge of growth in place", _prepare_with(_grow), _unmerge),
+        Scenario("unmerge of spare rows in place", _prepare_with(_grow, spare=4), _unmerge),
+        Scenario("unmerge of a stack in place", _prepare_with(_merge("a"), _grow, _merge("b")), _unmerge_all),
+        Scenario("recovery of rows", _prepare_with(_kill_at(_merge("a", "b"), "0002.part")), _recover),
+        Scenario("recovery of growth", _prepare_with(_kill_at(_grow, "renam", 4)), _recover),
+        Scenario("recovery just before the commit", _prepare_with(_kill_at(_grow, ".embedsurgery/done")), _recover),
         Scenario("a prompt in place", _tied(), _bake),
         Scenario("a prompt on spare rows in place", _tied(spare=4), _bake),
         Scenario("a prompt and rows in place", _tied(spare=4), _bake_both),
-        Scenario("a prompt into a new directory", _tied(), _bake_anew, "out"),
-        Scenario("unmerge of a prompt in place", _prepared(_bake, base=_tied), _unmerge),
-        Scenario("unmerge of a prompt on spare rows in place", _prepared(_bake, spare=4, base=_tied), _unmerge),
+        Scenario("a prompt into a new directory", _tied(), _bake_into_new, "out"),
+        Scenario("unmerge of a prompt in place", _prepare_with(_bake, base=_tied), _unmerge),
+        Scenario("unmerge of a prompt on spare rows in place", _prepare_with(_bake, spare=4, base=_tied), _unmerge),
         Scenario(
             "recovery of a prompt",
-            _prepared(_killed(_bake, "renam", 4), base=_tied),
+            _prepare_with(_kill_at(_bake, "renam", 4), base=_tied),
             _recover,
             base=partial(make, tied=True),
         ),
-        Scenario("unmerge into a new directory", _prepared(_merge("a")), _unmerge_anew, "out"),
+        Scenario("unmerge into a new directory", _prepare_with(_merge("a")), _unmerge_into_new, "out"),
     )
 }
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What lies in a directory.
+    """The contents of a directory.
 
     Attributes:
         files: Path -> (bytes, mode) of every file of a checkpoint.
-        times: Path -> mtime_ns of the same.
-        ours: Paths of what lies in ``.embedsurgery`` directories, and of hidden directories that runs build in.
+        times: Path -> mtime_ns of the same files.
+        state: Paths in ``.embedsurgery`` directories and in the hidden directories that runs build in.
     """
 
     files: dict[str, tuple[bytes, int]]
     times: dict[str, int]
-    ours: frozenset[str]
+    state: frozenset[str]
 
     @classmethod
     def of(cls, folder: Path) -> Snapshot:
-        """A directory as it is."""
-        files, times, ours = {}, {}, set()
+        """Read a directory."""
+        files, times, state = {}, {}, set()
         for path in folder.rglob("*"):
             name = path.relative_to(folder).as_posix()
             if ".embedsurgery" in name:
-                ours.add(name)
+                state.add(name)
             elif not path.is_dir():
                 status = path.lstat()
                 files[name], times[name] = (path.read_bytes(), status.st_mode), status.st_mtime_ns
-        return cls(files, times, frozenset(ours))
+        return cls(files, times, frozenset(state))

@@ -1,13 +1,14 @@
-"""Killed at every system call that writes, syncs, renames or removes: as before, as after, or so after `recover`.
+"""Kills at every system call that writes, syncs, renames or removes: after `recover` all is as before, or as after.
 
-`scenarios.py` says what is done, `sweep.py` what must hold. By default a part of the calls of every scenario; with
-``-m sweep`` every call, one run each.
+`scenarios.py` defines what runs, `sweep.py` what must hold. By default some calls of every scenario are tried; with
+``-m sweep`` every call is, one run for each.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -25,7 +26,7 @@ ALL = ("kill", "tear", "full", "full-for-good", "broken", "interrupt")
 
 
 def sweep(faults: tuple[str, ...], every: int, *scenarios: str) -> dict[tuple[str, str], dict[str, Any]]:
-    """(scenario, fault) -> what was found, in a process without torch."""
+    """(scenario, fault) -> the result, from a process without torch."""
     command = [sys.executable, "-m", "tests.faults.sweep", *faults, "--every", str(every)]
     command += [part for name in scenarios for part in ("--scenario", name)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -36,7 +37,7 @@ def sweep(faults: tuple[str, ...], every: int, *scenarios: str) -> dict[tuple[st
 
 
 def check(found: dict[tuple[str, str], dict[str, Any]], least: int) -> None:
-    """Nothing was wrong, in as many runs at least."""
+    """No run went wrong, and there were at least so many."""
     wrong = [text for line in found.values() for text in line["wrong"]]
     assert not wrong, "\n".join(wrong)
     assert sum(line["runs"] for line in found.values()) >= least
@@ -55,7 +56,7 @@ def test_some_calls_of_everything() -> None:
 
 
 def test_other_faults_at_some_calls() -> None:
-    """Torn writes; no space, once and for good; errors of the disk; Ctrl-C."""
+    """Torn writes, a full disk (once and for good), I/O errors, Ctrl-C."""
     names = ("merge into a new directory", "two adapters in place", "growth in place", "unmerge in place")
     found = sweep(ALL[1:], 7, *names)
     assert all(line["runs"] for line in found.values())
@@ -75,7 +76,7 @@ import os, signal, sys
 from pathlib import Path
 from embedsurgery.files import atomic
 from embedsurgery.cli.main import main
-signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell takes from what it runs in the background
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores SIGINT for background processes
 real = Path.rename
 def stop(path, target):
     os.kill(os.getpid(), int(sys.argv[1]))
@@ -86,7 +87,7 @@ main(sys.argv[2:])
 
 
 def test_a_killed_command_and_the_next_one(tmp_path: Path) -> None:
-    """The whole way, with a real interpreter: killed before the rename, the next run says what it removed."""
+    """End to end, with a real interpreter: killed before the rename, cleaned up by recover or by the next run."""
     from tests.faults.scenarios import adapter, make
     from tests.support.comparing import listing
     from tests.support.processes import cli
@@ -98,13 +99,15 @@ def test_a_killed_command_and_the_next_one(tmp_path: Path) -> None:
     killed = subprocess.run([sys.executable, "-c", _CLI, "9", *verb], check=False, timeout=60)
     assert killed.returncode == -9
     assert any(name.startswith(".embedsurgery-") for name in listing(tmp_path))
-    done = cli("recover", tmp_path / "out")
-    assert (done.returncode, done.stdout) == (0, "removed: what killed runs left beside it, on the way to out\n")
+    done = cli("recover", tmp_path / "out", "--json")
+    assert done.returncode == 0
+    assert json.loads(done.stdout)["removed"] == ["out"]
     assert listing(tmp_path) == before
     subprocess.run([sys.executable, "-c", _CLI, "9", *verb], check=False, timeout=60)
     done = cli(*verb)
     assert done.returncode == 0
-    assert "removed what interrupted runs left" in done.stderr
+    assert str(tmp_path) in done.stderr
+    assert re.search(r"\bout\b", done.stderr.replace(str(tmp_path), ""))
     assert not any(name.startswith(".embedsurgery-") for name in listing(tmp_path))
     interrupted = subprocess.run(
         [sys.executable, "-c", _CLI, "2", *verb[:-1], str(tmp_path / "other")],
@@ -113,6 +116,7 @@ def test_a_killed_command_and_the_next_one(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
     )
-    assert "interrupted" in interrupted.stderr
     assert interrupted.returncode == 130
+    (line,) = interrupted.stderr.strip().splitlines()
+    assert line.startswith("embedsurgery: ")
     assert not any(name.startswith(".embedsurgery-") for name in listing(tmp_path))

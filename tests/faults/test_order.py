@@ -1,7 +1,7 @@
-"""The order of writes, syncs and renames, as the system calls show it: what a power cut is survived by.
+"""The order of writes, syncs and renames, seen in the system calls: it is what makes changes survive a power cut.
 
-A kill loses nothing that was written; a power cut loses what was not synced. So each thing must be synced before the
-next thing that relies on it is done.
+A kill loses nothing that was written; a power cut loses what was not synced. So each write or rename must be synced
+before the next one that relies on it.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ def calls(name: str, folder: Path) -> list[str]:
     folder.mkdir()
     scenario.prepare(folder)
     outcome = run(lambda: scenario.act(folder), ())
-    assert outcome.code == DONE, outcome.said
+    assert outcome.code == DONE, outcome.error
     return [call.replace(f"{folder}/", "").replace(str(folder), ".") for call in outcome.calls]
 
 
 def first(found: list[str], begin: str, after: int = 0) -> int:
-    """Where the first call after a place is that begins so."""
+    """Index of the first call from ``after`` on that starts with a text."""
     return next(place for place, call in enumerate(found) if place > after - 1 and call.startswith(begin))
 
 
 def synced(found: list[str], path: str, begin: int, end: int) -> bool:
-    """Whether something is synced between two places."""
+    """Whether a path is synced between two calls."""
     return f"fsync {path}" in found[begin:end]
 
 
@@ -58,7 +58,7 @@ def test_in_place(name: str, tmp_path: Path) -> None:
     assert last < commit
     assert synced(found, shard, last, commit)
     changed = [place for place, call in enumerate(found[:commit]) if call.startswith(("rename base/", "unlink base/"))]
-    for place in changed:  # whatever name came or went, its directory is synced before the commit
+    for place in changed:  # if a name was added or removed, its directory is synced before the commit
         assert synced(found, found[place].split()[1].rpartition("/")[0], place, commit)
     removed = first(found, "unlink", commit)
     assert synced(found, state, commit, removed)
@@ -66,14 +66,14 @@ def test_in_place(name: str, tmp_path: Path) -> None:
         record = first(found, f"openat {state}/merges/0001.safetensors")
         assert synced(found, f"{state}/merges/0001.safetensors", record, commit)
         assert synced(found, f"{state}/merges", record, commit)
-        assert synced(found, state, record, commit)  # which has got that directory
-    for place, call in enumerate(found):  # what is renamed over a file is synced before, and its directory after
+        assert synced(found, state, record, commit)  # its parent, which may be new
+    for place, call in enumerate(found):  # a file is synced before it is renamed over another, and the directory after
         if call.startswith("rename base/") and ".embedsurgery" not in call:
             assert synced(found, "base", place, commit)
 
 
 def test_growth_in_place(tmp_path: Path) -> None:
-    """Whatever takes a file's place is synced before, and the directory before the commit."""
+    """A file that replaces another is synced before, and the directory before the commit."""
     found = calls("growth in place", tmp_path / "x")
     commit = first(found, "rename base/.embedsurgery/done")
     renames = [place for place, call in enumerate(found) if call.startswith("rename base/") and "/." not in call]

@@ -1,9 +1,9 @@
 """Runs a function in a forked process and stops it at each system call that changes a file system.
 
-A seccomp filter hands exactly those calls to the parent, who is its tracer (ptrace), whoever makes them: Python, numpy
-or the C library. At the n-th, the parent kills the process, or lets half of a write through and kills it then, or makes
-the call fail with an error number, or sends a signal. A run costs a fork and not the start of an interpreter.
-Linux on x86-64 or AArch64; `unavailable` says why it cannot be done here.
+A seccomp filter passes exactly those calls to the parent, which traces it (ptrace), whether Python, numpy or the C
+library makes them. At the n-th call the parent kills the process, or lets half of a write through and then kills it, or
+makes the call fail with an error number, or sends a signal. A run costs a fork, not the start of an interpreter.
+Works on Linux on x86-64 or AArch64; `unavailable` returns why it cannot work here.
 """
 
 from __future__ import annotations
@@ -104,14 +104,14 @@ CALLS = {
         "fsetxattr": 7,
     },
 }
-"""System calls that write, sync, rename, remove, make or truncate; beside ``openat`` that makes a file, and FICLONE."""
+"""System calls that write, sync, rename, remove, create or truncate. ``openat`` with O_CREAT and FICLONE are added."""
 _OPENAT = {"x86_64": 257, "aarch64": 56}
 _IOCTL = {"x86_64": 16, "aarch64": 29}
 _LAYOUT = {"x86_64": (27, 15, 10, (14, 13, 12, 7, 8)), "aarch64": (34, 8, 0, (0, 1, 2, 3, 4))}
-"""Machine -> number of registers, and which hold the call's number, its result and its arguments."""
+"""Machine -> number of registers, and those of the call's number, its result and its arguments."""
 
 COUNTED = {"write": 2, "pwrite64": 2, "copy_file_range": 4, "sendfile": 3}
-"""Calls that can do a part of what they are asked -> the argument that says how much."""
+"""Calls that can do a part of their work -> the argument with its size."""
 _BY_DESCRIPTOR = (
     "write",
     "pwrite64",
@@ -131,22 +131,22 @@ _BY_DESCRIPTOR = (
 )
 
 DONE, RAISED, INTERRUPTED, BROKEN = 0, 3, 4, 5
-"""Exit codes of the child: it came to its end, raised an error of the kind that it may, was interrupted, or neither."""
+"""Exit codes of the child: it finished, raised an allowed error, was interrupted, or none of these."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a run.
+    """The outcome of a run.
 
     Attributes:
-        calls: The calls that were seen, "name path".
+        calls: The calls seen, "name path".
         code: The exit code, or minus the signal that ended it.
-        said: The exception, where there was one.
+        error: The exception, if there was one.
     """
 
     calls: tuple[str, ...]
     code: int
-    said: str
+    error: str
 
 
 @dataclass(frozen=True)
@@ -154,10 +154,10 @@ class Fault:
     """What happens at the n-th call.
 
     Attributes:
-        at: Which, from 1 on; 0 for none.
+        at: Number of the call, from 1; 0 for none.
         kind: "kill", "tear" (half of a write, then kill), "errno" or "signal".
-        number: The error's or the signal's.
-        ever: Calls by these names that come later fail, too.
+        number: The error number or signal number.
+        ever: Later calls with these names fail too.
     """
 
     at: int = 0
@@ -168,7 +168,7 @@ class Fault:
 
 @cache
 def unavailable() -> str | None:
-    """Why processes cannot be traced here; None where they can."""
+    """Why processes cannot be traced here; None if they can."""
     if platform.system() != "Linux" or platform.machine() not in CALLS:
         return f"no tracer for {platform.system()} on {platform.machine()}"
     try:
@@ -182,35 +182,35 @@ def run(function: Callable[[], None], allowed: tuple[type[BaseException], ...], 
     """Run a function in a forked process, with a fault.
 
     Args:
-        function: What to do.
+        function: The function.
         allowed: Exceptions that it may raise.
-        fault: What happens to it.
+        fault: The fault, if any.
     """
-    said = mmap.mmap(-1, 1 << 16)
+    shared = mmap.mmap(-1, 1 << 16)
     pid = os.fork()
     if pid == 0:
-        os._exit(_child(function, allowed, said))
+        os._exit(_child(function, allowed, shared))
     try:
-        return _watch(pid, fault or Fault(), said)
+        return _watch(pid, fault or Fault(), shared)
     finally:
-        said.close()
+        shared.close()
 
 
-def _child(function: Callable[[], None], allowed: tuple[type[BaseException], ...], said: mmap.mmap) -> int:
+def _child(function: Callable[[], None], allowed: tuple[type[BaseException], ...], shared: mmap.mmap) -> int:
     try:
         if _LIBC.ptrace(_TRACEME, 0, None, None) != 0:
             return BROKEN
-        sys.dont_write_bytecode = True  # what is imported here for the first time would be written once, and then not
+        sys.dont_write_bytecode = True  # a module imported here first would be written in one run and not in the next
         os.kill(os.getpid(), signal.SIGSTOP)
         _install_filter()
         function()
     except KeyboardInterrupt:
         return INTERRUPTED
     except allowed as error:
-        said.write(f"{type(error).__name__}: {error}".encode()[:60000])
+        shared.write(f"{type(error).__name__}: {error}".encode()[:60000])
         return RAISED
     except BaseException:
-        said.write(traceback.format_exc().encode()[-60000:])
+        shared.write(traceback.format_exc().encode()[-60000:])
         return BROKEN
     return DONE
 
@@ -245,7 +245,7 @@ def _ptrace(request: int, pid: int, address: int = 0, data: int = 0) -> None:
         raise OSError(number, f"ptrace: {os.strerror(number)}")
 
 
-def _watch(pid: int, fault: Fault, said: mmap.mmap) -> Outcome:
+def _watch(pid: int, fault: Fault, shared: mmap.mmap) -> Outcome:
     calls: list[str] = []
     torn = False
     _, status = os.waitpid(pid, 0)
@@ -279,7 +279,7 @@ def _watch(pid: int, fault: Fault, said: mmap.mmap) -> Outcome:
         if not killed:
             _ptrace(resume, pid, 0, forward)
         _, status = os.waitpid(pid, 0)
-    text = said[:].rstrip(b"\0").decode(errors="replace")
+    text = shared[:].rstrip(b"\0").decode(errors="replace")
     return Outcome(tuple(calls), os.waitstatus_to_exitcode(status), text)
 
 
@@ -300,7 +300,7 @@ def _set_registers(pid: int, registers: ctypes.Array[ctypes.c_uint64]) -> None:
 
 
 def _fail(pid: int, registers: ctypes.Array[ctypes.c_uint64], number: int) -> None:
-    """The call is not made, and returns an error."""
+    """Skip the call and make it return an error."""
     _, call, result, _ = _LAYOUT[platform.machine()]
     registers[result] = (1 << 64) - number
     if platform.machine() == "x86_64":
@@ -320,7 +320,7 @@ def _halve(pid: int, registers: ctypes.Array[ctypes.c_uint64], name: str) -> Non
 
 
 def _describe(pid: int, registers: ctypes.Array[ctypes.c_uint64]) -> str:
-    """The call's name, and the file that it is about."""
+    """The call's name and the file that it concerns."""
     machine = platform.machine()
     _, call, _, arguments = _LAYOUT[machine]
     names = {number: name for name, number in CALLS[machine].items()}

@@ -1,4 +1,4 @@
-"""Whole directories or none, copies that keep what a file is, and what a merge costs."""
+"""Directories that appear complete or not at all, checkpoints in the Hub's cache, and the memory of a merge."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import embedsurgery as es
-from embedsurgery.errors import CheckpointError, EmbedSurgeryError, OutputExistsError
+from embedsurgery.errors import CheckpointError, ConfigError, EmbedSurgeryError, OutputExistsError
 from embedsurgery.files.atomic import staged_directory
 from embedsurgery.files.safetensors import TensorSource, write_file
 from embedsurgery.plan.blocks import spans
@@ -23,6 +23,7 @@ from embedsurgery.surgeries.surgery import Base
 from embedsurgery.surgeries.trainable_tokens.surgery import TrainableTokens
 from embedsurgery.tensors.raw import RawArray
 from tests.support.comparing import contents, listing
+from tests.support.errors import raises
 from tests.support.models import tiny, trained
 from tests.support.processes import python
 
@@ -51,7 +52,7 @@ def test_a_staged_directory_vanishes_on_any_error(error: type[BaseException], tm
 
 
 def test_an_output_that_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
-    with pytest.raises(OutputExistsError), staged_directory(tmp_path / "out"):
+    with raises(OutputExistsError, where=tmp_path / "out"), staged_directory(tmp_path / "out"):
         (tmp_path / "out").mkdir()
     assert listing(tmp_path) == ["out"]
 
@@ -67,9 +68,11 @@ def test_the_mode_of_a_new_directory_is_the_umasks(mask: int, tmp_path: Path) ->
     assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o777 & ~mask
 
 
-def test_what_cannot_be_written_beside_is_said(tmp_path: Path) -> None:
-    (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(CheckpointError, match="beside the output"), staged_directory(tmp_path / "file" / "out"):
+def test_a_parent_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    parent = tmp_path / "file"
+    parent.write_bytes(b"")
+    error = raises(CheckpointError, where=parent, expected="directory", found="a file")
+    with error, staged_directory(parent / "out"):
         pass
     assert listing(tmp_path) == ["file"]
 
@@ -81,7 +84,7 @@ def test_odd_things_in_a_checkpoint_are_refused(odd: str, base: Path, tmp_path: 
     else:
         (base / "odd").symlink_to("nowhere")
     before = sorted(p.name for p in tmp_path.iterdir())
-    with pytest.raises(CheckpointError, match="odd"):
+    with raises(CheckpointError, where=base / "odd"):
         es.merge_checkpoint(base, trained(tiny("llama-tied"), [1]), tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == before
 
@@ -96,7 +99,7 @@ def open_directory() -> Iterator[Path]:
 
 
 def snapshot(base: Path, cache: Path) -> Path:
-    """The same files as the Hub's cache has them: links into blobs that nobody may write."""
+    """Lay the files out as the Hub's cache does: links to read-only blobs."""
     (cache / "blobs").mkdir(parents=True)
     folder = cache / "snapshots" / "0123abcd"
     for number, path in enumerate(sorted(p for p in base.rglob("*") if p.is_file())):
@@ -125,7 +128,7 @@ es.unmerge_checkpoint(merged, back)
 
 
 def test_a_snapshot_of_the_hubs_cache(base: Path, open_directory: Path) -> None:
-    """As a plain user, for whom read-only means read-only."""
+    """Runs as a plain user, because root may write read-only files."""
     adapter = trained(tiny("llama-tied"), [3, 1]).save(open_directory / "adapter")
     source = snapshot(base, open_directory / "models--org--name")
     before = {p: (p.stat().st_ino, p.read_bytes(), p.stat().st_mode) for p in source.parents[1].glob("blobs/*")}
@@ -158,7 +161,7 @@ print(json.dumps({"code": code, "peak": peak, "heavy": heavy}))
 
 
 def big_checkpoint(folder: Path, size: int) -> Path:
-    """A checkpoint of about ``size`` bytes, most of which are no embedding; its tensors are made block by block."""
+    """Write a checkpoint of about ``size`` bytes, most of them in a layer; its tensors are made block by block."""
     width, rows = 1024, 8192
     deep = (size - rows * width * 2) // (width * 2)
     folder.mkdir()
@@ -208,8 +211,8 @@ def test_a_merge_takes_little_memory_and_no_torch(tmp_path: Path) -> None:
         shutil.rmtree(tmp_path / name)
 
 
-def test_a_checkpoint_in_no_directory_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(EmbedSurgeryError, match="nowhere"):
+def test_a_missing_checkpoint_is_refused(tmp_path: Path) -> None:
+    with raises(CheckpointError, where=tmp_path / "nowhere"):
         es.unmerge_checkpoint(tmp_path / "nowhere", tmp_path / "out")
     assert listing(tmp_path) == []
 
@@ -218,7 +221,7 @@ def test_an_output_inside_the_base_is_refused(base: Path) -> None:
     """The base would no longer be what it was, and the next copy of it would hold a second checkpoint."""
     before = listing(base)
     for output in (base / "out", base / "sub" / "out", base / ".embedsurgery" / "out"):
-        with pytest.raises(EmbedSurgeryError):
+        with raises(ConfigError, where=output):
             es.merge_checkpoint(base, trained(tiny("llama-tied"), [1]), output)
         assert listing(base) == before
 
@@ -239,7 +242,7 @@ def test_an_output_inside_the_base_is_refused(base: Path) -> None:
         lambda long, base, adapter: es.load(long),
     ],
 )
-def test_a_name_that_is_too_long_is_said(verb: Any, base: Path, tmp_path: Path) -> None:
+def test_a_name_that_is_too_long_is_refused(verb: Any, base: Path, tmp_path: Path) -> None:
     adapter = trained(tiny("llama-tied"), [1])
     before = listing(tmp_path)
     with pytest.raises(EmbedSurgeryError):

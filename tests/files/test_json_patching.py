@@ -1,4 +1,4 @@
-"""JSON changed in place: what json.dumps would have written in the same style, and back again."""
+"""JSON patched in place: the result is what json.dumps would have written in the same style, and back again."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embedsurgery.errors import CheckpointError
-from embedsurgery.files.json_patching import respell
+from embedsurgery.files.json_patching import patch_json
+from tests.support.errors import raises
 
 PATH = Path("a.json")
 STYLES: dict[str, dict[str, Any]] = {
@@ -28,7 +29,7 @@ STYLES: dict[str, dict[str, Any]] = {
 
 
 def content(rng: random.Random) -> dict[str, Any]:
-    """What a tokenizer's files consist of."""
+    """Content as in a tokenizer's files."""
     entries = [{"id": n, "content": f"é<{n}>\u2581", "special": bool(n % 2)} for n in range(rng.randrange(4))]
     return {
         "version": "1.0",
@@ -42,7 +43,7 @@ def content(rng: random.Random) -> dict[str, Any]:
 
 
 def changed(before: dict[str, Any], rng: random.Random) -> dict[str, Any]:
-    """Some items gone, some renamed, some new."""
+    """The content with some items removed, some renamed and some added."""
     after = copy.deepcopy(before)
     added = [e for e in after["added"] if rng.random() > 0.25]
     for entry in added:
@@ -69,17 +70,17 @@ def test_it_writes_what_the_same_style_would(style: str, end: str) -> None:
         before = content(rng)
         after = changed(before, rng)
         old, new = ((json.dumps(c, **STYLES[style]) + end).encode() for c in (before, after))
-        assert respell(old, before, after, PATH) == new
-        assert respell(new, after, before, PATH) == old
+        assert patch_json(old, before, after, PATH) == new
+        assert patch_json(new, after, before, PATH) == old
 
 
-def test_spelling_that_nothing_touches_stays() -> None:
+def test_unchanged_items_keep_their_spelling() -> None:
     old = (
         b'{ "a" : 1e2 ,\r\n\t"b":[ {"id" :1,"content": "\\u00e9\\/"} ,{"id":3 , "content":"x"}],  "c" : "\\u0041" }\n\n'
     )
     before = json.loads(old)
     after = {**before, "b": [before["b"][0], {"id": 2, "content": "ü"}, {"id": 3, "content": "y"}]}
-    new = respell(old, before, after, PATH)
+    new = patch_json(old, before, after, PATH)
     assert new == old.replace(
         b'{"id":3 , "content":"x"}', b'{"id" : 2, "content" : "\\u00fc"}, {"id":3 , "content":"y"}'
     )
@@ -89,20 +90,20 @@ def test_spelling_that_nothing_touches_stays() -> None:
 def test_a_byte_order_mark_and_windows_lines_stay() -> None:
     old = b'\xef\xbb\xbf{\r\n  "a": [],\r\n  "b": {\r\n    "c": 1\r\n  }\r\n}\r\n'
     before = json.loads(old.decode("utf-8-sig"))
-    new = respell(old, before, {"a": ["x"], "b": {"c": 1, "d": 2}}, PATH)
+    new = patch_json(old, before, {"a": ["x"], "b": {"c": 1, "d": 2}}, PATH)
     assert new == old.replace(b"[]", b'[\r\n    "x"\r\n  ]').replace(b'"c": 1', b'"c": 1,\r\n    "d": 2')
 
 
 @pytest.mark.parametrize("old", [b'{"a": 1, "a": 2}', b'{"b": {"a": [1], "a": [1]}, "a": 2}'])
-def test_a_key_that_is_there_twice_is_refused(old: bytes) -> None:
+def test_a_duplicate_key_is_refused(old: bytes) -> None:
     before = json.loads(old)
-    with pytest.raises(CheckpointError, match=r"cannot be changed in place \(a.json\)"):
-        respell(old, before, {**before, "b": {"a": [2]}, "a": 3}, PATH)
+    with raises(CheckpointError, where=PATH, hint="json.dump"):
+        patch_json(old, before, {**before, "b": {"a": [2]}, "a": 3}, PATH)
 
 
 def test_another_order_is_refused() -> None:
-    with pytest.raises(CheckpointError, match="items in another order"):
-        respell(b'{"a": ["x", "y", "z"]}', {"a": ["x", "y", "z"]}, {"a": ["y", "x", "w", "q"]}, PATH)
+    with raises(CheckpointError, where=PATH, found="'y'", hint="json.dump"):
+        patch_json(b'{"a": ["x", "y", "z"]}', {"a": ["x", "y", "z"]}, {"a": ["y", "x", "w", "q"]}, PATH)
 
 
 VALUES = st.recursive(
@@ -118,7 +119,7 @@ OBJECTS = st.dictionaries(st.text(max_size=3), VALUES, max_size=5)
 def test_anything_becomes_anything_or_is_refused(before: Any, after: Any, style: dict[str, Any]) -> None:
     old = json.dumps(before, **style).encode()
     try:
-        new = respell(old, before, after, PATH)
+        new = patch_json(old, before, after, PATH)
     except CheckpointError:
         return
     assert json.loads(new) == after

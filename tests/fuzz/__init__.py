@@ -1,1 +1,1 @@
-"""Files made to harm, by the hundred thousand: valid ones that are changed where it hurts. ``python -m tests.fuzz``."""
+"""A fuzzer: mutates valid files and reads them with every command. ``python -m tests.fuzz`` runs it for long."""

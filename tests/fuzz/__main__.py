@@ -1,4 +1,4 @@
-"""``python -m tests.fuzz --inputs 100000``: the fuzzer for as long as one likes; says what came out of it."""
+"""``python -m tests.fuzz --inputs 100000``: runs the fuzzer for as long as you like and prints what it found."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ def main() -> None:
     options = parser.parse_args()
     names = options.only or list(TARGETS)
     begun = time.monotonic()
-    room = Path("/dev/shm") if Path("/dev/shm").is_dir() else None
-    with tempfile.TemporaryDirectory(prefix="fuzz-", dir=room) as folder:
+    memory = Path("/dev/shm") if Path("/dev/shm").is_dir() else None
+    with tempfile.TemporaryDirectory(prefix="fuzz-", dir=memory) as folder:
         bed = Bed(Path(folder))
         for name in names:
             count, start = bed.count, time.monotonic()
             try:
                 campaign(bed, name, options.inputs // len(names), options.seed)
-                word = "none but our own errors"
+                result = "only embedsurgery's own errors"
             except Exception as error:
-                word = f"FAILED: {type(error).__name__}: {error}"[:400]
+                result = f"FAILED: {type(error).__name__}: {error}"[:400]
                 lines = [line[:300] for line in traceback.format_exception(error)]
                 print("".join(lines[-6:]), *(note[:1000] for note in getattr(error, "__notes__", ())), flush=True)
             print(
                 f"{name}: {bed.count - count:,} inputs in {time.monotonic() - start:.0f} s, "
-                f"{time.process_time():.0f} s of processor time so far: {word}",
+                f"{time.process_time():.0f} s of processor time so far: {result}",
                 flush=True,
             )
         print(f"{bed.count:,} inputs in {time.monotonic() - begun:.0f} s")

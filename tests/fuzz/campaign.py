@@ -1,4 +1,4 @@
-"""Hypothesis draws the changes and, where one comes through that should not, makes it smaller."""
+"""Hypothesis draws the mutations and shrinks those that reveal a fault."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.fuzz.mutation import Step, steps
 from tests.fuzz.targets import TARGETS, Bed
 
 BATCH = 50
-"""Inputs that a long campaign makes of one number that is drawn: drawing each would take longer than trying it."""
+"""Inputs that a long campaign makes from one drawn number: drawing an input takes longer than trying it."""
 
 
 def _settings(examples: int, derandomize: bool) -> settings:
@@ -28,15 +28,15 @@ def _settings(examples: int, derandomize: bool) -> settings:
 
 
 def fuzz(bed: Bed, name: str, inputs: int) -> None:
-    """So many inputs for one kind of file, the same each time.
+    """Run a number of inputs for one kind of file, the same ones each time.
 
     Args:
-        bed: Where.
-        name: Of the kind, in `TARGETS`.
+        bed: The seeds.
+        name: The kind, a key of `TARGETS`.
         inputs: How many.
 
     Raises:
-        Exception: What should not have come out.
+        Exception: The fault that an input revealed.
     """
     targets = TARGETS[name]
 
@@ -49,7 +49,7 @@ def fuzz(bed: Bed, name: str, inputs: int) -> None:
 
 
 def campaign(bed: Bed, name: str, inputs: int, number: int) -> None:
-    """As `fuzz`, for many inputs, which depend on a number; what fails has a note with the input."""
+    """Like `fuzz`, for many inputs that depend on a number; an exception has a note with its input."""
     targets = TARGETS[name]
 
     @seed(number)

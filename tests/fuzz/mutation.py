@@ -1,4 +1,4 @@
-"""Changes of valid files: in the JSON that they hold, in their lengths and offsets, in single bytes."""
+"""Mutations of valid files: of their JSON, of lengths and offsets, of single bytes."""
 
 from __future__ import annotations
 
@@ -94,12 +94,12 @@ ODD: list[Any] = [
     float("nan"),
     float("inf"),
 ]
-"""What is put in the place of a value."""
+"""Values that replace others."""
 
 DEEP = ("[" * 3000 + "]" * 3000, '{"a":' * 3000 + "1" + "}" * 3000)
 
 Step = tuple[int, int, int]
-"""What is done, where, and with what: numbers that are taken modulo what there is, so that all can be drawn alike."""
+"""(kind of mutation, place, value): numbers taken modulo the number of choices, so that all are drawn alike."""
 
 steps = st.lists(
     st.tuples(st.integers(0, 11), st.integers(0, 1 << 16), st.integers(0, 1 << 16)), min_size=1, max_size=4
@@ -114,8 +114,8 @@ def _places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return found
 
 
-def mutated_json(text: str, plan: Sequence[Step]) -> str:
-    """A JSON text with some of its values, keys or items changed."""
+def mutate_json(text: str, plan: Sequence[Step]) -> str:
+    """Change some values, keys or items of a JSON text."""
     value = json.loads(text)
     raw: list[Callable[[str], str]] = []
     for kind, where, what in plan:
@@ -172,8 +172,8 @@ def _flip(data: bytes, what: int) -> bytes:
     return data[:at] + bytes([data[at] ^ (1 << what % 8)]) + data[at + 1 :]
 
 
-def mutated_bytes(data: bytes, plan: Sequence[Step]) -> bytes:
-    """Bytes that are flipped, cut, doubled, or joined by others."""
+def mutate_bytes(data: bytes, plan: Sequence[Step]) -> bytes:
+    """Flip, cut, double or insert bytes."""
     for kind, where, what in plan:
         at = where % (len(data) + 1)
         if kind < 5:
@@ -187,25 +187,25 @@ def mutated_bytes(data: bytes, plan: Sequence[Step]) -> bytes:
     return data
 
 
-def mutated_safetensors(data: bytes, plan: Sequence[Step], inner: str | None = None) -> bytes:
-    """A safetensors file whose header says something else; ``inner`` names a JSON text in its metadata to change.
+def mutate_safetensors(data: bytes, plan: Sequence[Step], inner: str | None = None) -> bytes:
+    """Change a safetensors file's header or data; ``inner`` names a JSON text in its metadata to change instead.
 
-    The length before the header is right again (or is what is changed), and so is a checksum at the end, which whoever
-    means harm would mend as well.
+    The length before the header is corrected (unless it is what changes), and so is a checksum at the end: an attacker
+    would correct it as well.
     """
     size = int.from_bytes(data[:8], "little")
     text, body = data[8 : 8 + size].decode(), data[8 + size :]
     (first, where, what), *rest = plan
     if inner is not None and first < 9:
         header = json.loads(text)
-        header["__metadata__"][inner] = mutated_json(header["__metadata__"][inner], plan)
+        header["__metadata__"][inner] = mutate_json(header["__metadata__"][inner], plan)
         text = json.dumps(header)
     elif first == 11:
-        return mutated_bytes(data, [(what % 12, where, what), *rest])
+        return mutate_bytes(data, [(what % 12, where, what), *rest])
     elif first == 10:
-        body = mutated_bytes(body, [(what % 12, where, what), *rest])
+        body = mutate_bytes(body, [(what % 12, where, what), *rest])
     else:
-        text = mutated_json(text, plan)
+        text = mutate_json(text, plan)
     blob = text.encode("utf-8", "surrogatepass")
     blob += b" " * (-len(blob) % 8)
     head = len(blob).to_bytes(8, "little") + blob
@@ -214,12 +214,12 @@ def mutated_safetensors(data: bytes, plan: Sequence[Step], inner: str | None = N
     return head + body
 
 
-def mutated(name: str, data: bytes, plan: Sequence[Step]) -> bytes:
-    """A file changed as its kind invites."""
+def mutate(name: str, data: bytes, plan: Sequence[Step]) -> bytes:
+    """Change a file according to its kind."""
     if name.endswith(".safetensors"):
         metadata = data[: 8 + int.from_bytes(data[:8], "little")]
         inner = next((key for key in ("embedsurgery.plan", "embedsurgery") if f'"{key}":'.encode() in metadata), None)
-        return mutated_safetensors(data, plan, inner)
+        return mutate_safetensors(data, plan, inner)
     if name.endswith(".json") and plan[0][0] < 11:
-        return mutated_json(data.decode(), plan).encode("utf-8", "surrogatepass")
-    return mutated_bytes(data, plan)
+        return mutate_json(data.decode(), plan).encode("utf-8", "surrogatepass")
+    return mutate_bytes(data, plan)

@@ -1,4 +1,4 @@
-"""The valid files that are changed: checkpoints, adapters, merged checkpoints and a journal, all of a few kilobytes."""
+"""The valid files to mutate: checkpoints, adapters, merged checkpoints and a journal, a few kilobytes each."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ import numpy as np
 
 import embedsurgery as es
 from embedsurgery.adapters.new_tokens import AddedTokens, plan_tokens
-from embedsurgery.checkpoints.in_place import changing
-from embedsurgery.checkpoints.records import next_record
+from embedsurgery.checkpoints.in_place import change_in_place
+from embedsurgery.checkpoints.records import next_record_path
 from embedsurgery.errors import EmbedSurgeryWarning
 from embedsurgery.files.safetensors import TensorSource, write_file
 from embedsurgery.plan import Blocks, Plan, SetBlocks
 from embedsurgery.plugins.current import registry
 from embedsurgery.stores.apply import apply
 from embedsurgery.stores.shards import ShardStore
-from embedsurgery.stores.written import written
+from embedsurgery.stores.written import hash_written
 from embedsurgery.surgeries.surgery import Base
 from embedsurgery.surgeries.trainable_tokens.surgery import TrainableTokens
 from embedsurgery.tensors.raw import RawArray
-from embedsurgery.tokenizer.patching import known_tokens
-from tests.support.made import made_on
+from embedsurgery.tokenizer.patching import read_known_tokens
+from tests.support.made import make_adapter
 
 ROWS, WIDTH = 14, 4
 TOKENS = ["<unk>", "<s>", "</s>", *(f"t{i}" for i in range(3, 11)), "[unused0]"]
@@ -123,53 +123,57 @@ def biased(folder: Path) -> Path:
     return folder
 
 
-def _brings_tokens(base: Path, folder: Path) -> None:
-    """An adapter with two new tokens: one at a spare or reserved row, where there is one, and one that grows."""
+def _save_adapter_with_tokens(base: Path, folder: Path) -> None:
+    """Save an adapter with three new tokens; they take spare or reserved rows first, and then grow the table."""
     store = ShardStore.open(base)
-    asked = plan_tokens(
-        store, known_tokens(base), ["<new0>", "<new1>", "<new2>"], init="zeros", initializers=registry().initializers
+    planned = plan_tokens(
+        store,
+        read_known_tokens(base),
+        ["<new0>", "<new1>", "<new2>"],
+        init="zeros",
+        initializers=registry().initializers,
     )
-    assert asked.new is not None
+    assert planned.new is not None
     copy = folder.with_name("extended")
     shutil.copytree(base, copy)
     grown = ShardStore.open(copy)
-    apply(asked.plan, grown)
-    ids = AddedTokens(asked.ids, asked.new, lambda: None)
+    apply(planned.plan, grown)
+    ids = AddedTokens(planned.ids, planned.new, lambda: None)
     adapter = TrainableTokens().start(es.TrainableTokensConfig(ids), ShardStore.open(copy), Base())
     raw = {n: RawArray.of(v.float32() + 1) if v.dtype == "F32" else v for n, v in adapter.raw.items()}
     replace(adapter, raw=raw).save(folder)
     shutil.rmtree(copy)
 
 
-def _whole_table(folder: Path) -> None:
-    """The record of a whole table, on top of the others."""
+def _record_whole_table(folder: Path) -> None:
+    """Add the record of a whole table on top of the others."""
     store = ShardStore.open(folder)
     table = store.graph.main_input()
     rows = RawArray.of(np.ones(table.shape, np.float32)).to(table.dtype)
     undo = apply(Plan((SetBlocks(table.name, Blocks.of(rows)),)), store, spill=folder.parent)
-    facts = {"written": written(undo, store), "surgery": "whole", "rows": {table.name: table.shape[0]}}
-    replace(undo, facts=facts).save(next_record(folder))
+    facts = {"written": hash_written(undo, store), "surgery": "whole", "rows": {table.name: table.shape[0]}}
+    replace(undo, facts=facts).save(next_record_path(folder))
 
 
 def build(folder: Path) -> dict[str, Path]:
-    """Name -> directory: two bases, two adapters of each, each base with merges, and one with a journal."""
+    """Build the seeds, name -> directory: two bases, two adapters of each, each base merged, and one with a journal."""
     found: dict[str, Path] = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", EmbedSurgeryWarning)
         for name, make in (("sharded", sharded), ("biased", biased)):
             base = found[name] = make(folder / name)
-            rows = found[f"{name}-rows"] = made_on(base, [3, 5]).save(folder / f"{name}-rows")
+            rows = found[f"{name}-rows"] = make_adapter(base, [3, 5]).save(folder / f"{name}-rows")
             new = found[f"{name}-new"] = folder / f"{name}-new"
-            _brings_tokens(base, new)
+            _save_adapter_with_tokens(base, new)
             merged = found[f"{name}-merged"] = folder / f"{name}-merged"
             es.merge_checkpoint(base, [rows, (new, 0.5)], merged, hashes=True)
-            es.merge_checkpoint(merged, made_on(merged, [6], seed=4).save(folder / f"{name}-third"), in_place=True)
-            es.merge_checkpoint(merged, made_on(merged, [7], seed=5), in_place=True)
+            es.merge_checkpoint(merged, make_adapter(merged, [6], seed=4).save(folder / f"{name}-third"), in_place=True)
+            es.merge_checkpoint(merged, make_adapter(merged, [7], seed=5), in_place=True)
             es.unmerge_checkpoint(merged, adapter="3", in_place=True)
-            _whole_table(merged)
+            _record_whole_table(merged)
         found["journal"] = folder / "journal"
         broken = shutil.copytree(found["sharded"], folder / "broken")
-        with changing(broken, ["test"]) as journal:
+        with change_in_place(broken, ["test"]) as journal:
             journal.protect(
                 {"model-00001-of-00002.safetensors": [(250, 290), (300, 302)]},
                 ["config.json", ".embedsurgery/merges/0001.safetensors"],

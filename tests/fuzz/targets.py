@@ -1,4 +1,4 @@
-"""What is done with a changed file: one of the verbs that would read it. Only our own errors may come out."""
+"""What reads a mutated file: one of the commands that would. Only embedsurgery's own errors may come out."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from pathlib import Path
 
 import embedsurgery as es
 from embedsurgery.errors import EmbedSurgeryError, EmbedSurgeryWarning
-from tests.fuzz.mutation import Step, mutated
+from tests.fuzz.mutation import Step, mutate
 from tests.fuzz.seeds import build, files_of
 
 SECONDS = 1.0
-"""Of processor time; what one input may take."""
+"""Processor time that one input may take."""
 
 Act = Callable[[Path, "Bed"], object]
 
 
 @dataclass(frozen=True)
 class Target:
-    """A file of a seed, or all that match, and what reads it.
+    """Files of a seed to mutate, and what reads them.
 
     Attributes:
         seed: Name of the directory.
-        files: Ends of the names of files that are changed.
-        acts: What is done with the directory; each may fail with an error of ours.
+        files: Suffixes of the files to mutate.
+        acts: What to do with the directory; each may raise an `EmbedSurgeryError`.
     """
 
     seed: str
@@ -135,7 +135,7 @@ TARGETS: dict[str, tuple[Target, ...]] = {
 
 
 class Bed:
-    """Seeds, of which one file at a time is changed and put back."""
+    """The seeds; one file at a time is mutated and restored."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -147,31 +147,31 @@ class Bed:
         self.count = 0
 
     def run(self, target: Target, which: int, act: int, plan: Sequence[Step]) -> None:
-        """Change one file and do one thing with it.
+        """Mutate one file and run one act on it.
 
         Raises:
             AssertionError: It took long, or a file changed.
-            Exception: Something else than an error of ours came out.
+            Exception: An exception that is not an `EmbedSurgeryError`.
         """
         self.count += 1
         seed, files = self.seeds[target.seed], self.files[target.seed]
         names = [n for n in files if f"/{n}".endswith(target.files)]
         name, read = names[which % len(names)], target.acts[act % len(target.acts)]
-        (seed / name).write_bytes(mutated(name, files[name], plan))
+        (seed / name).write_bytes(mutate(name, files[name], plan))
         try:
-            before = _marks(seed)
-            begun, said = time.process_time(), ""
+            before = _stamps(seed)
+            begun, message = time.process_time(), ""
             with warnings.catch_warnings():
                 warnings.simplefilter("error")
                 warnings.simplefilter("ignore", EmbedSurgeryWarning)
                 try:
                     read(seed, self)
                 except EmbedSurgeryError as error:
-                    said = str(error)
-            assert "\n" not in said
-            assert len(said) < 4000, said[:400]
+                    message = str(error)
+            assert "\n" not in message
+            assert len(message) < 4000, message[:400]
             assert time.process_time() - begun < SECONDS, "slow"
-            assert read is _recover or _marks(seed) == before
+            assert read is _recover or _stamps(seed) == before
             assert {p.name for p in self.folder.iterdir()} == {"seeds"}
         finally:
             if read is _recover:
@@ -183,8 +183,8 @@ class Bed:
                 (seed / name).write_bytes(files[name])
 
 
-def _marks(folder: Path) -> dict[str, tuple[int, int, int]]:
-    """What would change if a file did."""
+def _stamps(folder: Path) -> dict[str, tuple[int, int, int]]:
+    """Path -> inode, size and mtime: they show whether a file changed."""
     found = {}
     for top, _, names in os.walk(folder):
         for name in names:

@@ -1,4 +1,4 @@
-"""The fuzzer for some seconds; ``python -m tests.fuzz --inputs 100000`` runs it for longer."""
+"""Runs the fuzzer for some seconds; ``python -m tests.fuzz --inputs 100000`` runs it for longer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from tests.fuzz.campaign import fuzz
 from tests.fuzz.targets import TARGETS, Bed
 
 INPUTS = 80
-"""For each kind of file: the whole takes some ten seconds of one core."""
+"""Per kind of file; all of them take some ten seconds of one core."""
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +17,7 @@ def bed(tmp_path_factory: pytest.TempPathFactory) -> Bed:
 
 
 @pytest.mark.parametrize("kind", TARGETS)
-def test_only_errors_of_our_own_come_out(kind: str, bed: Bed) -> None:
+def test_only_own_errors_are_raised(kind: str, bed: Bed) -> None:
     before = bed.count
     fuzz(bed, kind, INPUTS)
-    assert bed.count - before >= INPUTS // 2  # small spaces are drawn empty
+    assert bed.count - before >= INPUTS // 2  # Hypothesis stops when it has drawn all of a small space

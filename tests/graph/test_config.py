@@ -1,4 +1,4 @@
-"""Which numbers of a config count a vocabulary, and which keep it from growing."""
+"""Which numbers of a config are a vocabulary's size, and which prevent it from growing."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from embedsurgery.graph.config import as_mapping, counting_keys, obstacle, tokens_of
+from embedsurgery.graph.config import as_mapping, find_growth_obstacle, find_size_keys, token_kind_of
 
 V = 11
 TEXT = ("model.embed_tokens.weight", "lm_head.weight")
@@ -21,8 +21,8 @@ MARIAN = {"vocab_size": V, "decoder_vocab_size": V, "share_encoder_decoder_embed
 
 KEYS: dict[str, tuple[dict[str, Any], tuple[str, ...], list[str]]] = {
     "plain": ({"vocab_size": V, "hidden_size": V, "bos_token_id": V}, TEXT, ["vocab_size"]),
-    "another number": ({"vocab_size": V + 1}, TEXT, []),
-    "no number": ({"vocab_size": "11", "text_config": {"vocab_size": True}, "n_words": 11.0}, TEXT, []),
+    "another size": ({"vocab_size": V + 1}, TEXT, []),
+    "not an integer": ({"vocab_size": "11", "text_config": {"vocab_size": True}, "n_words": 11.0}, TEXT, []),
     "multimodal": (
         {
             "vocab_size": V,
@@ -54,7 +54,7 @@ KEYS: dict[str, tuple[dict[str, Any], tuple[str, ...], list[str]]] = {
         PER_LAYER,
         ["vocab_size", "vocab_size_per_layer_input"],
     ),
-    "none for each layer": ({"vocab_size": V, "vocab_size_per_layer_input": V}, TEXT, ["vocab_size"]),
+    "no table for each layer": ({"vocab_size": V, "vocab_size_per_layer_input": V}, TEXT, ["vocab_size"]),
     "source": (FSMT, ENCODER, ["src_vocab_size", "vocab_size"]),
     "target": (FSMT, DECODER, ["tgt_vocab_size"]),
     "source and target tied": (FSMT, ENCODER + DECODER, ["src_vocab_size", "tgt_vocab_size", "vocab_size"]),
@@ -73,16 +73,16 @@ KEYS: dict[str, tuple[dict[str, Any], tuple[str, ...], list[str]]] = {
 
 
 @pytest.mark.parametrize("name", KEYS)
-def test_what_counts_a_vocabulary(name: str) -> None:
+def test_keys_of_a_vocabulary_size(name: str) -> None:
     config, names, expected = KEYS[name]
-    assert [".".join(keys) for keys in counting_keys(config, names, {V})] == expected
+    assert [".".join(keys) for keys in find_size_keys(config, names, {V})] == expected
 
 
-def test_a_config_that_nests_without_end_is_walked_to_a_depth() -> None:
+def test_a_deeply_nested_config_is_read_to_a_limit() -> None:
     config: dict[str, Any] = {"vocab_size": V}
     for _ in range(2000):
         config = {"text_config": config, "decoder": config}
-    assert counting_keys(config, TEXT, {V}) == []
+    assert find_size_keys(config, TEXT, {V}) == []
 
 
 OBSTACLES: dict[str, tuple[dict[str, Any], set[int], str | None]] = {
@@ -102,23 +102,24 @@ OBSTACLES: dict[str, tuple[dict[str, Any], set[int], str | None]] = {
     ),
     "a pruned head": ({"vocab_size": V, "output_vocab_size": V - 2}, {V}, f"output_vocab_size = {V - 2}"),
     "a head that is not pruned": ({"vocab_size": V, "output_vocab_size": None}, {V}, None),
-    "a patcher": ({"vocab_size": V, "patcher_config": {"vocab_size": V}}, {V}, "a patcher"),
+    "a patcher": ({"vocab_size": V, "patcher_config": {"vocab_size": V}}, {V}, "patcher_config"),
     "a longer input": ({"vocab_size": V}, {V, V + 1}, f"an input of {V + 1} rows"),
     "Mllama's": ({"vocab_size": V, "model_type": "mllama_text_model"}, {V, V + 8}, None),
-    "another size": ({"vocab_size": V + 2}, {V}, f"{V} rows, where the config says {V + 2}"),
+    "another size": ({"vocab_size": V + 2}, {V}, f"{V} rows, but {V + 2}"),
 }
 
 
 @pytest.mark.parametrize("name", OBSTACLES)
-def test_what_keeps_a_vocabulary_from_growing(name: str) -> None:
+def test_obstacles_to_growth(name: str) -> None:
     config, sizes, expected = OBSTACLES[name]
-    found = obstacle(config, TEXT, sizes)
-    assert found == expected or (expected is not None and found is not None and found.startswith(expected))
+    found = find_growth_obstacle(config, TEXT, sizes)
+    assert (found is None) == (expected is None)
+    assert (found or "").startswith(expected or "")
 
 
 @dataclass
 class TextConfig:
-    """As transformers' objects: fields in the instance, the model type in the class."""
+    """Like transformers' configs: fields of the instance, the model type of the class."""
 
     model_type = "llama"
     vocab_size: int = V
@@ -127,18 +128,18 @@ class TextConfig:
 
 @dataclass
 class WholeConfig:
-    """A config with another in it."""
+    """A config with a nested config."""
 
     model_type = "llava"
     text_config: TextConfig = field(default_factory=TextConfig)
     dtype: object = object
 
 
-def test_an_object_is_read_like_a_file() -> None:
+def test_a_config_object_is_read_like_a_file() -> None:
     mapping = as_mapping(WholeConfig())
     assert mapping["text_config"] == {"model_type": "llama", "vocab_size": V, "rope": {"type": "default"}}
     assert mapping["model_type"] == "llava"
-    assert counting_keys(mapping, TEXT, {V}) == [("text_config", "vocab_size")]
+    assert find_size_keys(mapping, TEXT, {V}) == [("text_config", "vocab_size")]
     assert as_mapping(None) == {}
     assert as_mapping(3) == {}
 
@@ -154,5 +155,5 @@ def test_an_object_is_read_like_a_file() -> None:
         (("talker.model.embed_tokens.weight",), "talker"),
     ],
 )
-def test_whose_tokens_a_table_is_for(names: tuple[str, ...], expected: str) -> None:
-    assert tokens_of(names, {}) == expected
+def test_kinds_of_tokens(names: tuple[str, ...], expected: str) -> None:
+    assert token_kind_of(names, {}) == expected

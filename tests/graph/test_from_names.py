@@ -1,7 +1,7 @@
-"""Tests that the graph of tensor names is the graph of the modules that wrote them.
+"""The graph of tensor names, against known checkpoints and against the graph of the modules that wrote them.
 
 The sweep saves every architecture of the zoo and compares the two walkers. The tests before it need no transformers:
-their lists of tensors are those of real checkpoints, of old and new versions of the library.
+their lists of tensors come from real checkpoints of old and new versions of the library.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from typing import Any
 import pytest
 
 from embedsurgery.graph import EmbeddingGraph, Table
-from embedsurgery.graph.architectures import Layout, tie_flag
+from embedsurgery.graph.architectures import Layout, read_tie_flag
 from embedsurgery.graph.from_names import Stored, vocabulary_sizes, walk_names
 
 V, D = 100, 16
 
 
 def stored(*lines: str) -> tuple[list[Stored], dict[str, str]]:
-    """Tensors from "name:100x16=a@g": shape (V, D) unless given, values a, memory g; and their values by name."""
+    """Create tensors from "name:100x16=a@g": shape (V, D) by default, values a, memory g. Return values by name too."""
     made, values = [], {}
     for line in lines:
         name = line[: next((i for i, c in enumerate(line) if c in ":=@"), len(line))]
@@ -40,7 +40,7 @@ def walk(*lines: str, config: Mapping[str, Any] | None, compare: bool = False, *
 
 
 def vocabulary(graph: EmbeddingGraph) -> dict[tuple[str, ...], tuple[str, ...]]:
-    """Names -> roles of the tables that hold a vocabulary."""
+    """Return names -> roles of the tables of kind "vocabulary"."""
     return {t.names: t.roles for t in graph.tables if t.kind == "vocabulary"}
 
 
@@ -109,7 +109,7 @@ KNOWN: dict[str, tuple[list[str], dict[str, Any], dict[tuple[str, ...], tuple[st
         lm("BartForConditionalGeneration", "bart"),
         {(*BART, "lm_head.weight"): BOTH},
     ),
-    "Marian, whose class is not called a language model's": (
+    "Marian, whose class name is not a language model's": (
         ["model.shared.weight", "model.encoder.x:16", "model.decoder.x:16", "final_logits_bias:1x100"],
         lm("MarianMTModel", "marian"),
         {(*BART, "lm_head.weight"): BOTH},
@@ -151,12 +151,12 @@ KNOWN: dict[str, tuple[list[str], dict[str, Any], dict[tuple[str, ...], tuple[st
         lm("Qwen2VLForConditionalGeneration", "qwen2_vl", tie_word_embeddings=True),
         {("model.embed_tokens.weight", "lm_head.weight"): BOTH},
     ),
-    "a tie that only the text config knows of": (
+    "a tie that only the text config has": (
         ["model.language_model.embed_tokens.weight"],
         lm("LlavaForConditionalGeneration", tie_word_embeddings=False, text_config={"tie_word_embeddings": True}),
         {("model.language_model.embed_tokens.weight", "lm_head.weight"): BOTH},
     ),
-    "Gemma 3n, whose layers have a smaller vocabulary of their own": (
+    "Gemma 3n, with a smaller vocabulary for its layers": (
         ["model.embed_tokens.weight", "model.embed_tokens_per_layer.weight:80x32"],
         lm("Gemma3nForCausalLM", "gemma3n_text", vocab_size_per_layer_input=80),
         {
@@ -182,7 +182,7 @@ KNOWN: dict[str, tuple[list[str], dict[str, Any], dict[tuple[str, ...], tuple[st
             ("language_model.lm_head.weight",): ("output",),
         },
     ),
-    "Mamba, whose name is vague": (
+    "Mamba, with a vague name": (
         ["backbone.embeddings.weight", "backbone.layers.0.x.weight:16x16"],
         lm("MambaForCausalLM", "mamba"),
         {("backbone.embeddings.weight", "lm_head.weight"): BOTH},
@@ -199,7 +199,7 @@ KNOWN: dict[str, tuple[list[str], dict[str, Any], dict[tuple[str, ...], tuple[st
             ): BOTH
         },
     ),
-    "an encoder and a decoder of their own": (
+    "an encoder and a decoder of different models": (
         [
             "encoder.embeddings.word_embeddings.weight",
             "decoder.transformer.wte.weight",
@@ -215,7 +215,7 @@ KNOWN: dict[str, tuple[list[str], dict[str, Any], dict[tuple[str, ...], tuple[st
             ("decoder.transformer.wte.weight", "decoder.lm_head.weight"): BOTH,
         },
     ),
-    "TrOCR, whose decoder's head has another name": (
+    "TrOCR, with another name for the decoder's head": (
         ["encoder.layer.0.x.weight:16x16", "decoder.model.decoder.embed_tokens.weight"],
         {
             "architectures": ["VisionEncoderDecoderModel"],
@@ -247,7 +247,7 @@ APART = {LLAMA[:1]: ("input",), LLAMA[1:]: ("output",)}
     [
         (LLAMA[:1], True, {LLAMA: BOTH}),
         (LLAMA[:1], None, {LLAMA: BOTH}),
-        (LLAMA[:1], False, {LLAMA[:1]: ("input",)}),  # its head starts at random
+        (LLAMA[:1], False, {LLAMA[:1]: ("input",)}),  # its head is initialised at random
         (LLAMA[1:], True, {LLAMA[::-1]: BOTH}),
         (LLAMA[1:], False, {LLAMA[1:]: ("output",)}),
         ([f"{name}=same" for name in LLAMA], True, {LLAMA: BOTH}),
@@ -261,7 +261,7 @@ def test_ties(lines: list[str], flag: bool | None, expected: dict[tuple[str, ...
     assert vocabulary(walk(*lines, "model.norm.weight:16", config=config, compare=compare)) == expected
 
 
-def test_bytes_settle_a_tie_that_the_config_claims() -> None:
+def test_bytes_decide_a_tie_that_the_config_claims() -> None:
     config = lm("LlamaForCausalLM", "llama", tie_word_embeddings=True)
     assert vocabulary(walk(*LLAMA, config=config)) == {LLAMA: BOTH}
     assert vocabulary(walk(*LLAMA, config=config, compare=True)) == APART
@@ -295,7 +295,7 @@ def test_all_four_copies_of_t5_are_one_table_with_four_files() -> None:
     assert {name for name, _ in graph.tables[0].files} == {*T5, "lm_head.weight"}
 
 
-def test_a_decoder_of_other_values_is_no_copy_of_the_shared_table() -> None:
+def test_a_decoder_with_other_values_is_not_tied() -> None:
     lines = [f"{T5[0]}=a", f"{T5[1]}=a", f"{T5[2]}=b", "lm_head.weight=b"]
     graph = walk(*lines, config=lm("T5ForConditionalGeneration", "t5"), compare=True)
     assert vocabulary(graph) == {T5[:2]: ("input",), (T5[2], "lm_head.weight"): BOTH}
@@ -318,7 +318,7 @@ def test_a_decoder_of_other_values_is_no_copy_of_the_shared_table() -> None:
     ],
 )
 def test_tie_flag(config: dict[str, Any] | None, flag: bool | None) -> None:
-    assert tie_flag(config) is flag
+    assert read_tie_flag(config) is flag
 
 
 def test_vocabulary_sizes_are_those_of_tokens() -> None:
@@ -343,7 +343,7 @@ def test_sites_biases_and_vectors() -> None:
 
 
 def test_vocabularies_are_grouped_by_size() -> None:
-    gemma = KNOWN["Gemma 3n, whose layers have a smaller vocabulary of their own"]
+    gemma = KNOWN["Gemma 3n, with a smaller vocabulary for its layers"]
     graph = walk(*gemma[0], config=gemma[1])
     assert [(v.name, v.size) for v in graph.vocabularies] == [
         ("model.embed_tokens.weight", V),
@@ -367,7 +367,7 @@ POSITIONS = (
 @pytest.mark.parametrize("module", POSITIONS)
 @pytest.mark.parametrize("config", [None, lm("LlamaForCausalLM", "llama")], ids=["state dict", "checkpoint"])
 def test_positions_and_types_are_never_a_vocabulary(module: str, config: dict[str, Any] | None) -> None:
-    """Not even with as many rows as the vocabulary has."""
+    """Even if they have as many rows as the vocabulary."""
     graph = walk("model.embed_tokens.weight", f"{module}.weight", config=config)
     table = graph.find(f"{module}.weight")
     assert table is None or table.kind == "unknown"
@@ -384,8 +384,8 @@ def test_state_dict_of_a_module_ties_by_memory() -> None:
 
 
 @pytest.mark.parametrize("first", [0, 1])
-def test_square_head_that_is_stored_the_other_way_round(first: int) -> None:
-    """Which of the two counts as turned is their order in the state dict; what matters is that they differ."""
+def test_a_square_head_that_is_stored_transposed(first: int) -> None:
+    """Their order in the state dict decides which of the two is transposed. What matters is that they differ."""
     tensors = [Stored(name, "F32", (D, D), "g", transposed=i != first) for i, name in enumerate(LLAMA)]
     graph = walk_names(tensors[::-1] if first else tensors, config=None, source="a test")
     assert graph.table(LLAMA[1]).names == LLAMA
@@ -425,7 +425,7 @@ def test_plain_module_is_unknown_until_its_head_shares_it() -> None:
     }
 
 
-def test_quantised_and_odd_tensors_are_no_tables() -> None:
+def test_quantised_and_odd_tensors_are_not_tables() -> None:
     tensors = [
         Stored("model.embed_tokens.weight", "F32", (V, D), "a"),
         Stored("model.layers.0.embed_proj.weight", "I8", (D, D), "b"),
@@ -437,7 +437,7 @@ def test_quantised_and_odd_tensors_are_no_tables() -> None:
     assert [t.name for t in graph.tables] == ["model.embed_tokens.weight"]
 
 
-def test_an_architecture_can_be_told_from_outside() -> None:
+def test_a_plugin_can_add_an_architecture() -> None:
     lines = ["net.embed_tokens.weight", "net.twin.x:16"]
     more = {"mine": Layout(head="out.unembed", ties={"twin.embed_tokens": "embed_tokens"})}
     graph = walk(*lines, config=lm("MineForCausalLM", "mine"), architectures=more)
@@ -451,21 +451,21 @@ def test_an_architecture_can_be_told_from_outside() -> None:
 # --- the sweep -------------------------------------------------------------------------------------------------------
 
 CLAIMED = {
-    name: "its config says that the head is tied, its class ties none: only the bytes tell"
+    name: "its config says that the head is tied, but its class does not tie it: only the bytes tell"
     for name in ("BigBirdPegasusForCausalLM", "LukeForMaskedLM", "Pop2PianoForConditionalGeneration")
 }
-"""Where headers and config mislead, and the graph with bytes is right."""
+"""Models -> why headers and config mislead. The graph with bytes is right."""
 
 DIFFERENT = {
-    "DiaForConditionalGeneration": "its class names no input embedding: in memory its text table is unknown",
-    "Molmo2ForConditionalGeneration": "stores two parts of one table, which loading concatenates: no table on disk",
-    "PerceiverForMaskedLM": "get_input_embeddings gives latents, no lookup",
+    "DiaForConditionalGeneration": "its class declares no input embedding, so in memory its text table is unknown",
+    "Molmo2ForConditionalGeneration": "its table is stored in two parts, which loading concatenates",
+    "PerceiverForMaskedLM": "get_input_embeddings returns latents, not a lookup",
 }
-"""Where the two walkers differ, bytes or no bytes, and why."""
+"""Models -> why the two walkers differ, with or without bytes."""
 
 
 def key(graph: EmbeddingGraph) -> list[tuple[Any, ...]]:
-    """All of a graph's vocabulary that does not depend on names."""
+    """Return what does not depend on names of a graph's vocabulary tables."""
 
     def of(table: Table) -> tuple[Any, ...]:
         return len(table.names), table.shape, table.dtype, table.roles, table.name == graph.input
@@ -480,7 +480,7 @@ def names(graph: EmbeddingGraph) -> set[frozenset[str]]:
 def _sweep() -> list[Any]:
     try:
         from tests.support import zoo
-    except ImportError:  # no transformers: the tests above do without
+    except ImportError:  # without transformers; the tests above do not need it
         return []
     return list(zoo.cases())
 
@@ -497,7 +497,7 @@ def test_names_agree_with_modules(case: Any, tmp_path: Path) -> None:
     truth = walk_module(model)
     model.save_pretrained(tmp_path)
     checkpoint = open_checkpoint(tmp_path)
-    by_names = walk_names(checkpoint.stored(), config=checkpoint.config, source=str(tmp_path))
+    by_names = walk_names(checkpoint.stored_tensors(), config=checkpoint.config, source=str(tmp_path))
     by_bytes = ShardStore(checkpoint).graph
     assert (key(by_bytes) == key(truth)) == (case.name not in DIFFERENT)
     assert (key(by_names) == key(truth)) == (case.name not in DIFFERENT | CLAIMED)

@@ -1,11 +1,18 @@
-"""Which tables and vectors are one vocabulary. What whole models give, the sweeps say."""
+"""Which tables and vectors form a vocabulary. The sweeps over architectures test whole models."""
 
 from __future__ import annotations
 
 import pytest
 
 from embedsurgery.graph import EmbeddingGraph, Kind, Role, Site, Table
-from embedsurgery.graph.vocabularies import Vector, canonical, group, grown_graph, may_be_vector, unexplained
+from embedsurgery.graph.vocabularies import (
+    Vector,
+    canonical_name,
+    find_unknown_tensor,
+    group_tables,
+    may_be_vector,
+    resize_graph,
+)
 from embedsurgery.plan import Grow
 from embedsurgery.tensors.raw import RawArray
 
@@ -23,8 +30,8 @@ VECTORS = {
     "of the module around it": ("cls.predictions.bias", V, True),
     "of the logits": ("final_logits_bias", V, True),
     "of a head without a weight of its own": ("model.mlm_head.bias", V, True),
-    "of a layer that is as wide as the vocabulary is long": ("model.layers.0.mlp.fc_in.bias", V, False),
-    "of a norm that is": ("model.norm.bias", V, False),
+    "of a layer as wide as the vocabulary": ("model.layers.0.mlp.fc_in.bias", V, False),
+    "of a norm as wide as the vocabulary": ("model.norm.bias", V, False),
     "of another length": ("lm_head.bias", V + 1, False),
     "of the timestamps' head": ("word_timestamp_head.bias", V, False),
 }
@@ -34,7 +41,7 @@ VECTORS = {
 def test_which_biases_are_per_token(name: str) -> None:
     bias, entries, expected = VECTORS[name]
     head = table("cls.predictions.decoder.weight", V, "output") if bias.startswith("cls") else HEAD
-    (vocabulary,) = group([EMBED, head], [Vector(bias, entries)], {"vocab_size": V})
+    (vocabulary,) = group_tables([EMBED, head], [Vector(bias, entries)], {"vocab_size": V})
     assert vocabulary.vectors == ((bias,) if expected else ())
 
 
@@ -51,13 +58,14 @@ def test_which_biases_are_per_token(name: str) -> None:
         ("attention.bias", (1, 1, V, V), "F32", False),
     ],
 )
-def test_what_may_be_a_vector(name: str, shape: tuple[int, ...], dtype: str, expected: bool) -> None:
+def test_candidates_for_vectors(name: str, shape: tuple[int, ...], dtype: str, expected: bool) -> None:
     assert may_be_vector(name, shape, dtype) == expected
 
 
 def test_one_bias_has_two_names() -> None:
-    assert canonical("cls.predictions.decoder.bias") == canonical("cls.predictions.bias") == "cls.predictions.bias"
-    assert canonical("lm_head.bias") == "lm_head.bias"
+    for name in ("cls.predictions.decoder.bias", "cls.predictions.bias"):
+        assert canonical_name(name) == "cls.predictions.bias"
+    assert canonical_name("lm_head.bias") == "lm_head.bias"
 
 
 GROUPS: dict[str, tuple[list[Table], dict[str, object], list[tuple[str, ...]]]] = {
@@ -68,27 +76,27 @@ GROUPS: dict[str, tuple[list[Table], dict[str, object], list[tuple[str, ...]]]] 
         {},
         [(EMBED.name, HEAD.name), ("x.embed_tokens_per_layer.weight",)],
     ),
-    "entities, by chance as many": (
+    "as many entities": (
         [EMBED, HEAD, table("luke.entity_embeddings.weight")],
         {},
         [(EMBED.name, HEAD.name), ("luke.entity_embeddings.weight",)],
     ),
-    "positions, by chance as many": (
+    "as many positions": (
         [EMBED, HEAD, table("model.embed_positions.weight", kind="unknown")],
         {},
         [(EMBED.name, HEAD.name)],
     ),
-    "a lookup of the input's ids": (
+    "another lookup by the input ids": (
         [EMBED, table("model.value_embeddings.weight", kind="unknown")],
         {},
         [(EMBED.name, "model.value_embeddings.weight")],
     ),
-    "an unused one of the usual name": (
+    "an unused lookup with the usual name": (
         [EMBED, table("model.shared.weight", kind="unknown")],
         {},
         [(EMBED.name, "model.shared.weight")],
     ),
-    "only lookups that may be anything": ([table("model.shared.weight", kind="unknown")], {}, []),
+    "only lookups of unknown kind": ([table("model.shared.weight", kind="unknown")], {}, []),
     "a longer input": (
         [table("model.embed_tokens.weight", V + 8), HEAD],
         {"vocab_size": V},
@@ -118,24 +126,24 @@ GROUPS: dict[str, tuple[list[Table], dict[str, object], list[tuple[str, ...]]]] 
 
 
 @pytest.mark.parametrize("name", GROUPS)
-def test_which_tables_grow_together(name: str) -> None:
+def test_which_tables_are_grouped(name: str) -> None:
     tables, config, expected = GROUPS[name]
-    assert [v.tables for v in group(tables, [], config)] == expected
+    assert [v.tables for v in group_tables(tables, [], config)] == expected
 
 
 def test_a_grown_graph() -> None:
     tables = (EMBED, HEAD, table("x.pos.weight", 50, kind="unknown"))
-    vocabularies = group(tables, [Vector("lm_head.bias", V)], {})
+    vocabularies = group_tables(tables, [Vector("lm_head.bias", V)], {})
     graph = EmbeddingGraph(tables, vocabularies, EMBED.name)
-    grown = grown_graph(graph, vocabularies[0], 3)
+    grown = resize_graph(graph, vocabularies[0], 3)
     assert [t.shape[0] for t in grown.tables] == [V + 3, V + 3, 50]
     assert grown.table(EMBED.name).shape == (V + 3, D)
     assert grown.vocabularies[0].size == V + 3
-    assert grown_graph(grown, grown.vocabularies[0], -3) == graph
+    assert resize_graph(grown, grown.vocabularies[0], -3) == graph
     assert Grow("x", 1, {"x": RawArray("F32", (1, 1), b"1234")}, {}).describe() == "grow the vocabulary of x by 1 row"
 
 
-STRANGERS: dict[str, tuple[str, str, tuple[int, ...], bool]] = {
+UNKNOWN: dict[str, tuple[str, str, tuple[int, ...], bool]] = {
     "experts by token": ("model.gate.tid2eid", "I64", (V, 2), True),
     "a flag a token": ("model.allowed", "BOOL", (V,), True),
     "scales": ("model.embed_tokens.weight_scale", "F32", (V, 1), True),
@@ -150,11 +158,11 @@ STRANGERS: dict[str, tuple[str, str, tuple[int, ...], bool]] = {
 }
 
 
-@pytest.mark.parametrize("name", STRANGERS)
-def test_what_nobody_knows_how_to_grow(name: str) -> None:
-    key, dtype, shape, expected = STRANGERS[name]
-    vocabularies = group([EMBED], [], {})
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_tensors_that_no_rule_resizes(name: str) -> None:
+    key, dtype, shape, expected = UNKNOWN[name]
+    vocabularies = group_tables([EMBED], [], {})
     graph = EmbeddingGraph((EMBED,), vocabularies, EMBED.name)
-    found = unexplained(graph, vocabularies[0], {EMBED.name: ("F32", EMBED.shape), key: (dtype, shape)})
+    found = find_unknown_tensor(graph, vocabularies[0], {EMBED.name: ("F32", EMBED.shape), key: (dtype, shape)})
     assert (found is not None) == expected
-    assert found is None or key in found
+    assert found is None or f"{key}, {dtype}" in found

@@ -1,4 +1,4 @@
-"""A loopback Hub, and the client of this process pointed at it: nothing of the user's login or cache is touched."""
+"""A loopback Hub, and huggingface_hub in this process pointed at it. The user's login and cache are not touched."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from tests.support.hub.repositories import BASE, REPO, point
 from tests.support.models import save, tiny, trained
 from tests.support.processes import ROOT
 
-CLIENTS_OWN = "ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarning"
-"""What huggingface_hub 2.4.0 does to httpx2 when it uploads a large file."""
+IGNORED = "ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarning"
+"""A deprecated call of httpx2 by huggingface_hub 2.4.0, when it uploads a large file."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent in item.path.parents:
-            item.add_marker(pytest.mark.filterwarnings(CLIENTS_OWN))
+            item.add_marker(pytest.mark.filterwarnings(IGNORED))
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
 
 @pytest.fixture(autouse=True)
 def slept(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Points the client at the Hub; returns how long it would have slept between tries."""
+    """Point huggingface_hub at the loopback Hub; returns the seconds that it would have slept between retries."""
     home = tmp_path / "hf-home"
     point(monkeypatch, hub.url, home)
     waits: list[float] = []
@@ -47,7 +47,7 @@ def slept(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[flo
 
 @pytest.fixture
 def env(hub: Hub, tmp_path: Path) -> dict[str, str]:
-    """A process's environment: this Hub, a home of its own, online, xet off, this package wherever it runs."""
+    """The environment of a process: this Hub, its own home, online, xet off, this package importable."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
     return {
         **kept,
@@ -73,7 +73,7 @@ def adapter(model: Any) -> es.Adapter:
 
 @pytest.fixture
 def pushed(hub: Hub, adapter: es.Adapter, tmp_path: Path) -> str:
-    """The adapter on the Hub, put there by hand; its commit."""
+    """The adapter on the Hub, added without a push; returns its commit."""
     folder = adapter.save(tmp_path / "by-hand")
     return hub.add(REPO, contents(folder))
 

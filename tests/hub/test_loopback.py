@@ -1,4 +1,4 @@
-"""The loopback Hub itself: what lies behind it is git's, as git sees it."""
+"""The loopback Hub itself: its repositories are git repositories."""
 
 from __future__ import annotations
 

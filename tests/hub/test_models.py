@@ -1,4 +1,4 @@
-"""Models by their id: headers by range requests, merges that download what they need, merges that hardly travel."""
+"""Models by their id: headers by range requests, merges of what is downloaded, merges pushed from Hub to Hub."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ from embedsurgery.errors import (
 from embedsurgery.files.safetensors import encode_header
 from embedsurgery.hub.ids import HubId
 from embedsurgery.hub.range_store import open_remote
-from embedsurgery.stores.checkpoint import open_checkpoint
+from embedsurgery.stores.checkpoint import INDEX, SINGLE, open_checkpoint
 from tests.support.baked import start
 from tests.support.comparing import contents, listing
+from tests.support.errors import raises
 from tests.support.hub.answers import says, when
 from tests.support.hub.loopback import Hub
 from tests.support.hub.repositories import BASE, REPO, point
@@ -76,44 +77,47 @@ def holds(*names: str) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("files", "words"),
+    ("files", "fields"),
     [
-        ({"adapter_model.safetensors": b"x"}, "an adapter, where a model"),
-        ({"pytorch_model.bin": b"x"}, "pickles"),
-        ({"README.md": b"x"}, "no safetensors weights"),
-        ({"model.safetensors": b"short"}, "not a safetensors file"),
-        ({"model.safetensors": (10**9).to_bytes(8, "little") + b"{}"}, "not a safetensors file"),
-        ({"model.safetensors.index.json": b'{"weight_map": {"a": "../x.safetensors"}}'}, "outside its directory"),
-        ({"model.safetensors.index.json": b'{"weight_map": {"a": "x.safetensors"}}'}, "a shard that is not there"),
-        ({"model.safetensors.index.json": b"{}"}, "no weight_map"),
         (
-            {"model.safetensors.index.json": TWO, "x.safetensors": holds("a"), "y.safetensors": holds("a", "b")},
-            "two shards",
+            {"adapter_model.safetensors": b"x"},
+            {"expected": "model.safetensors", "found": "adapter_model.safetensors", "hint": "base model"},
         ),
+        ({"pytorch_model.bin": b"x"}, {"expected": (SINGLE, INDEX), "hint": ("pickles", "safetensors")}),
+        ({"README.md": b"x"}, {"expected": (SINGLE, INDEX), "found": "none", "hint": "transformers"}),
+        ({SINGLE: b"short"}, {"where": SINGLE, "expected": "header", "found": "5 bytes"}),
         (
-            {"model.safetensors.index.json": TWO, "x.safetensors": holds("b"), "y.safetensors": holds("a")},
-            "does not hold",
+            {SINGLE: (10**9).to_bytes(8, "little") + b"{}"},
+            {"where": SINGLE, "expected": "header", "found": "10 bytes"},
         ),
-        ({"model.safetensors": b"x", "model.safetensors.index.json": b"{}"}, "two sets of weights"),
+        ({INDEX: b'{"weight_map": {"a": "../x.safetensors"}}'}, {"where": INDEX, "found": "../x.safetensors"}),
+        ({INDEX: b'{"weight_map": {"a": "x.safetensors"}}'}, {"expected": "x.safetensors"}),
+        ({INDEX: b"{}"}, {"where": INDEX}),
+        (
+            {INDEX: TWO, "x.safetensors": holds("a"), "y.safetensors": holds("a", "b")},
+            {"found": ("x.safetensors", "y.safetensors")},
+        ),
+        ({INDEX: TWO, "x.safetensors": holds("b"), "y.safetensors": holds("a")}, {"expected": "a in x.safetensors"}),
+        ({SINGLE: b"x", INDEX: b"{}"}, {"found": (SINGLE, INDEX)}),
     ],
 )
-def test_repositories_that_hold_no_model(hub: Hub, files: dict[str, bytes], words: str) -> None:
+def test_repositories_that_hold_no_model(hub: Hub, files: dict[str, bytes], fields: dict[str, object]) -> None:
     hub.add("team/odd", files)
-    with pytest.raises(CheckpointError, match=words):
+    with raises(CheckpointError, **fields):
         es.walk("team/odd")
 
 
 @pytest.mark.parametrize("verb", ["merge", "unmerge", "add tokens"])
-def test_a_place_that_is_none_is_refused_before_anything_comes(hub: Hub, big: str, tmp_path: Path, verb: str) -> None:
-    (tmp_path / "there").mkdir()
+def test_an_invalid_output_is_refused_before_any_request(hub: Hub, big: str, tmp_path: Path, verb: str) -> None:
+    (tmp_path / "existing").mkdir()
     run = {
         "merge": lambda output: es.merge_checkpoint(big, REPO, output),
         "unmerge": lambda output: es.unmerge_checkpoint(big, output),
         "add tokens": lambda output: es.add_tokens_checkpoint(big, "<tool>", output),
     }[verb]
     with pytest.raises(OutputExistsError):
-        run(tmp_path / "there")
-    with pytest.raises(ConfigError, match="no output"):
+        run(tmp_path / "existing")
+    with raises(ConfigError, expected="directory"):
         run(None)
     assert not hub.log
 
@@ -143,7 +147,7 @@ def test_merge_of_ids_offline(
     es.merge_checkpoint(BASE, REPO, tmp_path / "one")
     count = len(hub.log)
     point(monkeypatch, hub.url, tmp_path / "hf-home", offline=True)
-    with pytest.warns(EmbedSurgeryWarning, match="as far as the Hub cache has it, 1"):
+    with pytest.warns(EmbedSurgeryWarning, match=r"team/base@\w{12} .*1\d files"):
         es.merge_checkpoint(BASE, REPO, tmp_path / "two")
     assert len(hub.log) == count
     weights = {k: v for k, v in contents(tmp_path / "one").items() if "merges" not in k}
@@ -154,15 +158,17 @@ def downloaded_shards(hub: Hub) -> set[str]:
     return {r.path.split("?")[0].rpartition("/")[2] for r in hub.seen("GET .*signature") if "range" not in r.headers}
 
 
-def test_only_touched_shards_travel(hub: Hub, base: Path, adapter: es.Adapter, pushed: str, tmp_path: Path) -> None:
+def test_only_changed_shards_are_transferred(
+    hub: Hub, base: Path, adapter: es.Adapter, pushed: str, tmp_path: Path
+) -> None:
     hub.add(BASE, {"pytorch_model.bin": b"stale"})
     report = push_merged(BASE, [REPO], MERGED, tag="v1")
     es.merge_checkpoint(base, adapter, tmp_path / "local")
-    there, local = hub.repos[MERGED].files(), contents(tmp_path / "local")
+    pushed_files, local = hub.repos[MERGED].files(), contents(tmp_path / "local")
     record = ".embedsurgery/merges/0001.safetensors"
-    assert there.keys() == local.keys() | {".gitattributes"}
+    assert pushed_files.keys() == local.keys() | {".gitattributes"}
     mine = (record, ".gitattributes", "README.md")
-    assert {k: v for k, v in there.items() if k not in mine} == {k: v for k, v in local.items() if k not in mine}
+    assert {k: v for k, v in pushed_files.items() if k not in mine} == {k: v for k, v in local.items() if k not in mine}
     shards = {name for name in local if name.endswith(".safetensors") and name != record}
     (touched,) = {name for name in shards if local[name] != (base / name).read_bytes()}
     assert set(report.copied) == shards - {touched}
@@ -177,7 +183,7 @@ def test_only_touched_shards_travel(hub: Hub, base: Path, adapter: es.Adapter, p
     assert hub.repos[MERGED].tags["v1"] == report.sha
     assert hub.repos[MERGED].private
     assert report.left_out == ("pytorch_model.bin",)
-    card = there["README.md"].decode()
+    card = pushed_files["README.md"].decode()
     assert f"base_model:\n- {BASE}\nbase_model_relation: merge\n" in card
     assert "set 2 rows" in card
     es.unmerge_checkpoint(save_from(hub, MERGED, tmp_path / "down"), tmp_path / "back")
@@ -185,7 +191,7 @@ def test_only_touched_shards_travel(hub: Hub, base: Path, adapter: es.Adapter, p
     assert all(back[name] == (base / name).read_bytes() for name in shards)
 
 
-def test_what_travels_is_counted(hub: Hub, base: Path, pushed: str) -> None:
+def test_transferred_bytes_are_counted(hub: Hub, base: Path, pushed: str) -> None:
     """A table of kilobytes among megabytes, merged from repository to repository."""
     big = {"model.layers.0.mlp.big_proj.weight": ("F32", (1000, 5000))}
     index = json.loads((base / "model.safetensors.index.json").read_text())
@@ -212,7 +218,7 @@ def test_what_travels_is_counted(hub: Hub, base: Path, pushed: str) -> None:
     assert hub.moved() < 150_000
 
 
-def test_what_the_hub_does_not_copy_travels(hub: Hub, base: Path, pushed: str) -> None:
+def test_what_the_hub_does_not_copy_is_downloaded_and_uploaded(hub: Hub, base: Path, pushed: str) -> None:
     hub.copies = False
     report = push_merged(BASE, [REPO], MERGED)
     assert report.copied == ()
@@ -225,7 +231,7 @@ def test_what_the_hub_does_not_copy_travels(hub: Hub, base: Path, pushed: str) -
         return answer
 
     hub.rules.append(when("lfs-files/duplicate", failed))
-    with pytest.warns(EmbedSurgeryWarning, match="they travel"):
+    with pytest.warns(EmbedSurgeryWarning, match="team/far"):
         other = push_merged(BASE, [REPO], "team/far")
     same = {k: v for k, v in hub.repos["team/far"].files().items() if "merges" not in k and k != "README.md"}
     assert same.items() <= hub.repos[MERGED].files().items()
@@ -233,19 +239,19 @@ def test_what_the_hub_does_not_copy_travels(hub: Hub, base: Path, pushed: str) -
 
 
 def test_a_merge_that_cannot_be_pushed_leaves_nothing(hub: Hub, base: Path, pushed: str, model: Any) -> None:
-    with pytest.raises(ConfigError, match="of its own"):
+    with raises(ConfigError, found=BASE, hint="revision"):
         push_merged(BASE, [REPO], BASE)
     other = trained(tiny("llama-untied", seed=9), [5, 7])
     with pytest.raises(BaseMismatchError):
         push_merged(BASE, [other], MERGED)
-    with pytest.raises(es.errors.PlanError, match="same rows"):
+    with raises(es.errors.PlanError, found=("7", "model.embed_tokens.weight", REPO)):
         push_merged(BASE, [REPO, trained(model, [7], seed=3)], MERGED)
     assert MERGED not in hub.repos
-    hub.add(MERGED, {"model.safetensors": b"somebody's"})
-    with pytest.raises(HubError, match="holds something already"):
+    hub.add(MERGED, {"model.safetensors": b"another model"})
+    with raises(HubError, where=MERGED, found="model.safetensors"):
         push_merged(BASE, [REPO], MERGED)
     hub.rules.append(when("POST .*/commit/", says(500)))
-    with pytest.raises(HubError, match="500"):
+    with raises(HubError, where="team/third", found="500"):
         push_merged(BASE, [REPO], "team/third")
     assert set(hub.repos["team/third"].files()) == {".gitattributes"}
 
@@ -275,7 +281,7 @@ def save_from(hub: Hub, name: str, folder: Path) -> Path:
     return folder
 
 
-def test_new_tokens_travel_with_the_tokenizer(hub: Hub, tmp_path: Path) -> None:
+def test_new_tokens_are_pushed_with_the_tokenizer(hub: Hub, tmp_path: Path) -> None:
     model = tiny("llama-untied")
     folder = save(model, tmp_path / "base", shards=True)
     hub.add("team/grow", contents(folder))
@@ -319,17 +325,17 @@ def test_weights_go_along_when_a_merge_is_pushed(
     } == {k: v for k, v in local.items() if k.endswith("safetensors") and "merges" not in k}
 
 
-_OURS = ("README.md", ".gitattributes")
+_OWN = ("README.md", ".gitattributes")
 
 
 def test_a_soft_prompt_is_baked_and_pushed(hub: Hub, tmp_path: Path) -> None:
     """As in a directory: shards, tokenizer, a head of its own, generation config and all."""
-    begun = start("llama-tied", tmp_path, shards=True)
-    hub.add("team/soft", contents(begun.folder))
+    started = start("llama-tied", tmp_path, shards=True)
+    hub.add("team/soft", contents(started.folder))
     bake = es.BakeConfig(name="poet")
-    push_merged("team/soft", [begun.adapter], MERGED, bake=bake)
-    es.merge_checkpoint(begun.folder, begun.adapter, tmp_path / "out", bake=bake)
-    found = {name: data for name, data in hub.repos[MERGED].files().items() if name not in _OURS}
+    push_merged("team/soft", [started.adapter], MERGED, bake=bake)
+    es.merge_checkpoint(started.folder, started.adapter, tmp_path / "out", bake=bake)
+    found = {name: data for name, data in hub.repos[MERGED].files().items() if name not in _OWN}
     expected = contents(tmp_path / "out")
     assert found.keys() == expected.keys()
     kept = [name for name in found if not name.startswith(".embedsurgery/")]

@@ -68,11 +68,11 @@ def equal_tables(tmp_path: Path) -> Case:
 
 
 def no_place_for_a_prefix(tmp_path: Path) -> Case:
-    """A prompt for which the tokenizer's files cannot be changed: its class sets the post-processor itself."""
-    begun = start("llama-tied", tmp_path)
-    file = begun.folder / "tokenizer_config.json"
+    """A prompt whose prefix cannot be added to the tokenizer's files: the tokenizer's class sets the post-processor."""
+    started = start("llama-tied", tmp_path)
+    file = started.folder / "tokenizer_config.json"
     file.write_text('{"tokenizer_class": "LukeTokenizer"}')
-    return begun.folder, [begun.adapter], {"bake": es.BakeConfig(prefix="text")}
+    return started.folder, [started.adapter], {"bake": es.BakeConfig(prefix="text")}
 
 
 def unknown_option(tmp_path: Path) -> Case:
@@ -124,11 +124,11 @@ def test_a_prefix_that_does_not_work_is_refused(hub: Hub, tmp_path: Path, monkey
         raise PlanError("the prefix does not work", where=directory, found=prefix.label)
 
     monkeypatch.setattr("embedsurgery.tokenizer.patching.check_prefix", check_prefix)
-    begun = start("llama-tied", tmp_path)
-    hub.add(BASE, contents(begun.folder))
+    started = start("llama-tied", tmp_path)
+    hub.add(BASE, contents(started.folder))
     for work in (
-        lambda: es.merge_checkpoint(begun.folder, begun.adapter, tmp_path / "out"),
-        lambda: push_merged(BASE, [begun.adapter], MERGED),
+        lambda: es.merge_checkpoint(started.folder, started.adapter, tmp_path / "out"),
+        lambda: push_merged(BASE, [started.adapter], MERGED),
     ):
         assert refusal(work).what == "the prefix does not work"
     assert not (tmp_path / "out").exists()

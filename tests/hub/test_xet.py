@@ -1,4 +1,4 @@
-"""The same with xet: hf_xet sends to and takes from its own local store; and with xet off where it is installed."""
+"""Push, pull and merge with xet, where hf_xet uses a local store of its own; and with xet installed but off."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
 @pytest.fixture
 def xet(env: dict[str, str]) -> dict[str, str]:
     kept = {key: value for key, value in env.items() if key != "HF_HUB_DISABLE_XET"}
-    return {**kept, "HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "1"}  # which are minutes otherwise
+    return {**kept, "HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "1"}  # the default takes minutes
 
 
 def plain(hub: Hub) -> list[str]:
-    """Large files that went or came as a whole by plain LFS."""
+    """List the large files that were transferred whole by plain LFS."""
     return [r.path for r in hub.seen("(PUT|GET) .*signature") if "range" not in r.headers]
 
 
@@ -68,18 +68,18 @@ def adapter_of(tmp_path: Path) -> Path:
 def test_merge_into_another_repository(
     hub: Hub, base: Path, pushed: str, adapter: es.Adapter, tmp_path: Path, xet: dict[str, str]
 ) -> None:
-    """The base is uploaded by huggingface_hub itself, so that its shards lie in the content store."""
+    """huggingface_hub uploads the base, so that its shards are in the content store."""
     run(xet, "push", adapter.save(tmp_path / "rows"), "team/probe")
     done = python(UPLOAD, "team/probe", base, env=xet)
     assert done.returncode == 0, done.stderr
     hub.log.clear()
     out = run(xet, "merge", "team/probe", REPO, "--push", MERGED).stdout
-    assert "copied by the Hub, not sent: model-0000" in out
+    assert any("copied" in line and "model-0000" in line for line in out.splitlines())
     es.merge_checkpoint(base, adapter, tmp_path / "local")
     local = contents(tmp_path / "local")
-    there = hub.repos[MERGED].files()
+    remote = hub.repos[MERGED].files()
     weights = {name for name in local if name.endswith(".safetensors") and "/" not in name}
-    assert {name: there[name] for name in weights} == {name: local[name] for name in weights}
+    assert {name: remote[name] for name in weights} == {name: local[name] for name in weights}
     assert not plain(hub)
     run({**xet, "HF_HOME": str(tmp_path / "fresh")}, "unmerge", MERGED, "-o", tmp_path / "back")
     back = contents(tmp_path / "back")
@@ -87,7 +87,7 @@ def test_merge_into_another_repository(
 
 
 def test_off_is_off(hub: Hub, adapter: es.Adapter, tmp_path: Path, env: dict[str, str], xet: dict[str, str]) -> None:
-    """What hf_xet pushed is pulled by plain LFS, and the other way round."""
+    """Plain LFS pulls what hf_xet pushed, and the other way round."""
     folder = adapter.save(tmp_path / "rows")
     run(xet, "push", folder, REPO)
     hub.log.clear()
@@ -101,13 +101,14 @@ def test_off_is_off(hub: Hub, adapter: es.Adapter, tmp_path: Path, env: dict[str
     assert (tmp_path / "two" / WEIGHTS_NAME).read_bytes() == (tmp_path / "other" / WEIGHTS_NAME).read_bytes()
 
 
-def test_a_content_store_that_says_no(hub: Hub, adapter: es.Adapter, tmp_path: Path, xet: dict[str, str]) -> None:
+def test_a_content_store_that_refuses(hub: Hub, adapter: es.Adapter, tmp_path: Path, xet: dict[str, str]) -> None:
     folder = adapter.save(tmp_path / "rows")
     for status in (403, 500):
         hub.rules.append(when("GET .*xet-write-token", says(status, "no")))
         done = run(xet, "push", folder, REPO, code=1)
         assert done.stderr.count("\n") == 1
-        assert done.stderr.startswith(f"embedsurgery: cannot push ({REPO}): ")
+        assert done.stderr.startswith("embedsurgery: ")
+        assert all(word in done.stderr for word in (REPO, "push"))
         assert len(hub.repos[REPO].commits) == 1
         hub.rules.clear()
     run(xet, "push", folder, REPO)
@@ -126,12 +127,12 @@ def test_a_spoiled_file_of_the_shared_cache_is_seen(
     run(xet, "push", adapter.save(tmp_path / "rows"), REPO)
     run(xet, "pull", REPO, "-o", tmp_path / "one")
     (weights,) = (tmp_path / "home").rglob(WEIGHTS_NAME)
-    stored = weights.resolve()
-    assert stored.name != (weights.parent / weights.readlink()).name
+    stored, name = weights.resolve(), weights.readlink().name
+    assert stored.name != name
     stored.chmod(0o644)
     stored.write_bytes(stored.read_bytes()[:-1] + b"!")
     done = run(xet, "pull", REPO, "-o", tmp_path / "two", code=1)
-    assert "wrong hash" in done.stderr
+    assert all(word in done.stderr for word in (WEIGHTS_NAME, name[:12]))
     run(xet, "pull", REPO, "-o", tmp_path / "two")
     assert (tmp_path / "two" / WEIGHTS_NAME).read_bytes() == (tmp_path / "rows" / WEIGHTS_NAME).read_bytes()
 
@@ -143,5 +144,5 @@ def test_a_content_store_that_has_lost_a_block(
     assert hub.xet is not None
     shutil.rmtree(hub.xet.blocks / "xorbs")
     done = run({**xet, "HF_HOME": str(tmp_path / "fresh")}, "pull", REPO, "-o", tmp_path / "out", code=1)
-    assert done.stderr.splitlines()[-1].startswith("embedsurgery: cannot download (team/rows@")
+    assert all(word in done.stderr.splitlines()[-1] for word in ("embedsurgery: ", f"{REPO}@", WEIGHTS_NAME))
     assert not (tmp_path / "out").exists()

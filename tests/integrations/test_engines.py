@@ -1,4 +1,4 @@
-"""The baked checkpoint through engines that know nothing of soft prompts, and read no generation config."""
+"""A baked checkpoint in engines without soft prompts, which do not read generation_config.json."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_ctranslate2_gives_the_same_greedy_tokens(kind: str, tmp_path: Path) -> 
 
 
 def llama_cpp(path: Path) -> Any:
-    """llama.cpp's server in this process, computing in fp32 on one thread."""
+    """llama.cpp's server in this process, in fp32 on one thread."""
     import xllamacpp
 
     options = xllamacpp.CommonParams()
@@ -50,7 +50,7 @@ def llama_cpp(path: Path) -> Any:
 
 
 def generated(answer: Any) -> list[int]:
-    """The ids of what llama.cpp says greedily."""
+    """The ids that llama.cpp generates greedily."""
     (choice,) = answer["choices"]
     return [token["id"] for token in choice["logprobs"]["content"]]
 
@@ -60,7 +60,7 @@ def generated(answer: Any) -> list[int]:
     reason="llama.cpp is not installed (.ci/run installs it, for this test alone)",
 )
 def test_llama_cpp_gives_the_same_greedy_tokens(tmp_path: Path) -> None:
-    """From a text in which the request writes the prompt, and from a chat, whose template writes it."""
+    """The prompt's tokens come from the request for a text, and from the template for a chat."""
     from tests.support.gguf_files import write_gguf
 
     begun = start("llama-tied", tmp_path)

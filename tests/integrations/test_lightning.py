@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 import embedsurgery as es
 from embedsurgery.errors import AttachmentError, EmbedSurgeryWarning
 from tests.support.comparing import state_bits
+from tests.support.errors import raises
 from tests.support.integrations import INDICES, examples, rows
 from tests.support.models import tiny
 
@@ -31,7 +32,7 @@ pytestmark = [
 
 
 class Module(lightning.LightningModule):  # type: ignore[misc]
-    """A language model, and what was lost on the way."""
+    """A language model that records its training losses."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -84,7 +85,9 @@ def loader() -> DataLoader[Any]:
 
 @pytest.mark.parametrize("kind", ["llama-tied", "llama-untied"])
 @pytest.mark.parametrize("weights_only", [True, False])
-def test_only_the_rows_train_and_a_resumed_run_is_the_same_run(kind: str, weights_only: bool, tmp_path: Path) -> None:
+def test_only_the_rows_train_and_a_resumed_run_matches_an_uninterrupted_one(
+    kind: str, weights_only: bool, tmp_path: Path
+) -> None:
     whole, attachment = module(kind)
     before, start = state_bits(whole.model), rows(attachment)
     trainer(tmp_path, LightningCallback()).fit(whole, loader())
@@ -96,15 +99,17 @@ def test_only_the_rows_train_and_a_resumed_run_is_the_same_run(kind: str, weight
     again, resumed = module(kind)
     (parameter,) = resumed.parameters()
     run = trainer(tmp_path, LightningCallback())
-    asked = "weights_only" in inspect.signature(run.fit).parameters  # since Lightning 2.6
-    run.fit(again, loader(), ckpt_path=str(checkpoint), **({"weights_only": weights_only} if asked else {}))
+    takes_weights_only = "weights_only" in inspect.signature(run.fit).parameters  # since Lightning 2.6
+    run.fit(
+        again, loader(), ckpt_path=str(checkpoint), **({"weights_only": weights_only} if takes_weights_only else {})
+    )
     assert next(resumed.parameters()) is parameter
     assert torch.equal(rows(resumed), rows(attachment))
     assert again.losses == whole.losses[3:]
     assert len(again.losses) == 3
 
 
-def test_the_numbers_are_those_of_a_loop_of_ones_own(tmp_path: Path) -> None:
+def test_the_numbers_match_a_hand_written_loop(tmp_path: Path) -> None:
     made, attachment = module()
     trainer(tmp_path, LightningCallback(), epochs=1).fit(made, loader())
     plain = tiny("llama-tied").train()
@@ -117,7 +122,7 @@ def test_the_numbers_are_those_of_a_loop_of_ones_own(tmp_path: Path) -> None:
     assert torch.equal(rows(attachment), rows(reference))
 
 
-def test_a_checkpoints_rows_are_tested_and_come_out_of_the_file(tmp_path: Path) -> None:
+def test_testing_a_checkpoint_uses_its_rows_and_adapters_reads_them(tmp_path: Path) -> None:
     made, attachment = module()
     checkpoint = saved(tmp_path, made, LightningCallback())
     first = rows(attachment)
@@ -131,7 +136,7 @@ def test_a_checkpoints_rows_are_tested_and_come_out_of_the_file(tmp_path: Path) 
     (adapter,) = adapters(held).values()
     assert torch.equal(adapter.tensors["model.embed_tokens.weight"], first)
     es.attach(tiny("llama-tied"), adapters(held, "model")["default"])
-    with pytest.raises(AttachmentError, match=r"no rows there \(other\).*found model"):
+    with raises(AttachmentError, where="other", found="model"):
         adapters(held, "other")
 
 
@@ -151,42 +156,42 @@ def test_every_adapter_of_every_model_is_saved_and_others_are_refused(tmp_path: 
         for name in es.get_attachment(one).names:
             left, right = (es.get_attachment(model).adapter(name).tensors for model in (one, other))
             assert all(torch.equal(left[tensor], right[tensor]) for tensor in left)
-    expected = r"expected model: /b, c; second: default, found model: /b, a; second: default"
-    with pytest.raises(AttachmentError, match=expected):
+    expected, found = "model: /b, c; second: default", "model: /b, a; second: default"
+    with raises(AttachmentError, expected=expected, found=found):
         trainer(tmp_path, LightningCallback()).fit(two("c"), loader(), ckpt_path=checkpoint)
 
 
 class Stateless(Module):
-    """Trained by an optimizer that keeps nothing."""
+    """Trained by an optimizer without state."""
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=3e-2)
 
 
-def test_without_the_callback_a_resume_raises_without_moments_too(tmp_path: Path) -> None:
+def test_without_the_callback_a_resume_without_moments_raises(tmp_path: Path) -> None:
     made = Stateless(tiny("llama-tied"))
     es.attach(made.model, es.TrainableTokensConfig(INDICES))
     path = saved(tmp_path, made)
     made = Stateless(tiny("llama-tied"))
     es.attach(made.model, es.TrainableTokensConfig(INDICES))
-    with pytest.raises(AttachmentError, match="training is resumed, but these rows are as they began"):
+    with raises(AttachmentError, found="state dict was loaded", where="default", hint="attachment.restore("):
         trainer(tmp_path).fit(made, loader(), ckpt_path=path, weights_only=False)
 
 
-def test_what_would_lose_the_rows_is_said(tmp_path: Path) -> None:
+def test_losing_the_rows_raises_or_warns(tmp_path: Path) -> None:
     made, _ = module()
     checkpoint = str(saved(tmp_path, made))  # without the callback
     again, attachment = module()
     start = rows(attachment)
-    with pytest.raises(AttachmentError, match="saved without LightningCallback"):
+    with raises(AttachmentError, expected="model: default", found="none", hint="LightningCallback"):
         trainer(tmp_path, LightningCallback()).fit(again, loader(), ckpt_path=checkpoint)
-    with pytest.raises(AttachmentError, match="trained these rows before"):
+    with raises(AttachmentError, found="moments", where="default", hint="attachment.restore("):
         trainer(tmp_path).fit(again, loader(), ckpt_path=checkpoint)
     assert torch.equal(rows(attachment), start)
-    with pytest.raises(AttachmentError, match=r"nothing is attached.*Module"):
+    with raises(AttachmentError, where="Module", hint="embedsurgery.attach("):
         trainer(tmp_path, LightningCallback()).fit(Module(tiny("llama-tied")), loader())
     weights = lightning.callbacks.ModelCheckpoint(tmp_path / "weights", save_weights_only=True)
-    with pytest.warns(EmbedSurgeryWarning, match="save_weights_only=True holds no rows"):
+    with pytest.warns(EmbedSurgeryWarning, match="save_weights_only=True"):
         trainer(tmp_path, LightningCallback(), weights, enable_checkpointing=True).fit(module()[0], loader())
 
 
@@ -200,7 +205,7 @@ def test_bf16_and_accumulation(tmp_path: Path) -> None:
     assert all(torch.equal(value, before[name]) for name, value in made.model.state_dict().items())
 
 
-def test_under_the_librarys_older_name(tmp_path: Path) -> None:
+def test_under_the_older_package_name(tmp_path: Path) -> None:
     older = pytest.importorskip("pytorch_lightning")
     made, attachment = module()
 
@@ -224,7 +229,7 @@ def test_under_the_librarys_older_name(tmp_path: Path) -> None:
     assert torch.equal(adapter.tensors["model.embed_tokens.weight"], rows(attachment))
 
 
-def test_a_training_that_was_interrupted_cares_for_no_rows_any_more(tmp_path: Path) -> None:
+def test_an_interrupted_training_no_longer_saves_the_rows(tmp_path: Path) -> None:
     made, attachment = module()
     step = made.training_step
 

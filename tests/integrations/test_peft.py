@@ -1,4 +1,4 @@
-"""LoRA of PEFT beside attached rows, in either order of wrapping, and names that the plain base knows."""
+"""PEFT's LoRA together with attached rows, wrapped in either order; rows keep the names of the plain base."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ import pytest
 import torch
 
 import embedsurgery as es
-from embedsurgery.adapters.adapter import plainly_named
+from embedsurgery.adapters.adapter import strip_wrapper_names
 from embedsurgery.errors import AttachmentError, BaseMismatchError, EmbedSurgeryWarning, TableError, UnsupportedError
 from embedsurgery.graph.wrappers import plain_name
 from embedsurgery.runtime import peft as beside_peft
 from tests.support.comparing import bits, state_bits
+from tests.support.errors import raises
 from tests.support.integrations import INDICES, batch, rows, trainer
 from tests.support.models import logits, save, tiny
 
-pytestmark = [  # what PEFT makes of transformers 5, and of LoRA on a tied table
+pytestmark = [  # PEFT with transformers 5, and LoRA on a tied table
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning"),
     pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning"),
 ]
@@ -35,7 +36,7 @@ def lora(*targets: str) -> peft.LoraConfig:
 
 
 def wrapped(order: str, kind: str = "llama-tied", *targets: str) -> tuple[Any, Any]:
-    """A model with LoRA, whose B is not zero any more, and rows."""
+    """A model with LoRA, its B not zero, and rows."""
     model = tiny(kind)
     attachment = es.attach(model, CONFIG) if order == "rows first" else None
     torch.manual_seed(5)
@@ -47,7 +48,7 @@ def wrapped(order: str, kind: str = "llama-tied", *targets: str) -> tuple[Any, A
     if attachment is None:
         attachment = es.attach(model, CONFIG, freeze=False)
     else:
-        assert not any(p.requires_grad for p in attachment.parameters())  # get_peft_model froze them
+        assert not any(p.requires_grad for p in attachment.parameters())  # get_peft_model freezes them
         attachment.unfreeze()
     return model, attachment
 
@@ -63,8 +64,8 @@ def test_both_train_with_the_gradients_of_the_dense_model(kind: str, order: str,
     model, attachment = wrapped(order, kind, *targets)
     assert es.get_attachment(model) is attachment
     assert es.get_attachment(model.get_base_model()) is attachment
-    ours = {id(p) for p in attachment.parameters()}
-    trainable = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in ours]
+    row_ids = {id(p) for p in attachment.parameters()}
+    trainable = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in row_ids]
     assert sorted(trainable) == sorted(lora_parameters(model))
     with torch.no_grad():
         next(attachment.parameters()).normal_()
@@ -82,7 +83,7 @@ def test_both_train_with_the_gradients_of_the_dense_model(kind: str, order: str,
         assert parameter.grad.abs().max() > 0
 
 
-def test_freezing_is_what_was_asked_for() -> None:
+def test_freeze_freezes_lora_and_detach_restores_it() -> None:
     model = peft.get_peft_model(tiny("llama-tied"), lora())
     attachment = es.attach(model, CONFIG)  # freeze=True freezes all that was trainable, LoRA too
     assert [p.requires_grad for p in model.parameters()].count(True) == 1
@@ -91,7 +92,7 @@ def test_freezing_is_what_was_asked_for() -> None:
     assert [p.requires_grad for p in model.parameters()].count(True) == 4
 
 
-def test_rows_that_peft_froze_are_said_at_the_first_forward_that_trains() -> None:
+def test_rows_frozen_by_peft_warn_at_the_first_training_forward() -> None:
     base = tiny("llama-tied")
     attachment = es.attach(base, CONFIG)
     model = peft.get_peft_model(base, lora())
@@ -99,7 +100,7 @@ def test_rows_that_peft_froze_are_said_at_the_first_forward_that_trains() -> Non
     model.train()
     with torch.no_grad():
         model(**batch())
-    with pytest.warns(EmbedSurgeryWarning, match=r"every row is frozen.*unfreeze"):
+    with pytest.warns(EmbedSurgeryWarning, match=r"attachment\.unfreeze\(\)"):
         model(**batch())
     model(**batch())  # once
     attachment.unfreeze()
@@ -124,7 +125,7 @@ def test_both_save_and_load_onto_the_plain_base(order: str, targets: tuple[str, 
     again = peft.PeftModel.from_pretrained(plain, tmp_path / "lora")
     torch.testing.assert_close(logits(again), live, rtol=0, atol=1e-5)
     es.get_attachment(again).detach()
-    es.merge(plain if not targets else again.get_base_model(), adapter)  # LoRA's layers hold the table now
+    es.merge(plain if not targets else again.get_base_model(), adapter)  # LoRA's layers own the table now
     torch.testing.assert_close(logits(again), live, rtol=0, atol=1e-5)
 
 
@@ -153,7 +154,7 @@ def test_rows_trained_on_the_plain_base_attach_to_a_wrapped_model(targets: tuple
     with torch.no_grad():
         next(attachment.parameters()).normal_()
     adapter, live = attachment.adapter(), logits(plain)
-    model = peft.get_peft_model(tiny("llama-tied"), lora(*targets))  # its B is zero, so it is the base still
+    model = peft.get_peft_model(tiny("llama-tied"), lora(*targets))  # LoRA's B is zero: still the base's numbers
     again = es.attach(model, adapter)
     assert torch.equal(rows(again), rows(attachment))
     torch.testing.assert_close(logits(model), live, rtol=0, atol=1e-6)
@@ -174,9 +175,9 @@ def test_merging_unmerging_and_unloading_in_any_order(order: str, targets: tuple
     attachment.unmerge()
     assert state_bits(model) == before
     torch.testing.assert_close(logits(model), live, rtol=0, atol=1e-6)
-    if targets:  # LoRA of the table itself adds to the rows' own logits, and would not once it is merged under them
+    if targets:  # LoRA on the table adds to the logits of the rows too; merged into the base below them it would not
         model.merge_adapter()
-        with pytest.raises(AttachmentError, match=r"a PEFT layer was merged.*attachment\.merge\(\) before PEFT's"):
+        with raises(AttachmentError, found="weight", hint=("attachment.merge()", "merge_adapter()")):
             logits(model)
         model.unmerge_adapter()
         torch.testing.assert_close(logits(model), live, rtol=0, atol=1e-5)
@@ -211,7 +212,7 @@ def test_unloading_a_layer_of_the_table_itself(order: str, used: bool, kind: str
             logits(model.unload())
             continue
         unloaded = model.merge_and_unload()
-        with pytest.raises(AttachmentError, match="a PEFT layer was merged"):
+        with raises(AttachmentError, found="weight", hint=("attachment.merge()", "merge_adapter()")):
             logits(unloaded)
         with es.get_attachment(unloaded).disabled():
             logits(unloaded)
@@ -219,16 +220,16 @@ def test_unloading_a_layer_of_the_table_itself(order: str, used: bool, kind: str
 
 @pytest.mark.parametrize("kind", ["llama-tied", "llama-untied"])
 @pytest.mark.parametrize("saved", [["embed_tokens"], ["embed_tokens", "lm_head"]], ids=["input", "both"])
-def test_a_table_that_peft_trains_a_copy_of_is_refused(kind: str, saved: list[str]) -> None:
+def test_a_table_in_modules_to_save_is_refused(kind: str, saved: list[str]) -> None:
     model = tiny(kind)
     config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=saved)
     wrapped_model: Any = peft.get_peft_model(model, config)
     before = state_bits(wrapped_model)
     named = es.TrainableTokensConfig(INDICES, target_modules=["embed_tokens.original_module"])
-    with pytest.raises(UnsupportedError, match="modules_to_save"):
+    with raises(UnsupportedError, where="original_module", found="modules_to_save"):
         es.attach(wrapped_model, CONFIG if kind == "llama-tied" else named, freeze=False)
     if kind == "llama-untied":
-        with pytest.raises(TableError, match="modules_to_save"):  # none of the candidates is the input's alone
+        with raises(TableError, found="modules_to_save"):  # original and copy: two candidates for the input table
             es.attach(wrapped_model, CONFIG, freeze=False)
     assert es.get_attachment(wrapped_model) is None
     assert state_bits(wrapped_model) == before
@@ -248,7 +249,7 @@ def test_a_second_adapter_through_the_wrapper_joins_the_first() -> None:
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
 @pytest.mark.parametrize("order", ["rows first", "LoRA first"])
-def test_copies_of_the_wrapped_model_are_attached_and_apart(how: str, order: str) -> None:
+def test_copies_of_the_wrapped_model_are_attached_and_independent(how: str, order: str) -> None:
     model, _ = wrapped(order)
     other = copy.deepcopy(model) if how == "deepcopy" else pickle.loads(pickle.dumps(model))
     twin = es.get_attachment(other)
@@ -299,18 +300,18 @@ def test_plain_names(name: str, plain: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
-def test_a_compiled_model_is_named_as_its_base() -> None:
+def test_a_compiled_model_gives_the_names_of_its_base() -> None:
     model = torch.compile(tiny("llama-tied"))
     adapter = es.attach(model, CONFIG).adapter()
     assert adapter.manifest.tables[0].names == (TABLE, "lm_head.weight")
-    assert plainly_named(adapter).raw == adapter.raw
+    assert strip_wrapper_names(adapter).raw == adapter.raw
 
 
 @pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("order", ["rows first", "LoRA first"])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_where_peft_is_off_the_rows_are_too(order: str, compiled: bool) -> None:
-    """TRL takes its reference so, and PEFT's own trained tokens are off as well."""
+def test_disabling_peft_disables_the_rows(order: str, compiled: bool) -> None:
+    """TRL computes its reference this way, and PEFT's own trainable tokens are off as well."""
     model, attachment = wrapped(order)
     with torch.no_grad():
         for parameter in attachment.parameters():
@@ -330,7 +331,7 @@ def test_where_peft_is_off_the_rows_are_too(order: str, compiled: bool) -> None:
 
 
 @pytest.mark.parametrize("order", ["prompt first", "LoRA first"])
-def test_where_peft_is_off_a_soft_prompt_is_too(order: str) -> None:
+def test_disabling_peft_disables_a_soft_prompt(order: str) -> None:
     model = tiny("llama-tied")
     if order == "prompt first":
         es.attach(model, es.SoftPromptConfig(3))
@@ -345,11 +346,11 @@ def test_where_peft_is_off_a_soft_prompt_is_too(order: str) -> None:
     assert not torch.allclose(model(**inputs).logits, base(**inputs).logits)
 
 
-@pytest.mark.filterwarnings("ignore:the rows of .* full copy")
+@pytest.mark.filterwarnings("ignore:.*materialize=True:embedsurgery.errors.EmbedSurgeryWarning")
 @pytest.mark.parametrize("order", ["rows first", "PEFT first"])
 @pytest.mark.parametrize("tokens", [[INDICES[0], 4], [3, 4]])
 @pytest.mark.parametrize("kind", ["llama-tied", "llama-untied"])
-def test_tokens_that_peft_trains_too(kind: str, tokens: list[int], order: str) -> None:
+def test_tokens_that_peft_also_trains(kind: str, tokens: list[int], order: str) -> None:
     model = tiny(kind)
     if order == "rows first":
         es.attach(model, CONFIG)
@@ -360,13 +361,13 @@ def test_tokens_that_peft_trains_too(kind: str, tokens: list[int], order: str) -
     if tokens == [3, 4]:
         assert model(**batch()).loss.isfinite()
         return
-    with pytest.raises(AttachmentError, match=r"same tokens.*row.* 5.*give each token to one of them"):
+    with raises(AttachmentError, where=("model.embed_tokens", "rows 5")):
         model(**batch())
 
 
-@pytest.mark.filterwarnings("ignore:the rows of .* full copy")
-def test_peft_is_looked_at_first_whatever_was_attached_in_between() -> None:
-    """A later adapter that needs a full copy has the hooks of its table put on anew, behind those of a prompt."""
+@pytest.mark.filterwarnings("ignore:.*materialize=True:embedsurgery.errors.EmbedSurgeryWarning")
+def test_peft_state_is_read_first_whatever_was_attached_in_between() -> None:
+    """A later adapter that needs a full copy reinstalls its table's hooks, after those of a prompt."""
     model = tiny("llama-untied")
     with torch.no_grad():
         model.lm_head.weight[9] = 1e6
@@ -394,8 +395,8 @@ def test_peft_is_looked_at_first_whatever_was_attached_in_between() -> None:
 
 
 @pytest.mark.parametrize("config", [CONFIG, es.SoftPromptConfig(3)], ids=["rows", "prompt"])
-def test_one_graph_where_both_are_switched_off(config: Any) -> None:
-    """PEFT's switch alone would break the graph, which is not allowed there."""
+def test_one_graph_with_both_disabled(config: Any) -> None:
+    """PEFT's switch alone breaks the graph, which fullgraph=True refuses."""
     torch._dynamo.reset()
     model = tiny("llama-tied").eval()
     attachment = es.attach(model, config)
@@ -412,17 +413,17 @@ def test_one_graph_where_both_are_switched_off(config: Any) -> None:
                 torch.testing.assert_close(run(**inputs).logits, base(**inputs).logits)
 
 
-def test_a_lora_that_comes_later_is_found_by_parts_that_run_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A loop may call the body by itself; and no forward searches a model in which nothing has changed."""
+def test_a_later_lora_is_found_when_only_the_body_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loop may call only the body; and no forward searches an unchanged model."""
     model = tiny("llama-tied").eval()
     attachment = es.attach(model, CONFIG)
     ids = batch()["input_ids"]
     model.model(ids)
-    asked: list[Any] = []
-    monkeypatch.setattr(beside_peft, "_is_layer", lambda module: asked.append(module))
+    searched: list[Any] = []
+    monkeypatch.setattr(beside_peft, "_is_layer", lambda module: searched.append(module))
     model(ids)
     model.model(ids)
-    assert all(module is not model for module in asked)  # transformers makes a list of the layers in each forward
+    assert all(module is not model for module in searched)  # transformers lists the layers in each forward
     monkeypatch.undo()
     wrapped = peft.get_peft_model(model, lora())
     with torch.no_grad():

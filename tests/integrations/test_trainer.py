@@ -1,4 +1,4 @@
-"""The Trainer of transformers: a model with an attachment trains, saves and resumes as any model does."""
+"""transformers' Trainer: a model with an attachment trains, saves and resumes like any other."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ import embedsurgery as es
 from embedsurgery.errors import AttachmentError, EmbedSurgeryWarning
 from embedsurgery.integrations import EmbedSurgeryCallback
 from tests.support.comparing import state_bits
-from tests.support.integrations import INDICES, attached, batch, losses, rows, trainer
+from tests.support.errors import raises
+from tests.support.integrations import INDICES, attach_tiny, batch, losses, rows, trainer
 from tests.support.models import tiny
 from tests.support.processes import python
 
 
 @pytest.mark.parametrize("kind", ["llama-tied", "llama-untied", "bert"])
-def test_only_the_rows_train_and_a_resumed_run_is_the_same_run(kind: str, tmp_path: Path) -> None:
-    model, attachment = attached(kind)
+def test_only_the_rows_train_and_a_resumed_run_matches_an_uninterrupted_one(kind: str, tmp_path: Path) -> None:
+    model, attachment = attach_tiny(kind)
     before, start = state_bits(model), rows(attachment)
     whole = trainer(model, tmp_path, kind=kind, callbacks=[EmbedSurgeryCallback()], num_train_epochs=1)
     first = whole.evaluate()["eval_loss"]
@@ -33,7 +34,7 @@ def test_only_the_rows_train_and_a_resumed_run_is_the_same_run(kind: str, tmp_pa
     moved = (rows(attachment) - start).abs().amax(dim=1)
     assert (moved > 0.05).all()
 
-    model, resumed = attached(kind)
+    model, resumed = attach_tiny(kind)
     again = trainer(model, tmp_path, kind=kind, callbacks=[EmbedSurgeryCallback()])
     (parameter,) = resumed.parameters()
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
@@ -44,8 +45,8 @@ def test_only_the_rows_train_and_a_resumed_run_is_the_same_run(kind: str, tmp_pa
     assert state_bits(model) == before
 
 
-def test_the_numbers_are_those_of_a_loop_of_ones_own_on_the_dense_model(tmp_path: Path) -> None:
-    model, attachment = attached()
+def test_the_numbers_match_a_hand_written_loop_on_the_dense_model(tmp_path: Path) -> None:
+    model, attachment = attach_tiny()
     trained = trainer(model, tmp_path, callbacks=[EmbedSurgeryCallback()], optim="sgd", lr_scheduler_type="constant")
     seen: list[dict[str, torch.Tensor]] = []
     collate = trained.data_collator
@@ -66,7 +67,7 @@ def test_every_adapter_is_saved_active_or_not_and_restored_under_its_name(tmp_pa
     def two(name: str = "a") -> tuple[Any, Any]:
         model = tiny("llama-tied")
         attachment = es.attach(model, es.TrainableTokensConfig([5]), name=name)
-        es.attach(model, es.TrainableTokensConfig([7]), name="/b")  # a name is no path
+        es.attach(model, es.TrainableTokensConfig([7]), name="/b")  # a name is not a path
         attachment.activate(name)
         return model, attachment
 
@@ -85,16 +86,16 @@ def test_every_adapter_is_saved_active_or_not_and_restored_under_its_name(tmp_pa
     assert all(torch.equal(a, b) for a, b in zip(attachment.parameters(), again.parameters(), strict=True))
 
     model, _ = two("c")
-    with pytest.raises(AttachmentError, match=r"expected /b, c, found /b, a"):
+    with raises(AttachmentError, expected="/b, c", found="/b, a"):
         trainer(model, tmp_path, callbacks=[EmbedSurgeryCallback()]).train(resume_from_checkpoint=True)
 
 
 def test_the_best_rows_come_back_at_the_end_and_the_limit_keeps_them(tmp_path: Path) -> None:
-    model, attachment = attached()
+    model, attachment = attach_tiny()
     kept: dict[int, torch.Tensor] = {}
 
     class Worsen(transformers.TrainerCallback):
-        """Spoils the rows from the third step on, so that the second is the best."""
+        """Worsens the rows from the third step on, so that an earlier step is the best."""
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.global_step > 2:
@@ -124,30 +125,30 @@ def test_the_best_rows_come_back_at_the_end_and_the_limit_keeps_them(tmp_path: P
 
 
 def test_without_the_callback_a_resume_raises_at_the_first_step(tmp_path: Path) -> None:
-    model, attachment = attached()
-    with pytest.warns(EmbedSurgeryWarning, match="without the rows of default"):
+    model, attachment = attach_tiny()
+    with pytest.warns(EmbedSurgeryWarning, match=r"\bdefault\b.*attachment\.merge\(\)"):
         trainer(model, tmp_path, max_steps=3).train()
-    model, attachment = attached()
+    model, attachment = attach_tiny()
     start = rows(attachment)
-    with pytest.raises(AttachmentError, match="EmbedSurgeryCallback"):
+    with raises(AttachmentError, found="moments", where="default", hint="EmbedSurgeryCallback()"):
         trainer(model, tmp_path).train(resume_from_checkpoint=True)
     assert torch.equal(rows(attachment), start)
-    with pytest.raises(AttachmentError, match="saved without EmbedSurgeryCallback"):
+    with raises(AttachmentError, where="step 3", found="EmbedSurgeryCallback"):
         trainer(model, tmp_path, callbacks=[EmbedSurgeryCallback()]).train(resume_from_checkpoint=True)
 
 
-@pytest.mark.filterwarnings("ignore:the checkpoint that is saved here is the base's")
+@pytest.mark.filterwarnings(r"ignore:.*attachment\.merge\(\):embedsurgery.errors.EmbedSurgeryWarning")
 @pytest.mark.parametrize("options", [{"optim": "sgd"}, {"save_only_model": True}], ids=str)
 def test_without_the_callback_a_resume_raises_where_there_are_no_moments(options: Any, tmp_path: Path) -> None:
-    model, attachment = attached()
+    model, attachment = attach_tiny()
     trainer(model, tmp_path, max_steps=3, **options).train()
     saved = attachment.adapter()
-    model, attachment = attached()
+    model, attachment = attach_tiny()
     start = rows(attachment)
-    with pytest.raises(AttachmentError, match="training is resumed, but these rows are as they began"):
+    with raises(AttachmentError, found="state dict was loaded", where="default", hint="EmbedSurgeryCallback()"):
         trainer(model, tmp_path, **options).train(resume_from_checkpoint=True)
     assert torch.equal(rows(attachment), start)
-    for by_hand in (True, False):  # who brings the rows on another way may go on
+    for by_hand in (True, False):  # rows restored in another way are accepted
         model = tiny("llama-tied")
         attachment = es.attach(model, es.TrainableTokensConfig(INDICES) if by_hand else saved)
         if by_hand:
@@ -159,7 +160,7 @@ def test_without_the_callback_a_resume_raises_where_there_are_no_moments(options
 def test_with_the_callback_a_resume_without_moments_has_the_rows(tmp_path: Path) -> None:
     found = []
     for resume in (None, str(tmp_path / "checkpoint-3")):
-        model, attachment = attached()
+        model, attachment = attach_tiny()
         trained = trainer(model, tmp_path, callbacks=[EmbedSurgeryCallback()], optim="sgd")
         trained.train(resume_from_checkpoint=resume)
         found.append((rows(attachment), losses(trained)))
@@ -167,28 +168,31 @@ def test_with_the_callback_a_resume_without_moments_has_the_rows(tmp_path: Path)
     assert found[0][1] == found[1][1]
 
 
-@pytest.mark.filterwarnings("ignore:the checkpoint that is saved here is the base's")
+@pytest.mark.filterwarnings(r"ignore:.*attachment\.merge\(\):embedsurgery.errors.EmbedSurgeryWarning")
 def test_without_the_callback_loading_the_best_model_warns(tmp_path: Path) -> None:
-    model, _ = attached()
+    model, _ = attach_tiny()
     trained = trainer(
         model, tmp_path, load_best_model_at_end=True, eval_strategy="steps", eval_steps=1, save_steps=1, max_steps=2
     )
-    with pytest.warns(EmbedSurgeryWarning, match="leaves the trained rows as they are"):
+    with pytest.warns(EmbedSurgeryWarning, match=r"attachment\.restore\(\)"):
         trained.train()
 
 
-def test_a_checkpoint_elsewhere_is_found_by_its_mark_or_named(tmp_path: Path) -> None:
-    model, attachment = attached()
+def test_a_checkpoint_elsewhere_is_found_by_run_id_or_argument(tmp_path: Path) -> None:
+    model, attachment = attach_tiny()
     trainer(model, tmp_path / "one", callbacks=[EmbedSurgeryCallback()], max_steps=3, save_steps=3).train()
     wanted = rows(attachment)
     moved = tmp_path / "moved" / "checkpoint-3"
     shutil.copytree(tmp_path / "one" / "checkpoint-3", moved)
-    model, other = attached()  # another run, whose own third step is in the way
+    model, other = attach_tiny()  # another run with a checkpoint-3 of its own
     trainer(model, tmp_path / "two", callbacks=[EmbedSurgeryCallback()], max_steps=3, seed=9, learning_rate=0.5).train()
     assert not torch.equal(rows(other), wanted)
 
-    model, resumed = attached()
-    with pytest.raises(AttachmentError, match="resume_from_checkpoint="):
+    model, resumed = attach_tiny()
+    searched = (
+        tmp_path / "two" / "checkpoint-3"
+    )  # the Trainer does not tell a callback of the directory it resumes from
+    with raises(AttachmentError, where=searched, expected="step 3", hint="resume_from_checkpoint="):
         trainer(model, tmp_path / "two", callbacks=[EmbedSurgeryCallback()], max_steps=3).train(
             resume_from_checkpoint=str(moved)
         )
@@ -197,21 +201,21 @@ def test_a_checkpoint_elsewhere_is_found_by_its_mark_or_named(tmp_path: Path) ->
     assert torch.equal(rows(resumed), wanted)
 
 
-def test_a_checkpoint_whose_rows_were_not_finished_is_refused(tmp_path: Path) -> None:
-    model, _ = attached()
+def test_a_checkpoint_with_unfinished_rows_is_refused(tmp_path: Path) -> None:
+    model, _ = attach_tiny()
     trainer(model, tmp_path, callbacks=[EmbedSurgeryCallback()], max_steps=3).train()
     (tmp_path / "checkpoint-3/embedsurgery/run.json").unlink()
-    model, attachment = attached()
+    model, attachment = attach_tiny()
     start = rows(attachment)
-    with pytest.raises(AttachmentError, match="rows of the checkpoint are not found"):
+    with raises(AttachmentError, where=tmp_path / "checkpoint-3", expected=("run.json", "step 3")):
         trainer(model, tmp_path, callbacks=[EmbedSurgeryCallback()]).train(resume_from_checkpoint=True)
     assert torch.equal(rows(attachment), start)
 
 
-def test_a_state_that_restores_its_callbacks_restores_ours(tmp_path: Path) -> None:
-    model, attachment = attached()
+def test_a_state_that_restores_its_callbacks_restores_the_rows(tmp_path: Path) -> None:
+    model, attachment = attach_tiny()
     trainer(model, tmp_path, callbacks=[EmbedSurgeryCallback()]).train()
-    model, again = attached()
+    model, again = attach_tiny()
     trained = trainer(model, tmp_path, callbacks=[EmbedSurgeryCallback()], restore_callback_states_from_checkpoint=True)
     trained.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert torch.equal(rows(again), rows(attachment))
@@ -221,7 +225,7 @@ def test_a_state_that_restores_its_callbacks_restores_ours(tmp_path: Path) -> No
 
 
 def test_in_a_search_the_rows_go_to_the_trial_that_wrote_the_checkpoint(tmp_path: Path) -> None:
-    model, attachment = attached()
+    model, attachment = attach_tiny()
     callback = EmbedSurgeryCallback()
     trained = trainer(model, tmp_path / "run-0", callbacks=[callback], max_steps=3)
     trained.train()
@@ -236,33 +240,33 @@ def test_in_a_search_the_rows_go_to_the_trial_that_wrote_the_checkpoint(tmp_path
     assert torch.equal(es.load(saved.parent).tensors["model.embed_tokens.weight"], rows(attachment))
 
 
-def test_no_attachment_and_frozen_rows_are_said(tmp_path: Path) -> None:
-    with pytest.raises(AttachmentError, match="nothing is attached"):
+def test_no_attachment_raises_and_frozen_rows_warn(tmp_path: Path) -> None:
+    with raises(AttachmentError, where="LlamaForCausalLM", hint="embedsurgery.attach("):
         trainer(tiny("llama-tied"), tmp_path, callbacks=[EmbedSurgeryCallback()]).train()
-    model, attachment = attached()
+    model, attachment = attach_tiny()
     attachment.requires_grad_(False)
     model.model.norm.weight.requires_grad_(True)
-    with pytest.warns(EmbedSurgeryWarning, match="every row is frozen"):
+    with pytest.warns(EmbedSurgeryWarning, match=r"attachment\.unfreeze\(\)"):
         trainer(model, tmp_path, callbacks=[EmbedSurgeryCallback()], max_steps=1).train()
 
 
-@pytest.mark.filterwarnings("ignore:the checkpoint that is saved here is the base's")
-def test_a_resume_in_the_same_process_warns_where_the_rows_stay(tmp_path: Path) -> None:
-    model, attachment = attached()
+@pytest.mark.filterwarnings(r"ignore:.*attachment\.merge\(\):embedsurgery.errors.EmbedSurgeryWarning")
+def test_a_resume_in_the_same_process_warns_when_rows_are_not_restored(tmp_path: Path) -> None:
+    model, attachment = attach_tiny()
     kept = trainer(model, tmp_path, callbacks=[EmbedSurgeryCallback()])
     kept.train()
     last = rows(attachment)
     kept.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))  # a warning would be an error here
     assert torch.equal(rows(attachment), last)
     forgot = trainer(model, tmp_path)
-    with pytest.warns(EmbedSurgeryWarning, match="leaves the trained rows as they are"):
+    with pytest.warns(EmbedSurgeryWarning, match=r"attachment\.restore\(\)"):
         forgot.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
 
 
 def test_merged_rows_are_not_trained(tmp_path: Path) -> None:
-    model, attachment = attached()
+    model, attachment = attach_tiny()
     attachment.merge()
-    with pytest.raises(AttachmentError, match=r"merged into the weights.*unmerge\(\) first"):
+    with raises(AttachmentError, where="trainer.train()", hint="attachment.unmerge()"):
         trainer(model, tmp_path, callbacks=[EmbedSurgeryCallback()]).train()
 
 
@@ -272,20 +276,20 @@ def test_gradients_accumulate_over_batches(tmp_path: Path) -> None:
         {"per_device_train_batch_size": 4},
         {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
     ):
-        model, attachment = attached()
+        model, attachment = attach_tiny()
         trainer(model, tmp_path, max_steps=3, save_strategy="no", **options).train()
         found.append(rows(attachment))
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=2e-5)
 
 
-@pytest.mark.filterwarnings("ignore:.gradient_checkpointing:FutureWarning")  # the name that every version knows
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing:FutureWarning")  # the name that every version has
 @pytest.mark.parametrize("kind", ["llama-tied", "bert"])
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing_changes_nothing(kind: str, reentrant: bool, tmp_path: Path) -> None:
     found = []
     for more in ({}, {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}):
-        model, attachment = attached(kind)
-        if kind == "bert":  # its dropout is not what is compared
+        model, attachment = attach_tiny(kind)
+        if kind == "bert":  # dropout would make the runs differ
             model.config.hidden_dropout_prob = model.config.attention_probs_dropout_prob = 0.0
             for module in model.modules():
                 if isinstance(module, torch.nn.Dropout):
@@ -303,7 +307,7 @@ def test_gradient_checkpointing_changes_nothing(kind: str, reentrant: bool, tmp_
 
 
 def test_bf16_autocast_keeps_fp32_rows(tmp_path: Path) -> None:
-    model, attachment = attached()
+    model, attachment = attach_tiny()
     before = state_bits(model)
     trained = trainer(model, tmp_path, callbacks=[EmbedSurgeryCallback()], bf16=True)
     first = trained.evaluate()["eval_loss"]
@@ -312,14 +316,14 @@ def test_bf16_autocast_keeps_fp32_rows(tmp_path: Path) -> None:
     assert rows(attachment).dtype == torch.float32
     assert not torch.equal(rows(attachment), rows(attachment).bfloat16().float())
     assert state_bits(model) == before
-    model, exact = attached()
+    model, exact = attach_tiny()
     trainer(model, tmp_path / "fp32", callbacks=[EmbedSurgeryCallback()]).train()
     assert (rows(exact) - rows(attachment)).abs().max() < 0.1  # a few sign flips of Adam's small gradients
     assert rows(exact).mean() == pytest.approx(float(rows(attachment).mean()), abs=2e-2)
 
 
 def test_a_plain_loop_under_autocast() -> None:
-    model, attachment = attached()
+    model, attachment = attach_tiny()
     dense = tiny("llama-tied").train()
     inputs = batch()
     for trained in (model.train(), dense):
@@ -343,8 +347,8 @@ def test_a_plain_loop_under_autocast() -> None:
     assert seen[-1] < seen[0] - 0.02
 
 
-def test_copies_made_after_training_are_apart(tmp_path: Path) -> None:
-    model, attachment = attached()
+def test_copies_made_after_training_are_independent(tmp_path: Path) -> None:
+    model, attachment = attach_tiny()
     trained = trainer(model, tmp_path, max_steps=2, save_strategy="no")
     trained.train()
     twin = copy.deepcopy(trained.model)

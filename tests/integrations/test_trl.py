@@ -1,6 +1,6 @@
-"""TRL's SFTTrainer: the Trainer's subclass that most people fine-tune chat models with.
+"""TRL's SFTTrainer and DPOTrainer.
 
-It patches the model's forward with a fused loss, which reads the head's weight itself.
+SFTTrainer patches the model's forward with a fused loss that reads the head's weight directly.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ import embedsurgery as es
 from embedsurgery.errors import EmbedSurgeryWarning, UnsupportedError
 from embedsurgery.integrations import EmbedSurgeryCallback
 from tests.support.comparing import state_bits
+from tests.support.errors import raises
 from tests.support.integrations import INDICES, losses, rows
 from tests.support.models import tiny, write_tokenizer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:the rows of .* full copy .* reads the weight outside of its module"),
+    pytest.mark.filterwarnings("ignore:.*materialize=True:embedsurgery.errors.EmbedSurgeryWarning"),
 ]
 
 
@@ -84,9 +85,7 @@ def test_sft_trains_the_rows_and_resumes(kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "compiled"), [("llama-tied", False), ("llama-untied", False), ("llama-tied", True), ("llama-untied", True)]
 )
-def test_the_numbers_are_those_of_a_loop_of_ones_own_on_the_dense_model(
-    kind: str, compiled: bool, tmp_path: Path
-) -> None:
+def test_the_numbers_match_a_hand_written_loop_on_the_dense_model(kind: str, compiled: bool, tmp_path: Path) -> None:
     torch._dynamo.reset()
     model = tiny(kind)
     targets = ["embed_tokens"] if kind == "llama-tied" else ["embed_tokens", "lm_head"]
@@ -129,12 +128,12 @@ def test_sft_with_lora_trains_both(tmp_path: Path) -> None:
     assert (tmp_path / "out/checkpoint-4/adapter_model.safetensors").exists()
 
 
-def test_sft_that_wraps_an_attached_model_freezes_the_rows_and_it_is_said(tmp_path: Path) -> None:
+def test_sft_that_wraps_an_attached_model_freezes_the_rows_and_warns(tmp_path: Path) -> None:
     model = tiny("llama-tied")
     attachment = es.attach(model, es.TrainableTokensConfig(INDICES))
     start = rows(attachment)
     trained = sft(model, tmp_path, peft_config=peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
-    with pytest.warns(EmbedSurgeryWarning, match="every row is frozen"):
+    with pytest.warns(EmbedSurgeryWarning, match=r"attachment\.unfreeze\(\)"):
         trained.train()
     assert torch.equal(rows(attachment), start)
     trained = sft(trained.model, tmp_path)
@@ -143,14 +142,14 @@ def test_sft_that_wraps_an_attached_model_freezes_the_rows_and_it_is_said(tmp_pa
     assert ((rows(attachment) - start).abs().amax(dim=1) > 0.02).all()
 
 
-def test_a_hash_of_the_model_that_knows_no_rows_is_refused() -> None:
-    """By it TRL finds log-probabilities of a reference that it computed before (``precompute_ref_log_probs``)."""
+def test_hashing_a_model_with_live_rows_is_refused() -> None:
+    """TRL uses the hash as the cache key of a reference's log-probabilities (``precompute_ref_log_probs``)."""
     from trl.trainer.utils import hash_module
 
     model = tiny("llama-tied")
     base = hash_module(model)
     attachment = es.attach(model, es.TrainableTokensConfig(INDICES))
-    with pytest.raises(UnsupportedError, match=r"state dict, which holds no rows.*precompute_ref_log_probs"):
+    with raises(UnsupportedError, where="precompute_ref_log_probs", found="default"):
         hash_module(model)
     with attachment.disabled():
         assert hash_module(model) == base
@@ -187,7 +186,7 @@ def dpo(model: Any, folder: Path, **options: Any) -> Any:
 
 
 def test_the_reference_of_dpo_has_no_rows(tmp_path: Path) -> None:
-    """With LoRA by the trainer the reference is the base, as it is where a copy of it is given."""
+    """With LoRA from peft_config= the reference is the base, as with ref_model= a copy of it."""
     found = []
     for how in ("a copy", "LoRA by the trainer"):
         model = tiny("llama-tied")
@@ -198,7 +197,7 @@ def test_the_reference_of_dpo_has_no_rows(tmp_path: Path) -> None:
         trained = dpo(model, tmp_path, **more)
         attachment.unfreeze()
         for name, parameter in trained.model.named_parameters():
-            parameter.requires_grad_("embedsurgery" in name)  # the policy is apart from its reference by the rows alone
+            parameter.requires_grad_("embedsurgery" in name)  # policy and reference differ in the rows alone
         trained.train()
         found.append([(log["loss"], log["rewards/margins"]) for log in trained.state.log_history if "loss" in log])
     assert found[0] == found[1]
@@ -206,14 +205,12 @@ def test_the_reference_of_dpo_has_no_rows(tmp_path: Path) -> None:
     assert found[0][-1][1] > 0.01
 
 
-def test_a_reference_that_would_have_the_rows_is_refused(tmp_path: Path) -> None:
+def test_a_reference_with_live_rows_is_refused(tmp_path: Path) -> None:
     model = peft.get_peft_model(
         tiny("llama-tied"), peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
     )
     attachment = es.attach(model, es.TrainableTokensConfig(INDICES), freeze=False)
     start = rows(attachment)
-    with pytest.raises(
-        UnsupportedError, match=r"copy of the LoRA for its reference.*ref_model=copy\.deepcopy\(model\)"
-    ):
+    with raises(UnsupportedError, where="'ref'", found="default", hint="ref_model=copy.deepcopy(model)"):
         dpo(model, tmp_path).train()
     assert torch.equal(rows(attachment), start)

@@ -1,4 +1,4 @@
-"""Plans as files: every edit there and back, what is refused, and plans applied to a checkpoint's small files."""
+"""Plan files: a round trip of every edit, broken files, and plans applied to the small files of a checkpoint."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from embedsurgery.stores.apply import apply
 from embedsurgery.stores.shards import ShardStore
 from embedsurgery.tensors.raw import RawArray
 from tests.support.comparing import contents, tree
+from tests.support.errors import raises
 
 ODD = 't\u00e4ble \U0001f600 "quoted" \\ \n \x00 .weight'
 
@@ -58,7 +59,7 @@ EDITS: dict[str, Edit] = {
 
 
 def values(edit: Edit) -> Any:
-    """An edit as plain values; blocks are read out."""
+    """An edit as plain values, with its blocks read."""
     if isinstance(edit, SetBlocks):
         blocks = edit.blocks
         nothing = RawArray(blocks.dtype, (0, blocks.shape[1]), b"")
@@ -69,7 +70,7 @@ def values(edit: Edit) -> Any:
 
 
 @pytest.mark.parametrize("name", EDITS)
-def test_every_edit_there_and_back(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_edit_survives_a_file(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("embedsurgery.plan.blocks.BLOCK_BYTES", 100)
     path = tmp_path / "plan.safetensors"
     plan = Plan((EDITS[name],))
@@ -82,7 +83,7 @@ def test_every_edit_there_and_back(name: str, tmp_path: Path, monkeypatch: pytes
     assert (tmp_path / "again.safetensors").read_bytes() == path.read_bytes()
 
 
-def test_a_plan_of_everything(tmp_path: Path) -> None:
+def test_a_plan_of_all_edits_with_facts(tmp_path: Path) -> None:
     plan = Plan(tuple(EDITS.values()) * 2, {"adapter": ODD, "written": ["a", None, 1.5], "deep": {"x": [True]}})
     plan.save(tmp_path / "plan")
     loaded = Plan.load(tmp_path / "plan")
@@ -99,7 +100,7 @@ def test_no_edit_at_all(tmp_path: Path) -> None:
     assert Plan.load(tmp_path / "plan") == Plan(())
 
 
-def test_a_plan_is_never_written_over(tmp_path: Path) -> None:
+def test_a_plan_file_is_never_overwritten(tmp_path: Path) -> None:
     (tmp_path / "plan").write_bytes(b"mine")
     with pytest.raises(FileExistsError):
         Plan(()).save(tmp_path / "plan")
@@ -140,7 +141,7 @@ BODIES: dict[str, Any] = {
     },
     "infinite count": {
         "format": 1,
-        "edits": [{"edit": "Grow", "vocabulary": "a", "count": float("inf"), "rows": [], "vectors": []}],
+        "edits": [{"edit": "Grow", "vocabulary": "a", "count": float("inf"), "rows": [], "vectors": [], "saved": []}],
         "facts": {},
     },
     "no bytes": {
@@ -167,16 +168,32 @@ BODIES: dict[str, Any] = {
 }
 
 
+FIELDS: dict[str, dict[str, Any]] = {
+    "newer": {"expected": 1, "found": 2},
+    "no format": {"found": "format"},
+    "no facts": {"found": "facts"},
+    "an unknown edit": {"found": "Eval"},
+    "no tensors": {"found": "0.indices"},
+    "no blocks": {"found": "0.blocks"},
+    "infinite id": {"found": "OverflowError"},
+    "infinite count": {"found": "OverflowError"},
+    "no bytes": {"found": "0.after"},
+    "a hash that is a number": {"found": "3"},
+    "replaces a number": {"found": "3"},
+}
+"""Fields of the error, for bodies of which one value is wrong."""
+
+
 @pytest.mark.parametrize("name", BODIES)
 def test_a_broken_plan_is_refused(name: str, tmp_path: Path) -> None:
-    with pytest.raises(PlanError) as caught:
-        Plan.load(write(tmp_path / "plan", json.dumps(BODIES[name])))
-    assert "plan" in str(caught.value)
+    path = write(tmp_path / "plan", json.dumps(BODIES[name]))
+    with raises(PlanError, where=path, **FIELDS.get(name, {})):
+        Plan.load(path)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[" * 100_000, '{"format":' * 5000, "1" * 5000, "NaN"])
-def test_text_that_is_no_plan_is_refused(text: str, tmp_path: Path) -> None:
-    with pytest.raises(PlanError):
+def test_text_that_is_not_a_plan_is_refused(text: str, tmp_path: Path) -> None:
+    with raises(PlanError, where=tmp_path / "plan"):
         Plan.load(write(tmp_path / "plan", text))
 
 
@@ -194,25 +211,25 @@ INDICES: dict[str, RawArray] = {
 
 
 @pytest.mark.parametrize("name", INDICES)
-def test_indices_that_are_no_row_numbers_are_refused(name: str, tmp_path: Path) -> None:
-    with pytest.raises(PlanError):
+def test_indices_that_are_not_row_numbers_are_refused(name: str, tmp_path: Path) -> None:
+    with raises(PlanError, where=tmp_path / "plan", found=repr(INDICES[name])):
         Plan.load(write(tmp_path / "plan", json.dumps(ROWS), **{"0.indices": INDICES[name], "0.rows": table(2, 3)}))
 
 
 @pytest.mark.parametrize("shape", [(), (4,), (2, 2, 2)])
-def test_blocks_that_are_no_table_are_refused(shape: tuple[int, ...], tmp_path: Path) -> None:
+def test_blocks_that_are_not_a_matrix_are_refused(shape: tuple[int, ...], tmp_path: Path) -> None:
     body = {"format": 1, "edits": [{"edit": "SetBlocks", "table": "a"}], "facts": {}}
-    with pytest.raises(PlanError):
+    with raises(PlanError, where=tmp_path / "plan"):
         Plan.load(write(tmp_path / "plan", json.dumps(body), **{"0.blocks": RawArray.of(np.ones(shape, np.float32))}))
 
 
-def test_what_is_no_plan_or_no_file(tmp_path: Path) -> None:
+def test_other_files_are_refused(tmp_path: Path) -> None:
     write_file(tmp_path / "model", {"a": TensorSource.of(table(1, 1))}, {"format": "pt"})
-    with pytest.raises(PlanError):
+    with raises(PlanError, where=tmp_path / "model", found="embedsurgery.plan"):
         Plan.load(tmp_path / "model")
-    (tmp_path / "text").write_text("hello, this is no plan")
+    (tmp_path / "text").write_text("hello, this is not a plan")
     for name in ("text", "missing", "."):
-        with pytest.raises(CheckpointError):
+        with raises(CheckpointError, where=tmp_path / name):
             Plan.load(tmp_path / name)
 
 
@@ -222,7 +239,7 @@ _SETTINGS = settings(max_examples=300, deadline=None, suppress_health_check=[Hea
 @_SETTINGS
 @given(data=st.data())
 def test_any_bytes_anywhere(tmp_path: Path, data: st.DataObject) -> None:
-    """A file with changed bytes loads or is refused by an error of ours."""
+    """A file with changed bytes loads, or is refused by an embedsurgery error."""
     path = tmp_path / "whole"
     if not path.exists():
         Plan((EDITS["rows"], EDITS["grow"], EDITS["tokens"], EDITS["file"], EDITS["blocks"])).save(path)
@@ -339,8 +356,8 @@ def test_a_file_that_cannot_be_patched_changes_nothing(edit: PatchFile, base: Pa
     assert contents(tmp_path) == before
 
 
-def test_one_file_twice(base: Path) -> None:
-    """The second patch finds what the first one wrote, or the plan is refused; it is never half done."""
+def test_a_file_patched_twice(base: Path) -> None:
+    """The second patch sees what the first one wrote, or the plan is refused; it is never applied in part."""
     before = contents(base)
     was = (base / "README.md").read_bytes()
     first = patch("README.md", b"one", was)

@@ -1,6 +1,6 @@
-"""The guide's code is run as it stands, and its list of hooks is the contract's.
+"""The guide's code runs as it is printed, and its list of hooks is that of the contract.
 
-``python -m tests.plugins.test_guide`` writes the list anew.
+``python -m tests.plugins.test_guide`` rewrites the list.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ START, END = "<!-- hooks -->\n", "<!-- end of hooks -->\n"
 
 
 def hooks() -> str:
-    """The list of hooks, a line each."""
+    """Return the table of hooks, one line each."""
     lines = ["| hook | what it does | record |", "| --- | --- | --- |"]
     for kind in KINDS:
-        said = inspect.getdoc(getattr(Hooks, kind.name))
-        lines.append(f"| `{kind.name}` | {said} | `{kind.record.__module__}.{kind.record.__name__}` |")
+        summary = inspect.getdoc(getattr(Hooks, kind.name))
+        lines.append(f"| `{kind.name}` | {summary} | `{kind.record.__module__}.{kind.record.__name__}` |")
     return "\n".join(lines) + "\n"
 
 
-def brought_up_to_date(text: str) -> str:
-    """The guide with its list made anew."""
+def with_current_hooks(text: str) -> str:
+    """Return the guide with its table of hooks rewritten."""
     pattern = re.compile(re.escape(START) + ".*?" + re.escape(END), re.DOTALL)
     assert len(pattern.findall(text)) == 1
     return pattern.sub(lambda _: START + hooks() + END, text)
@@ -37,10 +37,10 @@ def brought_up_to_date(text: str) -> str:
 
 def test_the_list_of_hooks_is_the_contracts() -> None:
     text = GUIDE.read_text(encoding="utf-8")
-    assert brought_up_to_date(text) == text
+    assert with_current_hooks(text) == text
 
 
-def test_every_plugin_of_our_own_is_named() -> None:
+def test_every_plugin_of_this_repository_is_named() -> None:
     text = GUIDE.read_text(encoding="utf-8")
     for path in (ROOT / "plugins").glob("embedsurgery-*"):
         assert f"[`{path.name}`]({path.name})" in text
@@ -48,7 +48,7 @@ def test_every_plugin_of_our_own_is_named() -> None:
 
 
 def test_the_guides_code_runs(tmp_path: Path) -> None:
-    """Every block, in order: commands are run, and Python goes to the file that its first line names."""
+    """Every block, in order: commands are run, and Python is written to the file that its first line names."""
     pytest.importorskip("hatchling")
     environment = Environment(tmp_path / "env", root=True)
     folder, ran = tmp_path / "work", []
@@ -74,10 +74,10 @@ def test_the_guides_code_runs(tmp_path: Path) -> None:
                 ran.append(run.stdout)
     assert len(ran) == 3
     assert "first" in ran[1]
-    assert "The tables of a model." in ran[2]
+    assert "List the tables of a model." in ran[2]
     assert "mean-tokens" in ran[1]
     assert "MeanTokensConfig" in ran[1]
 
 
 if __name__ == "__main__":
-    GUIDE.write_text(brought_up_to_date(GUIDE.read_text(encoding="utf-8")), encoding="utf-8")
+    GUIDE.write_text(with_current_hooks(GUIDE.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What is built in passes the kit that plugins' authors use."""
+"""The built-in surgeries, initialisers and stores pass the kit for plugins."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import embedsurgery as es
 from embedsurgery.initializers import BUILT_IN
-from embedsurgery.plugins.current import build, registry
+from embedsurgery.plugins.current import build_registry, registry
 from embedsurgery.stores.modules import module_store
 from embedsurgery.stores.shards import ShardStore
 from embedsurgery.stores.state_dicts import state_dict_store
@@ -31,8 +31,8 @@ class TestTrainableTokensOfBothTables(SurgeryContract):
 
 class TestSoftPrompt(SurgeryContract):
     config = es.SoftPromptConfig(3)
-    starts_as_base = False  # virtual tokens are attended to, whatever they are
-    keeps_ties = False  # a head of its own gives them logits that are never picked
+    starts_as_base = False  # virtual tokens get attention whatever their values
+    keeps_ties = False  # an untied head gives the new tokens logits that are never picked
 
 
 class TestSoftPromptThatKeepsTies(SurgeryContract):
@@ -43,10 +43,10 @@ class TestSoftPromptThatKeepsTies(SurgeryContract):
     ties = (True,)
 
 
-def test_every_built_in_surgery_is_here() -> None:
-    ours = [kind for kind in globals().values() if isinstance(kind, type) and issubclass(kind, SurgeryContract)]
-    built_in = {record.config_class for record in build([]).surgeries.values()}
-    assert {type(kind.config) for kind in ours if hasattr(kind, "config")} == built_in
+def test_every_built_in_surgery_is_tested() -> None:
+    contracts = [kind for kind in globals().values() if isinstance(kind, type) and issubclass(kind, SurgeryContract)]
+    built_in = {record.config_class for record in build_registry([]).surgeries.values()}
+    assert {type(kind.config) for kind in contracts if hasattr(kind, "config")} == built_in
 
 
 INITS = {
@@ -63,14 +63,14 @@ INITS = {
 
 def _contract(name: str, argument: str) -> type:
     init = name if argument in ("", "draws", "takes") else f"{name}:{argument}"
-    says = {"init": init, "draws": argument == "draws", "takes_spare_rows": argument == "takes"}
-    return type(f"Test_{name}", (InitializerContract,), says)
+    attributes = {"init": init, "draws": argument == "draws", "takes_spare_rows": argument == "takes"}
+    return type(f"Test_{name}", (InitializerContract,), attributes)
 
 
 globals().update({f"Test_{name}": _contract(name, argument) for name, argument in INITS.items()})
 
 
-def test_every_built_in_initialiser_is_here() -> None:
+def test_every_built_in_initialiser_is_tested() -> None:
     assert [record.name for record in BUILT_IN] == list(INITS)
 
 
@@ -90,13 +90,13 @@ class TestModule(StoreContract):
         kinds = {"embed_tokens": torch.nn.Embedding, "lm_head": torch.nn.Linear}
         root = torch.nn.Module()
         root.model = torch.nn.Module()
-        made: dict[int, torch.nn.Parameter] = {}
+        parameters: dict[int, torch.nn.Parameter] = {}
         for name, value in tensors.items():
             above, _, last = name.removesuffix(".weight").rpartition(".")
             module = kinds[last](1, 1) if last in kinds else torch.nn.Module()
             module._parameters.clear()
             floats = value.is_floating_point()
-            module.weight = made.setdefault(id(value), torch.nn.Parameter(value, requires_grad=floats))
+            module.weight = parameters.setdefault(id(value), torch.nn.Parameter(value, requires_grad=floats))
             root.get_submodule(above).add_module(last, module)
         return root
 

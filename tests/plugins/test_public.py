@@ -1,4 +1,4 @@
-"""Our own plugins, the template and the guide's code use what the guide calls public, and nothing private."""
+"""This repository's plugins, the template and the guide's code use only the names that the guide lists as public."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ START, END = "<!-- public -->\n", "<!-- end of public -->\n"
 
 
 def public() -> dict[str, set[str]]:
-    """Module -> its public names, as the guide has them."""
+    """Return module -> its public names, as the guide lists them."""
     (part,) = re.findall(re.escape(START) + "(.*?)" + re.escape(END), GUIDE, re.DOTALL)
     rows = [line.strip("| ").split(" | ") for line in part.splitlines()[2:]]
     return {row[0].strip("`"): set(re.findall(r"`(\w+)`", row[1])) for row in rows}
 
 
 def sources() -> dict[str, str]:
-    """What a plugin's author reads or writes: name -> code."""
+    """Return name -> code of what a plugin's author reads or writes."""
     files = [
         *(ROOT / "plugins").glob("embedsurgery-*/embedsurgery_*/*.py"),
         ROOT / "tests" / "support" / "npy_store.py",
@@ -36,14 +36,14 @@ def sources() -> dict[str, str]:
     return found | {f"guide-{number}": code for number, code in enumerate(blocks)}
 
 
-def code_of_tests() -> dict[str, str]:
-    """The tests of our own plugins."""
+def sources_of_tests() -> dict[str, str]:
+    """Return name -> code of the tests of this repository's plugins."""
     files = sorted((ROOT / "plugins").glob("embedsurgery-*/tests/*.py"))
     return {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in files}
 
 
-def imported(tree: ast.AST) -> Iterator[tuple[str, str | None]]:
-    """(module, name) of everything of embedsurgery's that is imported; a module as a whole has no name."""
+def imports_of(tree: ast.AST) -> Iterator[tuple[str, str | None]]:
+    """Yield (module, name) of every import from embedsurgery; name is None where a module is imported."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((alias.name, None) for alias in node.names if alias.name.split(".")[0] == "embedsurgery")
@@ -52,66 +52,68 @@ def imported(tree: ast.AST) -> Iterator[tuple[str, str | None]]:
             yield from ((node.module, alias.name) for alias in node.names)
 
 
-def hidden(name: str) -> bool:
-    """Whether a name is its owner's alone."""
+def is_private(name: str) -> bool:
+    """Whether a name starts with an underscore."""
     return name.startswith("_") and not name.endswith("__")
 
 
-def private(tree: ast.AST) -> list[str]:
-    """What of others is used by a name with an underscore, or found past the import statement."""
-    found = [f"{module}.{name}" for module, name in imported(tree) if any(map(hidden, f"{module}.{name}".split(".")))]
+def find_private(tree: ast.AST) -> list[str]:
+    """Find uses of private names of other objects, and imports without an import statement."""
+    found = [
+        f"{module}.{name}" for module, name in imports_of(tree) if any(map(is_private, f"{module}.{name}".split(".")))
+    ]
     for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and hidden(node.attr):
+        if isinstance(node, ast.Attribute) and is_private(node.attr):
             if not (isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")):
                 found.append(ast.unparse(node))
         elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("getattr", "setattr", "hasattr"):
             name = node.args[1]
-            if isinstance(name, ast.Constant) and hidden(str(name.value)):
+            if isinstance(name, ast.Constant) and is_private(str(name.value)):
                 found.append(ast.unparse(node))
         elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
             found.append(ast.unparse(node))
     return found
 
 
-def not_public(code: str) -> list[str]:
-    """What a source imports of embedsurgery that the guide does not list."""
+def find_unlisted(code: str) -> list[str]:
+    """Find imports from embedsurgery that the guide does not list."""
     known = public()
-    asked = list(imported(ast.parse(code)))
+    imports = list(imports_of(ast.parse(code)))
     return [
         f"{module}.{name}"
-        for module, name in asked
+        for module, name in imports
         if name not in (*known.get(module, ()), None) or (name is None and module not in known)
     ]
 
 
-def test_what_the_guide_lists_is_there() -> None:
+def test_listed_names_exist() -> None:
     known = public()
     assert known.keys() >= {"embedsurgery", "embedsurgery.testing", "embedsurgery.plugins.hookspecs"}
     for module, names in known.items():
-        there = import_module(module)
-        assert there.__doc__
-        assert [name for name in names if not hasattr(there, name) or hidden(name)] == []
+        imported = import_module(module)
+        assert imported.__doc__
+        assert [name for name in names if not hasattr(imported, name) or is_private(name)] == []
     assert known["embedsurgery"] == set(import_module("embedsurgery").__all__)
 
 
 @pytest.mark.parametrize("name", sources())
-def test_a_source_uses_nothing_else(name: str) -> None:
+def test_a_source_uses_only_listed_names(name: str) -> None:
     code = sources()[name]
-    assert private(ast.parse(code)) == []
-    assert not_public(code) == []
+    assert find_private(ast.parse(code)) == []
+    assert find_unlisted(code) == []
 
 
-@pytest.mark.parametrize("name", code_of_tests())
+@pytest.mark.parametrize("name", sources_of_tests())
 def test_a_test_uses_nothing_private(name: str) -> None:
-    assert private(ast.parse(code_of_tests()[name])) == []
+    assert find_private(ast.parse(sources_of_tests()[name])) == []
 
 
-def test_the_template_uses_nothing_else(tmp_path: Path) -> None:
+def test_the_template_uses_only_listed_names(tmp_path: Path) -> None:
     folder, files = write_plugin("row-scaling", tmp_path)
     for file in [file for file in files if file.endswith(".py")]:
         code = (folder / file).read_text(encoding="utf-8")
-        assert private(ast.parse(code)) == []
-        assert not_public(code) == []
+        assert find_private(ast.parse(code)) == []
+        assert find_unlisted(code) == []
 
 
 @pytest.mark.parametrize(
@@ -126,8 +128,8 @@ def test_the_template_uses_nothing_else(tmp_path: Path) -> None:
         "from importlib import import_module\nimport_module('embedsurgery.graph.from_modules')",
     ],
 )
-def test_what_is_private_is_seen(code: str) -> None:
-    assert len(private(ast.parse(code))) == 1
+def test_private_names_are_found(code: str) -> None:
+    assert len(find_private(ast.parse(code))) == 1
 
 
 @pytest.mark.parametrize(
@@ -138,14 +140,14 @@ def test_what_is_private_is_seen(code: str) -> None:
         "from embedsurgery.plan import spans",
     ],
 )
-def test_what_is_not_public_is_seen(code: str) -> None:
-    assert len(not_public(code)) == 1
+def test_unlisted_names_are_found(code: str) -> None:
+    assert len(find_unlisted(code)) == 1
 
 
-def test_frozen_dataclasses_go_in_and_come_out() -> None:
+def test_arguments_and_results_of_plugins_are_frozen_dataclasses() -> None:
     from embedsurgery.plugins.checks import KINDS
 
-    given = {
+    classes = {
         "embedsurgery.plugins.hookspecs": ("UnknownModule", "EmbeddingModule", "CardSection"),
         "embedsurgery.initializers": ("NewToken", "TableView", "Ask"),
         "embedsurgery.surgeries.surgery": ("Base", "BakeContext", "RowOverride"),
@@ -154,7 +156,7 @@ def test_frozen_dataclasses_go_in_and_come_out() -> None:
         "embedsurgery.plan": ("Plan", "SetRows", "SetBlocks", "SetEntries", "Grow"),
         "embedsurgery.graph": ("EmbeddingGraph", "Table", "Site", "Vocabulary"),
     }
-    kinds = [getattr(import_module(module), name) for module, names in given.items() for name in names]
+    kinds = [getattr(import_module(module), name) for module, names in classes.items() for name in names]
     for kind in (*kinds, *(hook.record for hook in KINDS)):
         assert is_dataclass(kind)
         assert kind.__dataclass_params__.frozen, kind  # type: ignore[attr-defined]

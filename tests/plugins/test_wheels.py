@@ -1,6 +1,6 @@
-"""Each plugin as users get it: a wheel, installed into a fresh environment beside embedsurgery's own, its tests run.
+"""Each plugin as users get it: a wheel, installed beside embedsurgery's wheel in a fresh environment, and tested there.
 
-Under two minutes of one core, and so part of the sweep.
+Two minutes on one core, so it is part of the sweep.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ STRICT = (
 
 
 @pytest.fixture(scope="module")
-def ours(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """embedsurgery's wheel."""
-    return wheel(_copied(ROOT, tmp_path_factory.mktemp("source")), tmp_path_factory.mktemp("wheel"))
+    return wheel(_copy_source(ROOT, tmp_path_factory.mktemp("source")), tmp_path_factory.mktemp("wheel"))
 
 
-def _copied(source: Path, folder: Path) -> Path:
-    """A package's source, so that building it leaves nothing beside it."""
+def _copy_source(source: Path, folder: Path) -> Path:
+    """Copy a package's source, so that a build leaves nothing beside the original."""
     kept = ("embedsurgery", "embedsurgery_*", "tests", "*.toml", "*.md", "LICENSE", "constraints.txt")
     for path in {path for pattern in kept for path in source.glob(pattern)}:
         if path.is_dir():
@@ -39,18 +39,18 @@ def _copied(source: Path, folder: Path) -> Path:
     return folder
 
 
-def _check(package: Path, ours: Path, tmp_path: Path, entry: str) -> None:
-    """Build, install, find by its entry point, and run its tests, all away from the source."""
+def _check(package: Path, library: Path, tmp_path: Path, entry: str) -> None:
+    """Build a package, install it, find its entry point, and run its tests, all away from its source."""
     built = wheel(package, tmp_path / "wheel")
     environment = Environment(tmp_path / "env", root=False)
-    environment.install(ours, built)
+    environment.install(library, built)
     away = tmp_path / "away"
     shutil.copytree(package / "tests", away, ignore=shutil.ignore_patterns("__pycache__"))
     (away / "pytest.ini").write_text(STRICT)
     found = environment.run("-c", "import embedsurgery; print(embedsurgery.__file__)", cwd=away).stdout
     assert str(environment.site) in found
-    said = json.loads(environment.run("-m", "embedsurgery", "plugins", "--json", cwd=away).stdout)
-    (plugin,) = (plugin for plugin in said["plugins"] if plugin["name"] == entry)
+    listed = json.loads(environment.run("-m", "embedsurgery", "plugins", "--json", cwd=away).stdout)
+    (plugin,) = (plugin for plugin in listed["plugins"] if plugin["name"] == entry)
     assert plugin["error"] is None
     assert (plugin["distribution"], plugin["version"]) == (package.name, "0.1.0")
     assert plugin["hooks"]
@@ -59,14 +59,16 @@ def _check(package: Path, ours: Path, tmp_path: Path, entry: str) -> None:
 
 
 @pytest.mark.parametrize("name", PLUGINS)
-def test_a_plugin_of_our_own(name: str, ours: Path, tmp_path: Path) -> None:
+def test_a_plugin_of_this_repository(name: str, library: Path, tmp_path: Path) -> None:
     (tmp_path / name).mkdir()
-    _check(_copied(ROOT / "plugins" / name, tmp_path / name), ours, tmp_path, name.removeprefix("embedsurgery-"))
+    _check(
+        _copy_source(ROOT / "plugins" / name, tmp_path / name), library, tmp_path, name.removeprefix("embedsurgery-")
+    )
 
 
-def test_the_template(ours: Path, tmp_path: Path) -> None:
-    """What the installed command writes."""
+def test_the_template(library: Path, tmp_path: Path) -> None:
+    """The package that the installed command writes."""
     writer = Environment(tmp_path / "writer", root=False)
-    writer.install(ours)
+    writer.install(library)
     writer.run("-m", "embedsurgery", "plugins", "new", "row-scaling", "-o", tmp_path, cwd=tmp_path)
-    _check(tmp_path / "embedsurgery-row-scaling", ours, tmp_path, "row-scaling")
+    _check(tmp_path / "embedsurgery-row-scaling", library, tmp_path, "row-scaling")

@@ -1,4 +1,4 @@
-"""Attached models in use: generation in every mode, compiled, mixed batches, and changes of the model around them."""
+"""Attached models in use: generation in every mode, compilation, mixed batches, and later changes of the model."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 import embedsurgery as es
 from embedsurgery.errors import AttachmentError, EmbedSurgeryWarning, UnsupportedError
 from tests.support.comparing import state_bits
+from tests.support.errors import raises
 from tests.support.models import INPUT, VOCABULARY, tiny
 
 IDS = torch.tensor([[5, 7, 9, 3], [7, 7, 4, 30]])
@@ -20,7 +21,7 @@ KINDS = ("llama-tied", "llama-untied", "gpt2", "t5")
 
 
 def attached(kind: str, *, seed: int = 1, indices: list[int] = INDICES, **options: Any) -> tuple[Any, Any]:
-    """A model with random rows, on input and output tables alike, and the same with them merged."""
+    """Return a model with random rows of its input and output tables, and a copy with the rows merged."""
     model = tiny(kind)
     targets = [INPUT[kind].removesuffix(".weight")] + (["lm_head"] if kind == "llama-untied" else [])
     attachment = es.attach(model, es.TrainableTokensConfig(indices, target_modules=targets), **options)
@@ -74,7 +75,7 @@ def test_inference_mode(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["llama-tied", "llama-untied", "gpt2"])
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # of torch's own looking at outputs
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # a read by torch itself
 @pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("warmed", [True, False])
 def test_compiled_whole_and_once(kind: str, warmed: bool) -> None:
@@ -104,8 +105,8 @@ def test_compiled_whole_and_once(kind: str, warmed: bool) -> None:
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
 @pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*should not be instantiated:DeprecationWarning")
-def test_compiled_before_attaching_and_through_every_switch() -> None:
-    model = tiny("gpt2").requires_grad_(False)  # nothing about its parameters changes when rows are attached
+def test_code_compiled_before_attaching_follows_all_changes() -> None:
+    model = tiny("gpt2").requires_grad_(False)  # attaching then changes nothing about its parameters
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="eager")
 
@@ -139,7 +140,7 @@ def test_compiled_before_attaching_and_through_every_switch() -> None:
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
 @pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("warmed", [False, True])
-def test_attached_to_what_compile_gave_it_is_the_model_inside(warmed: bool) -> None:
+def test_attaching_to_a_compiled_model_attaches_to_the_model_inside(warmed: bool) -> None:
     model, dense = tiny("gpt2"), tiny("gpt2")
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="aot_eager")
@@ -190,7 +191,7 @@ def test_a_mixed_batch_is_each_sample_alone(kind: str) -> None:
     assert all(parameter.grad is not None for parameter in attachment.parameters())
 
 
-def test_gradients_of_a_mixed_batch_are_those_of_the_samples() -> None:
+def test_gradients_of_a_mixed_batch_are_the_samples_gradients() -> None:
     model, _ = attached("llama-tied", name="a")
     attachment = es.get_attachment(model)
     with attachment.per_sample(["a", None]):
@@ -202,49 +203,49 @@ def test_gradients_of_a_mixed_batch_are_those_of_the_samples() -> None:
     torch.testing.assert_close(rows.grad, mixed)
 
 
-def test_what_would_outlast_a_block_is_refused_inside() -> None:
+def test_lasting_changes_are_refused_inside_a_block() -> None:
     model, _ = attached("llama-tied", name="a")
     attachment = es.get_attachment(model)
     es.attach(model, es.TrainableTokensConfig([9]), name="b")
     before = state_bits(model)
     inside = {
-        "attach another adapter": lambda: es.attach(model, es.TrainableTokensConfig([10]), name="c"),
-        "detach": attachment.detach,
-        "merge": attachment.merge,
-        "activate adapters": lambda: attachment.activate("b"),
-        "remove an adapter": lambda: attachment.remove("a"),
+        "attach()": lambda: es.attach(model, es.TrainableTokensConfig([10]), name="c"),
+        "detach()": attachment.detach,
+        "merge()": attachment.merge,
+        "activate()": lambda: attachment.activate("b"),
+        "remove()": lambda: attachment.remove("a"),
     }
-    for what, call in inside.items():
-        with attachment.per_sample(["a", None]), pytest.raises(AttachmentError, match=f"cannot {what} inside"):
+    for method, call in inside.items():
+        with attachment.per_sample(["a", None]), raises(AttachmentError, where=method, what="per_sample()"):
             call()
-    with attachment.disabled(), pytest.raises(AttachmentError, match=r"cannot merge inside attachment.disabled\(\)"):
+    with attachment.disabled(), raises(AttachmentError, where="merge()", what="disabled()"):
         attachment.merge()
     assert attachment.active == attachment.names == ("a", "b")
     assert state_bits(model) == before
 
 
-def test_mixed_batches_that_do_not_fit() -> None:
+def test_mixed_batches_of_other_sizes_are_refused() -> None:
     model, _ = attached("llama-tied", name="a")
     attachment = es.get_attachment(model)
-    with pytest.raises(AttachmentError, match="nobody"), attachment.per_sample(["a", "nobody"]):
+    with raises(AttachmentError, where="nobody", found="a"), attachment.per_sample(["a", "nobody"]):
         pass
-    with pytest.raises(AttachmentError, match="no sample"), attachment.per_sample([]):
+    with raises(AttachmentError, found="[]"), attachment.per_sample([]):
         pass
-    with pytest.raises(UnsupportedError, match="3 samples"), attachment.per_sample(["a", None, "a"]):
+    with raises(UnsupportedError, expected="3 samples", found="[2, 4]"), attachment.per_sample(["a", None, "a"]):
         model(input_ids=IDS)
     assert attachment.active == ("a",)
     four = torch.cat([IDS, IDS.flip(0)])
     for names in (["a"], ["a", None]):  # fewer names than samples, of which only generation has each several times
-        with pytest.raises(UnsupportedError, match=f"expected {len(names)} samples"), attachment.per_sample(names):
+        with raises(UnsupportedError, expected=f"{len(names)} samples", found="[4, 4]"), attachment.per_sample(names):
             model(input_ids=four)
     with torch.no_grad(), attachment.per_sample(["a", None]):
         beams = model(input_ids=four).logits
     with attachment.disabled():
         assert torch.equal(model(input_ids=four[2:]).logits, beams[2:])
     for wrong in ("a", [["a"]], [1, 2]):
-        with pytest.raises(AttachmentError, match="not a list of adapters' names"), attachment.per_sample(wrong):
+        with raises(AttachmentError, what="names", found=repr(wrong)), attachment.per_sample(wrong):
             pass
-    with pytest.raises(AttachmentError, match=r"names one by one: activate\(\"a\", \"b\"\)"):
+    with raises(AttachmentError, expected='activate("a", "b")', found="['a', 'b']"):
         attachment.activate(["a", "b"])
     with attachment.per_sample(["a", None]):
         outer = model(input_ids=IDS).logits
@@ -252,17 +253,20 @@ def test_mixed_batches_that_do_not_fit() -> None:
             assert not torch.equal(model(input_ids=IDS).logits, outer)
         assert torch.equal(model(input_ids=IDS).logits, outer)
     whole, _ = attached("llama-tied", name="a", materialize=True)
-    with pytest.raises(UnsupportedError, match="full copy"), es.get_attachment(whole).per_sample(["a", None]):
+    with (
+        raises(UnsupportedError, where="embed_tokens.weight", found="full copy"),
+        es.get_attachment(whole).per_sample(["a", None]),
+    ):
         pass
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_save_pretrained_writes_the_base_or_the_merged_rows(kind: str, tmp_path: Path) -> None:
     model, merged = attached(kind)
-    with pytest.warns(EmbedSurgeryWarning, match="without the rows of default") as said:
+    with pytest.warns(EmbedSurgeryWarning, match=r"\bdefault\b.*attachment\.merge\(\)") as warned:
         model.save_pretrained(tmp_path / "live")
-    assert [one.filename for one in said] == [__file__]
-    model.state_dict()  # which may be for anything
+    assert [one.filename for one in warned] == [__file__]
+    model.state_dict()  # may have any purpose, so no warning
     es.get_attachment(model).merge()
     model.save_pretrained(tmp_path / "merged")
     assert state_bits(type(model).from_pretrained(tmp_path / "live")) == state_bits(tiny(kind))
@@ -285,8 +289,8 @@ def test_resizing_an_attached_model_is_right_or_refused(kind: str, size: int) ->
     more = {"decoder_input_ids": IDS} if kind == "t5" else {}
     model.resize_token_embeddings(size, mean_resizing=False)
     merged.resize_token_embeddings(size, mean_resizing=False)
-    if kind in ("llama-untied", "t5"):  # transformers puts another head, or other lookups, in place
-        with pytest.raises(AttachmentError, match=r"lm_head|embed_tokens.*detach\(\)"):
+    if kind in ("llama-untied", "t5"):  # transformers replaces the head, or the lookups
+        with raises(AttachmentError, where="lm_head" if kind == "llama-untied" else "embed_tokens", hint="detach()"):
             model(input_ids=IDS)
         return
     logits = model(input_ids=IDS, **more).logits
@@ -294,20 +298,20 @@ def test_resizing_an_attached_model_is_right_or_refused(kind: str, size: int) ->
 
 
 @pytest.mark.parametrize("length", [2, 3, 4])
-def test_a_mixed_batch_of_a_model_that_puts_the_tokens_first_is_refused(length: int) -> None:
+def test_a_mixed_batch_with_the_tokens_first_is_refused(length: int) -> None:
     import transformers as tr
 
     model = tr.XLNetLMHeadModel(tr.XLNetConfig(vocab_size=40, d_model=8, n_layer=1, n_head=2, d_inner=8)).eval()
     attachment = es.attach(model, es.TrainableTokensConfig([7]), name="a")
     with (
         attachment.per_sample(["a", None]),
-        pytest.raises(UnsupportedError, match="where the model puts other things first"),
+        raises(UnsupportedError, expected="2 samples", found=f"[{length}, 2]"),
     ):
         model(input_ids=IDS[:, 4 - length :])
 
 
-def test_a_mixed_batch_of_chosen_tokens_is_refused() -> None:
-    """As many masked tokens as twice the samples say nothing of which sample each is of."""
+def test_a_mixed_batch_of_selected_tokens_is_refused() -> None:
+    """With twice as many masked tokens as samples, the sample of each token is unknown."""
 
     class Sparse(torch.nn.Module):
         def __init__(self) -> None:
@@ -325,7 +329,7 @@ def test_a_mixed_batch_of_chosen_tokens_is_refused() -> None:
         next(attachment.parameters()).fill_(1.0)
     ids = torch.tensor([[7, 7, 7], [7, 2, 3]])
     with attachment.per_sample(["a", None]):
-        with pytest.raises(UnsupportedError, match=r"2 samples.*\[4, 40\]"):
+        with raises(UnsupportedError, expected="2 samples", found="[4, 40]"):
             model(ids)
         flat = model.eval()(ids)
     attachment.activate()
@@ -338,32 +342,32 @@ def test_a_table_cut_below_a_live_row_is_refused() -> None:
     model, _ = attached("llama-tied")  # rows 7, 5 and 30
     model.resize_token_embeddings(20, mean_resizing=False)
     for use in (lambda: model(input_ids=IDS[:, :2]), es.get_attachment(model).merge):
-        with pytest.raises(AttachmentError, match=r"lost live rows .*embed_tokens.*40 rows, found 20, without 30"):
+        with raises(AttachmentError, where="embed_tokens", expected="40 rows", found=("20 rows", "30")):
             use()
 
 
-def test_replicas_of_data_parallel_are_refused_by_name() -> None:
+def test_replicas_of_data_parallel_are_refused() -> None:
     model, _ = attached("llama-tied")
-    with pytest.raises(UnsupportedError, match=r"torch\.nn\.DataParallel"):
+    with raises(UnsupportedError, what="torch.nn.DataParallel", expected="DistributedDataParallel"):
         model._replicate_for_data_parallel()(input_ids=IDS)
 
 
 def test_a_table_untied_after_attaching_is_refused() -> None:
     model, _ = attached("llama-tied")
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
-    with pytest.raises(AttachmentError, match="lm_head"):
+    with raises(AttachmentError, where=("embed_tokens", "lm_head"), expected="one parameter", found="2 parameters"):
         model(input_ids=IDS)
 
 
 def test_a_module_replaced_after_attaching_is_refused() -> None:
     model, _ = attached("llama-tied")
     model.model.embed_tokens = copy.deepcopy(model.model.embed_tokens)
-    with pytest.raises(AttachmentError, match=r"model\.embed_tokens"):
+    with raises(AttachmentError, where="model.embed_tokens", expected=None, hint="detach()"):
         model(input_ids=IDS)
 
 
-def test_as_many_chosen_tokens_as_samples_are_refused() -> None:
-    """Both are of the first sample, and nothing about them says so: ModernBERT keeps the labelled tokens alone."""
+def test_as_many_selected_tokens_as_samples_are_refused() -> None:
+    """ModernBERT keeps only labelled tokens. Here both are of the first sample, which their shape does not show."""
     import transformers as tr
 
     config = tr.ModernBertConfig(
@@ -386,7 +390,7 @@ def test_as_many_chosen_tokens_as_samples_are_refused() -> None:
     labels[0, :2] = 7
     for grad in (True, False):
         with torch.set_grad_enabled(grad), attachment.per_sample(["a", None]):
-            with pytest.raises(UnsupportedError, match=r"2 samples.*\[2, 40\]"):
+            with raises(UnsupportedError, expected="2 samples", found="[2, 40]"):
                 model(input_ids=IDS, labels=labels)
             assert model(input_ids=IDS).logits.shape[0] == 2
 
@@ -414,7 +418,7 @@ def test_a_lookup_of_ids_in_one_axis(first: str) -> None:
         plain = model(ids)[1]
     with attachment.per_sample(["a", None]):
         if first == "tokens":
-            with pytest.raises(UnsupportedError, match="where the model puts other things first"):
+            with raises(UnsupportedError, expected="2 samples", found="[6]"):
                 model(ids)
             return
         found = model(ids)
@@ -422,18 +426,19 @@ def test_a_lookup_of_ids_in_one_axis(first: str) -> None:
     assert torch.equal(found[1], plain)
 
 
-def test_tying_after_attaching_is_refused_and_undone_goes_on() -> None:
+def test_tying_after_attaching_is_refused_until_it_is_undone() -> None:
     model, merged = attached("llama-untied")
     logits, own = merged(input_ids=IDS).logits, model.lm_head.weight
     model.lm_head.weight = model.model.embed_tokens.weight
-    with pytest.raises(AttachmentError, match=r"two tables were tied after attaching.*detach\(\)"):
+    where = ("model.embed_tokens.weight", "lm_head.weight")
+    with raises(AttachmentError, where=where, expected="two parameters", hint="detach()"):
         model(input_ids=IDS)
     model.lm_head.weight = own
     torch.testing.assert_close(model(input_ids=IDS).logits, logits)
 
 
-def test_an_attachment_is_no_part_of_a_container() -> None:
-    """As a SentenceTransformer is, whose parts are saved one by one."""
+def test_an_attachment_is_not_registered_on_a_container() -> None:
+    """A SentenceTransformer is a container, and saves its parts one by one."""
     import transformers as tr
 
     config = tr.BertConfig(
@@ -474,10 +479,10 @@ def test_an_attachment_is_no_part_of_a_container() -> None:
     assert state_bits(model) != state_bits(merged)
 
 
-def test_what_saves_a_part_of_the_attached_module_is_told_that_it_is_the_base(tmp_path: Path) -> None:
+def test_saving_a_part_of_the_attached_module_warns(tmp_path: Path) -> None:
     model, _ = attached("llama-tied")
     es.get_attachment(model).detach()
     around = torch.nn.ModuleDict({"language": model})
     es.attach(around, es.TrainableTokensConfig([7]))
-    with pytest.warns(EmbedSurgeryWarning, match="without the rows of default"):
+    with pytest.warns(EmbedSurgeryWarning, match=r"\bdefault\b.*attachment\.merge\(\)"):
         model.save_pretrained(tmp_path)

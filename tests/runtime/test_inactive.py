@@ -1,4 +1,4 @@
-"""``attach(..., active=False)``: an adapter that is on a model and changes nothing until it is activated."""
+"""``attach(..., active=False)``: an attached adapter that changes nothing until it is activated."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 
 import embedsurgery as es
 from embedsurgery.errors import AttachmentError
+from tests.support.errors import raises
 from tests.support.models import KINDS, logits, tiny
 
 CONFIGS: dict[str, Any] = {
@@ -43,17 +44,19 @@ def test_it_changes_nothing_until_it_is_activated(kind: str, what: str) -> None:
     assert torch.equal(logits(model), before)
 
 
-def test_those_that_are_live_stay_live() -> None:
+def test_active_adapters_stay_active() -> None:
     model = tiny("llama-tied")
     attachment = es.attach(model, es.TrainableTokensConfig([5, 7]), name="a")
     randomise(attachment)
     live = logits(model)
-    es.attach(model, es.TrainableTokensConfig([7, 9]), name="b", active=False)  # the same row: only both at once clash
+    es.attach(
+        model, es.TrainableTokensConfig([7, 9]), name="b", active=False
+    )  # shares row 7 with a, so only one of them can be active
     prompt = es.attach(model, es.SoftPromptConfig(3), name="p")
     randomise(prompt, 2)
     es.attach(model, es.SoftPromptConfig(2), name="q", active=False)
     assert attachment.active == ("a", "p")
-    with pytest.raises(AttachmentError):
+    with raises(AttachmentError, where="model.embed_tokens.weight", found=("a and b", "7")):
         attachment.activate("a", "b")
     attachment.activate("a")
     attachment.restore(attachment.adapter("a"), "a")
@@ -65,7 +68,7 @@ def test_those_that_are_live_stay_live() -> None:
     assert live.shape == logits(model).shape
 
 
-def test_its_rows_train_once_they_are_live_and_the_model_is_frozen_at_once() -> None:
+def test_the_model_is_frozen_at_once_and_the_rows_train_once_active() -> None:
     model = tiny("llama-tied")
     attachment = es.attach(model, es.TrainableTokensConfig([5]), name="a", active=False)
     assert [name for name, p in model.named_parameters() if p.requires_grad] == [

@@ -1,4 +1,4 @@
-"""Two threads in one attached model, which change places wherever Python could have them do so, one place at a time."""
+"""Two threads in one attached model: the second one starts at each place of the package's code, one per run."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ import pytest
 import torch
 from torch import nn
 
-from embedsurgery.runtime.calls import Calls
+from embedsurgery.runtime.calls import ActiveCalls
 from tests.support.interleaved import Interleaved
 from tests.support.readers import IDS, INDICES, attached, reader
 from tests.support.row_models import IDS as WORDS
-from tests.support.row_models import RUN, SPREAD, expected, pair
+from tests.support.row_models import RUN, SPREAD, dense_gradients, pair
 from tests.support.threads import READS, two_inputs
 
-pytestmark = pytest.mark.filterwarnings("ignore:the rows of .* full copy")
+pytestmark = pytest.mark.filterwarnings("ignore:.*materialize=True:embedsurgery.errors.EmbedSurgeryWarning")
 
 OTHERS = torch.tensor([[4, 3, 1], [2, 2, 8]])
-MIDDLES = ["whole", "begins in it"]
+MIDDLES = ["within", "ends after"]
 everywhere = pytest.mark.sweep
 
 
-def test_what_is_noted_of_calls() -> None:
-    calls: Calls[int] = Calls()
+def test_active_calls() -> None:
+    calls: ActiveCalls[int] = ActiveCalls()
 
     class Notes:
         def enter(self, *_: Any) -> None:
@@ -33,9 +33,9 @@ def test_what_is_noted_of_calls() -> None:
             assert calls.now() == threading.get_ident()
 
         def leave(self, *_: Any) -> None:
-            noted = calls.now()
-            assert noted == threading.get_ident()
-            calls.end(noted)
+            value = calls.now()
+            assert value == threading.get_ident()
+            calls.end(value)
             assert calls.now() is None
 
     module, inner = nn.Sequential(nn.Identity()), nn.Identity()
@@ -47,24 +47,24 @@ def test_what_is_noted_of_calls() -> None:
         module(torch.zeros(1))
 
     for half in (False, True):
-        two = Interleaved(run, run, within="runtime/calls.py", steps=True)
+        two = Interleaved(run, run, within="runtime/calls.py", opcodes=True)
         if half:
-            inner.register_forward_pre_hook(two.half)
-        assert two.at_each_place() > 100
+            inner.register_forward_pre_hook(two.wait_half_way)
+        assert two.run_at_each_place() > 100
 
 
 def soft_prompts(kind: str, middle: str, within: str = "") -> None:
     model, check = two_inputs(kind)
     two = Interleaved(lambda: check(0), lambda: check(1), within=within)
-    if middle != "whole":
+    if middle != "within":
         norms = [module for module in model.modules() if "Norm" in type(module).__name__]
-        norms[-1].register_forward_pre_hook(two.half)
-    assert two.at_each_place() > 20
+        norms[-1].register_forward_pre_hook(two.wait_half_way)
+    assert two.run_at_each_place() > 20
 
 
 @pytest.mark.parametrize("middle", MIDDLES)
 @pytest.mark.parametrize("kind", ["llama", "bart"])
-def test_soft_prompts_where_calls_are_noted(kind: str, middle: str) -> None:
+def test_soft_prompts_at_each_line_of_calls(kind: str, middle: str) -> None:
     soft_prompts(kind, middle, "runtime/calls.py")
 
 
@@ -83,7 +83,7 @@ def test_a_weight_that_is_read(materialize: bool, trains: tuple[bool, bool], mid
     model, edited, (rows,) = attached(reader(""), materialize=materialize)
     model.read = edited.read = READS["both"]
     model(IDS)
-    run_both(model, edited, [rows], INDICES, (IDS, OTHERS), trains, None if middle == "whole" else model.embed)
+    run_both(model, edited, [rows], INDICES, (IDS, OTHERS), trains, None if middle == "within" else model.embed)
 
 
 @everywhere
@@ -92,7 +92,7 @@ def test_a_weight_that_is_read(materialize: bool, trains: tuple[bool, bool], mid
 @pytest.mark.parametrize("indices", [RUN, SPREAD], ids=["run", "spread"])
 def test_more_rows_than_tokens(indices: list[int], trains: tuple[bool, bool], middle: str) -> None:
     model, dense, rows = pair(indices)
-    run_both(model, dense, rows, indices, (WORDS, WORDS + 1), trains, None if middle == "whole" else model.body)
+    run_both(model, dense, rows, indices, (WORDS, WORDS + 1), trains, None if middle == "within" else model.body)
 
 
 def run_both(
@@ -104,13 +104,13 @@ def run_both(
     trains: tuple[bool, bool],
     half: nn.Module | None,
 ) -> None:
-    """Hold logits and gradients of both threads against the model that is edited by hand."""
+    """Check the logits and gradients of both threads against the edited model."""
     wanted = []
     for ids in given:
         dense.zero_grad()
         logits = dense(ids)
         logits.square().sum().backward()
-        wanted.append((logits.detach(), [gradient.clone() for gradient in expected(dense, indices)]))
+        wanted.append((logits.detach(), [gradient.clone() for gradient in dense_gradients(dense, indices)]))
 
     def check(number: int) -> None:
         logits, gradients = wanted[number]
@@ -123,5 +123,5 @@ def run_both(
 
     two = Interleaved(lambda: check(0), lambda: check(1), patience=0.005)
     if half is not None:
-        half.register_forward_pre_hook(two.half)
-    assert two.at_each_place() > 20
+        half.register_forward_pre_hook(two.wait_half_way)
+    assert two.run_at_each_place() > 20

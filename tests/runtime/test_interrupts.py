@@ -1,4 +1,4 @@
-"""A forward that ends by an exception of any kind leaves the model as it was, or the next use puts it right."""
+"""A forward, a backward or an attaching that any exception ends leaves the model right, or the next use does."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from torch import nn
 from torch.nn import functional as F
 
 import embedsurgery as es
-from embedsurgery.runtime.attachment import find
-from tests.support.interleaved import broken_off_at_each_place
+from embedsurgery.runtime.attachment import find_attachment
+from tests.support.interleaved import interrupt_at_each_line
 from tests.support.modules import D, V
 from tests.support.prompt_models import tiny
 from tests.support.prompted import prompted, randomise
 from tests.support.readers import IDS, INDICES, Reader, attached, reader
 from tests.support.row_models import IDS as WORDS
-from tests.support.row_models import RUN, SPREAD, expected, pair
+from tests.support.row_models import RUN, SPREAD, dense_gradients, pair
 from tests.support.row_models import Model as Plain
 from tests.support.threads import READS
 
-pytestmark = pytest.mark.filterwarnings("ignore:the rows of .* full copy")
+pytestmark = pytest.mark.filterwarnings("ignore:.*materialize=True:embedsurgery.errors.EmbedSurgeryWarning")
 
 
 class Body(nn.Module):
-    """A part in the middle of a model, which may be called by itself."""
+    """A part in the middle of a model, which may be called directly."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,8 +60,8 @@ class Model(nn.Module):
         return self.body.embed
 
 
-def broken(where: str, ending: BaseException, materialize: bool) -> tuple[Any, Any, Any, torch.Tensor]:
-    """An attached model after a forward that was broken off, the edited one, its rows, and the base's Parameter."""
+def interrupted(where: str, ending: BaseException, materialize: bool) -> tuple[Any, Any, Any, torch.Tensor]:
+    """Return an attached model after an interrupted forward, the edited model, its rows, and the base's Parameter."""
     torch.manual_seed(0)
     model, edited, (rows,) = attached(Model(), materialize=materialize)
     weight = model.embed.weight
@@ -76,10 +76,10 @@ def broken(where: str, ending: BaseException, materialize: bool) -> tuple[Any, A
 @pytest.mark.parametrize("materialize", [True, False])
 @pytest.mark.parametrize("where", ["root", "body"])
 @pytest.mark.parametrize("ending", [KeyboardInterrupt(), SystemExit(1), ValueError()], ids=lambda e: type(e).__name__)
-def test_the_base_is_whole_at_once_and_the_next_forward_is_right(
+def test_the_base_is_unchanged_and_the_next_forward_is_right(
     where: str, ending: BaseException, materialize: bool
 ) -> None:
-    model, edited, rows, weight = broken(where, ending, materialize)
+    model, edited, rows, weight = interrupted(where, ending, materialize)
     named = dict(model.named_parameters(remove_duplicate=False))
     assert named["head.weight"] is named["body.embed.weight"] is weight
     assert next(model.body.parameters()) is weight
@@ -93,8 +93,8 @@ def test_the_base_is_whole_at_once_and_the_next_forward_is_right(
 
 
 @pytest.mark.parametrize("materialize", [True, False])
-def test_a_part_called_afterwards_by_itself_is_right(materialize: bool) -> None:
-    model, edited, rows, _ = broken("root", KeyboardInterrupt(), materialize)
+def test_a_later_call_of_a_part_is_right(materialize: bool) -> None:
+    model, edited, rows, _ = interrupted("root", KeyboardInterrupt(), materialize)
     with torch.no_grad():
         rows.add_(1.0)
         edited.embed.weight[INDICES] = rows
@@ -104,8 +104,8 @@ def test_a_part_called_afterwards_by_itself_is_right(materialize: bool) -> None:
 
 @pytest.mark.parametrize("materialize", [True, False])
 @pytest.mark.parametrize("use", ["attached", "merge", "detach", "disabled"])
-def test_whatever_is_asked_of_the_attachment_uncovers_the_weight(use: str, materialize: bool) -> None:
-    model, _, rows, weight = broken("body", KeyboardInterrupt(), materialize)
+def test_every_use_of_the_attachment_uncovers_the_weight(use: str, materialize: bool) -> None:
+    model, _, rows, weight = interrupted("body", KeyboardInterrupt(), materialize)
     attachment: Any = next(m for m in model.children() if m not in (model.body, model.head))
     assert model.embed.weight is not weight
     if use == "attached":
@@ -123,7 +123,7 @@ def test_whatever_is_asked_of_the_attachment_uncovers_the_weight(use: str, mater
 
 
 @pytest.mark.parametrize("materialize", [True, False])
-def test_an_attachment_that_is_asked_in_the_middle_of_a_forward_uncovers_nothing(materialize: bool) -> None:
+def test_using_the_attachment_inside_a_forward_uncovers_nothing(materialize: bool) -> None:
     def read(m: Any, ids: torch.Tensor) -> torch.Tensor:
         assert (es.get_attachment(m) is None) == (m is edited)
         return F.linear(m.embed(ids), m.head.weight)
@@ -147,7 +147,7 @@ def test_a_model_that_calls_itself(materialize: bool) -> None:
 
 @pytest.mark.parametrize("materialize", [True, False])
 def test_two_threads_in_one_model(materialize: bool) -> None:
-    """The first to come in goes out first, while the second goes on."""
+    """The thread that enters first also leaves first, while the second one runs on."""
     came, go = threading.Event(), threading.Event()
 
     def read(m: Any, ids: torch.Tensor) -> torch.Tensor:
@@ -175,7 +175,7 @@ def test_two_threads_in_one_model(materialize: bool) -> None:
 
 
 @pytest.mark.parametrize("materialize", [True, False])
-def test_a_backward_that_is_broken_off(materialize: bool) -> None:
+def test_an_interrupted_backward(materialize: bool) -> None:
     def stop(gradient: torch.Tensor) -> None:
         raise KeyboardInterrupt
 
@@ -195,15 +195,15 @@ def test_a_backward_that_is_broken_off(materialize: bool) -> None:
     assert model.embed.weight is weight
 
 
-def test_a_copy_of_a_model_in_whose_forward_something_was_left() -> None:
-    model, edited, _, _ = broken("root", KeyboardInterrupt(), False)
+def test_a_copy_after_an_interrupted_forward() -> None:
+    model, edited, _, _ = interrupted("root", KeyboardInterrupt(), False)
     assert es.get_attachment(model) is not None
     other = copy.deepcopy(model)
     torch.testing.assert_close(other(IDS), edited(IDS), rtol=1e-13, atol=1e-13)
     assert type(other.embed.weight) is nn.Parameter
 
 
-def test_an_error_in_a_lookup_puts_the_weight_back() -> None:
+def test_an_error_in_a_lookup_restores_the_weight() -> None:
     model, _, _ = attached(Reader(lambda m, ids: m.head(m.embed(ids))), materialize=True)
     weight = model.embed.weight
     with pytest.raises(IndexError):
@@ -212,11 +212,11 @@ def test_an_error_in_a_lookup_puts_the_weight_back() -> None:
     assert model.embed.padding_idx == 2
 
 
-def interrupted_steps(model: Any, dense: Any, rows: list[Any], indices: list[int], ids: torch.Tensor) -> None:
-    """A forward and a backward that are broken off anywhere change no number of the next ones, and leave no weight."""
+def check_interrupted_steps(model: Any, dense: Any, rows: list[Any], indices: list[int], ids: torch.Tensor) -> None:
+    """Check that an interrupt at any line of a forward and backward changes no later result, and leaves no cover."""
     logits = dense(ids)
     logits.square().sum().backward()
-    gradients = expected(dense, indices)
+    gradients = dense_gradients(dense, indices)
 
     def step() -> tuple[torch.Tensor, list[torch.Tensor]]:
         found = model(ids)
@@ -228,25 +228,25 @@ def interrupted_steps(model: Any, dense: Any, rows: list[Any], indices: list[int
         torch.testing.assert_close(own, gradients, rtol=1e-10, atol=1e-10)
         assert all("weight" not in vars(module) for module in (model.embed, model.head))
 
-    assert broken_off_at_each_place(step, check) > 100
+    assert interrupt_at_each_line(step, check) > 100
 
 
 @pytest.mark.parametrize("read", READS)
 @pytest.mark.parametrize("materialize", [False, True])
-def test_a_step_that_is_broken_off_anywhere(materialize: bool, read: str) -> None:
+def test_a_step_interrupted_at_each_line(materialize: bool, read: str) -> None:
     model, edited, rows = attached(reader(""), materialize=materialize)
     model.read = edited.read = READS[read]
-    interrupted_steps(model, edited, rows, INDICES, IDS)
+    check_interrupted_steps(model, edited, rows, INDICES, IDS)
 
 
 @pytest.mark.parametrize("indices", [RUN, SPREAD], ids=["run", "spread"])
-def test_a_step_of_more_rows_than_tokens_that_is_broken_off_anywhere(indices: list[int]) -> None:
+def test_a_step_of_more_rows_than_tokens_interrupted_at_each_line(indices: list[int]) -> None:
     model, dense, rows = pair(indices)
-    interrupted_steps(model, dense, rows, indices, WORDS)
+    check_interrupted_steps(model, dense, rows, indices, WORDS)
 
 
 @pytest.mark.parametrize("kind", ["llama", "bart"])
-def test_a_step_of_a_soft_prompt_that_is_broken_off_anywhere(kind: str) -> None:
+def test_a_step_of_a_soft_prompt_interrupted_at_each_line(kind: str) -> None:
     model, attachment = prompted(kind)
     ids = torch.randint(4, 20, (2, 5))
     more = {"decoder_input_ids": ids} if kind == "bart" else {}
@@ -256,7 +256,7 @@ def test_a_step_of_a_soft_prompt_that_is_broken_off_anywhere(kind: str) -> None:
         return [found.logits.detach(), found.loss.detach(), *torch.autograd.grad(found.loss, attachment.parameters())]
 
     wanted = step()
-    assert broken_off_at_each_place(step, lambda: torch.testing.assert_close(step(), wanted)) > 100
+    assert interrupt_at_each_line(step, lambda: torch.testing.assert_close(step(), wanted)) > 100
 
 
 @pytest.mark.parametrize(
@@ -267,9 +267,9 @@ def test_a_step_of_a_soft_prompt_that_is_broken_off_anywhere(kind: str) -> None:
         ("materialized", "rows/overlays"),
     ],
 )
-def test_a_block_that_is_broken_off_as_it_begins_or_ends_leaves_the_rows_live(block: str, within: str) -> None:
+def test_a_block_interrupted_at_each_line_leaves_the_rows_live(block: str, within: str) -> None:
     model, dense, _ = pair(SPREAD)
-    attachment = find(model)
+    attachment = find_attachment(model)
     assert attachment is not None
 
     def run() -> None:
@@ -277,17 +277,17 @@ def test_a_block_that_is_broken_off_as_it_begins_or_ends_leaves_the_rows_live(bl
             model(WORDS)
 
     def check() -> None:
-        attachment.activate("default")  # refused inside rows()
+        attachment.activate("default")  # refused inside per_sample()
         torch.testing.assert_close(model(WORDS), dense(WORDS), rtol=1e-12, atol=1e-12)
         assert "weight" not in vars(model.head)
 
-    assert broken_off_at_each_place(run, check, f"runtime/{within}.py") > 20
+    assert interrupt_at_each_line(run, check, f"runtime/{within}.py") > 20
 
 
 @pytest.mark.parametrize("within", ["attachment", "hooks", "rows/installation", "rows/unchanged", "members"])
 @pytest.mark.parametrize("what", ["rows", "prompt"])
-def test_attaching_is_broken_off_anywhere(what: str, within: str) -> None:
-    """Nothing of it stays: no hook, nothing frozen; or it is done. It can be done again."""
+def test_attaching_interrupted_at_each_line(what: str, within: str) -> None:
+    """Either the model is attached, or nothing has changed: no hook, nothing frozen. It can be attached again."""
     torch.manual_seed(0)
     plain = Plain() if what == "rows" else tiny("llama")
     config = es.TrainableTokensConfig(SPREAD, target_modules=["embed"]) if what == "rows" else es.SoftPromptConfig(3)
@@ -300,7 +300,7 @@ def test_attaching_is_broken_off_anywhere(what: str, within: str) -> None:
 
     def check() -> None:
         (model,) = made
-        attachment = find(model)
+        attachment = find_attachment(model)
         if attachment is not None:
             attachment.detach()
         assert [len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules()] == hooks
@@ -308,11 +308,11 @@ def test_attaching_is_broken_off_anywhere(what: str, within: str) -> None:
         assert len(list(es.attach(model, config).parameters())) == 1
         made[:] = [copy.deepcopy(plain)]
 
-    assert broken_off_at_each_place(attach, check, f"runtime/{within}.py") > 5
+    assert interrupt_at_each_line(attach, check, f"runtime/{within}.py") > 5
 
 
 @pytest.mark.parametrize("within", ["attachment", "hooks", "rows/installation", "rows/unchanged", "members"])
-def test_attaching_a_second_adapter_is_broken_off_anywhere(within: str) -> None:
+def test_attaching_a_second_adapter_interrupted_at_each_line(within: str) -> None:
     torch.manual_seed(0)
     model = Plain(tie=False)
     attachment = es.attach(model, es.TrainableTokensConfig(SPREAD, target_modules=["embed"]), freeze=False)
@@ -325,7 +325,7 @@ def test_attaching_a_second_adapter_is_broken_off_anywhere(within: str) -> None:
         es.attach(made[0], es.TrainableTokensConfig(SPREAD, target_modules=["head"]), name="second")
 
     def check() -> None:
-        one = find(made[0])
+        one = find_attachment(made[0])
         assert one is not None
         if "second" in one.names:
             one.remove("second")
@@ -337,11 +337,11 @@ def test_attaching_a_second_adapter_is_broken_off_anywhere(within: str) -> None:
         assert one.active == ("default", "second")
         made[:] = [copy.deepcopy(model)]
 
-    assert broken_off_at_each_place(attach, check, f"runtime/{within}.py") > 5
+    assert interrupt_at_each_line(attach, check, f"runtime/{within}.py") > 5
 
 
 @pytest.mark.parametrize("within", ["attachment", "hooks", "members", "prompts/live", "prompts/installation"])
-def test_attaching_a_soft_prompt_beside_rows_is_broken_off_anywhere(within: str) -> None:
+def test_attaching_a_soft_prompt_beside_rows_interrupted_at_each_line(within: str) -> None:
     ids = torch.randint(4, 20, (2, 5))
     model = tiny("llama")
     randomise(es.attach(model, es.TrainableTokensConfig([5, 6])))
@@ -355,7 +355,7 @@ def test_attaching_a_soft_prompt_beside_rows_is_broken_off_anywhere(within: str)
         es.attach(made[0], prompt, name="prompt")
 
     def check() -> None:
-        one = find(made[0])
+        one = find_attachment(made[0])
         assert one is not None
         if "prompt" in one.names:
             one.remove("prompt")
@@ -364,13 +364,13 @@ def test_attaching_a_soft_prompt_beside_rows_is_broken_off_anywhere(within: str)
         assert torch.equal(made[0](input_ids=ids).logits, wanted)
         made[:] = [copy.deepcopy(model)]
 
-    assert broken_off_at_each_place(attach, check, f"runtime/{within}.py") > 10
+    assert interrupt_at_each_line(attach, check, f"runtime/{within}.py") > 10
 
 
 @pytest.mark.parametrize("kind", ["llama", "bart"])
 @pytest.mark.parametrize("keep", [False, True])
-def test_compiled_after_an_eager_forward_of_a_soft_prompt_that_was_broken_off(keep: bool, kind: str) -> None:
-    """Compiled code sees what an eager call around it has noted, but not of one that is over, which had labels."""
+def test_compiled_after_an_interrupted_eager_forward_of_a_soft_prompt(keep: bool, kind: str) -> None:
+    """Compiled code sees the state of an eager call around it, but not of one that was interrupted, with labels."""
     torch.compiler.reset()
     model, _ = prompted(kind, keep_prompt=keep)
     ids = torch.randint(4, 20, (2, 6))

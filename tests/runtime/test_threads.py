@@ -1,4 +1,4 @@
-"""Several threads in one attached model at once, each with the numbers that it has alone."""
+"""Several threads in one attached model at once: each gets the numbers that it gets alone."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from tests.support.row_models import IDS as WORDS
 from tests.support.row_models import RUN, pair
 from tests.support.threads import READS, two_inputs
 
-pytestmark = pytest.mark.filterwarnings("ignore:the rows of .* full copy")
+pytestmark = pytest.mark.filterwarnings("ignore:.*materialize=True:embedsurgery.errors.EmbedSurgeryWarning")
 
 ROUNDS = 60
 
 
 @pytest.fixture
-def _switching() -> Iterator[None]:
-    """Threads take turns a thousand times as often as they do."""
+def _frequent_switches() -> Iterator[None]:
+    """Make threads take turns a thousand times more often."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
     yield
@@ -32,7 +32,7 @@ def _switching() -> Iterator[None]:
 
 
 def together(*works: Callable[[], None]) -> list[BaseException]:
-    """Run functions in threads of their own; returns what they raised."""
+    """Run each function in a thread of its own; return the errors."""
     raised: list[BaseException] = []
 
     def run(work: Callable[[], None]) -> None:
@@ -50,7 +50,7 @@ def together(*works: Callable[[], None]) -> list[BaseException]:
     return raised
 
 
-@pytest.mark.usefixtures("_switching")
+@pytest.mark.usefixtures("_frequent_switches")
 @pytest.mark.parametrize("materialize", [False, True])
 @pytest.mark.parametrize("how", READS)
 def test_one_trains_and_another_evaluates(how: str, materialize: bool) -> None:
@@ -83,7 +83,7 @@ def test_one_trains_and_another_evaluates(how: str, materialize: bool) -> None:
 
 
 @pytest.mark.parametrize("grad", [False, True])
-def test_both_are_in_the_lookup_and_then_read_the_weight(grad: bool) -> None:
+def test_two_threads_in_the_lookup_then_read_the_weight(grad: bool) -> None:
     model, edited, (rows,) = attached(reader(""))
     model.read = edited.read = READS["reads the weight"]
     model(IDS)
@@ -110,7 +110,7 @@ def test_both_are_in_the_lookup_and_then_read_the_weight(grad: bool) -> None:
             torch.testing.assert_close(own, edited.embed.weight.grad[INDICES], rtol=1e-10, atol=1e-10)
 
 
-def test_a_lookup_that_was_broken_off_does_not_hide_the_rows_from_what_reads_them_later() -> None:
+def test_an_interrupted_lookup_does_not_hide_the_rows_from_later_reads() -> None:
     model, edited, _ = attached(reader(""))
     model.read = edited.read = READS["reads the weight"]
     stop = [True]
@@ -127,8 +127,8 @@ def test_a_lookup_that_was_broken_off_does_not_hide_the_rows_from_what_reads_the
 
 
 @pytest.mark.parametrize("materialize", [False, True])
-def test_gradients_that_a_forward_turns_on_for_itself(materialize: bool) -> None:
-    """Under no_grad the weight was laid without; what wants gradients later in the forward has them."""
+def test_a_forward_that_enables_gradients(materialize: bool) -> None:
+    """The weight is covered under no_grad, without gradients; later in the forward they are needed."""
 
     def read(m: Any, ids: torch.Tensor) -> torch.Tensor:
         with torch.enable_grad():
@@ -144,7 +144,7 @@ def test_gradients_that_a_forward_turns_on_for_itself(materialize: bool) -> None
     torch.testing.assert_close(rows.grad, edited.embed.weight.grad[INDICES], rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.usefixtures("_switching")
+@pytest.mark.usefixtures("_frequent_switches")
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "bart"])
 def test_soft_prompts(kind: str) -> None:
     _, check = two_inputs(kind)
@@ -158,7 +158,7 @@ def test_soft_prompts(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "bart"])
 @pytest.mark.parametrize("labels", [False, True])
-def test_a_soft_prompt_after_a_forward_that_was_broken_off(kind: str, labels: bool) -> None:
+def test_a_soft_prompt_after_an_interrupted_forward(kind: str, labels: bool) -> None:
     model, attachment = prompted(kind)
     ids = torch.randint(4, 20, (2, 6))
     more = {"decoder_input_ids": ids} if kind == "bart" else {}
@@ -192,8 +192,8 @@ def test_a_soft_prompt_after_a_forward_that_was_broken_off(kind: str, labels: bo
     assert all(parameter.grad.any() for parameter in attachment.parameters())
 
 
-def test_a_head_that_is_sliced_in_one_thread_is_not_in_another() -> None:
-    """A thread whose product was a plain one has its columns replaced, whatever another has noted meanwhile."""
+def test_a_head_sliced_in_one_thread_only() -> None:
+    """A thread whose head ran a plain product has its columns replaced, also if another thread's head was sliced."""
     torch.manual_seed(0)
 
     model, dense, _ = pair(RUN)
@@ -210,8 +210,8 @@ def test_a_head_that_is_sliced_in_one_thread_is_not_in_another() -> None:
     assert wrong == []
 
 
-def test_one_is_broken_off_while_another_runs() -> None:
-    """What stood in for the weight is gone when the last that runs has ended."""
+def test_one_thread_is_interrupted_while_another_runs() -> None:
+    """The weight is uncovered when the last running forward has ended."""
     model, edited, _ = attached(reader(""))
     came, go = threading.Event(), threading.Event()
 

@@ -1,4 +1,4 @@
-"""Attached models below the transforms of torch.func, and forward-mode derivatives: the model's edited by hand."""
+"""Attached models below transforms of torch.func, and their forward-mode derivatives: those of the edited model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ IDS = torch.tensor([[4, 9, 31, 22], [17, 17, 0, 36]])
 
 
 class Model(nn.Module):
-    """A language model that takes ids or what they are looked up as; its head may read the weight itself."""
+    """A language model that takes ids or embeddings; its head may read the weight directly."""
 
     def __init__(self, tie: bool, functional: bool) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Model(nn.Module):
 
 
 def pair(tie: bool, rows: str, functional: bool = False, materialize: bool = False) -> tuple[Any, Any, list[int]]:
-    """An attached model with random rows, and the one that is edited by hand."""
+    """Return an attached model with random rows, the edited model, and the row numbers."""
     torch.manual_seed(0)
     model = Model(tie, functional).double()
     dense, indices = copy.deepcopy(model).requires_grad_(False), ROWS[rows]
@@ -82,7 +82,7 @@ OF_INPUTS: dict[str, Of] = {
 @pytest.mark.parametrize("how", [pytest.param(how, marks=SLOW if how == "linearised" else ()) for how in OF_INPUTS])
 @pytest.mark.parametrize("rows", [pytest.param(rows, marks=SLOW if rows != "few" else ()) for rows in ROWS])
 @pytest.mark.parametrize("tie", [True, False])
-def test_derivatives_by_what_a_head_is_given(how: str, rows: str, tie: bool) -> None:
+def test_derivatives_by_the_embeddings(how: str, rows: str, tie: bool) -> None:
     model, dense, _ = pair(tie, rows)
     x, direction = torch.randn(2, 2, 4, D, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     found, expected = (OF_INPUTS[how](one, x, direction) for one in (model, dense))
@@ -90,7 +90,7 @@ def test_derivatives_by_what_a_head_is_given(how: str, rows: str, tie: bool) -> 
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
-@pytest.mark.filterwarnings("ignore:the rows of .* are put into a full copy")
+@pytest.mark.filterwarnings("ignore:.*materialize=True:embedsurgery.errors.EmbedSurgeryWarning")
 @pytest.mark.parametrize(("functional", "materialize"), [(False, False), (True, False), (False, True), (True, True)])
 @pytest.mark.parametrize("rows", [pytest.param(rows, marks=SLOW if "spread" in rows else ()) for rows in ROWS])
 @pytest.mark.parametrize("tie", [True, False])
@@ -151,8 +151,8 @@ def test_a_mixed_batch_below_a_transform_is_each_sample_alone() -> None:
 
 @pytest.mark.filterwarnings("ignore:.*searchsorted.*non-contiguous:UserWarning")
 @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
-def test_models_that_are_stacked() -> None:
-    """``torch.func.stack_module_state`` and a vmap over it: an ensemble of attached models."""
+def test_stacked_models() -> None:
+    """An ensemble of attached models: ``torch.func.stack_module_state`` and a vmap over it."""
     models, edited = [], []
     for seed in range(2):
         model = tiny("llama-tied", seed=seed)

@@ -1,4 +1,4 @@
-"""The contract of a store: every home, layout and dtype, one set of claims. What a home is, is ``homes.py``'s."""
+"""The contract of a store, tested in every home, layout and dtype (see ``homes.py``)."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ import torch
 from embedsurgery.errors import EmbedSurgeryError, PlanError, UnsupportedError
 from embedsurgery.plan import AddTokens, Blocks, Edit, PatchFile, Plan, SetBlocks, SetRows, Token, Undo
 from embedsurgery.stores.apply import apply
-from embedsurgery.stores.checks import check
+from embedsurgery.stores.checks import check_plan
 from embedsurgery.stores.store import rows_of
 from embedsurgery.tensors.convert import from_raw, to_raw
 from embedsurgery.tensors.raw import RawArray
 from tests.support.comparing import bits
+from tests.support.errors import check_error, raises
 from tests.support.homes import DTYPES, EMBED, FLOATS, HEAD, HOMES, LAST, Case, D, V, W
-from tests.support.store_rows import new_rows, raw, same
+from tests.support.store_rows import assert_same, new_rows, raw
 
 INDICES = (7, 0, 3)
 ALL = [(home, layout, dtype) for home, kind in HOMES.items() for layout in kind.layouts for dtype in FLOATS]
-HELD = [(home, layout, "BF16") for home, kind in HOMES.items() for layout in kind.layouts]
-"""For claims that no dtype can change."""
+EACH_LAYOUT = [(home, layout, "BF16") for home, kind in HOMES.items() for layout in kind.layouts]
+"""For tests whose result does not depend on the dtype."""
 
 
 def _ids(cases: list[tuple[str, str, str]]) -> list[str]:
@@ -38,7 +39,7 @@ def case(request: pytest.FixtureRequest, tmp_path: Path) -> Case:
 
 
 every = pytest.mark.parametrize("case", ALL, ids=_ids(ALL), indirect=True)
-each_layout = pytest.mark.parametrize("case", HELD, ids=_ids(HELD), indirect=True)
+each_layout = pytest.mark.parametrize("case", EACH_LAYOUT, ids=_ids(EACH_LAYOUT), indirect=True)
 
 
 def set_rows(case: Case, indices: tuple[int, ...] = INDICES, table: str | None = None) -> SetRows:
@@ -51,7 +52,7 @@ def test_rows_are_rounded_once_and_nothing_else_changes(case: Case, given: str) 
     rows = new_rows(len(INDICES), dtype=DTYPES[given])
     before, identity = case.read(), case.identity()
     apply(Plan((SetRows(case.table, INDICES, to_raw(rows)),)), case.store())
-    same(case.read(), case.edited(before, INDICES, rows))
+    assert_same(case.read(), case.expect_edited(before, INDICES, rows))
     assert case.identity() == identity
 
 
@@ -62,13 +63,13 @@ def test_undo_restores_every_bit(case: Case, tmp_path: Path) -> None:
     undo.save(tmp_path / "undo.safetensors")
     edited = case.read()
     redo = apply(undo, case.store())
-    same(case.read(), before)
+    assert_same(case.read(), before)
     apply(redo, case.store())
-    same(case.read(), edited)
+    assert_same(case.read(), edited)
     loaded = Undo.load(tmp_path / "undo.safetensors")
     assert loaded == undo
     apply(loaded, case.store())
-    same(case.read(), before)
+    assert_same(case.read(), before)
     assert case.identity() == identity
 
 
@@ -77,20 +78,20 @@ def test_blocks_set_every_row_and_undo(case: Case, tmp_path: Path, monkeypatch: 
     monkeypatch.setattr("embedsurgery.plan.blocks.BLOCK_BYTES", 100)
     before, identity, rows = case.read(), case.identity(), new_rows(V)
     undo = apply(Plan((SetBlocks(case.table, Blocks.of(to_raw(rows))),)), case.store(), spill=tmp_path)
-    edited = case.edited(before, range(V), rows)
-    same(case.read(), edited)
+    edited = case.expect_edited(before, range(V), rows)
+    assert_same(case.read(), edited)
     undo.save(tmp_path / "undo.safetensors")
     apply(undo, case.store(), spill=tmp_path)
-    same(case.read(), before)
+    assert_same(case.read(), before)
     apply(Plan((SetBlocks(case.table, Blocks.of(to_raw(rows))),)), case.store(), spill=tmp_path)
     del undo
     apply(Undo.load(tmp_path / "undo.safetensors"), case.store(), spill=tmp_path)
-    same(case.read(), before)
+    assert_same(case.read(), before)
     assert case.identity() == identity
 
 
 @every
-def test_rows_are_read_in_the_order_asked_for(case: Case) -> None:
+def test_rows_are_read_in_the_order_of_the_indices(case: Case) -> None:
     store = case.store()
     table = store.graph.table(case.table)
     held = case.read()[case.stored[0]]
@@ -118,68 +119,126 @@ def test_an_alias_names_the_same_rows(case: Case) -> None:
     for alias in store.graph.table(case.table).aliases:
         before = case.read()
         undo = apply(Plan((set_rows(case, table=alias),)), store)
-        same(case.read(), case.edited(before, INDICES, new_rows(len(INDICES))))
+        assert_same(case.read(), case.expect_edited(before, INDICES, new_rows(len(INDICES))))
         apply(undo, case.store())
-        same(case.read(), before)
+        assert_same(case.read(), before)
 
 
 @each_layout
-def test_several_edits_and_no_rows(case: Case) -> None:
+def test_several_edits_and_one_without_rows(case: Case) -> None:
     before = case.read()
     plan = Plan((set_rows(case, (1,)), set_rows(case, (2, 0), LAST), set_rows(case, (4,)), set_rows(case, (), LAST)))
     undo = apply(plan, case.store())
-    expected = case.edited(case.edited(before, (1,), new_rows(1)), (4,), new_rows(1))
+    expected = case.expect_edited(case.expect_edited(before, (1,), new_rows(1)), (4,), new_rows(1))
     expected[LAST][[2, 0]] = new_rows(2).to(expected[LAST].dtype)
-    same(case.read(), expected)
+    assert_same(case.read(), expected)
     apply(undo, case.store())
-    same(case.read(), before)
+    assert_same(case.read(), before)
 
 
 def whole(table: str, rows: int = V, width: int = D) -> SetBlocks:
     return SetBlocks(table, Blocks.of(raw(rows, width)))
 
 
-BAD: dict[str, tuple[Callable[[Case], tuple[Edit, ...]], type[EmbedSurgeryError]]] = {
-    "one past the end": (lambda c: (SetRows(c.table, (0, V), raw(2, D)),), PlanError),
-    "negative": (lambda c: (SetRows(c.table, (-1,), raw(1, D)),), PlanError),
-    "duplicate": (lambda c: (SetRows(c.table, (4, 4), raw(2, D)),), PlanError),
-    "overlap of two edits": (lambda c: (SetRows(c.table, (4, 5), raw(2, D)), set_rows(c, (6, 5))), PlanError),
-    "overlap with the whole": (lambda c: (SetRows(c.table, (4,), raw(1, D)), whole(c.table)), PlanError),
-    "the whole twice": (lambda c: (whole(c.table), whole(c.table)), PlanError),
-    "too narrow": (lambda c: (SetRows(c.table, (4,), raw(1, D - 1)),), PlanError),
-    "too few": (lambda c: (SetRows(c.table, (4, 5), raw(1, D)),), PlanError),
-    "flat": (lambda c: (SetRows(c.table, (4,), raw(D)),), PlanError),
-    "integers": (lambda c: (SetRows(c.table, (4,), raw(1, D, dtype="I64")),), PlanError),
-    "bytes": (lambda c: (SetRows(c.table, (4,), raw(1, D, dtype="I8")),), PlanError),
-    "no such table": (lambda c: (SetRows("model.nowhere.weight", (4,), raw(1, D)),), PlanError),
-    "no such table to fill": (lambda c: (whole("model.nowhere.weight"),), PlanError),
-    "no table": (lambda c: (SetRows("model.norm.weight", (4,), raw(1, D)),), PlanError),
-    "whole, too few": (lambda c: (whole(c.table, V - 1),), PlanError),
-    "whole, too wide": (lambda c: (whole(c.table, V, D + 1),), PlanError),
-    "tokens where there is no tokenizer": (lambda c: (AddTokens((Token("<x>", 3),)),), EmbedSurgeryError),
-    "a file": (lambda c: (PatchFile("config.json", b"{}", b"[]"),), EmbedSurgeryError),
-    "a path": (lambda c: (PatchFile("../config.json", b"{}", None),), EmbedSurgeryError),
+EditsOf = Callable[[Case], tuple[Edit, ...]]
+OUT_OF_RANGE, TWICE = f"0 to {V - 1}", "each row once"
+BAD: dict[str, tuple[EditsOf, type[EmbedSurgeryError], dict[str, object]]] = {
+    "one past the end": (
+        lambda c: (SetRows(c.table, (0, V), raw(2, D)),),
+        PlanError,
+        {"expected": OUT_OF_RANGE, "found": V},
+    ),
+    "negative": (
+        lambda c: (SetRows(c.table, (-1,), raw(1, D)),),
+        PlanError,
+        {"expected": OUT_OF_RANGE, "found": -1},
+    ),
+    "duplicate": (
+        lambda c: (SetRows(c.table, (4, 4), raw(2, D)),),
+        PlanError,
+        {"expected": TWICE, "found": 4},
+    ),
+    "overlap of two edits": (
+        lambda c: (SetRows(c.table, (4, 5), raw(2, D)), set_rows(c, (6, 5))),
+        PlanError,
+        {"expected": TWICE, "found": 5},
+    ),
+    "overlap with the whole": (
+        lambda c: (SetRows(c.table, (4,), raw(1, D)), whole(c.table)),
+        PlanError,
+        {"expected": TWICE, "found": 4},
+    ),
+    "the whole twice": (
+        lambda c: (whole(c.table), whole(c.table)),
+        PlanError,
+        {"expected": TWICE, "found": 1},
+    ),
+    "too narrow": (
+        lambda c: (SetRows(c.table, (4,), raw(1, D - 1)),),
+        PlanError,
+        {"expected": f"(1, {D})", "found": f"(1, {D - 1})"},
+    ),
+    "too few": (
+        lambda c: (SetRows(c.table, (4, 5), raw(1, D)),),
+        PlanError,
+        {"expected": f"(2, {D})", "found": f"(1, {D})"},
+    ),
+    "flat": (
+        lambda c: (SetRows(c.table, (4,), raw(D)),),
+        PlanError,
+        {"expected": f"(1, {D})", "found": f"({D},)"},
+    ),
+    "integers": (lambda c: (SetRows(c.table, (4,), raw(1, D, dtype="I64")),), PlanError, {"found": "I64"}),
+    "bytes": (lambda c: (SetRows(c.table, (4,), raw(1, D, dtype="I8")),), PlanError, {"found": "I8"}),
+    "no such table": (
+        lambda c: (SetRows("model.nowhere.weight", (4,), raw(1, D)),),
+        PlanError,
+        {"expected": "model.nowhere.weight"},
+    ),
+    "no such table to fill": (
+        lambda c: (whole("model.nowhere.weight"),),
+        PlanError,
+        {"expected": "model.nowhere.weight"},
+    ),
+    "not a table": (
+        lambda c: (SetRows("model.norm.weight", (4,), raw(1, D)),),
+        PlanError,
+        {"expected": "model.norm.weight"},
+    ),
+    "whole, too few": (
+        lambda c: (whole(c.table, V - 1),),
+        PlanError,
+        {"expected": [V, D], "found": [V - 1, D]},
+    ),
+    "whole, too wide": (
+        lambda c: (whole(c.table, V, D + 1),),
+        PlanError,
+        {"expected": [V, D], "found": [V, D + 1]},
+    ),
+    "tokens without a tokenizer": (lambda c: (AddTokens((Token("<x>", 3),)),), EmbedSurgeryError, {}),
+    "a file": (lambda c: (PatchFile("config.json", b"{}", b"[]"),), EmbedSurgeryError, {}),
+    "a path": (lambda c: (PatchFile("../config.json", b"{}", None),), PlanError, {"found": "../config.json"}),
 }
+"""Edits that are refused, the type of the error, and its fields."""
 
 
 @each_layout
 @pytest.mark.parametrize("bad", BAD)
 def test_a_bad_edit_is_refused_before_anything_changes(case: Case, bad: str, tmp_path: Path) -> None:
-    make, error = BAD[bad]
+    make, error, fields = BAD[bad]
     before, identity = case.read(), case.identity()
     plan = Plan((set_rows(case, (0,), LAST), set_rows(case, (1,)), *make(case), set_rows(case, (8,))))
-    for act in (check, apply):
+    for act in (check_plan, apply):
         with pytest.raises(error) as caught:
             act(plan, case.store())
-        assert type(caught.value) is not RuntimeError
-        assert "\n" not in str(caught.value)
-    same(case.read(), before)
+        check_error(caught.value, **fields)
+    assert_same(case.read(), before)
     assert case.identity() == identity
     assert [p.name for p in tmp_path.iterdir()] == ["home"]
 
 
 @each_layout
-def test_a_block_that_raises_takes_everything_back(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_block_that_raises_undoes_everything(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("embedsurgery.plan.blocks.BLOCK_BYTES", 100)
 
     def block(start: int, stop: int, current: RawArray) -> RawArray:
@@ -191,7 +250,7 @@ def test_a_block_that_raises_takes_everything_back(case: Case, tmp_path: Path, m
     edits = (set_rows(case, (0, 2), LAST), SetBlocks(case.table, Blocks((V, D), "F32", block)))
     with pytest.raises(KeyboardInterrupt):
         apply(Plan(edits), case.store(), spill=tmp_path / "home")
-    same(case.read(), before)
+    assert_same(case.read(), before)
 
 
 WRONG = {"a row short": (-1, D), "a row too many": (1, D), "too narrow": (0, D - 1), "too wide": (0, D + 1)}
@@ -199,21 +258,21 @@ WRONG = {"a row short": (-1, D), "a row too many": (1, D), "too narrow": (0, D -
 
 @each_layout
 @pytest.mark.parametrize("wrong", WRONG)
-def test_a_block_of_the_wrong_shape_takes_everything_back(case: Case, wrong: str, tmp_path: Path) -> None:
+def test_a_block_of_the_wrong_shape_undoes_everything(case: Case, wrong: str, tmp_path: Path) -> None:
     before, (more, width) = case.read(), WRONG[wrong]
     blocks = Blocks((V, D), "F32", lambda start, stop, current: to_raw(new_rows(stop - start + more, width)))
-    with pytest.raises(PlanError):
+    with raises(PlanError, where=case.table, found=width):
         apply(Plan((set_rows(case, (0, 2), LAST), SetBlocks(case.table, blocks))), case.store(), spill=tmp_path)
-    same(case.read(), before)
+    assert_same(case.read(), before)
 
 
 @each_layout
-def test_a_write_that_fails_takes_the_earlier_ones_back(case: Case) -> None:
+def test_a_failed_write_undoes_the_earlier_ones(case: Case) -> None:
     before = case.read()
     plan = Plan((set_rows(case, (1, 2)), set_rows(case, (5,)), set_rows(case, (0, 8), LAST)))
-    with case.last_is_read_only(), pytest.raises((OSError, RuntimeError, EmbedSurgeryError)):
+    with case.make_last_read_only(), pytest.raises((OSError, RuntimeError, EmbedSurgeryError)):
         apply(plan, case.store())
-    same(case.read(), before)
+    assert_same(case.read(), before)
 
 
 TYPES = [
@@ -227,20 +286,21 @@ TYPES = [
 @pytest.mark.parametrize("edit", [SetRows(EMBED, (1,), raw(1, D)), whole(EMBED)], ids=["rows", "whole"])
 def test_other_dtypes_are_refused(home: str, dtype: str, edit: Edit, tmp_path: Path) -> None:
     table = torch.arange(V * D).reshape(V, D).to(getattr(torch, dtype))
-    store = HOMES[home].hold(tmp_path, table.clone())
+    store = HOMES[home].make_store(tmp_path, table.clone())
     assert store.graph.table(EMBED).shape == (V, D)
-    held = [p.read_bytes() for p in sorted(tmp_path.iterdir())]
-    with pytest.raises(UnsupportedError, match=EMBED):
+    before = [p.read_bytes() for p in sorted(tmp_path.iterdir())]
+    with raises(UnsupportedError, where=EMBED, expected="F64", found=store.graph.table(EMBED).dtype):
         apply(Plan((edit,)), store)
-    assert [p.read_bytes() for p in sorted(tmp_path.iterdir())] == held
+    assert [p.read_bytes() for p in sorted(tmp_path.iterdir())] == before
 
 
 @pytest.mark.parametrize("home", HOMES)
 @pytest.mark.parametrize("suffix", ["weight_scale", "weight_scale_inv", "scales", "absmax"])
 def test_a_table_with_scales_beside_it_is_refused(home: str, suffix: str, tmp_path: Path) -> None:
-    beside = {EMBED.removesuffix("weight") + suffix: torch.ones(V)}
-    store = HOMES[home].hold(tmp_path, torch.ones(V, D, dtype=torch.bfloat16), beside)
-    with pytest.raises(UnsupportedError, match="scale"):
+    name = EMBED.removesuffix("weight") + suffix
+    beside = {name: torch.ones(V)}
+    store = HOMES[home].make_store(tmp_path, torch.ones(V, D, dtype=torch.bfloat16), beside)
+    with raises(UnsupportedError, where=EMBED, found=name):
         apply(Plan((SetRows(EMBED, (1,), raw(1, D)),)), store)
 
 

@@ -1,4 +1,4 @@
-"""State dicts and modules whose tensors lie in memory in unusual ways."""
+"""State dicts and modules whose tensors have unusual memory layouts."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from embedsurgery.errors import EmbedSurgeryError
+from embedsurgery.errors import OverlapError, UnsupportedError
 from embedsurgery.plan import Plan, SetRows
 from embedsurgery.stores.apply import apply
 from embedsurgery.stores.modules import module_store
@@ -15,6 +15,7 @@ from embedsurgery.stores.store import Store
 from embedsurgery.tensors.convert import to_raw
 from embedsurgery.tensors.raw import RawArray
 from tests.support.comparing import bits
+from tests.support.errors import raises
 from tests.support.homes import EMBED, HEAD, module_of
 
 NEW = torch.arange(100.0, 112.0).reshape(2, 6)
@@ -29,7 +30,7 @@ both = pytest.mark.parametrize("home", ["state dict", "module"])
 
 @both
 def test_a_square_table_and_its_transpose(home: str) -> None:
-    """With V = D the shape does not say which way round a head is stored; only its strides do."""
+    """With V = D only the strides show whether a head is stored transposed."""
     table = torch.randn(6, 6)
     before = table.clone()
     undo = apply(Plan((SetRows(EMBED, (4, 1), to_raw(NEW)),)), memory(home, {EMBED: table, HEAD: table.t()}))
@@ -52,13 +53,13 @@ def test_a_table_that_is_not_contiguous(home: str) -> None:
 
 
 @both
-def test_equal_copies_one_of_which_is_not_contiguous(home: str) -> None:
+def test_equal_copies_with_different_strides(home: str) -> None:
     table = torch.randn(11, 6)
     values = {EMBED: table, HEAD: table.t().contiguous().t()}
     store = memory(home, values)
     apply(Plan((SetRows(EMBED, (4, 1), to_raw(NEW)),)), store)
     assert bits(table[[4, 1]]) == bits(NEW)
-    if home == "state dict":  # equal values under two names are a tie that is stored twice
+    if home == "state dict":  # equal values are a tie that is stored twice
         assert bits(values[HEAD]) == bits(table)
 
 
@@ -75,17 +76,17 @@ def test_a_column_slice_of_a_wider_memory(home: str) -> None:
 def test_a_head_over_a_part_of_the_table_is_refused(home: str) -> None:
     table = torch.randn(11, 6)
     before = table.clone()
-    with pytest.raises(EmbedSurgeryError):
+    with raises(OverlapError, what=HEAD, where=EMBED, found=[9, 6]):
         apply(Plan((SetRows(EMBED, (4, 1), to_raw(NEW)),)), memory(home, {EMBED: table, HEAD: table[:9]}))
     assert bits(table) == bits(before)
 
 
 @both
-def test_rows_that_share_one_memory_are_refused(home: str) -> None:
-    """An expanded table has one row in memory: setting one of its rows would set them all."""
+def test_an_expanded_table_is_refused(home: str) -> None:
+    """It has one row in memory, so setting one of its rows would set all of them."""
     row = torch.randn(1, 6)
     before = row.clone()
-    with pytest.raises(EmbedSurgeryError):
+    with raises(UnsupportedError, where=EMBED, found="expanded"):
         apply(Plan((SetRows(EMBED, (4, 1), to_raw(NEW)),)), memory(home, {EMBED: row.expand(11, 6)}))
     assert bits(row) == bits(before)
 
@@ -93,7 +94,7 @@ def test_rows_that_share_one_memory_are_refused(home: str) -> None:
 @both
 def test_meta_tensors_are_refused(home: str) -> None:
     values = {EMBED: torch.empty(11, 6, device="meta"), HEAD: torch.empty(11, 6, device="meta")}
-    with pytest.raises(EmbedSurgeryError):
+    with raises(UnsupportedError, where=EMBED, found="meta"):
         apply(Plan((SetRows(EMBED, (4, 1), to_raw(NEW)),)), memory(home, values))
 
 
@@ -109,7 +110,7 @@ def test_a_parameter_that_requires_grad_keeps_its_object_and_graph() -> None:
     assert bits(weight[[4, 1]]) == bits(NEW)
 
 
-def test_a_state_dict_may_hold_what_is_no_tensor() -> None:
+def test_a_state_dict_may_have_other_values() -> None:
     values = {EMBED: torch.zeros(11, 6), "model.extra_state": {"a": 1}, "step": 3}
     apply(Plan((SetRows(EMBED, (2,), RawArray.of(torch.ones(1, 6).numpy())),)), state_dict_store(values))  # type: ignore[arg-type]
     assert float(values[EMBED].sum()) == 6.0

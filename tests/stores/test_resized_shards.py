@@ -1,4 +1,4 @@
-"""What growing does to the files of a checkpoint: headers, neighbours, links, modes, failures, memory."""
+"""Growing the files of a checkpoint: headers, small files, hard links, modes, failures and memory."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from embedsurgery.errors import EmbedSurgeryError, PlanError, UnsupportedError
+from embedsurgery.errors import CheckpointError, PlanError, UnsupportedError
 from embedsurgery.files.safetensors import read_header
 from embedsurgery.plan import AddTokens, Grow, PatchFile, Plan, SetRows, Token, Undo
 from embedsurgery.stores.apply import apply
-from embedsurgery.stores.checks import check
+from embedsurgery.stores.checks import check_plan
 from embedsurgery.stores.shards import ShardStore
 from embedsurgery.stores.store import rows_of
 from embedsurgery.tensors.convert import from_raw, to_raw
 from tests.support.comparing import bits, contents, listing
+from tests.support.errors import raises
 from tests.support.models import tiny, write_tokenizer
 from tests.support.processes import python
 
@@ -46,7 +47,7 @@ def numbers(*shape: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Two shards with the two ends of an untied vocabulary apart, and neighbours with odd spelling."""
+    """Two shards with input and output table in different ones, and small files with odd spelling."""
     folder = tmp_path / "model"
     folder.mkdir()
     first = {"a.norm.weight": numbers(D, dtype=torch.float32), HEAD: numbers(V, D, seed=1), "lm_head.bias": numbers(V)}
@@ -70,7 +71,7 @@ def growth(count: int = N) -> Grow:
     return Grow(EMBED, count, rows, {"lm_head.bias": to_raw(numbers(count, seed=7))})
 
 
-def test_the_neighbours_change_where_they_must_and_nowhere_else(folder: Path) -> None:
+def test_small_files_change_only_where_they_must(folder: Path) -> None:
     before = contents(folder)
     undo = apply(Plan((growth(),)), ShardStore.open(folder))
     after = contents(folder)
@@ -140,8 +141,8 @@ def test_an_undo_keeps_what_others_wrote_into_the_small_files(folder: Path) -> N
     }
 
 
-def test_an_undo_knows_sizes_that_were_like_the_grown_one_before(folder: Path) -> None:
-    """A key that said V + n beforehand says so again, and does not become V."""
+def test_an_undo_keeps_sizes_that_had_the_grown_value_before(folder: Path) -> None:
+    """A key that was V + n before growing does not become V."""
     (folder / "config.json").write_text('{"vocab_size": 11, "text_config": {"vocab_size": 13}}')
     before = contents(folder)
     undo = apply(Plan((growth(),)), ShardStore.open(folder))
@@ -178,8 +179,8 @@ HOSTILE: dict[str, Callable[[bytes], bytes]] = {
 
 
 @pytest.mark.parametrize("hostile", HOSTILE)
-def test_saved_bytes_that_are_not_what_was_there_are_not_believed(hostile: str, folder: Path) -> None:
-    """An undo is a file that may come from anywhere: what it writes is still the checkpoint without the last rows."""
+def test_forged_saved_bytes_are_not_restored(hostile: str, folder: Path) -> None:
+    """An undo is an untrusted file. Whatever it has saved, the result is the checkpoint without its last rows."""
     old = {name: bits(t) for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}
     undo = apply(Plan((growth(),)), ShardStore.open(folder))
     (edit,) = undo.edits
@@ -202,13 +203,13 @@ def test_a_rename_that_fails_leaves_every_file(fail_at: int, folder: Path, monke
     def failing(source: Any, target: Any) -> None:
         calls.append(target)
         if len(calls) == fail_at:
-            raise OSError("no")
+            raise OSError("disk failure")
         replace(source, target)
 
     store = ShardStore.open(folder)
     monkeypatch.setattr("os.replace", failing)
     rows = SetRows(EMBED, (1,), to_raw(numbers(1, D)))
-    with pytest.raises(OSError, match="no"):
+    with pytest.raises(OSError, match="disk failure"):
         apply(Plan((rows, growth())), store)
     assert len(calls) >= fail_at
     assert contents(folder) == before
@@ -229,7 +230,7 @@ def test_a_disk_that_is_full_leaves_every_file(folder: Path) -> None:
     assert listing(folder) == sorted(before)
 
 
-def test_a_file_with_two_names_is_never_written_into(folder: Path, tmp_path: Path) -> None:
+def test_a_file_with_two_hard_links_is_never_written_into(folder: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()
     for path in folder.iterdir():
@@ -237,10 +238,10 @@ def test_a_file_with_two_names_is_never_written_into(folder: Path, tmp_path: Pat
     before = contents(other)
     rows = SetRows(EMBED, (1, 2), to_raw(numbers(2, D)))
     store = ShardStore.open(folder)
-    for act in (check, apply):
-        with pytest.raises(UnsupportedError, match="hard links"):
+    for act in (check_plan, apply):
+        with raises(UnsupportedError, where="model-00002-of-00002.safetensors", found="2 hard links"):
             act(Plan((rows,)), store)
-    with pytest.raises(UnsupportedError, match="hard links"):
+    with raises(UnsupportedError, where="model-00002-of-00002.safetensors", found="2 hard links"):
         store.write_block(EMBED, 0, to_raw(numbers(2, D)))
     apply(Plan((growth(), rows, SetRows("lm_head.weight", (0, V + 1), to_raw(numbers(2, D))))), store)
     assert contents(other) == before
@@ -259,16 +260,16 @@ def test_a_patch_of_a_file_that_growing_changes_is_refused(folder: Path) -> None
     before = contents(folder)
     patch = PatchFile.change("config.json", before["config.json"], b"{}")
     for plan in (Plan((growth(), patch)), Plan((patch, growth()))):
-        with pytest.raises(PlanError, match="twice"):
+        with raises(PlanError, where="config.json", expected="once"):
             apply(plan, ShardStore.open(folder))
     assert contents(folder) == before
 
 
-def test_a_config_that_cannot_be_changed_in_place_is_refused_first(folder: Path) -> None:
+def test_a_config_that_cannot_be_patched_is_refused_first(folder: Path) -> None:
     (folder / "config.json").write_text('{"vocab_size": 11, "vocab_size": 11}')
     before = contents(folder)
-    with pytest.raises(EmbedSurgeryError, match="changed in place"):
-        check(Plan((growth(),)), ShardStore.open(folder))
+    with raises(CheckpointError, where="config.json", hint="json.dump"):
+        check_plan(Plan((growth(),)), ShardStore.open(folder))
     assert contents(folder) == before
 
 
@@ -295,8 +296,8 @@ def bert(folder: Path, kind: str = "bert") -> torch.nn.Module:
     return model
 
 
-def test_a_table_that_is_stored_the_other_way_round(tmp_path: Path) -> None:
-    """MobileBERT's head keeps some of its columns in a linear layer from the vocabulary: (D, V) on disk."""
+def test_a_transposed_table(tmp_path: Path) -> None:
+    """MobileBERT stores some columns of its head as (D, V), in a linear layer."""
     model = bert(tmp_path, "mobilebert")
     before, dense = contents(tmp_path), "cls.predictions.dense.weight"
     store = ShardStore.open(tmp_path)
@@ -320,7 +321,7 @@ def test_a_table_that_is_stored_the_other_way_round(tmp_path: Path) -> None:
     assert contents(tmp_path) == before
 
 
-def test_a_bias_that_is_stored_under_both_its_names(tmp_path: Path) -> None:
+def test_a_bias_that_is_stored_under_two_names(tmp_path: Path) -> None:
     model = bert(tmp_path)
     file = tmp_path / "model.safetensors"
     one, other = "cls.predictions.bias", "cls.predictions.decoder.bias"
@@ -340,7 +341,7 @@ def test_a_bias_that_is_stored_under_both_its_names(tmp_path: Path) -> None:
     assert contents(tmp_path) == before
 
 
-def test_tokens_come_and_go_with_their_rows(tmp_path: Path) -> None:
+def test_tokens_are_added_and_removed_with_their_rows(tmp_path: Path) -> None:
     tiny("llama-untied").save_pretrained(tmp_path)
     write_tokenizer(tmp_path, 40)
     before, store = contents(tmp_path), ShardStore.open(tmp_path)
@@ -365,14 +366,14 @@ def test_tokens_that_do_not_fit_are_refused_before_the_rows_grow(tmp_path: Path)
     before, store = contents(tmp_path), ShardStore.open(tmp_path)
     (vocabulary,) = store.graph.vocabularies
     rows = {name: to_raw(torch.randn(2, 16)) for name in vocabulary.tables}
-    for act in (check, apply):
-        with pytest.raises(EmbedSurgeryError):
+    for act in (check_plan, apply):
+        with raises(PlanError, where="<tool>", expected=3, found="t3"):
             act(Plan((Grow(vocabulary.name, 2, rows, {}), AddTokens((Token("<tool>", 3),)))), store)
     assert contents(tmp_path) == before
 
 
 def test_growing_takes_little_memory_and_no_torch(tmp_path: Path) -> None:
-    """A sparse file of 300 MB: what growing takes does not depend on its size."""
+    """A sparse file of 300 MB: the memory that growing takes does not depend on its size."""
     rows, width, filler = 8_000, 4096, 30_000
     sizes = {EMBED: rows * width * 2, "model.filler.weight": filler * width * 2}
     header: dict[str, Any] = {}

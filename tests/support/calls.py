@@ -1,4 +1,4 @@
-"""Counts calls of torch functions."""
+"""Counts torch operations."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
-class Calls(TorchDispatchMode):
-    """Which functions were called, with the number of elements of what they gave."""
+class OperationCounter(TorchDispatchMode):
+    """Records the operations that run inside the block: their names, and the number of elements of their results."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -23,12 +23,12 @@ from embedsurgery.tensors.raw import RawArray
 
 @dataclass(frozen=True)
 class ColumnsConfig:
-    """Asks for it."""
+    """The config of `ColumnScaling`."""
 
 
 @dataclass(frozen=True)
 class Columns(TableChange):
-    """``current * (1 + factors) + shift``: no logits of its own."""
+    """``current * (1 + factors) + shift``. It does not override `TableChange.logits`."""
 
     def rows(self, tensors: Sequence[torch.Tensor], indices: torch.Tensor, current: torch.Tensor) -> torch.Tensor:
         shift, factors = tensors

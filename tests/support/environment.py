@@ -1,4 +1,4 @@
-"""A fresh environment that sees the libraries of this one and nothing else of it, for packages that are installed."""
+"""Fresh virtual environments for installed packages. They see this environment's libraries and nothing else of it."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class Environment:
-    """A virtual environment; what is installed into it stays in it.
+    """A virtual environment.
 
     Args:
         folder: Where it goes.
-        root: Whether it sees this repository's embedsurgery; else one must be installed.
+        root: Whether it sees this repository's embedsurgery; otherwise install one.
     """
 
     def __init__(self, folder: Path, *, root: bool) -> None:
@@ -29,7 +29,7 @@ class Environment:
         (self.site / "libraries.pth").write_text("\n".join(dict.fromkeys(paths)) + "\n")
 
     def run(self, *arguments: object, cwd: Path, check: bool = True) -> subprocess.CompletedProcess[str]:
-        """Run ``python`` there."""
+        """Run ``python`` in it."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "PIP_", "VIRTUAL"))}
         kept |= {"HF_HUB_OFFLINE": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1", "OMP_NUM_THREADS": "1"}
         run = subprocess.run(
@@ -44,15 +44,23 @@ class Environment:
         assert run.returncode == 0 or not check, f"{arguments}\n{run.stdout[-4000:]}\n{run.stderr[-4000:]}"
         return run
 
-    def install(self, *what: Any) -> None:
-        """Install packages without what they depend on, which is here already."""
+    def install(self, *packages: Any) -> None:
+        """Install packages without their dependencies, which it sees already."""
         self.run(
-            "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--no-build-isolation", *what, cwd=self.site
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--no-deps",
+            "--no-index",
+            "--no-build-isolation",
+            *packages,
+            cwd=self.site,
         )
 
 
 def wheel(package: Path, folder: Path) -> Path:
-    """A package built to a wheel in a folder of its own; nothing is left beside its source."""
+    """Build a package's wheel into a folder; returns the wheel."""
     folder.mkdir(parents=True, exist_ok=True)
     command = [
         sys.executable,
@@ -69,5 +77,5 @@ def wheel(package: Path, folder: Path) -> Path:
     ]
     run = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder, timeout=600)
     assert run.returncode == 0, run.stderr[-4000:]
-    (made,) = folder.glob("*.whl")
-    return made
+    (built,) = folder.glob("*.whl")
+    return built

@@ -1,4 +1,4 @@
-"""A Llama checkpoint as the one file that llama.cpp reads, as llama.cpp's own converter writes it."""
+"""Write a Llama checkpoint as a GGUF file, as llama.cpp's converter does."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import transformers as tr
 from safetensors.torch import load_file
 
 _NORMAL, _CONTROL, _PLAIN_ADDED, _UNUSED = 1, 3, 4, 5
-"""Types of tokens."""
+"""Token types of GGUF."""
 
 
 def write_gguf(folder: Path, path: Path) -> None:
-    """Write a checkpoint of `LlamaForCausalLM` with a byte-level tokenizer, in fp32.
+    """Write a `LlamaForCausalLM` checkpoint with a byte-level tokenizer as fp32 GGUF.
 
     Args:
-        folder: The checkpoint, in one safetensors file.
+        folder: The checkpoint, with one safetensors file.
         path: The new file.
     """
     import gguf
@@ -38,7 +38,7 @@ def write_gguf(folder: Path, path: Path) -> None:
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     for name, tensor in load_file(folder / "model.safetensors").items():
         values = tensor.float()
-        if name.endswith(("q_proj.weight", "k_proj.weight")):  # halves of each head's rows become pairs
+        if name.endswith(("q_proj.weight", "k_proj.weight")):  # GGUF interleaves the two halves of each head's rows
             heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
             values = values.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(values.shape).contiguous()
         writer.add_tensor(names.get_name(name, (".weight", ".bias")), values.numpy())
@@ -49,7 +49,7 @@ def write_gguf(folder: Path, path: Path) -> None:
 
 
 def _add_tokenizer(writer: Any, folder: Path, rows: int) -> None:
-    """Texts and types of all rows, merges, special tokens and the chat template; there is no post-processor."""
+    """Add texts and types of all rows, merges, special tokens and the chat template. GGUF has no post-processor."""
     tokenizer: Any = tr.AutoTokenizer.from_pretrained(folder)
     body = json.loads((folder / "tokenizer.json").read_text())
     added = {token["id"]: token for token in body["added_tokens"]}

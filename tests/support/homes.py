@@ -1,7 +1,8 @@
-"""Every home of tables under one face, for the contract suite: a further store adds one class here.
+"""The kinds of data that stores are opened over, for tests that run over every store.
 
-A `Home` makes a `Case`: the same small model in one layout and dtype, in that home. A case gives out stores over its
-data, and reads the data back by means of its own (torch, the safetensors library), never by ours.
+A `Home` makes a `Case`: a small model in one layout and dtype, as a state dict, a module or files. A case opens stores
+over its data, and reads the data with torch or the safetensors library, never with embedsurgery. A new store adds one
+`Home` here.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ FLOATS = tuple(DTYPES)
 
 
 def patterns(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> torch.Tensor:
-    """Random bit patterns: numbers of every size, subnormals, infinities, NaNs with payloads."""
+    """Return random bit patterns: numbers of all magnitudes, subnormals, infinities, NaNs with payloads."""
     generator = torch.Generator().manual_seed(seed)
     size = torch.Size(shape).numel() * dtype.itemsize
     return torch.randint(0, 256, (size,), generator=generator, dtype=torch.uint8).view(dtype).reshape(shape)
@@ -39,9 +40,9 @@ def patterns(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> torch.Ten
 def tensors(
     layout: str, dtype: torch.dtype, rows: int = V, width: int = D, *, bias: bool = True
 ) -> dict[str, torch.Tensor]:
-    """The model's tensors. The ties of the layout are memory, but for "twice", which has equal copies.
+    """Return the tensors of the model. Ties share their memory, except in the layout "twice", which has equal copies.
 
-    The names are chosen so that in a file the table `LAST` lies last, behind a filler.
+    The names are chosen so that `LAST` is the last table in a file, after a filler.
     """
     embed = patterns((rows, width), dtype, 1)
     head = {
@@ -66,8 +67,8 @@ class Case(ABC):
     """A small model in one home.
 
     Attributes:
-        table: The name of the main table in the store's graph.
-        stored: Names of the tensors that hold the main table, as `read` has them.
+        table: Name of the main table in the store's graph.
+        stored: Names of the tensors with the main table, in what `read` returns.
         transposed: Those of them that are (D, V).
     """
 
@@ -77,24 +78,26 @@ class Case(ABC):
 
     @abstractmethod
     def store(self) -> Store:
-        """A new store over the data as they are now."""
+        """Open a new store over the current data."""
 
     @abstractmethod
     def read(self) -> dict[str, torch.Tensor]:
-        """Copies of all tensors."""
+        """Read copies of all tensors."""
 
     @abstractmethod
     def identity(self) -> object:
-        """Whatever an edit of rows must leave as it is: memory, objects, headers, neighbours."""
+        """Return everything that an edit of rows must not change: memory, objects, headers, other files."""
 
     @abstractmethod
     @contextmanager
-    def last_is_read_only(self) -> Iterator[None]:
-        """Inside, writes to the table `LAST` fail, and everything can still be read."""
+    def make_last_read_only(self) -> Iterator[None]:
+        """Make writes to the table `LAST` fail inside the block. Everything can still be read."""
         yield
 
-    def edited(self, before: Mapping[str, torch.Tensor], indices: Any, rows: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What `read` should give when rows of the main table have become others."""
+    def expect_edited(
+        self, before: Mapping[str, torch.Tensor], indices: Any, rows: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """Return what `read` must return after rows of the main table were set."""
         after = {name: tensor.clone() for name, tensor in before.items()}
         for name in self.stored:
             view = after[name].t() if name in self.transposed else after[name]
@@ -103,33 +106,33 @@ class Case(ABC):
 
 
 class Home(ABC):
-    """A kind of store."""
+    """A kind of data that a store is opened over."""
 
     layouts: tuple[str, ...]
-    """The layouts that exist there."""
+    """The layouts that it supports."""
 
     @abstractmethod
     def make(self, folder: Path, layout: str, dtype: torch.dtype, **shape: int) -> Case:
-        """A case; ``shape`` may give ``rows`` and ``width``, and ``bias=False`` for a head without one."""
+        """Make a case. ``shape`` may have ``rows``, ``width``, and ``bias=False`` for a head without bias."""
 
     @abstractmethod
-    def hold(self, folder: Path, table: torch.Tensor, beside: Mapping[str, torch.Tensor] | None = None) -> Store:
-        """A store with one table `EMBED` of any dtype, and further tensors by name."""
+    def make_store(self, folder: Path, table: torch.Tensor, beside: Mapping[str, torch.Tensor] | None = None) -> Store:
+        """Open a store with one table `EMBED` of any dtype, and other tensors by name."""
 
 
 class Conv1D(nn.Module):
-    """A projection that is stored (D, V), as transformers' class of that name."""
+    """A projection that is stored as (D, V), like transformers' class of this name."""
 
 
 class Model(nn.Module):
-    """A model that says what it looks its input up in."""
+    """A model with ``get_input_embeddings``."""
 
     def get_input_embeddings(self) -> nn.Module:
         return self.get_submodule(EMBED.rpartition(".")[0])
 
 
 def module_of(values: Mapping[str, torch.Tensor]) -> nn.Module:
-    """A plain model over the values' own memory; one tensor under two names is one parameter."""
+    """Make a model over the memory of the values. One tensor under two names is one parameter."""
     root = Model()
     root.model = nn.Module()
     parameters: dict[int, nn.Parameter] = {}
@@ -138,14 +141,14 @@ def module_of(values: Mapping[str, torch.Tensor]) -> nn.Module:
         above, _, last = path.rpartition(".")
         parent = root.get_submodule(above)
         if last not in parent._modules:
-            parent.add_module(last, _bare(last, tuple(value.shape), turned=value.shape == (D, V)))
+            parent.add_module(last, _make_module(last, tuple(value.shape), turned=value.shape == (D, V)))
         parameter = parameters.setdefault(id(value), nn.Parameter(value, requires_grad=value.is_floating_point()))
         parent.get_submodule(last)._parameters[leaf] = parameter
     return root
 
 
-def _bare(last: str, shape: tuple[int, ...], *, turned: bool) -> nn.Module:
-    """A module of the class that the name stands for, without parameters, that counts as that class does."""
+def _make_module(last: str, shape: tuple[int, ...], *, turned: bool) -> nn.Module:
+    """Make a module without parameters, of the class that its name suggests, with the sizes of that class."""
     if last in ("embed_tokens", "z_emb"):
         module: nn.Module = nn.Embedding(*shape[:2], _weight=torch.empty(shape[:2])) if len(shape) == 2 else nn.Module()
     elif last == "lm_head" and turned:
@@ -161,7 +164,7 @@ def _bare(last: str, shape: tuple[int, ...], *, turned: bool) -> nn.Module:
 
 
 class ReadOnly(torch.Tensor):
-    """A tensor of somebody's own kind that can be read and not be written."""
+    """A tensor subclass that can be read and not written."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -188,7 +191,7 @@ class MemoryCase(Case):
         return {n: (id(v), v.data_ptr(), v.shape, v.stride(), v.requires_grad) for n, v in self.values.items()}
 
     @contextmanager
-    def last_is_read_only(self) -> Iterator[None]:
+    def make_last_read_only(self) -> Iterator[None]:
         self.values[LAST] = self.values[LAST].detach().clone().as_subclass(ReadOnly)
         yield
 
@@ -207,8 +210,8 @@ class ModuleCase(MemoryCase):
         return {n: p.detach().clone() for n, p in self.model.named_parameters(remove_duplicate=False)}
 
     @contextmanager
-    def last_is_read_only(self) -> Iterator[None]:
-        with super().last_is_read_only():
+    def make_last_read_only(self) -> Iterator[None]:
+        with super().make_last_read_only():
             self.model.get_submodule("model.z_emb")._parameters["weight"] = nn.Parameter(self.values[LAST])
             yield
 
@@ -228,7 +231,7 @@ class FileCase(Case):
         return ShardStore.open(self.folder)
 
     def read(self) -> dict[str, torch.Tensor]:
-        # cloned, because what the library loads may be a mapping of the file
+        # Cloned, because the library may return a memory map of the file.
         return {name: value.clone() for file in self.files() for name, value in load_file(file).items()}
 
     def identity(self) -> object:
@@ -240,7 +243,7 @@ class FileCase(Case):
         return headers, small
 
     @contextmanager
-    def last_is_read_only(self) -> Iterator[None]:
+    def make_last_read_only(self) -> Iterator[None]:
         data = self.files()[-1].read_bytes()
         size = 8 + int.from_bytes(data[:8], "little")
         begin = size + json.loads(data[8:size])[LAST]["data_offsets"][0]
@@ -258,7 +261,7 @@ class StateDictHome(Home):
     def make(self, folder: Path, layout: str, dtype: torch.dtype, **shape: int) -> Case:
         return MemoryCase(tensors(layout, dtype, **shape), layout)
 
-    def hold(self, folder: Path, table: torch.Tensor, beside: Mapping[str, torch.Tensor] | None = None) -> Store:
+    def make_store(self, folder: Path, table: torch.Tensor, beside: Mapping[str, torch.Tensor] | None = None) -> Store:
         return state_dict_store({EMBED: table, **(beside or {})})
 
 
@@ -268,12 +271,12 @@ class ModuleHome(Home):
     def make(self, folder: Path, layout: str, dtype: torch.dtype, **shape: int) -> Case:
         return ModuleCase(tensors(layout, dtype, **shape), layout)
 
-    def hold(self, folder: Path, table: torch.Tensor, beside: Mapping[str, torch.Tensor] | None = None) -> Store:
+    def make_store(self, folder: Path, table: torch.Tensor, beside: Mapping[str, torch.Tensor] | None = None) -> Store:
         return module_store(module_of({EMBED: table, **(beside or {})}))
 
 
 class FileHome(Home):
-    """A checkpoint in one file, or in two shards with the two ends of a tie apart."""
+    """A checkpoint in one file, or in two shards with the head in the first."""
 
     layouts = ("untied", "tied", "twice", "head only")
 
@@ -287,7 +290,7 @@ class FileHome(Home):
         self._write(folder, values, tied=layout != "untied")
         return FileCase(folder, layout)
 
-    def hold(self, folder: Path, table: torch.Tensor, beside: Mapping[str, torch.Tensor] | None = None) -> Store:
+    def make_store(self, folder: Path, table: torch.Tensor, beside: Mapping[str, torch.Tensor] | None = None) -> Store:
         self._write(folder, {EMBED: table, **(beside or {})}, tied=True)
         return ShardStore.open(folder)
 

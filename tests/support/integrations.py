@@ -1,4 +1,4 @@
-"""Small data sets and Trainers, shared by the tests of integrations."""
+"""Small data sets, attached models and Trainers for the tests of integrations."""
 
 from __future__ import annotations
 
@@ -14,39 +14,39 @@ INDICES = [5, 7]
 
 
 def examples(kind: str = "llama-tied", count: int = 12, length: int = 8) -> list[dict[str, torch.Tensor]]:
-    """Sequences that hold the trained tokens; for BERT some labels are masked out."""
+    """Sequences with the trained tokens; for BERT, some labels are masked."""
     generator = torch.Generator().manual_seed(0)
-    found = []
+    made = []
     for _ in range(count):
         ids = torch.randint(8, VOCABULARY, (length,), generator=generator)
         ids[[1, 4]] = torch.tensor(INDICES)
         labels = ids.clone()
         if kind == "bert":
             labels[torch.rand(length, generator=generator) < 0.5] = -100
-        found.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels})
-    return found
+        made.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels})
+    return made
 
 
 def batch(kind: str = "llama-tied", count: int = 4) -> dict[str, torch.Tensor]:
     """One batch of `examples`."""
-    found = examples(kind, count)
-    return {name: torch.stack([example[name] for example in found]) for name in found[0]}
+    made = examples(kind, count)
+    return {name: torch.stack([example[name] for example in made]) for name in made[0]}
 
 
-def attached(kind: str = "llama-tied", **options: Any) -> tuple[Any, Any]:
-    """A tiny model and its attachment."""
+def attach_tiny(kind: str = "llama-tied", **options: Any) -> tuple[Any, Any]:
+    """Attach `INDICES` of a tiny model. Returns the model and its attachment."""
     model = tiny(kind)
     return model, es.attach(model, es.TrainableTokensConfig(INDICES), **options)
 
 
 def rows(attachment: Any) -> torch.Tensor:
-    """A copy of the rows of an attachment with one adapter of one table."""
+    """A copy of an attachment's rows; it has one adapter for one table."""
     (parameter,) = attachment.parameters()
     return parameter.detach().clone()
 
 
 def trainer(model: Any, folder: Path, *, kind: str = "llama-tied", callbacks: Any = (), **options: Any) -> Any:
-    """A Trainer of six steps that saves after the third and the sixth."""
+    """A Trainer with six steps that saves after steps 3 and 6."""
     import transformers as tr
 
     settings = {

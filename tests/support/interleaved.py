@@ -1,4 +1,4 @@
-"""Two threads that change places, or a Ctrl-C, at each place of the package's code, one place at a time."""
+"""Runs a second thread, or raises a KeyboardInterrupt, at each line of the package's code, one line per run."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ import torch
 import embedsurgery
 
 
-class Place:
-    """Inside, something is done when this thread comes to a place of the package's code.
+class ActionAt:
+    """Inside the block, runs an action when this thread reaches a place in the package's code.
 
     Args:
-        number: Of the place, from 0, in the order in which code runs.
-        then: What is done there, once.
-        within: The file of the package, or the directory, that has the places.
-        steps: Places are all instructions there, and not only the beginnings of lines.
+        number: Number of the place, from 0, in the order in which the code runs.
+        action: The action. It runs once.
+        within: The file or directory of the package that has the places.
+        opcodes: Whether each instruction is a place; else each line.
 
     Attributes:
-        where: The place, where this thread came to it.
+        where: The place, once this thread has reached it; else "".
     """
 
-    def __init__(self, number: int, then: Callable[[], None], within: str, steps: bool = False) -> None:
+    def __init__(self, number: int, action: Callable[[], None], within: str, opcodes: bool = False) -> None:
         self.left = number
-        self.then = then
+        self.action = action
         self.within = str(Path(embedsurgery.__file__).parent / within)
-        self.event = "opcode" if steps else "line"
+        self.event = "opcode" if opcodes else "line"
         self.where = ""
 
-    def __enter__(self) -> Place:
+    def __enter__(self) -> ActionAt:
         self.before = sys.gettrace()
         sys.settrace(self._trace)
         return self
@@ -52,15 +52,20 @@ class Place:
             self.left -= 1
             if self.left == -1:
                 self.where = f"{Path(frame.f_code.co_filename).name}, line {frame.f_lineno}"
-                self.then()
+                self.action()
         return self._trace
 
 
-def broken_off_at_each_place(work: Callable[[], None], check: Callable[[], None], within: str = "") -> int:
-    """Run ``work`` once for each line, where it gets a KeyboardInterrupt, and ``check`` after it.
+def interrupt_at_each_line(work: Callable[[], None], check: Callable[[], None], within: str = "") -> int:
+    """Run ``work`` once per line with a KeyboardInterrupt at that line, and ``check`` after each run.
+
+    Args:
+        work: The function to interrupt.
+        check: Raises if the interrupt has left something wrong.
+        within: The file or directory of the package that has the lines.
 
     Returns:
-        How many lines there are.
+        The number of lines.
     """
 
     def interrupt() -> None:
@@ -69,10 +74,10 @@ def broken_off_at_each_place(work: Callable[[], None], check: Callable[[], None]
     number = 0
     while True:
         try:
-            with Place(number, interrupt, within) as place:
+            with ActionAt(number, interrupt, within) as place:
                 work()
         except KeyboardInterrupt:
-            torch.set_grad_enabled(True)  # torch's own no_grad() is not proof against it
+            torch.set_grad_enabled(True)  # an interrupt in torch's no_grad() leaves it off
         if not place.where:
             return number
         try:
@@ -83,17 +88,17 @@ def broken_off_at_each_place(work: Callable[[], None], check: Callable[[], None]
 
 
 class Interleaved:
-    """Runs a function in this thread, and another in a thread of its own when this one has come to a place.
+    """Runs a function in this thread, and another one in a second thread once this thread has reached a place.
 
-    Where the other one calls ``half`` (which can be a hook), it waits there until this one has ended. So the other one
-    is whole within this one, or begins in it and ends after it.
+    If the second one calls ``wait_half_way`` (which can be a hook), it waits there until the first one has ended. So
+    the second one runs either entirely within the first one, or begins in it and ends after it.
 
     Args:
         work: Runs in this thread.
-        other: Runs in the other one.
-        within: The file of the package, or the directory, that has the places.
-        steps: Places are all instructions there, and not only the beginnings of lines.
-        patience: Seconds until the other one is taken to wait for a lock that this one has.
+        other: Runs in the second thread.
+        within: The file or directory of the package that has the places.
+        opcodes: Whether each instruction is a place; else each line.
+        patience: Seconds after which the second thread is assumed to wait for a lock that this one holds.
     """
 
     def __init__(
@@ -102,50 +107,50 @@ class Interleaved:
         other: Callable[[], None],
         *,
         within: str = "",
-        steps: bool = False,
+        opcodes: bool = False,
         patience: float = 0.02,
     ) -> None:
         self.work = work
         self.other = other
         self.within = within
-        self.steps = steps
+        self.opcodes = opcodes
         self.patience = patience
         self.thread = threading.Thread()
 
-    def half(self, *_: Any) -> None:
-        """The other thread's half way."""
+    def wait_half_way(self, *_: Any) -> None:
+        """In the second thread, wait until the first one has ended."""
         if threading.current_thread() is self.thread:
-            self.came.set()
-            assert self.go.wait(60)
+            self.other_stopped.set()
+            assert self.may_continue.wait(60)
 
-    def at_each_place(self) -> int:
-        """Run both once for each place, and return how many there are; raises what either raises, and where it was."""
+    def run_at_each_place(self) -> int:
+        """Run both once per place, and return the number of places. An error of either names the place."""
         number = 0
-        while self.at(number):
+        while self.run_at(number):
             number += 1
         return number
 
-    def at(self, number: int) -> bool:
-        """Run both with the other coming in at one place; returns whether there is such a one."""
+    def run_at(self, number: int) -> bool:
+        """Run both, the second one from one place on. Return whether the place was reached."""
         self.raised: list[BaseException] = []
-        self.came, self.go = threading.Event(), threading.Event()
+        self.other_stopped, self.may_continue = threading.Event(), threading.Event()
         self.thread = threading.Thread(target=self._run)
 
-        def let_the_other_in() -> None:
+        def start_other() -> None:
             self.thread.start()
-            self.came.wait(self.patience)
+            self.other_stopped.wait(self.patience)
 
-        with Place(number, let_the_other_in, self.within, self.steps) as place:
+        with ActionAt(number, start_other, self.within, self.opcodes) as place:
             try:
                 self.work()
             except BaseException as error:
                 self.raised.append(error)
-        self.go.set()
+        self.may_continue.set()
         if place.where:
             self.thread.join(60)
-            assert not self.thread.is_alive(), f"both wait, the first at {place.where}"
+            assert not self.thread.is_alive(), f"deadlock, with the first thread at {place.where}"
         if self.raised:
-            raise AssertionError(f"with the other thread in at {place.where}") from self.raised[0]
+            raise AssertionError(f"with the second thread started at {place.where}") from self.raised[0]
         return bool(place.where)
 
     def _run(self) -> None:
@@ -154,4 +159,4 @@ class Interleaved:
         except BaseException as error:
             self.raised.append(error)
         finally:
-            self.came.set()
+            self.other_stopped.set()

@@ -1,4 +1,4 @@
-"""Adapters made from a checkpoint's own rows, without a model: what surgery on disk is tested with."""
+"""Adapters for tests on disk: made from a checkpoint alone, without a model."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from embedsurgery.surgeries.trainable_tokens.surgery import TrainableTokens
 from embedsurgery.tensors.raw import RawArray
 
 
-class Names:
-    """A tokenizer that has a text for every id, as far as adapters ask."""
+class StubTokenizer:
+    """A tokenizer with a text for every id; it has only what adapters call."""
 
     def convert_ids_to_tokens(self, ids: list[int]) -> Sequence[str]:
         return [f"t{i}" for i in ids]
 
 
-def made_on(
+def make_adapter(
     folder: Path, indices: Sequence[int] | Mapping[str, Sequence[int]], *, seed: int = 1, scale: float = 1.0
 ) -> Adapter:
-    """An adapter of trainable tokens made on a checkpoint, whose rows are random."""
+    """Make an adapter of trainable tokens with random rows for a checkpoint."""
     config = es.TrainableTokensConfig(indices)  # type: ignore[arg-type]
-    adapter = TrainableTokens().start(config, ShardStore.open(folder), Base("org/base", None, Names()))
+    adapter = TrainableTokens().start(config, ShardStore.open(folder), Base("org/base", None, StubTokenizer()))
     stream = np.random.default_rng(seed)
     raw = {
         name: RawArray.of((stream.standard_normal(value.shape) * scale).astype(np.float32)).to(value.dtype)
@@ -37,8 +37,8 @@ def made_on(
     return replace(adapter, raw=raw)
 
 
-def with_rows(adapter: Adapter, **changes: float) -> Adapter:
-    """The adapter with one value of a row changed: ``row5=nan`` sets the first value of row 5 of every table."""
+def replace_values(adapter: Adapter, **changes: float) -> Adapter:
+    """Replace single values of an adapter: ``row5=nan`` sets the first value of row 5 of every table."""
     raw = {}
     for record in adapter.manifest.tables:
         values = adapter.raw[record.name].float32().copy()

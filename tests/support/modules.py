@@ -1,4 +1,4 @@
-"""Small modules with tables: plain, tied, transposed."""
+"""Small modules with plain, tied and transposed tables."""
 
 from __future__ import annotations
 

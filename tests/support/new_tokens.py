@@ -1,4 +1,4 @@
-"""Models with new tokens, trained and merged."""
+"""Small models and their tokenizers for tests that add, train and merge new tokens."""
 
 from __future__ import annotations
 
@@ -15,9 +15,7 @@ from tests.support import tokenizers
 
 WIDTH = 16
 
-
 NEW = ["<tool>", "<answer>"]
-
 
 MODELS = {
     "llama-tied": "llama-2",
@@ -31,11 +29,11 @@ MODELS = {
     "mpt": "llama-3",
     "mobilebert": "word-piece",
 }
-"""Model -> the kind of tokenizer it is tried with."""
+"""Model -> its kind of tokenizer, in ``tokenizers.KINDS``."""
 
 
 def build(kind: str, rows: int) -> Any:
-    """A small transformers model with so many rows, every parameter random, biases included."""
+    """Build a small transformers model with ``rows`` rows and random parameters, biases included."""
     text = {
         "vocab_size": rows,
         "pad_token_id": 0,
@@ -157,7 +155,7 @@ def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
 
 @dataclass
 class Start:
-    """A model and its tokenizer, in memory and on disk."""
+    """A model and its tokenizer, in memory and on disk, before tokens are added."""
 
     model: Any
     tokenizer: Any
@@ -165,12 +163,12 @@ class Start:
     used: int
 
     def fresh(self) -> Start:
-        """As they lie on disk."""
+        """Load both from disk."""
         model = type(self.model).from_pretrained(self.folder).eval()
         return Start(model, tr.AutoTokenizer.from_pretrained(self.folder), self.folder, self.used)
 
     def text(self) -> dict[str, Any]:
-        """The tokenizer, whole, but for what transformers sets anew in each call."""
+        """Return the tokenizer's content without truncation and padding, which each encoding sets."""
         body: dict[str, Any] = json.loads(self.tokenizer.backend_tokenizer.to_str())
         return {key: value for key, value in body.items() if key not in ("truncation", "padding")}
 
@@ -186,12 +184,12 @@ def start(kind: str, tmp_path: Path, spare: int = 0, *, shards: bool = False) ->
 
 
 def batch(ids: Any) -> torch.Tensor:
-    """Token ids with the new ones in them."""
+    """Return token ids that include the new ones."""
     return torch.tensor([[9, 10, ids[0], 11, 12], [13, ids[-1], 14, 15, ids[0]]])
 
 
 def trained(begun: Start, ids: Any, **options: Any) -> tuple[es.Adapter, torch.Tensor]:
-    """An adapter after two steps of AdamW, and the logits of the model with it."""
+    """Train an adapter for two steps of AdamW, and return it with the logits of the model."""
     attachment = es.attach(begun.model, es.TrainableTokensConfig(ids, **options), tokenizer=begun.tokenizer)
     optimizer = torch.optim.AdamW(attachment.parameters(), lr=0.1)
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""Plugins made on the spot: code that runs where an entry point is loaded, as a library's does that is imported."""
+"""Plugins whose import writes to standard output in many ways, as an imported library may."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ subprocess.run(["echo", "child"], check=True)
 atexit.register(logger.warning, "logger at exit")
 atexit.register(print, "print at exit")
 """
-SAID = ["C", "__stdout__", "child", "descriptor", "logger", "logger at exit", "print", "print at exit"]
+NOISE_LINES = ["C", "__stdout__", "child", "descriptor", "logger", "logger at exit", "print", "print at exit"]
 """The lines of ``NOISE``, sorted."""
 
 
 def plugin(folder: Path, code: str) -> dict[str, str]:
-    """The environment of a process in which a plugin with this code is installed, and nothing switches buffers off."""
+    """Write a plugin with this code; returns the environment of a process that has it, with buffered output."""
     about = folder / "embedsurgery_noisy-1.dist-info"
     about.mkdir(parents=True)
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: embedsurgery-noisy\nVersion: 1\n")

@@ -1,4 +1,4 @@
-"""A checkpoint of .npy files."""
+"""Writes a checkpoint of the format of ``npy_store.py``, without it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A checkpoint format as a plugin may bring it: each tensor a ``.npy`` file, beside a ``config.json`` and a list."""
+"""A plugin with a checkpoint format: one ``.npy`` file per tensor, a ``config.json``, and a list of the tensors."""
 
 from __future__ import annotations
 

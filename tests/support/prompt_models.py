@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,15 +12,15 @@ from transformers import LlamaForCausalLM
 V, D, PAD = 60, 16, 0
 CAUSAL = ("llama", "gpt2", "opt", "gemma3", "qwen2")
 EACH_CAUSAL = ("llama", "gpt2", "gemma3", *(pytest.param(kind, marks=pytest.mark.sweep) for kind in ("opt", "qwen2")))
-"""All of them, for parametrizing: those that are built like another wait for the sweep."""
+"""All of them, for parametrizing; those that are built like another are left to the sweep."""
 ENCODERS = ("bert-cls", "bert-mlm", "roberta-tok", "bert-qa", "bert")
 TWO = ("t5", "bart")
 CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
-"""What forwards and outputs of this transformers call their cache."""
+"""Name of the cache among arguments and outputs in this version of transformers."""
 
 
 def cache_in(output: Any) -> Any:
-    """The cache that came out of a model."""
+    """Return the cache among a model's outputs."""
     return getattr(output, CACHE)
 
 
@@ -127,7 +126,7 @@ def _make(kind: str) -> Any:
 
 
 def tiny(kind: str, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
-    """A model of a kind, in evaluation."""
+    """Return a model of a kind, in evaluation mode."""
     model = _make(kind)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -137,13 +136,13 @@ def tiny(kind: str, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any
 
 
 def rows(*lengths: int, seed: int = 5) -> list[torch.Tensor]:
-    """Samples of several lengths, of ids that are no special ones."""
+    """Return samples of the given lengths, without special ids."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(4, V, (length,), generator=generator) for length in lengths]
 
 
 def padded(samples: list[torch.Tensor], side: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """A batch of samples, padded on one side, and its mask."""
+    """Return a batch of samples, padded on one side, and its mask."""
     longest = max(map(len, samples))
     ids = torch.full((len(samples), longest), PAD)
     mask = torch.zeros_like(ids)
@@ -154,9 +153,6 @@ def padded(samples: list[torch.Tensor], side: str) -> tuple[torch.Tensor, torch.
 
 
 def unpadded(batch: torch.Tensor, samples: list[torch.Tensor], side: str) -> list[torch.Tensor]:
-    """The entries of each sample's own tokens, from something with an entry for each token of a padded batch."""
+    """Return the entries of each sample's own tokens, from a tensor with one entry per token of a padded batch."""
     pairs = zip(batch, samples, strict=True)
     return [row[len(row) - len(s) :] if side == "left" else row[: len(s)] for row, s in pairs]
-
-
-Make = Callable[[str], Any]

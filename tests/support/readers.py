@@ -1,4 +1,4 @@
-"""Models that read their weights in other ways than by calling a module."""
+"""Models that read a weight in other ways than by calling its module."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ INDICES = [4, 2]  # 2 is the padding row
 
 
 class Reader(nn.Module):
-    """A language model whose logits, or loss, come from a function that is given it."""
+    """A language model whose logits, or loss, are computed by a function of the model."""
 
     def __init__(self, read: Callable[[Any, torch.Tensor], torch.Tensor], head: nn.Module | None = None) -> None:
         super().__init__()
@@ -38,8 +38,8 @@ class Reader(nn.Module):
         return self.read(self, ids)
 
 
-class Fused(torch.autograd.Function):
-    """Liger's way: the loss and its gradients are computed together, chunk by chunk, in the forward."""
+class FusedLoss(torch.autograd.Function):
+    """A fused loss as in Liger: the forward computes the loss and its gradients, chunk by chunk."""
 
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -63,7 +63,7 @@ class Fused(torch.autograd.Function):
 
 
 class SavesWeight(torch.autograd.Function):
-    """A product whose backward reads the weight again."""
+    """A product whose backward reads the weight, too."""
 
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -80,7 +80,7 @@ def lm_loss(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits.flatten(0, 1), ids.flatten())
 
 
-def soft(m: Any, ids: torch.Tensor) -> torch.Tensor:
+def soft_embedding(m: Any, ids: torch.Tensor) -> torch.Tensor:
     probabilities = m.head(m.embed(ids)).softmax(-1)
     return m.head(probabilities @ m.embed.weight)
 
@@ -88,9 +88,9 @@ def soft(m: Any, ids: torch.Tensor) -> torch.Tensor:
 READS: dict[str, Callable[[Any, torch.Tensor], torch.Tensor]] = {
     "functional head": lambda m, ids: F.linear(m.embed(ids), m.head.weight),
     "loss of a functional head": lambda m, ids: lm_loss(F.linear(m.embed(ids), m.head.weight), ids),
-    "fused loss": lambda m, ids: Fused.apply(m.embed(ids).flatten(0, 1), m.head.weight, ids.flatten()),
+    "fused loss": lambda m, ids: FusedLoss.apply(m.embed(ids).flatten(0, 1), m.head.weight, ids.flatten()),
     "function that saves the weight": lambda m, ids: SavesWeight.apply(m.embed(ids), m.head.weight),
-    "soft embedding": soft,
+    "soft embedding": soft_embedding,
     "forward of the lookup": lambda m, ids: m.head(m.embed.forward(ids)),
     "forward of the head": lambda m, ids: m.head.forward(m.embed(ids)),
     "functional lookup": lambda m, ids: m.head(F.embedding(ids, m.embed.weight)),
@@ -100,7 +100,7 @@ READS: dict[str, Callable[[Any, torch.Tensor], torch.Tensor]] = {
     "transposed and joined": lambda m, ids: m.embed(ids) @ torch.cat([m.head.weight.t(), m.head.weight.t()], dim=1),
     "attribute": lambda m, ids: m.embed(ids) @ m.head.weight.T,
     "einsum": lambda m, ids: torch.einsum("btd,vd->btv", m.embed(ids), m.head.weight),
-    "first without a gradient": lambda m, ids: soft(m, ids) / m.embed.weight.detach().norm(),
+    "first without a gradient": lambda m, ids: soft_embedding(m, ids) / m.embed.weight.detach().norm(),
     "penalty": lambda m, ids: lm_loss(m.head(m.embed(ids)), ids) + m.embed.weight.square().sum(),
     "one row": lambda m, ids: m.head(m.embed(ids) + m.embed.weight[4, :] - m.embed.weight[-9]),
     "two rows": lambda m, ids: m.head(m.embed(ids) + m.embed.weight[torch.tensor([[-7], [5]]).int(), :]),
@@ -110,8 +110,8 @@ READS: dict[str, Callable[[Any, torch.Tensor], torch.Tensor]] = {
 }
 
 
-def attached(model: Any, warning: str | None = None, **options: Any) -> tuple[Any, Any, list[torch.Tensor]]:
-    """The model in fp64 with random rows, and the same with its weights edited by hand."""
+def attached(model: Any, **options: Any) -> tuple[Any, Any, list[torch.Tensor]]:
+    """Return a model in fp64 with random rows attached, a copy with the rows in its weights, and the rows."""
     model.double()
     edited = copy.deepcopy(model)
     tied = model.head.weight is model.embed.weight
@@ -129,8 +129,9 @@ def attached(model: Any, warning: str | None = None, **options: Any) -> tuple[An
 
 
 def reader(name: str, *, tie: bool = True, head: nn.Module | None = None) -> Reader:
+    """Return a model that reads its weight as `READS` has it under this name; by default as a soft embedding."""
     torch.manual_seed(0)
-    model = Reader(READS.get(name, soft), head)
+    model = Reader(READS.get(name, soft_embedding), head)
     if tie:
         model.head.weight = model.embed.weight
     return model

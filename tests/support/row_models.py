@@ -1,4 +1,4 @@
-"""A model with attached rows beside the same model with its weight edited by hand."""
+"""A model with attached rows, and a dense model: the same with the rows written to its weights."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ SPREAD = [31, 4, 17, 2, 58, 40, 9, 33, 21, 25, 12, 47]
 RUN = list(range(40, 52))
 
 
-IDS = torch.tensor([[4, 9, 31], [47, 44, 44]])  # of both kinds of rows, and one twice
+IDS = torch.tensor([[4, 9, 31], [47, 44, 44]])  # some of both lists, and 44 twice
 
 
 class Model(nn.Module):
-    """A language model whose body trains too."""
+    """A language model with a trainable body."""
 
     def __init__(self, *, tie: bool = True, bias: bool = False, sparse: bool = False) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Model(nn.Module):
 
 
 def pair(indices: list[int], dtype: torch.dtype = torch.float64, **kind: bool) -> tuple[Any, Any, list[Any]]:
-    """An attached model with random rows, the one that is edited by hand, and the rows."""
+    """Return an attached model with random rows, the dense model, and the rows."""
     torch.manual_seed(0)
     model = Model(**kind).to(dtype)
     dense = copy.deepcopy(model)
@@ -59,12 +59,14 @@ def pair(indices: list[int], dtype: torch.dtype = torch.float64, **kind: bool) -
     return model, dense, rows
 
 
-def expected(dense: Any, indices: list[int]) -> list[torch.Tensor]:
+def dense_gradients(dense: Any, indices: list[int]) -> list[torch.Tensor]:
+    """Return the gradients of the rows in each weight of the dense model."""
     weights = {id(w): w for w in (dense.embed.weight, dense.head.weight)}.values()
     return [w.grad.to_dense()[indices] for w in weights if w.grad is not None]
 
 
 def step(one: Any, loss: Callable[[Any], torch.Tensor]) -> torch.Tensor:
+    """Run a forward and a backward of a model, and return the loss."""
     one.zero_grad()
     found = loss(one)
     found.backward()

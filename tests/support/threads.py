@@ -1,4 +1,4 @@
-"""Inputs and reads for tests of several threads."""
+"""Inputs and reading functions for tests of several threads."""
 
 from __future__ import annotations
 
@@ -11,14 +11,18 @@ from torch.nn import functional as F
 from tests.support.prompted import prompted
 
 READS: dict[str, Callable[[Any, torch.Tensor], torch.Tensor]] = {
-    "by its head": lambda m, ids: m.head(m.embed(ids)),
+    "calls the head": lambda m, ids: m.head(m.embed(ids)),
     "reads the weight": lambda m, ids: F.linear(m.embed(ids), m.head.weight),
     "both": lambda m, ids: F.linear(m.embed(ids), m.embed.weight) + m.head(m.embed(ids)),
 }
 
 
 def two_inputs(kind: str) -> tuple[Any, Callable[[int], None]]:
-    """A model with a soft prompt, and what holds its logits for one of two inputs against those that it has alone."""
+    """Return a model with a soft prompt, and a check that its logits for one of two inputs equal those computed alone.
+
+    Args:
+        kind: The kind of model, as of `prompted`.
+    """
     model, _ = prompted(kind)
     given = [torch.randint(4, 20, (2, length)) for length in (5, 7)]
 

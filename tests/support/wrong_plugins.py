@@ -1,7 +1,7 @@
-"""Surgeries, initialisers and stores that are wrong in one thing each, and the check of the test kit that must see it.
+"""Surgeries, initialisers and stores with one fault each, and the tests of the kit that must catch it.
 
-Each class is a contract's, as a plugin's author writes it, and names in ``caught`` the checks that must fail, with what
-they must say. ``test_kit_catches.py`` runs them.
+Each class is a contract as a plugin's author writes it. ``caught`` maps the names of the tests that must fail to a text
+in their output. ``tests/plugins/test_kit_catches.py`` runs them.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from tests.support.npy_store import NpyStore
 # -- surgeries -------------------------------------------------------------------------------------------------------
 
 
-def bringing(hook: str, record: Any) -> ModuleType:
-    """A plugin of one record."""
+def plugin_with(hook: str, record: Any) -> ModuleType:
+    """Return a plugin that brings one record."""
     module = ModuleType("a_wrong_plugin")
     setattr(module, f"embedsurgery_{hook}", es.hookimpl(lambda: [record]))
     return module
@@ -46,17 +46,17 @@ def bringing(hook: str, record: Any) -> ModuleType:
 
 @dataclass(frozen=True)
 class RowsConfig(es.TrainableTokensConfig):
-    """Asks for a wrong surgery on rows."""
+    """The config of the faulty surgeries on rows."""
 
 
 class Rows(TrainableTokens):
-    """Right as it is."""
+    """A surgery without a fault."""
 
     name = "rows"
 
 
 class WrongSurgery(SurgeryContract):
-    """A contract that nothing but its wrong surgery breaks."""
+    """A contract of a surgery with one fault."""
 
     surgery: ClassVar[type[Surgery]]
     caught: ClassVar[dict[str, str]]
@@ -65,11 +65,11 @@ class WrongSurgery(SurgeryContract):
     config = RowsConfig([3, 17, 5])
 
     def __init_subclass__(cls) -> None:
-        cls.plugin = bringing("surgeries", SurgeryRecord("rows", RowsConfig, cls.surgery(), "ROWS"))
+        cls.plugin = plugin_with("surgeries", SurgeryRecord("rows", RowsConfig, cls.surgery(), "ROWS"))
 
 
 class WrongStart(WrongSurgery):
-    caught: ClassVar = {"test_a_fresh_adapter_changes_nothing": "Tensor-likes are not close"}
+    caught: ClassVar = {"test_fresh_adapter_is_a_no_op": "Tensor-likes are not close"}
 
     class surgery(Rows):
         def start(self, config: Any, store: Store, base: Base) -> Adapter:
@@ -77,16 +77,16 @@ class WrongStart(WrongSurgery):
             return replace(adapter, raw={n: RawArray.of(r.bits + np.float32(1)) for n, r in adapter.raw.items()})
 
 
-class WrongWordOnTheStart(WrongSurgery):
-    caught: ClassVar = {"test_a_fresh_adapter_changes_nothing": "starts_as_base is False"}
+class WrongStartsAsBase(WrongSurgery):
+    caught: ClassVar = {"test_fresh_adapter_is_a_no_op": "starts_as_base is False"}
     starts_as_base = False
     surgery = Rows
 
 
 class WrongPlan(WrongSurgery):
     caught: ClassVar = {
-        "test_attached_is_merged_in_memory": "Tensor-likes are not close",
-        "test_gradients_are_those_of_the_merged_model": "assert",
+        "test_attached_equals_merged": "Tensor-likes are not close",
+        "test_gradients_match_the_merged_model": "assert",
     }
 
     class surgery(Rows):
@@ -97,9 +97,9 @@ class WrongPlan(WrongSurgery):
 
 
 class WrongOneWayToMerge(WrongSurgery):
-    """By the attachment other last bits than by the function."""
+    """`merge` and the attachment's own merge differ in the last bit."""
 
-    caught: ClassVar = {"test_attached_is_merged_in_memory": "state_bits"}
+    caught: ClassVar = {"test_attached_equals_merged": "state_bits"}
 
     class surgery(Rows):
         def bake(self, adapter: Adapter, context: BakeContext) -> Plan:
@@ -109,7 +109,7 @@ class WrongOneWayToMerge(WrongSurgery):
 
 
 class WrongNothingLive(WrongSurgery):
-    caught: ClassVar = {"test_attached_is_merged_in_memory": "changes nothing"}
+    caught: ClassVar = {"test_attached_equals_merged": "allclose"}
 
     class surgery(Rows):
         def live(self, adapter: Adapter, located: Mapping[str, Table]) -> tuple[RowOverride, ...]:
@@ -117,7 +117,7 @@ class WrongNothingLive(WrongSurgery):
 
 
 class WrongOnDisk(WrongSurgery):
-    caught: ClassVar = {"test_merged_on_disk_is_merged_in_memory": "found"}
+    caught: ClassVar = {"test_merged_on_disk_equals_merged_in_memory": "found"}
 
     class surgery(Rows):
         def plan(self, adapter: Adapter, located: Mapping[str, Table]) -> Plan:
@@ -129,17 +129,17 @@ class WrongOnDisk(WrongSurgery):
 
 
 class WrongFile(WrongSurgery):
-    caught: ClassVar = {"test_merged_on_disk_is_merged_in_memory": "notes.txt"}
+    caught: ClassVar = {"test_merged_on_disk_equals_merged_in_memory": "notes.txt"}
 
     class surgery(Rows):
         def bake(self, adapter: Adapter, context: BakeContext) -> Plan:
             plan = self.plan(adapter, context.located)
-            note = PatchFile.change("notes.txt", None, b"I was here")
+            note = PatchFile.change("notes.txt", None, b"a note")
             return Plan((*plan.edits, note)) if context.located[INPUT].files else plan
 
 
 class WrongUndo(WrongSurgery):
-    """It writes past the plan, of which the undo knows nothing."""
+    """It writes to the store directly, so that the undo lacks a row."""
 
     caught: ClassVar = {"test_undo_is_exact": "state_bits"}
 
@@ -152,7 +152,7 @@ class WrongUndo(WrongSurgery):
 
 
 class WrongTie(WrongSurgery):
-    caught: ClassVar = {"test_ties_hold": "shared_memory"}
+    caught: ClassVar = {"test_merge_keeps_ties": "shared_memory"}
 
     class surgery(Rows):
         def bake(self, adapter: Adapter, context: BakeContext) -> Plan:
@@ -160,19 +160,19 @@ class WrongTie(WrongSurgery):
             return Plan((*self.plan(adapter, context.located).edits, Untie(INPUT, OUTPUT, (0,), row)))
 
 
-class WrongWordOnTies(WrongSurgery):
-    caught: ClassVar = {"test_ties_hold": "keeps_ties is False"}
+class WrongKeepsTies(WrongSurgery):
+    caught: ClassVar = {"test_merge_keeps_ties": "keeps_ties is False"}
     keeps_ties = False
     surgery = Rows
 
 
 class WrongSaving(WrongSurgery):
-    """Its files hold less than it has."""
+    """Its files have lower precision than its tensors."""
 
     caught: ClassVar = {
         "test_save_and_load": "raw",
-        "test_a_loaded_adapter_goes_on": "bits",
-        "test_it_comes_back_from_the_hub": "raw",
+        "test_loaded_adapter_can_be_trained": "bits",
+        "test_hub_round_trip": "raw",
     }
 
     class surgery(Rows):
@@ -182,7 +182,7 @@ class WrongSaving(WrongSurgery):
 
 
 class WrongFingerprint(WrongSurgery):
-    caught: ClassVar = {"test_another_base_is_refused": ""}
+    caught: ClassVar = {"test_other_base_is_refused": ""}
 
     class surgery(Rows):
         def start(self, config: Any, store: Store, base: Base) -> Adapter:
@@ -192,7 +192,7 @@ class WrongFingerprint(WrongSurgery):
 
 
 class WrongTables(SurgeryContract):
-    """Contracts for whole tables, whose changes run in each forward."""
+    """A contract of a surgery on whole tables with one fault in its `TableChange`."""
 
     wrong: ClassVar[Columns]
     caught: ClassVar[dict[str, str]]
@@ -201,13 +201,13 @@ class WrongTables(SurgeryContract):
     config = ColumnsConfig()
 
     def __init_subclass__(cls) -> None:
-        class Changed(ColumnScaling):
+        class Faulty(ColumnScaling):
             def live(self, adapter: Adapter, located: Mapping[str, Table]) -> tuple[RowOverride, ...]:
                 *others, last = super().live(adapter, located)
                 return (*others, replace(last, change=cls.wrong))  # type: ignore[call-arg]
 
-        record = SurgeryRecord("column_scaling", ColumnsConfig, Changed(), "COLUMNS")
-        cls.plugin = bringing("surgeries", record)
+        record = SurgeryRecord("column_scaling", ColumnsConfig, Faulty(), "COLUMNS")
+        cls.plugin = plugin_with("surgeries", record)
 
 
 @dataclass(frozen=True)
@@ -218,82 +218,82 @@ class NoGradient(Columns):
 
 class WrongNoGradient(WrongTables):
     caught: ClassVar = {
-        "test_gradients_are_those_of_the_merged_model": "without a gradient",
-        "test_a_loaded_adapter_goes_on": "grad is not None",
+        "test_gradients_match_the_merged_model": "is not None",
+        "test_loaded_adapter_can_be_trained": "grad is not None",
     }
     wrong = NoGradient()
 
 
 @dataclass(frozen=True)
-class TurnedGradient(Columns):
+class NegatedGradient(Columns):
     def rows(self, tensors: Sequence[torch.Tensor], indices: torch.Tensor, current: torch.Tensor) -> torch.Tensor:
         return super().rows([2 * tensor.detach() - tensor for tensor in tensors], indices, current)
 
 
 class WrongGradient(WrongTables):
     caught: ClassVar = {
-        "test_gradients_are_those_of_the_merged_model": "approx",
-        "test_training_lowers_the_loss_and_leaves_the_base": "losses",
+        "test_gradients_match_the_merged_model": "approx",
+        "test_training_lowers_the_loss_and_keeps_the_base": "losses",
     }
-    wrong = TurnedGradient()
+    wrong = NegatedGradient()
 
 
 @dataclass(frozen=True)
-class Scribbling(Columns):
+class WritingIntoWeight(Columns):
     def logits(self, tensors: Any, hidden: Any, logits: Any, weight: torch.Tensor) -> torch.Tensor:
-        found = super().logits(tensors, hidden, logits, weight)
+        changed = super().logits(tensors, hidden, logits, weight)
         weight.data[0].zero_()
-        return found
+        return changed
 
 
 class WrongForward(WrongTables):
     """Its forward writes into the base."""
 
     caught: ClassVar = {
-        "test_training_lowers_the_loss_and_leaves_the_base": "state_bits",
-        "test_a_fresh_adapter_changes_nothing": "state_bits",
+        "test_training_lowers_the_loss_and_keeps_the_base": "state_bits",
+        "test_fresh_adapter_is_a_no_op": "state_bits",
     }
-    wrong = Scribbling()
+    wrong = WritingIntoWeight()
 
 
-_KEPT: list[torch.Tensor] = []
+_FIRST_TENSORS: list[torch.Tensor] = []
 
 
 @dataclass(frozen=True)
-class Remembering(Columns):
+class SharedAcrossCopies(Columns):
     def rows(self, tensors: Sequence[torch.Tensor], indices: torch.Tensor, current: torch.Tensor) -> torch.Tensor:
-        _KEPT[:] = _KEPT or [tensor.detach().clone() for tensor in tensors]
-        return super().rows(_KEPT, indices, current)
+        _FIRST_TENSORS[:] = _FIRST_TENSORS or [tensor.detach().clone() for tensor in tensors]
+        return super().rows(_FIRST_TENSORS, indices, current)
 
 
 class WrongCopy(WrongTables):
-    """Its copies all have the tensors of the first."""
+    """All copies use the tensors of the first."""
 
-    caught: ClassVar = {"test_a_copy_is_on_its_own": "bits"}
-    wrong = Remembering()
+    caught: ClassVar = {"test_deepcopy_is_independent": "bits"}
+    wrong = SharedAcrossCopies()
 
 
 # -- initialisers ----------------------------------------------------------------------------------------------------
 
 
 class WrongInitializer(InitializerContract):
-    """A contract that nothing but its wrong initialiser breaks."""
+    """A contract of an initialiser with one fault."""
 
     init = "wrong"
     initializer: ClassVar[type[Initializer]]
     caught: ClassVar[dict[str, str]]
 
     def __init_subclass__(cls) -> None:
-        cls.plugin = bringing("initializers", InitializerRecord("wrong", cls.initializer()))
+        cls.plugin = plugin_with("initializers", InitializerRecord("wrong", cls.initializer()))
 
 
 def mean(view: TableView, tokens: Sequence[NewToken]) -> Any:
-    """A right start."""
+    """Rows without a fault: the mean of the known rows."""
     return np.tile(view.rows(range(view.known)).astype(np.float64).mean(axis=0), (len(tokens), 1))
 
 
 class WrongNumbers(WrongInitializer):
-    caught: ClassVar = {"test_shape_and_numbers": "NaN"}
+    caught: ClassVar = {"test_rows_are_finite_float32": "NaN"}
 
     class initializer(Initializer):
         """NaN."""
@@ -303,19 +303,19 @@ class WrongNumbers(WrongInitializer):
 
 
 class WrongShape(WrongInitializer):
-    caught: ClassVar = {"test_shape_and_numbers": "wrong thing"}
+    caught: ClassVar = {"test_rows_are_finite_float32": "(3, 8)"}
 
     class initializer(Initializer):
-        """One row for all."""
+        """One row for all tokens."""
 
         def rows(self, view: TableView, tokens: Any, argument: Any, streams: Any) -> Any:
             return mean(view, tokens)[:1]
 
 
 class WrongDraws(WrongInitializer):
-    """Random numbers of its own."""
+    """It draws random numbers that no seed controls."""
 
-    caught: ClassVar = {"test_the_same_again": "assert"}
+    caught: ClassVar = {"test_rows_depend_on_seed_only_if_drawn": "assert"}
 
     class initializer(Initializer):
         """Random."""
@@ -324,8 +324,8 @@ class WrongDraws(WrongInitializer):
             return mean(view, tokens) * np.random.default_rng().standard_normal()
 
 
-class WrongWordOnDraws(WrongInitializer):
-    caught: ClassVar = {"test_the_same_again": "assert"}
+class WrongDrawsAttribute(WrongInitializer):
+    caught: ClassVar = {"test_rows_depend_on_seed_only_if_drawn": "assert"}
     draws = True
 
     class initializer(Initializer):
@@ -336,27 +336,27 @@ class WrongWordOnDraws(WrongInitializer):
 
 
 class WrongNeighbours(WrongInitializer):
-    caught: ClassVar = {"test_a_row_does_not_depend_on_the_tokens_beside_it": "Not equal"}
+    caught: ClassVar = {"test_each_row_is_independent_of_other_tokens": "Not equal"}
 
     class initializer(Initializer):
-        """Shared among the tokens."""
+        """The mean, divided by the number of tokens."""
 
         def rows(self, view: TableView, tokens: Any, argument: Any, streams: Any) -> Any:
             return mean(view, tokens) / len(tokens)
 
 
 class WrongSpareRows(WrongInitializer):
-    caught: ClassVar = {"test_spare_rows_do_not_count": "assert"}
+    caught: ClassVar = {"test_spare_rows_are_ignored": "assert"}
 
     class initializer(Initializer):
-        """The mean of everything."""
+        """The mean of all rows, spare ones included."""
 
         def rows(self, view: TableView, tokens: Any, argument: Any, streams: Any) -> Any:
             return np.tile(view.rows(range(view.shape[0])).mean(axis=0), (len(tokens), 1))
 
 
-class WrongWordOnSpareRows(WrongInitializer):
-    caught: ClassVar = {"test_spare_rows_do_not_count": "assert"}
+class WrongTakesSpareRows(WrongInitializer):
+    caught: ClassVar = {"test_spare_rows_are_ignored": "assert"}
     takes_spare_rows = True
 
     class initializer(Initializer):
@@ -367,12 +367,12 @@ class WrongWordOnSpareRows(WrongInitializer):
 
 
 class WrongState(WrongInitializer):
-    """Each call gives something else."""
+    """Each call returns other rows."""
 
-    caught: ClassVar = {"test_the_same_wherever_the_table_lies": "assert"}
+    caught: ClassVar = {"test_same_rows_in_model_and_state_dict": "assert"}
 
     class initializer(Initializer):
-        """Counts."""
+        """The mean plus a counter."""
 
         calls = itertools.count()
 
@@ -381,7 +381,7 @@ class WrongState(WrongInitializer):
 
 
 class WrongSpace(WrongInitializer):
-    caught: ClassVar = {"test_each_table_in_its_own_space": "assert"}
+    caught: ClassVar = {"test_head_rows_come_from_the_head": "assert"}
 
     class initializer(Initializer):
         """Ones."""
@@ -391,12 +391,12 @@ class WrongSpace(WrongInitializer):
 
 
 class WrongSize(WrongInitializer):
-    """Larger than a narrow dtype holds."""
+    """Its rows overflow fp16."""
 
-    caught: ClassVar = {"test_new_tokens_in_a_checkpoint_start_so": ""}
+    caught: ClassVar = {"test_add_tokens_checkpoint_writes_these_rows": ""}
 
     class initializer(Initializer):
-        """The mean, far away."""
+        """The mean times 1e8."""
 
         def rows(self, view: TableView, tokens: Any, argument: Any, streams: Any) -> Any:
             return mean(view, tokens) * 1e8
@@ -406,7 +406,7 @@ class WrongSize(WrongInitializer):
 
 
 class WrongStore(StoreContract):
-    """A contract that nothing but its wrong store breaks."""
+    """A contract of a store with one fault."""
 
     store: ClassVar[type[NpyStore]]
     caught: ClassVar[dict[str, str]]
@@ -425,7 +425,7 @@ class WrongStore(StoreContract):
 
 
 class WrongTies(WrongStore):
-    caught: ClassVar = {"test_it_finds_the_tables": "", "test_the_projection_names_its_rows": ""}
+    caught: ClassVar = {"test_graph_has_the_tables": "", "test_plan_can_name_the_head": ""}
 
     class store(NpyStore):
         def __init__(self, directory: Path, architectures: Mapping[str, Layout] = ARCHITECTURES) -> None:
@@ -435,7 +435,7 @@ class WrongTies(WrongStore):
 
 
 class WrongOrder(WrongStore):
-    caught: ClassVar = {"test_rows_are_read_in_the_order_asked_for": "bits"}
+    caught: ClassVar = {"test_rows_are_read_in_the_given_order": "bits"}
 
     class store(NpyStore):
         def read_rows(self, name: str, indices: tuple[int, ...]) -> RawArray:
@@ -445,7 +445,7 @@ class WrongOrder(WrongStore):
 class WrongNeighbour(WrongStore):
     """It writes one row too many."""
 
-    caught: ClassVar = {"test_rows_are_rounded_once": ""}
+    caught: ClassVar = {"test_set_rows_rounds_once_and_is_undone": ""}
 
     class store(NpyStore):
         def write_rows(self, name: str, indices: tuple[int, ...], rows: RawArray) -> None:
@@ -454,7 +454,7 @@ class WrongNeighbour(WrongStore):
 
 
 class WrongBlock(WrongStore):
-    caught: ClassVar = {"test_whole_tables_go_block_by_block": ""}
+    caught: ClassVar = {"test_set_blocks_is_undone": ""}
 
     class store(NpyStore):
         def write_block(self, name: str, start: int, rows: RawArray) -> None:
@@ -462,22 +462,22 @@ class WrongBlock(WrongStore):
 
 
 class WrongCache(WrongStore):
-    """Each block is written once, so that nothing is taken back."""
+    """It writes each block only once, so that a failed edit cannot be undone."""
 
-    caught: ClassVar = {"test_a_block_that_fails_takes_everything_back": ""}
+    caught: ClassVar = {"test_failed_block_restores_everything": ""}
 
     class store(NpyStore):
         def write_block(self, name: str, start: int, rows: RawArray) -> None:
-            done = vars(self).setdefault("done", set())
-            if start not in done:
+            written = vars(self).setdefault("written", set())
+            if start not in written:
                 super().write_block(name, start, rows)
-            done.add(start)
+            written.add(start)
 
 
 class WrongShapes(WrongStore):
-    """It says that there is a row more."""
+    """Its graph has one row too many."""
 
-    caught: ClassVar = {"test_a_bad_plan_is_refused_before_anything_changes": ""}
+    caught: ClassVar = {"test_invalid_plan_changes_nothing": ""}
 
     class store(NpyStore):
         def __init__(self, directory: Path, architectures: Mapping[str, Layout] = ARCHITECTURES) -> None:
@@ -487,9 +487,9 @@ class WrongShapes(WrongStore):
 
 
 class WrongIntegers(WrongStore):
-    """It takes integers for floats."""
+    """It reads integers as floats."""
 
-    caught: ClassVar = {"test_integers_are_refused": ""}
+    caught: ClassVar = {"test_integer_table_is_refused": ""}
 
     class store(NpyStore):
         def __init__(self, directory: Path, architectures: Mapping[str, Layout] = ARCHITECTURES) -> None:
@@ -501,15 +501,15 @@ class WrongIntegers(WrongStore):
 
 
 class WrongNoRecord(WrongStore):
-    """Its homes are directories, which nobody could open."""
+    """Its homes are directories, but it has no record that could open them."""
 
-    caught: ClassVar = {"test_the_record_knows_its_own": "name its record"}
+    caught: ClassVar = {"test_record_recognises_and_opens": "isinstance(home"}
     store = NpyStore
 
 
 class WrongRecord(WrongStore):
-    """Every directory is its own."""
+    """It recognises every directory."""
 
-    caught: ClassVar = {"test_the_record_knows_its_own": "recognises"}
+    caught: ClassVar = {"test_record_recognises_and_opens": "recognises"}
     store = NpyStore
     record = StoreRecord("npy", lambda directory: True, NpyStore)

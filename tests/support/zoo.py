@@ -1,10 +1,8 @@
-"""Tiny, randomly initialised instances of every language-model architecture of the installed transformers.
+"""Tiny, randomly initialised models of every language-model architecture of the installed transformers.
 
-This module is responsible for turning a class name into a small model in evaluation mode, its inputs and
-its vocabulary logits, without downloading anything and without the test-suite of transformers.  A
-configuration is made small generically: each numeric field of a config class, and of the config classes
-nested in it, is looked up by name in ``zoo_overrides.DIMENSIONS``; what the names cannot say is in the
-per-class tables of the same module.
+Builds a small model in evaluation mode from a class name, with its inputs and vocabulary logits, without a download and
+without the test suite of transformers. Configs are made small generically: each numeric field of a config class and of
+its nested configs is looked up by name in ``zoo_overrides.DIMENSIONS``. Exceptions are in the per-class tables there.
 """
 
 from __future__ import annotations
@@ -26,13 +24,13 @@ from tests.support import zoo_overrides as table
 
 UNBUILDABLE: dict[str, str] = table.UNBUILDABLE
 
-# Ordinary ids are drawn from this range; every special id is moved outside of it.
 FIRST_ORDINARY_ID, LAST_ORDINARY_ID = 12, 60
+"""The range of ordinary ids. Every special id is moved out of it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One architecture: the class name (with an optional ``[variant]``) and how it is fed."""
+    """One architecture: its class name, with an optional ``[variant]``, and the kind of its inputs."""
 
     name: str
     kind: str
@@ -44,7 +42,7 @@ class Case:
 
 @functools.cache
 def _model_types() -> dict[str, dict[str, str]]:
-    """Class name -> model type, for each mapping of ``modeling_auto`` that is covered."""
+    """Return class name -> model type, for each mapping of ``modeling_auto`` in ``TASKS``."""
     found: dict[str, dict[str, str]] = {}
     for task in table.TASKS:
         names = getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES", {})
@@ -70,7 +68,7 @@ def _kind(name: str, tasks: set[str]) -> str:
 
 @functools.cache
 def cases() -> tuple[Case, ...]:
-    """Every architecture that can be built here, sorted by name; imports no modelling file."""
+    """Return every architecture that can be built, sorted by name. Imports no modelling file."""
     tasks: dict[str, set[str]] = {}
     for task, names in _model_types().items():
         for name in names:
@@ -90,11 +88,11 @@ def _model_class(case: Case) -> type[torch.nn.Module]:
 
 
 @functools.cache
-def _stand_in_for_timm() -> None:
-    """Give Gemma 3n's vision config a small tower: the real one comes from timm, which is not installed."""
+def _register_vision_tower() -> None:
+    """Register a small vision tower for Gemma 3n: the real one comes from timm, which is not installed."""
     from transformers import Gemma3nVisionConfig
 
-    class VisionStandIn(PreTrainedModel):
+    class VisionTower(PreTrainedModel):
         config_class = Gemma3nVisionConfig
 
         def __init__(self, config: Gemma3nVisionConfig) -> None:
@@ -102,7 +100,7 @@ def _stand_in_for_timm() -> None:
             self.projection = torch.nn.Linear(config.hidden_size, config.hidden_size)
             self.post_init()
 
-    AutoModel.register(Gemma3nVisionConfig, VisionStandIn, exist_ok=True)
+    AutoModel.register(Gemma3nVisionConfig, VisionTower, exist_ok=True)
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:
@@ -118,7 +116,7 @@ def _is_id(name: str) -> bool:
 
 
 class _Shrinker:
-    """Builds the tiny configuration of one case; special ids are shared by name among nested configs."""
+    """Builds the tiny config of one case. Nested configs share special ids by name."""
 
     def __init__(self) -> None:
         self.ids: dict[str, int] = {}
@@ -129,7 +127,7 @@ class _Shrinker:
         given: dict[str, Any],
         defaults: dict[str, Any] | None = None,
     ) -> PreTrainedConfig:
-        """The tiny config: ``given`` wins over the tables, the tables over ``defaults`` and the class."""
+        """Return the tiny config: ``given`` overrides the tables, and these ``defaults`` and the class."""
         fields = {field.name: _default(field) for field in dataclasses.fields(config_class)} | (defaults or {})
         given = copy.deepcopy({**table.CONFIGS.get(config_class.__name__, {}), **given})
         for field, consequence in table.WITH_FIELD.items():
@@ -176,7 +174,7 @@ class _Shrinker:
 def _config(case: Case, model_class: type[torch.nn.Module]) -> PreTrainedConfig:
     config_class = getattr(model_class, "config_class", None)
     if config_class is None:
-        raise TypeError(f"{case.name} names no configuration class")
+        raise TypeError(f"{case.name} has no config_class")
     given = dict(table.VARIANTS.get(case.name, {}))
     fields = {field.name for field in dataclasses.fields(config_class)}
     if "is_decoder" in fields:
@@ -193,7 +191,7 @@ def _nested(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
 
 
 def _set_tie(config: PreTrainedConfig, tie: bool) -> None:
-    """Set the tie at the top and in every nested config that owns a vocabulary."""
+    """Set the tie flag at the top and in every nested config with a vocabulary."""
     config.tie_word_embeddings = tie
     for inner in _nested(config):
         if hasattr(inner, "tie_word_embeddings") and getattr(inner, "vocab_size", None) is not None:
@@ -201,10 +199,10 @@ def _set_tie(config: PreTrainedConfig, tie: bool) -> None:
 
 
 def build(case: Case, *, seed: int = 0, tie: bool | None = None) -> torch.nn.Module:
-    """A tiny fp32 model of the case in evaluation mode, with every weight and bias randomised under seed."""
+    """Build a tiny fp32 model of the case in evaluation mode, with every weight and bias randomised by the seed."""
     model_class = _model_class(case)
     if case.class_name in table.NEEDS_TIMM:
-        _stand_in_for_timm()
+        _register_vision_tower()
     config = _config(case, model_class)
     if tie is not None:
         _set_tie(config, tie)
@@ -219,7 +217,7 @@ def build(case: Case, *, seed: int = 0, tie: bool | None = None) -> torch.nn.Mod
 
 @torch.no_grad()
 def _randomise(model: torch.nn.Module, seed: int) -> None:
-    """Make every parameter non-trivial in place: ties stay tied, sinusoids and most buffers as they are."""
+    """Randomise every parameter in place. Ties stay tied, sinusoids and most buffers stay unchanged."""
     generator = torch.Generator().manual_seed(seed)
 
     def noise(like: torch.Tensor, std: float) -> torch.Tensor:
@@ -248,7 +246,7 @@ def _randomise(model: torch.nn.Module, seed: int) -> None:
 
 
 def inputs(case: Case, model: torch.nn.Module, *, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Keyword arguments for one forward: ordinary ids only, two rows of different content."""
+    """Return keyword arguments for one forward: ordinary ids only, in two different samples."""
     generator = torch.Generator().manual_seed(seed + 1)
 
     def ids(length: int) -> torch.Tensor:
@@ -273,9 +271,9 @@ def inputs(case: Case, model: torch.nn.Module, *, seed: int = 0) -> dict[str, to
 
 
 def logits(output: Any) -> torch.Tensor:
-    """The vocabulary logits of a model output."""
+    """Return the vocabulary logits of a model output."""
     for name in table.LOGIT_NAMES:
         value = getattr(output, name, None)
         if isinstance(value, torch.Tensor):
             return value
-    raise TypeError(f"{type(output).__name__} carries no vocabulary logits")
+    raise TypeError(f"{type(output).__name__} has no vocabulary logits")

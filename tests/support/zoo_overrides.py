@@ -1,8 +1,7 @@
-"""The tables of the model zoo: how each configuration is made tiny and what each model is fed.
+"""The tables of the model zoo: the values that make each config tiny, and the inputs of each model.
 
-This module is responsible for data only.  ``DIMENSIONS`` serves every configuration by field name;
-``CONFIGS`` holds what one configuration class needs besides (keyed by its name, nested ones included);
-``INPUTS`` holds what the forward of one model class needs besides ordinary ids.
+Data only. ``DIMENSIONS`` has values by field name for every config, ``CONFIGS`` further fields by the name of a config
+class, nested ones included, and ``INPUTS`` the inputs of a model class other than ordinary ids. ``zoo.py`` uses them.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ HEAD = HIDDEN // HEADS
 LAYERS = 2
 POSITIONS = 64
 
-# The mappings of transformers.models.auto.modeling_auto that are covered.
+# The mappings of transformers.models.auto.modeling_auto that the zoo covers.
 TASKS = (
     "CAUSAL_LM",
     "MASKED_LM",
@@ -87,7 +86,7 @@ _BY_VALUE: dict[int, str] = {
 # Field name -> tiny value, for fields whose default is a number.
 DIMENSIONS: dict[str, int] = {name: value for value, names in _BY_VALUE.items() for name in names.split()}
 
-# Fields of DIMENSIONS that are set even where their default is None.
+# Fields of DIMENSIONS that are set even if their default is None.
 EVEN_IF_NONE = {"num_key_value_heads"}
 
 # Numeric fields whose name contains one of these are set to zero: no randomness in train mode either.
@@ -96,10 +95,10 @@ NOISE = ("dropout", "layerdrop", "pdrop", "drop_path", "jitter")
 # Integer fields with these endings are token ids.
 ID_SUFFIXES = ("_token_id", "_token_ids", "_token_index", "_id", "_ids", "_index")
 
-# Parameters of two or more dimensions whose initial values carry meaning; they are jittered, not replaced.
+# Parameters of two or more dimensions with meaningful initial values: noise is added to them.
 NEAR_INITIAL = {"A_log", "D", "dt_bias", "decay"}
 RANDOM_BUFFERS = {"final_logits_bias", "e_score_correction_bias"}
-# Scalar buffers that only calibration would fill: the activation range of the quantised I-BERT.
+# Scalar buffers that calibration would set: the activation range of the quantised I-BERT.
 SCALAR_BUFFERS = {"x_min": -8.0, "x_max": 8.0}
 LOGIT_NAMES = ("logits", "prediction_logits", "lm_logits")
 
@@ -115,17 +114,17 @@ KINDS: dict[str, str] = {
 }
 VARIANTS: dict[str, dict[str, Any]] = {"IBertForMaskedLM[quant]": {"quant_mode": True}}
 UNBUILDABLE: dict[str, str] = {
-    "InklingForConditionalGeneration": "its vision tower plans its scales with scipy, which is not installed",
-    "Llama4ForConditionalGeneration": "its forward asks a text output for images, and fails (transformers 5.24)",
-    "PI0ForConditionalGeneration": "a robot policy: its forward gives velocities of actions, no logits",
+    "InklingForConditionalGeneration": "its vision tower needs scipy, which is not installed",
+    "Llama4ForConditionalGeneration": "its forward expects images in a text output, and fails (transformers 5.24)",
+    "PI0ForConditionalGeneration": "a robot policy: its forward returns velocities of actions, not logits",
     "Qwen2_5OmniForConditionalGeneration": "has no forward: it generates only; its thinker is covered",
     "Qwen3OmniMoeForConditionalGeneration": "has no forward: it generates only; its thinker is covered",
 }
 
-# Models whose vision tower is replaced, because no configuration avoids timm.
+# Models whose vision tower is replaced, because every config of it needs timm.
 NEEDS_TIMM = {"Gemma3nForConditionalGeneration"}
 
-# What the presence of a field asks of the same config: latent attention has one key head per head.
+# Field -> other fields that a config with it needs: latent attention has one key head per head.
 WITH_FIELD: dict[str, dict[str, Any]] = {"kv_lora_rank": {"num_key_value_heads": HEADS}}
 
 _LINEAR_FULL = {"layer_types": ["linear_attention", "full_attention"]}
@@ -151,7 +150,7 @@ _SEAMLESS = {
     "t2u_vocab_size": 53,
     "unit_hifi_gan_vocab_size": 47,
 }
-# transformers 5.23 asks that all layers of this assistant share their keys, and refuses layers that all do.
+# transformers 5.23 requires that all layers of this assistant share their keys, and refuses layers that all do.
 _ASSISTANT = {
     "num_hidden_layers": 0,
     "layer_types": [],
@@ -416,19 +415,19 @@ _PIXELS = {"pixel_values": (2, 3, 28, 28)}
 
 
 def _kept(length: int, image: int) -> Any:
-    """A position mask whose first ``image`` positions belong to the image."""
+    """Return a position mask whose first ``image`` positions belong to the image."""
     return lambda generator: (torch.arange(length) < image).long().expand(2, length).clone()
 
 
 def _patches(generator: torch.Generator) -> torch.Tensor:
-    """Pix2Struct's flattened patches: row and column number, then the values of the patch."""
+    """Return Pix2Struct's flattened patches: row and column number, then the values of the patch."""
     values = torch.randn(2, 4, 32, generator=generator)
     places = torch.tensor([[1.0, 1.0], [1.0, 2.0], [2.0, 1.0], [2.0, 2.0]]).expand(2, 4, 2)
     return torch.cat([places, values], dim=-1)
 
 
 def _boxes(generator: torch.Generator) -> torch.Tensor:
-    """Boxes of a document, each coordinate within the page."""
+    """Return boxes of a document, with coordinates within the page."""
     return torch.rand(2, 7, 4, generator=generator).sort(dim=-1).values
 
 
@@ -437,7 +436,7 @@ def _ids(*shape: int, top: int = 60) -> Any:
 
 
 def _shared_states(generator: torch.Generator) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """The key and value states that an assistant reads from its target model."""
+    """Return the key and value states that an assistant reads from its target model."""
     return {
         kind: (
             torch.randn(2, 2, 7, HEAD, generator=generator),
@@ -455,7 +454,7 @@ _ASSISTED = {
 }
 _SPEECH = {"input_ids": None, "attention_mask": None}
 
-# Model class -> input name -> shape of normal noise, number of ids, function, or None: left out.
+# Model class -> input name -> shape of normal noise, number of ids, function, or None to omit it.
 INPUTS: dict[str, dict[str, Any]] = {
     "BlipForConditionalGeneration": _PIXELS,
     "Blip2ForConditionalGeneration": _PIXELS,

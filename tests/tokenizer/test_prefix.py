@@ -1,4 +1,4 @@
-"""Tokens before every text, as each kind of tokenizer has it: post-processors, classes, chat templates."""
+"""Prefixes for each kind of tokenizer: post-processors, tokenizer classes and chat templates."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from tokenizers import processors
 
 from embedsurgery.errors import EmbedSurgeryError, PlanError, UnsupportedError
 from embedsurgery.plan import AddTokens, PatchFile, Prefix, Token
-from embedsurgery.tokenizer.classes import plain_config, rebuilds
+from embedsurgery.tokenizer.classes import replaces_post_processor, use_plain_class
 from embedsurgery.tokenizer.live import change_tokens, undo_of
 from embedsurgery.tokenizer.patching import check_prefix, token_patches
 from tests.support import baked, tokenizers
+from tests.support.errors import raises
 
 TEXTS = ("hello world", "the quick  brown fox", "a", "")
 CHAT = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
@@ -47,7 +48,7 @@ BUILD: dict[str, Callable[[], Any]] = {
 
 
 def edit_for(tokenizer: Any, **options: bool) -> AddTokens:
-    """Three virtual tokens for a tokenizer."""
+    """Return the edit that adds three virtual tokens and a prefix of them."""
     first = max(tokenizer.get_vocab().values()) + 1
     contents = tuple(f"<|soft:poet:{n}|>" for n in range(3))
     tokens = tuple(Token(text, first + n, special=True) for n, text in enumerate(contents))
@@ -61,7 +62,7 @@ def apply_patches(folder: Path, patches: tuple[PatchFile, ...]) -> None:
 
 
 def check(old: Any, new: Any, edit: AddTokens) -> None:
-    """Every encoding is the old one with the virtual tokens at their place, and nothing else."""
+    """Check that every encoding is the old one with the virtual tokens inserted, and nothing else."""
     assert edit.prefix is not None
     ids = list(edit.prefix.ids)
     for inner in (old._tokenizer, new._tokenizer):
@@ -116,7 +117,7 @@ def test_on_disk_and_in_memory(kind: str, after_bos: bool, tmp_path: Path) -> No
     )
 
 
-def test_flags_for_which_transformers_4_makes_its_own_processor_go(tmp_path: Path) -> None:
+def test_flags_that_rebuild_the_post_processor_in_transformers_4_are_removed(tmp_path: Path) -> None:
     tokenizers.KINDS["llama-2"].build().save_pretrained(tmp_path)
     path = tmp_path / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"add_bos_token": True, "add_eos_token": False}))
@@ -130,8 +131,8 @@ def test_flags_for_which_transformers_4_makes_its_own_processor_go(tmp_path: Pat
     check(old, tr.AutoTokenizer.from_pretrained(tmp_path), edit)
 
 
-def test_older_files(tmp_path: Path) -> None:
-    """As transformers 4 wrote them: added tokens in three files, roles in two."""
+def test_files_of_transformers_4(tmp_path: Path) -> None:
+    """Added tokens are in three files, roles in two."""
     for kind in ("llama-3", "word-piece", "t5"):
         folder = tmp_path / kind
         folder.mkdir()
@@ -173,34 +174,34 @@ def test_chat_templates(after_bos: bool, place: str, tmp_path: Path) -> None:
     assert live.chat_template == BOS_FIRST
 
 
-def test_what_is_refused(tmp_path: Path) -> None:
+def test_refused_prefixes(tmp_path: Path) -> None:
     tokenizer = tokenizers.KINDS["llama-2"].build()
     tokenizer.save_pretrained(tmp_path)
     edit = edit_for(tokenizer)
     assert edit.prefix is not None
     before = tokenizers.files(tmp_path)
 
-    def refused(kind: type[EmbedSurgeryError], match: str, **options: bool) -> None:
+    def check_refused(kind: type[EmbedSurgeryError], fields: dict[str, object], **options: bool) -> None:
         prefix = edit_for(tokenizer, **options).prefix
-        with pytest.raises(kind, match=match):
+        with raises(kind, **fields):
             token_patches(tmp_path, edit.tokens, prefix=prefix)
 
-    refused(UnsupportedError, "no chat template", texts=False)
+    check_refused(UnsupportedError, {"where": tmp_path, "expected": None, "found": None}, texts=False)
     (tmp_path / "chat_template.jinja").write_text("{% if x %}{{ bos_token + 'a' }}{% endif %}")
-    refused(UnsupportedError, "not plain", after_bos=True)
+    check_refused(UnsupportedError, {"where": "chat_template.jinja", "expected": "bos_token"}, after_bos=True)
     (tmp_path / "chat_template.jinja").write_text("You are <|soft:poet:1|>." + CHAT)
-    refused(PlanError, "holds this marker already")
+    check_refused(PlanError, {"where": "chat template 1", "found": "'<|soft:poet:1|>'"})
     (tmp_path / "chat_template.jinja").unlink()
     body = json.loads((tmp_path / "tokenizer_config.json").read_text())
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(body | {"tokenizer_class": "NllbTokenizer"}))
-    refused(UnsupportedError, "as it runs")
+    check_refused(UnsupportedError, {"where": tmp_path, "found": "NllbTokenizer"})
     (tmp_path / "tokenizer_config.json").write_bytes(before["tokenizer_config.json"])
     assert tokenizers.files(tmp_path) == before
 
 
 @pytest.mark.sweep
-def test_every_class_that_sets_its_own_post_processor_is_known() -> None:
-    """As in the installed transformers: each such class is swapped for the plain one with what it sets, or refused."""
+def test_every_class_that_replaces_the_post_processor_is_known() -> None:
+    """In the installed transformers, each such class is replaced by the plain one with its settings, or refused."""
     import inspect
 
     from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES, tokenizer_class_from_name
@@ -215,9 +216,9 @@ def test_every_class_that_sets_its_own_post_processor_is_known() -> None:
             continue
         if name == "TokenizersBackend":
             continue
-        assert rebuilds(name), name
+        assert replaces_post_processor(name), name
         try:
-            after = plain_config({"tokenizer_class": name}, {}, {}, None, "test")
+            after = use_plain_class({"tokenizer_class": name}, {}, {}, None, "test")
         except UnsupportedError:
             continue
         assert after.get("padding_side", "right") == made.padding_side

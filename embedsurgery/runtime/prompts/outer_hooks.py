@@ -1,73 +1,84 @@
-"""What the hooks of a soft prompt do around what reads the tokens: to heads, to a decoder, to what holds two stacks.
+"""Hooks of a soft prompt on the modules around those that read tokens: heads, decoders, and encoder-decoder models.
 
-Each is a pair of hooks, of which the second runs whatever happens, so that a call that fails leaves nothing behind.
+A hook that notes a running call has a second one that always runs, so that a failed call leaves nothing behind. The
+hooks on the modules that read tokens are in ``stack_hooks.py``.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
 from embedsurgery.runtime.prompts.caches import cache_of, is_filled
-from embedsurgery.runtime.prompts.inputs import IGNORED, first_of, has_input, is_by_token, size_of, with_front
-from embedsurgery.runtime.prompts.live import HeadCall, LivePrompts
-from embedsurgery.runtime.prompts.masks import extended_mask
-from embedsurgery.runtime.prompts.outputs import cut_encoder, trimmed
+from embedsurgery.runtime.prompts.inputs import (
+    IGNORED,
+    add_prompt_room,
+    are_token_labels,
+    has_input,
+    input_size,
+    text_starts,
+)
+from embedsurgery.runtime.prompts.live import HeadCall, LivePrompts, StackPrompt
+from embedsurgery.runtime.prompts.masks import extend_mask
+from embedsurgery.runtime.prompts.outputs import remove_encoder_prompt, remove_extra_entry
 from embedsurgery.runtime.prompts.stacks import Stack, can_generate
 
 
-class Decoding:
-    """A decoder whose encoder has a prompt: the mask of what it attends to there has to know it."""
+class DecoderHooks:
+    """Hook on a decoder whose encoder has a prompt: the mask of its cross-attention has to include that prompt."""
 
     def __init__(self, prompts: LivePrompts, parameters: tuple[str, ...]) -> None:
         self.prompts = prompts
         self.parameters = parameters
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Pre-hook."""
-        live = None if self.prompts.stack_calls.now() is not None else self.prompts.of("encoder")
+        """Pre-hook: extend ``encoder_attention_mask``."""
+        live = None if self.prompts.stack_calls.now() is not None else self.prompts.of_stack("encoder")
         if live is None:
             return None
         given = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
         states, mask = given.get("encoder_hidden_states"), given.get("encoder_attention_mask")
+        # States of another length were encoded without a prompt, by a caller who passes them in, for example.
         if states is None or (mask is not None and mask.shape[-1] + live.count != states.shape[1]):
-            return None  # what was encoded without a prompt
+            return None
         if mask is None and live.lengths is None:
             return None
         batch, length = states.shape[0], states.shape[1] - live.count
         if mask is None:
             mask = torch.ones(batch, length, dtype=torch.int64, device=states.device)
-        layout = live.layout(batch, length, first_of(mask), rolled=True)
-        given["encoder_attention_mask"] = extended_mask(mask, layout, came=False)
+        layout = live.layout(batch, length, text_starts(mask), rolled=True)
+        given["encoder_attention_mask"] = extend_mask(mask, layout, inserting=False)
         return (), given
 
 
-class Parent:
-    """What holds encoder and decoder: its outputs tell of the encoder's, which are cut here."""
+class EncoderDecoderHooks:
+    """Hook on the module that has encoder and decoder: its outputs include the encoder's, which are shortened here."""
 
     def __init__(self, prompts: LivePrompts, module: nn.Module) -> None:
         self.prompts = prompts
-        self.module = (module,)
+        self.module = (module,)  # in a tuple, so that it does not become a submodule
         self.parameters = tuple(inspect.signature(module.forward).parameters)
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """Post-hook."""
-        live = self.prompts.of("encoder")
+        """Post-hook: remove the encoder's prompt."""
+        live = self.prompts.of_stack("encoder")
         if live is None or live.keep:
             return None
         given = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
-        first = first_of(given.get("attention_mask"))
-        return cut_encoder(output, lambda batch, size: live.layout(batch, size - live.count, first, rolled=True))
+        first = text_starts(given.get("attention_mask"))
+        return remove_encoder_prompt(
+            output, lambda batch, size: live.layout(batch, size - live.count, first, rolled=True)
+        )
 
 
-class Heads:
-    """The root, where it is more than what reads the tokens: its labels, and outputs that keep the prompt.
+class HeadHooks:
+    """Hooks on the root if it has a head: they fit labels and outputs to the prompt.
 
-    A model of language learns to say the first token after the prompt as well, so its head gets one entry more.
+    A language model's loss compares the logits at each index with the label at the next one. So that the input's first
+    token is predicted too, by the prompt's last one, labels and logits get an extra entry in front.
     """
 
     def __init__(self, prompts: LivePrompts, stack: Stack, root: nn.Module) -> None:
@@ -77,66 +88,75 @@ class Heads:
         self.shifts = can_generate(root)
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Pre-hook."""
+        """Pre-hook: give the head's arguments the entries that its outputs will have."""
         prompts = self.prompts
         left = prompts.head_calls.now()
-        if left is not None:  # by compiled code that was broken off
+        if left is not None:  # compiled code was interrupted, and its post-hook did not run
             prompts.head_calls.end(left)
-        live = prompts.of(self.stack.name)
+        live = prompts.of_stack(self.stack.name)
         if live is None:
             return None
         given = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
         cache = cache_of(given)
         if (cache is not None and is_filled(cache)) or not has_input(given):
             return None
-        batch, length = size_of(given)
+        batch, length = input_size(given)
         labels = given.get("labels")
         if live.keep:
-            prompts.head_calls.begin(HeadCall(live.count, self.shifts and is_by_token(labels, batch, length)))
-            return (), with_front(given, live.count, prompts.filler(), batch, length)
-        if not self.shifts or not is_by_token(labels, batch, length):
+            prompts.head_calls.begin(HeadCall(live.count, self.shifts and are_token_labels(labels, batch, length)))
+            return (), add_prompt_room(given, live.count, prompts.filler_id(), batch, length)
+        if not self.shifts or not are_token_labels(labels, batch, length):
             return None
-        prompts.head_calls.begin(HeadCall(one_more=True))
+        prompts.head_calls.begin(HeadCall(extra_entry=True))
         front = labels.new_full((batch, 1), IGNORED)
-        _, lengths = live.of_batch(batch)
-        if lengths is not None:  # what has no prompt has nothing that says its first token
-            first = first_of(given.get("attention_mask"))
-            begin = torch.zeros_like(lengths) if first is None else first
-            bare = (lengths == 0)[:, None] & (torch.arange(length, device=labels.device) == begin[:, None])
-            labels = labels.masked_fill(bare, IGNORED)
+        labels = _ignore_unpredicted(labels, live, given.get("attention_mask"))
         given["labels"] = torch.cat([front, labels], dim=1)
         if isinstance(given.get("logits_to_keep"), torch.Tensor) or given.get("logits_to_keep"):
             given["logits_to_keep"] = given["logits_to_keep"] + 1
         return (), given
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """Post-hook."""
-        front = self.prompts.head_calls.now()
-        if front is None:
+        """Post-hook: remove the extra entry."""
+        head = self.prompts.head_calls.now()
+        if head is None:
             return None
-        self.prompts.head_calls.end(front)
-        if front.kept or output is None:
+        self.prompts.head_calls.end(head)
+        if head.room or output is None:
             return None
         labels = kwargs["labels"]
-        return trimmed(output, labels.shape[1])
+        return remove_extra_entry(output, labels.shape[1])
 
 
-def later_masks(prompts: LivePrompts) -> Callable[..., Any]:
-    """What makes the masks of a generation before its model runs, which is too early for a prompt."""
-    return _LaterMasks(prompts)
+def _ignore_unpredicted(labels: torch.Tensor, live: StackPrompt, mask: Any) -> torch.Tensor:
+    """Ignore the labels of first tokens in samples without a prompt, because nothing precedes and predicts them."""
+    batch, length = labels.shape
+    _, lengths = live.for_batch(batch)
+    if lengths is None:
+        return labels
+    first = text_starts(mask)
+    begin = torch.zeros_like(lengths) if first is None else first
+    bare = (lengths == 0)[:, None] & (torch.arange(length, device=labels.device) == begin[:, None])
+    return labels.masked_fill(bare, IGNORED)
 
 
-class _LaterMasks:
+class DeferredMasks:
+    """Replaces a model's ``create_masks_for_generate``, so that the masks of a generation are made in its forward.
+
+    With a static cache ``generate`` makes them before it calls the model, and so before the prompt is inserted. It is
+    a class and not a closure because models with an attachment are copied and pickled.
+    """
+
     def __init__(self, prompts: LivePrompts) -> None:
         self.prompts = prompts
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the 2-D mask as it is if a prompt is live, and else what the model would."""
         model: Any = self.prompts.model
-        if any(self.prompts.of(stack.name) is not None for stack in self.prompts.stacks):
+        if any(self.prompts.of_stack(stack.name) is not None for stack in self.prompts.stacks):
             return kwargs["attention_mask"]
         own = getattr(type(model), "create_masks_for_generate", None)
         if own is not None:
             return own(*args, **kwargs)
-        from transformers.masking_utils import create_masks_for_generate
+        from transformers.masking_utils import create_masks_for_generate  # transformers is optional
 
         return create_masks_for_generate(*args, **kwargs)

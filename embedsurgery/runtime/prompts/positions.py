@@ -1,6 +1,6 @@
-"""How a model comes by the positions of its tokens, how many it has, and how far they see: asked of it once.
+"""Finds how a model gets the positions of its tokens, how many it has, and how far its tokens attend back.
 
-What positions a prompt's tokens get is ``prompt_layout.py``'s.
+The position ids of a call with a prompt are computed in ``layout.py``.
 """
 
 from __future__ import annotations
@@ -13,72 +13,75 @@ from torch import nn
 
 from embedsurgery.graph.config import position_limit
 
-_FINDS = ("create_position_ids_from_input_ids", "get_rope_index")
-"""Methods of modules that find positions for a batch, whatever its padding."""
+_POSITION_METHODS = ("create_position_ids_from_input_ids", "get_rope_index")
+"""Methods of modules that compute a batch's positions from its ids or images, whatever its padding."""
 
-_COUNT_MASKS = frozenset({"opt"})
-"""``model_type`` of models whose positions count the tokens that the mask shows, also behind some that it hides."""
+_MASK_COUNTERS = frozenset({"opt"})
+"""``model_type`` of models whose positions count the mask's real tokens, so hidden ones inside a text move them."""
 
 
 @dataclass(frozen=True)
-class Counting:
-    """How a model comes by the positions of its tokens.
+class PositionSource:
+    """How a model gets the positions of its tokens.
 
     Attributes:
-        taken: They are among what it is given.
-        own: Where they are not given, it finds them by more than places: by the ids that are no padding, by the mask,
-            or by where pictures stand.
-        measured: It has none, and measures how far tokens lie apart.
+        accepted: ``position_ids`` is an argument of its forward.
+        derived: Without that argument it computes positions from more than indices: from the ids that are not padding,
+            from the mask, or from where images are.
+        relative: It has no absolute positions, only distances between tokens.
     """
 
-    taken: bool
-    own: bool
-    measured: bool
+    accepted: bool
+    derived: bool
+    relative: bool
 
     @classmethod
-    def of(cls, module: nn.Module, parameters: tuple[str, ...]) -> Counting:
-        """That of what reads tokens, by the parameters of its forward, and the names in it."""
+    def of(cls, module: nn.Module, parameters: tuple[str, ...]) -> PositionSource:
+        """Inspect a module that reads tokens.
+
+        Args:
+            module: The module.
+            parameters: Names of its forward's parameters.
+        """
         parts = list(module.modules())
-        own = any(hasattr(part, method) for part in parts for method in _FINDS)
+        derived = any(hasattr(part, method) for part in parts for method in _POSITION_METHODS)
         relative = any("relative" in name.rpartition(".")[2] for name, _ in module.named_modules())
         return cls(
-            taken="position_ids" in parameters,
-            own=own or getattr(getattr(module, "config", None), "model_type", None) in _COUNT_MASKS,
-            measured=relative or any("alibi" in name for name in dir(type(module))),
+            accepted="position_ids" in parameters,
+            derived=derived or getattr(getattr(module, "config", None), "model_type", None) in _MASK_COUNTERS,
+            relative=relative or any("alibi" in name for name in dir(type(module))),
         )
 
     @property
-    def stands(self) -> bool:
-        """Whether texts may begin at several places of one batch and still go on from a cache."""
-        return self.taken or self.measured
+    def allows_uneven(self) -> bool:
+        """Whether the samples of a batch that fills a cache may start at different indices."""
+        return self.accepted or self.relative
 
 
-def learned_positions(module: nn.Module) -> int | None:
-    """How many positions a model has learned; None where it computes them for any length."""
+def learned_position_limit(module: nn.Module) -> int | None:
+    """Return the number of positions that a model has learned; None if it computes them for any length."""
     limit = position_limit(getattr(module, "config", None))
     if limit is None:
         return None
-    near = range(limit, limit + 4)
-    learned = [part for name, part in module.named_modules() if _is_positions(name)]
+    near = range(limit, limit + 4)  # some tables have rows more: OPT's and BART's begin with an offset of 2
+    learned = [part for name, part in module.named_modules() if _is_position_name(name)]
     if not any(getattr(part, "num_embeddings", -1) in near for part in learned):
         return None
     padded = any(getattr(part, "padding_idx", None) is not None and part.num_embeddings == limit for part in learned)
-    return (
-        limit - 2
-        if padded and any(hasattr(p, "create_position_ids_from_input_ids") for p in module.modules())
-        else limit
-    )
+    # RoBERTa's positions start behind its padding_idx, and its config counts these rows as positions.
+    skips_padding = any(hasattr(part, "create_position_ids_from_input_ids") for part in module.modules())
+    return limit - 2 if padded and skips_padding else limit
 
 
-def _is_positions(name: str) -> bool:
+def _is_position_name(name: str) -> bool:
     last = name.rpartition(".")[2].lower()
     return "position" in last or last == "wpe"
 
 
 def window_of(config: Any) -> int | None:
-    """How far the model's tokens see back, where that is one number."""
+    """Return how many tokens back a model's tokens attend to, if that is one number."""
     for name in ("sliding_window", "attention_chunk_size"):
-        with suppress(Exception):  # where it differs from layer to layer, asking raises an error of transformers' own
+        with suppress(Exception):  # transformers raises an error of its own if the value differs between layers
             value = getattr(config, name, None)
             if isinstance(value, int):
                 return value

@@ -1,4 +1,4 @@
-"""Finds what of a model a soft prompt stands in front of: the modules that are given token ids or their embeddings."""
+"""Finds the modules of a model that get a soft prompt: those that are given token ids or their embeddings."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ from embedsurgery.graph import EmbeddingGraph
 from embedsurgery.graph.wrappers import submodule
 
 _STREAMS = frozenset({"ProphetNetDecoder"})
-"""What lays further streams of predictions beside the tokens, so that its outputs have no entry for each."""
+"""Modules that compute more streams of predictions beside the tokens, so that outputs have no entry for each token."""
 
 _REFUSED = {
     "blt": "reads bytes in patches, and hashes them",
-    "gemma3n": "looks each id up in a table for each layer as well",
-    "gemma3n_text": "looks each id up in a table for each layer as well",
-    "gemma4": "looks each id up in a table for each layer as well",
-    "gemma4_text": "looks each id up in a table for each layer as well",
-    "cpmant": "tells padding by how many ids there are, and has a prompt of its own",
-    "ibert": "has a lookup that gives scales with its vectors",
+    "gemma3n": "looks ids up in a table for each layer as well",
+    "gemma3n_text": "looks ids up in a table for each layer as well",
+    "gemma4": "looks ids up in a table for each layer as well",
+    "gemma4_text": "looks ids up in a table for each layer as well",
+    "cpmant": "finds padding by the number of ids, and has a prompt of its own",
+    "ibert": "has a lookup that returns scales with its vectors",
     "instructblip": "reads its text twice",
     "instructblipvideo": "reads its text twice",
-    "fsmt": "makes its masks by itself",
-    "speecht5": "has lookups of its own before what reads them",
+    "fsmt": "makes its own masks",
+    "speecht5": "has its lookups before the modules that read tokens",
 }
-"""``model_type`` -> why virtual tokens among its ids would not be what real ones are."""
+"""``model_type`` -> why virtual tokens among its ids would not act like real ones."""
 
 
 @dataclass(frozen=True)
 class Stack:
-    """A transformer without its head.
+    """A transformer without its head, which reads tokens.
 
     Attributes:
-        name: "model", or "encoder" or "decoder".
-        levels: Path of each module that is given ids, one inside the other, with the names of its forward's parameters;
-            "" is the root. A head may call any of them.
+        name: "model", "encoder" or "decoder".
+        levels: Path of each module that is given ids, from the outermost inwards, with the names of its forward's
+            parameters; "" is the root. A head may call any of them.
         lookups: Paths of the lookups in it.
     """
 
@@ -48,31 +48,31 @@ class Stack:
 
     @property
     def path(self) -> str:
-        """Of the outermost module."""
+        """Path of the outermost module."""
         return self.levels[0][0]
 
 
-def stacks_of(model: nn.Module, graph: EmbeddingGraph) -> tuple[Stack, ...]:
-    """What of a model reads tokens, an encoder before a decoder.
+def find_stacks(model: nn.Module, graph: EmbeddingGraph) -> tuple[Stack, ...]:
+    """Find the stacks of a model, an encoder before a decoder.
 
     Args:
-        model: Its root.
-        graph: Of it.
+        model: The root module.
+        graph: Its graph.
     """
     sites = [s.module for t in graph.tables if t.kind == "vocabulary" for s in t.sites if s.role == "input"]
     if not sites:
         sites = [s.module for t in graph.tables if t.name == graph.input for s in t.sites if s.role == "input"]
     lookups = {id(submodule(model, path)) for path in sites}
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        parts = [("encoder", _ask(model, "get_encoder")), ("decoder", _ask(model, "get_decoder"))]
+        parts = [("encoder", _call_getter(model, "get_encoder")), ("decoder", _call_getter(model, "get_decoder"))]
     else:
-        parts = [("model", _base(model))]
-    found = (_stack(name, model, part, lookups) for name, part in parts if part is not None)
+        parts = [("model", _without_head(model))]
+    found = (_make_stack(name, model, part, lookups) for name, part in parts if part is not None)
     return tuple(stack for stack in found if stack is not None)
 
 
-def _stack(name: str, model: nn.Module, part: nn.Module, lookups: set[int]) -> Stack | None:
-    """The modules from a part on inwards that are given ids; None where none is, or nothing looks them up."""
+def _make_stack(name: str, model: nn.Module, part: nn.Module, lookups: set[int]) -> Stack | None:
+    """Return the modules from a part inwards that are given ids; None if there are none, or no lookup in them."""
     outer = next((path for path, module in model.named_modules() if module is part), None)
     mine = [path for path, module in part.named_modules(remove_duplicate=False) if id(module) in lookups]
     if outer is None or not mine or (name != "model" and part is model):
@@ -90,72 +90,80 @@ def _stack(name: str, model: nn.Module, part: nn.Module, lookups: set[int]) -> S
     return Stack(name, tuple(levels), inside) if levels else None
 
 
-def _base(model: nn.Module) -> nn.Module:
-    """A model without its head, as transformers calls it; any other model itself."""
+def _without_head(model: nn.Module) -> nn.Module:
+    """Return transformers' ``base_model`` of a model, or the model itself."""
     base = getattr(model, "base_model", model)
     return base if isinstance(base, nn.Module) else model
 
 
-def _ask(model: Any, method: str) -> nn.Module | None:
+def _call_getter(model: Any, method: str) -> nn.Module | None:
     try:
         answer = getattr(model, method)()
     except (AttributeError, NotImplementedError, TypeError):
         return None
     if not isinstance(answer, nn.Module):
         return None
-    # a decoder with a head of its own, as EncoderDecoderModel has
-    return _base(answer) if answer is not model else answer
+    # the decoder of EncoderDecoderModel has a head of its own
+    return _without_head(answer) if answer is not model else answer
 
 
 def can_generate(model: Any) -> bool:
-    """Whether a model says that it generates text, so that its head says the next token."""
-    says = getattr(model, "can_generate", None)
-    return bool(says()) if callable(says) else False
+    """Whether a model generates text, so that its head predicts the next token."""
+    method = getattr(model, "can_generate", None)
+    return bool(method()) if callable(method) else False
 
 
-def need(stacks: tuple[Stack, ...], names: tuple[str, ...], model: nn.Module) -> tuple[Stack, ...]:
-    """The stacks of these names.
+def select_stacks(stacks: tuple[Stack, ...], names: tuple[str, ...], model: nn.Module) -> tuple[Stack, ...]:
+    """Select the stacks that a soft prompt is for.
 
-    A prompt for "model" is one for the only stack there is, and the other way round: files of PEFT's say less.
+    A prompt for "model" fits the only stack of any model, and one for "encoder" or "decoder" the only stack "model",
+    because PEFT's files do not say which it is.
+
+    Args:
+        stacks: The model's stacks.
+        names: The adapter's submodules.
+        model: The root module.
 
     Raises:
-        UnsupportedError: The model has none of them.
+        UnsupportedError: The model lacks one of them, or virtual tokens would not act like real ones in it.
     """
     if not stacks:
         raise UnsupportedError(
-            "a soft prompt has nothing to stand in front of",
+            "a soft prompt needs a module that reads tokens",
             where=type(model).__name__,
             expected="a module whose forward takes input_ids, with a lookup in it",
             found="none",
             hint="attach to a model that reads tokens",
         )
-    why = _REFUSED.get(getattr(getattr(model, "config", None), "model_type", ""))
-    if why is not None:
+    kind = getattr(getattr(model, "config", None), "model_type", "")
+    if kind in _REFUSED:
         raise UnsupportedError(
-            "a soft prompt cannot stand in front of this model", where=type(model).__name__, found=f"a model that {why}"
+            "this model does not support soft prompts",
+            where=type(model).__name__,
+            found=f"{kind}, which {_REFUSED[kind]}",
         )
-    chosen = _chosen(stacks, names, model)
+    chosen = _stacks_by_name(stacks, names, model)
     for stack in chosen:
         inside = {type(module).__name__ for module in submodule(model, stack.path).modules()}
         if inside & _STREAMS:
             raise UnsupportedError(
-                "a soft prompt cannot stand in front of this part of the model",
+                "this part of the model does not support soft prompts",
                 where=stack.path,
                 found=", ".join(sorted(inside & _STREAMS)),
             )
     return chosen
 
 
-def _chosen(stacks: tuple[Stack, ...], names: tuple[str, ...], model: nn.Module) -> tuple[Stack, ...]:
-    there = {stack.name: stack for stack in stacks}
+def _stacks_by_name(stacks: tuple[Stack, ...], names: tuple[str, ...], model: nn.Module) -> tuple[Stack, ...]:
+    by_name = {stack.name: stack for stack in stacks}
     if len(stacks) == 1 and len(names) == 1 and "model" in (names[0], stacks[0].name):
         return stacks
-    missing = [name for name in names if name not in there]
+    missing = [name for name in names if name not in by_name]
     if missing:
         raise UnsupportedError(
-            "the soft prompt is for a part that reads no tokens here",
+            "the soft prompt is for a part of the model that reads no tokens",
             where=type(model).__name__,
-            expected=" and ".join(there),
+            expected=" and ".join(by_name),
             found=", ".join(missing),
         )
-    return tuple(there[name] for name in names)
+    return tuple(by_name[name] for name in names)

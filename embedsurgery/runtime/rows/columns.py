@@ -1,9 +1,11 @@
-"""The logits of K rows, with the gradients that turn the old columns of frozen logits into new ones.
+"""Replaces K columns of a head's logits, with the gradients that a head with the new rows would have.
 
-A head's logits are computed with its own weight, and K of their columns are replaced. Their values are
-``hidden @ rows.T + bias``; the gradient of ``hidden`` has to lose what it gets through the K old rows, and to win what
-it gets through the new ones: what arrives times ``rows - weight[indices]``. With that, K columns cost one product
-forward and two backward; written into the logits they are one write forward and one read backward.
+The module computes the logits with its own weight, and K of their columns are replaced. The new columns are
+``hidden @ rows.T + bias``. The module's gradient of ``hidden`` contains a part through the K old rows, so the new
+columns add what is missing: their gradient times ``rows - weight[indices]``. K columns cost one product forward and two
+backward. Written into the logits, they cost one write forward and one read backward.
+
+``sites.py`` decides which rows are replaced here; many consecutive rows are cheaper in ``sliced_head.py``.
 """
 
 from __future__ import annotations
@@ -15,29 +17,29 @@ from torch.nn import functional as F
 
 from embedsurgery.runtime.rows.sparse_lookup import is_eager
 
-_CHUNK = 2 << 20
-"""Bytes of rows whose change is made at a time: what stays in a processor's cache."""
+_CHUNK_BYTES = 2 << 20
+"""Bytes of row differences that are computed at a time, so that they stay in a processor's cache."""
 
 
-def columns(
+def new_columns(
     hidden: torch.Tensor, rows: torch.Tensor, weight: torch.Tensor, indices: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    """New columns of logits, whose gradients are those of the change from old columns to them: to be added to logits.
+    """Compute new columns, with the gradients of the change from the old columns. The caller adds them to the logits.
 
     Args:
         hidden: (..., D).
         rows: The new rows, (K, D).
         weight: The table, (V, D), frozen.
-        indices: int64 (K,).
-        bias: Entries of the head's bias, (K,), which cancel in the change; or None.
+        indices: Row numbers, int64 (K,).
+        bias: Entries of the head's bias, (K,), or None. The bias cancels in the change, so it gets no gradient.
 
     Returns:
         ``hidden @ rows.T + bias``, (..., K).
     """
-    return _Columns.apply(hidden, rows, weight, indices, bias)  # type: ignore[no-untyped-call, no-any-return]
+    return _NewColumns.apply(hidden, rows, weight, indices, bias)  # type: ignore[no-untyped-call, no-any-return]
 
 
-def replaced(
+def replace_columns(
     logits: torch.Tensor,
     hidden: torch.Tensor,
     rows: torch.Tensor,
@@ -46,31 +48,31 @@ def replaced(
     start: int | None,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Logits with new columns, in their own memory.
+    """Replace columns of logits in place.
 
     Args:
-        logits: ``hidden @ weight.T + bias``, (..., V); changed in place.
-        hidden: As for `columns`.
-        rows: As for `columns`.
-        weight: As for `columns`.
-        indices: As for `columns`.
-        start: The first of the indices, where they are consecutive numbers: then slices do what is picked else.
-        bias: As for `columns`.
+        logits: ``hidden @ weight.T + bias``, (..., V), that `can_replace` accepts; changed in place.
+        hidden: As for `new_columns`.
+        rows: As for `new_columns`.
+        weight: As for `new_columns`.
+        indices: As for `new_columns`.
+        start: The first index if they are consecutive, which is faster; else None.
+        bias: As for `new_columns`.
 
     Returns:
-        (..., V), in the logits' dtype.
+        The logits, (..., V), in their dtype.
     """
     if not logits._is_view():
-        return _Replaced.apply(logits, hidden, rows, weight, indices, start, bias)  # type: ignore[no-untyped-call, no-any-return]
-    # Of a view that is changed, autograd copies the gradient twice: so what it is a view of is changed.
+        return _ReplaceColumns.apply(logits, hidden, rows, weight, indices, start, bias)  # type: ignore[no-untyped-call, no-any-return]
+    # If a view is changed in place, autograd copies its gradient twice. So the tensor under the view is changed.
     whole, shape = logits._base, logits.shape
     assert whole is not None
-    flat = _Replaced.apply(whole, hidden.reshape(-1, hidden.shape[-1]), rows, weight, indices, start, bias)  # type: ignore[no-untyped-call]
+    flat = _ReplaceColumns.apply(whole, hidden.reshape(-1, hidden.shape[-1]), rows, weight, indices, start, bias)  # type: ignore[no-untyped-call]
     return flat.view(shape)  # type: ignore[no-any-return]
 
 
 def can_replace(logits: torch.Tensor) -> bool:
-    """Whether `replaced` takes these logits: fresh ones, or a view of all of fresh ones that are (n, V)."""
+    """Whether `replace_columns` accepts logits: not a view, or a view of all of an (n, V) tensor."""
     if not is_eager() or not logits.is_contiguous():
         return False
     base = logits._base
@@ -83,7 +85,7 @@ def can_replace(logits: torch.Tensor) -> bool:
     )
 
 
-class _Columns(torch.autograd.Function):
+class _NewColumns(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
@@ -100,15 +102,11 @@ class _Columns(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         hidden, rows, weight, indices = ctx.saved_tensors
-        return (
-            *_gradients(gradients[0], hidden, rows, weight, indices, None, ctx.needs_input_grad[:2]),
-            None,
-            None,
-            None,
-        )
+        found = _input_gradients(gradients[0], hidden, rows, weight, indices, None, ctx.needs_input_grad[:2])
+        return *found, None, None, None
 
 
-class _Replaced(torch.autograd.Function):
+class _ReplaceColumns(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -123,84 +121,85 @@ class _Replaced(torch.autograd.Function):
         ctx.save_for_backward(hidden, rows, weight, indices)
         ctx.start = start
         ctx.mark_dirty(logits)
-        put(logits, F.linear(hidden, rows, bias), indices, start)
+        write_columns(logits, F.linear(hidden, rows, bias), indices, start)
         return logits
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         (gradient,) = gradients
         hidden, rows, weight, indices = ctx.saved_tensors
-        if ctx.start is None:
-            taken = gradient.gather(
-                -1, indices.expand(*gradient.shape[:-1], -1)
-            )  # row by row: half of index_select's time
+        if ctx.start is None:  # gather() reads row by row, in half of the time of index_select() over columns
+            own = gradient.gather(-1, indices.expand(*gradient.shape[:-1], -1))
         else:
-            taken = gradient.narrow(-1, ctx.start, indices.numel())
-        found = _gradients(taken, hidden, rows, weight, indices, ctx.start, ctx.needs_input_grad[1:3])
+            own = gradient.narrow(-1, ctx.start, indices.numel())
+        found = _input_gradients(own, hidden, rows, weight, indices, ctx.start, ctx.needs_input_grad[1:3])
+        # All of the gradient goes on to the logits, as their own backward uses the old rows for these columns too:
+        # _gradient_through_change() corrects that.
         return gradient, *found, None, None, None, None
 
 
-def put(logits: torch.Tensor, new: torch.Tensor, indices: torch.Tensor, start: int | None) -> None:
+def write_columns(logits: torch.Tensor, new: torch.Tensor, indices: torch.Tensor, start: int | None) -> None:
     """Write columns into logits, in place.
 
     Args:
         logits: (..., V).
-        new: (..., K).
+        new: The columns, (..., K).
         indices: int64 (K,).
-        start: As for `replaced`.
+        start: As for `replace_columns`.
     """
     if start is None:
-        logits.scatter_(-1, indices.expand(new.shape), new.to(logits.dtype))  # row by row, as memory lies
+        logits.scatter_(-1, indices.expand(new.shape), new.to(logits.dtype))  # row by row, in the order of the memory
     else:
         logits.narrow(-1, start, indices.numel()).copy_(new)
 
 
-def _gradients(
+def _input_gradients(
     gradient: torch.Tensor,
     hidden: torch.Tensor,
     rows: torch.Tensor,
     weight: torch.Tensor,
     indices: torch.Tensor,
     start: int | None,
-    wanted: tuple[bool, ...],
+    needed: tuple[bool, ...],
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Those of hidden, (..., D), and rows, (K, D), where they are wanted; under autocast what arrives has its dtype."""
+    """Return the gradients of hidden, (..., D), and of rows, (K, D), if needed.
+
+    Under autocast ``gradient`` has another dtype than they, and the products are computed in it.
+    """
     to_hidden = to_rows = None
-    if wanted[0]:
-        to_hidden = _through_change(gradient, rows, weight, indices, start).to(hidden.dtype)
-    if wanted[1]:
+    if needed[0]:
+        to_hidden = _gradient_through_change(gradient, rows, weight, indices, start).to(hidden.dtype)
+    if needed[1]:
         flat = gradient.reshape(-1, gradient.shape[-1])
         inputs = hidden.reshape(-1, hidden.shape[-1]).to(gradient.dtype)
         to_rows = (flat.t() @ inputs).to(rows.dtype)
     return to_hidden, to_rows
 
 
-def _through_change(
+def _gradient_through_change(
     gradient: torch.Tensor, rows: torch.Tensor, weight: torch.Tensor, indices: torch.Tensor, start: int | None
 ) -> torch.Tensor:
-    """``gradient @ (rows - weight[indices])``, (..., D); the change, (K, D), is never there as a whole."""
+    """Return ``gradient @ (rows - weight[indices])``, (..., D), from chunks of the (K, D) difference."""
     count, width = rows.shape
     flat = gradient.reshape(-1, count)
-    step = max(_CHUNK // (width * rows.element_size()), flat.shape[0], 1) if is_eager() else count
+    step = max(_CHUNK_BYTES // (width * rows.element_size()), flat.shape[0], 1) if is_eager() else count
 
-    def part(first: int, size: int) -> torch.Tensor:
-        old = (
-            weight.index_select(0, indices[first : first + size])
-            if start is None
-            else weight.narrow(0, start + first, size)
-        )
+    def difference(first: int, size: int) -> torch.Tensor:
+        if start is None:
+            old = weight.index_select(0, indices[first : first + size])
+        else:
+            old = weight.narrow(0, start + first, size)
         return (rows.narrow(0, first, size) - old).to(gradient.dtype)
 
     if step >= count:
-        return gradient @ part(0, count)
-    total = torch.zeros(
-        (flat.shape[0], width), dtype=torch.promote_types(gradient.dtype, torch.float32), device=flat.device
-    )
+        return gradient @ difference(0, count)
+    dtype = torch.promote_types(gradient.dtype, torch.float32)
+    total = torch.zeros((flat.shape[0], width), dtype=dtype, device=flat.device)
     for first in range(0, count, step):
         size = min(step, count - first)
-        here = flat.narrow(1, first, size)
+        part = flat.narrow(1, first, size)
         if total.dtype == gradient.dtype:
-            total = torch.addmm(total, here, part(first, size))
+            total = torch.addmm(total, part, difference(first, size))
         else:
-            total = total + here @ part(first, size)
+            total = total + part @ difference(first, size)
     return total.reshape(*gradient.shape[:-1], width)

@@ -1,7 +1,7 @@
-"""Weights that have the live rows for code outside of every forward, while a with-block lasts.
+"""Weights with the live rows for code outside of all forwards, inside `Attachment.materialized`.
 
-A loop of one's own that gives ``model.lm_head.weight`` to a fused loss reads it where no hook comes by. What stands in
-for the weight is as in ``standin.py``, but follows the rows: after an optimizer's step the next read has the new ones.
+A training loop that passes ``model.lm_head.weight`` to a fused loss reads it where no hook runs. The weight is covered
+as in ``stand_in.py``, but the next read after an optimizer's step has the new rows.
 """
 
 from __future__ import annotations
@@ -15,79 +15,80 @@ from torch import nn
 from embedsurgery.errors import UnsupportedError
 from embedsurgery.graph import EmbeddingGraph, Table
 from embedsurgery.runtime.rows.full_copy import full_copy
-from embedsurgery.runtime.rows.overlays import Holder, StandIns
+from embedsurgery.runtime.rows.overlays import Holder, LazyOverlay
 from embedsurgery.runtime.rows.rows import Rows
-from embedsurgery.runtime.rows.sites import held, holders
-from embedsurgery.runtime.rows.stand_in import Source, StandIn, stand_in
+from embedsurgery.runtime.rows.sites import parameter_of, table_holders
+from embedsurgery.runtime.rows.stand_in import LazySource, LazyWeight, make_lazy_weight
 from embedsurgery.runtime.rows.whole_tables import has_whole_tables
 from embedsurgery.tensors.sharded import is_sharded
 
 
-class Standing(StandIns):
-    """What stands in for one table's weights from `lay` to `take_away`.
+class MaterializedWeights(LazyOverlay):
+    """Covers one table's weights from `cover` to `uncover`.
 
     Args:
-        table: What it is for.
+        table: The table.
         holders: Every alias of it.
-        live: The rows that are live for it.
+        live: Its live rows.
     """
 
     def __init__(self, table: Table, holders: list[Holder], live: list[Rows]) -> None:
-        super().__init__(table, holders, live, _say_nothing, ())
+        super().__init__(table, holders, live, _ignore_reads, ())
 
-    def lay(self) -> None:
-        """Lay it over the weights, if rows are live.
+    def cover(self) -> None:
+        """Cover the weights, if rows are live.
 
         Raises:
-            UnsupportedError: A table in pieces, one whose rows are computed, or a batch that mixes adapters.
+            UnsupportedError: A sharded table, a table that is overridden as a whole, or a batch that mixes adapters.
         """
         if not self.live:
             return
-        parts = [*(rows.values for rows in self.live), *(held(m, n) for m, n, _ in self.holders)]
+        parts = [*(rows.values for rows in self.live), *(parameter_of(m, n) for m, n, _ in self.holders)]
         found = (
-            "a table in pieces"
+            "a sharded table"
             if any(is_sharded(part) or hasattr(part, "ds_id") for part in parts)
-            else "a table that is changed as a whole"
+            else "a table that is overridden as a whole"
             if has_whole_tables(self.live)
-            else "a batch that mixes adapters"
+            else "a batch in per_sample()"
             if any(rows.samples is not None for rows in self.live)
             else None
         )
         if found is not None:
             raise UnsupportedError(
-                "a weight cannot be shown outside of the forwards",
+                "attachment.materialized() does not support this",
                 where=self.table.name,
                 found=found,
-                hint="read it in the forward of the model",
+                hint="read the weight in the forward of the model",
             )
         module, name, transposed = self.holders[0]
-        base = held(module, name)
-        source = _Following(self.table, base.t() if transposed else base, tuple(self.live), _say_nothing, self.bare)
-        made: dict[int, StandIn] = {}
+        base = parameter_of(module, name)
+        table = base.t() if transposed else base
+        source = _CurrentSource(self.table, table, tuple(self.live), _ignore_reads, self.running_sites)
+        made: dict[int, LazyWeight] = {}
         with torch.enable_grad():
             for module, name, transposed in self.holders:
-                weight = held(module, name)
+                weight = parameter_of(module, name)
                 if id(weight) not in made:
-                    made[id(weight)] = stand_in(weight, transposed, source)
-                self._over(module, name, made[id(weight)])
+                    made[id(weight)] = make_lazy_weight(weight, transposed, source)
+                self._cover(module, name, made[id(weight)])
 
     def __getstate__(self) -> dict[str, Any]:
         raise UnsupportedError(
-            "a model cannot be copied while attachment.materialized() lasts",
+            "a model cannot be copied inside attachment.materialized()",
             where=self.table.name,
-            hint="copy it before",
+            hint="copy it before the with-block",
         )
 
 
-class _Following(Source):
-    """A source that outlives steps of an optimizer, of which some write where no version counts it: ``.data``."""
+class _CurrentSource(LazySource):
+    """A source that notices changed rows. It compares values, because a write to ``.data`` counts in no version."""
 
     seen: Any = None
     values: list[torch.Tensor]
 
-    def whole(self, function: Any) -> torch.Tensor:
-        if torch.compiler.is_compiling():  # of compiled code each read makes its own, which asks for no values
-            self._begin(function, True)
+    def full_table(self, function: Any) -> torch.Tensor:
+        if torch.compiler.is_compiling():  # it cannot compare values, so each read makes a copy
+            self._note_read(function, True)
             return full_copy(self.base, self.rows)
         rows = [rows.values for rows in self.rows]
         now = (
@@ -101,23 +102,28 @@ class _Following(Source):
             self.seen = now
             self.values = [one.detach().clone() for one in rows]
             self.grad = torch.is_grad_enabled()
-        return super().whole(function)
+        return super().full_table(function)
 
 
 def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.dtype == other.dtype and one.device == other.device and torch.equal(one, other)
 
 
-def standing(model: nn.Module, graph: EmbeddingGraph, live: Mapping[str, list[Rows]]) -> list[Standing]:
-    """What stands in for each table that rows may be live for.
+def materialized_weights(
+    model: nn.Module, graph: EmbeddingGraph, live: Mapping[str, list[Rows]]
+) -> list[MaterializedWeights]:
+    """Return the covers of all tables that can have live rows.
 
     Args:
         model: The attached model.
-        graph: Of it.
-        live: Table's name -> the rows that are live for it.
+        graph: Its graph.
+        live: Table name -> its live rows.
     """
     tables = [graph.table(name) for name in live]
-    return [Standing(table, list(holders(model, table.names, table.transposed)), live[table.name]) for table in tables]
+    return [
+        MaterializedWeights(table, list(table_holders(model, table.names, table.transposed)), live[table.name])
+        for table in tables
+    ]
 
 
-_say_nothing: Callable[[Table, Any], None] = lambda *_: None  # noqa: E731
+_ignore_reads: Callable[[Table, Any], None] = lambda *_: None  # noqa: E731

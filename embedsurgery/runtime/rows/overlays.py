@@ -1,14 +1,15 @@
-"""Full copies of a table over its weights, for code that reads ``module.weight`` itself.
+"""Covers weights by full copies of their table, for code that reads ``module.weight`` itself.
 
-`Materialised` makes a copy for each outermost call of the modules that it is on. `StandIns` makes one only when
-something other than the table's own sites reads the weight: a fused loss, a functional head,
-``probs @ embedding.weight``, a direct call of ``embedding.forward``.
+`CopyOverlay` makes a copy for each outermost call of its modules. `LazyOverlay` makes one only if something other than
+the table's own sites reads the weight: a fused loss, a functional head, ``probs @ embedding.weight``, a direct call of
+``embedding.forward``.
 
-Either lays tensors over weights as attributes of the module objects, which come before Parameters of the same name. The
-Parameters stay where they are, so that a state dict, an optimizer or a wrapper never meets a copy.
+Both set attributes of the module objects, which Python finds before Parameters of the same name. The Parameters stay in
+place, so state dicts, optimizers and wrappers never see a copy.
 
-Out of reach are weights that code took out of their modules before the forward, reads outside of every forward, and,
-until a forward has shown them, reads in compiled code that no forward around the table names.
+Not covered: weights that code took from their modules before the forward; reads outside of all forwards
+(``materialized.py``); and, before an eager forward has shown them, reads in compiled code that ``weight_reads.py`` does
+not find.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ from torch import nn
 
 from embedsurgery.errors import UnsupportedError
 from embedsurgery.graph import Table
-from embedsurgery.runtime.calls import first_of, frame_at, frames_from, run
-from embedsurgery.runtime.hooks import forget_compiled, tensors_in
+from embedsurgery.runtime.calls import frame_at, frames_from, innermost_of, is_running
+from embedsurgery.runtime.hooks import reset_compiled, tensors_in
 from embedsurgery.runtime.rows.full_copy import full_copy
 from embedsurgery.runtime.rows.rows import Rows
-from embedsurgery.runtime.rows.sites import held
-from embedsurgery.runtime.rows.sliced_head import uncover
-from embedsurgery.runtime.rows.stand_in import Bare, Source, StandIn, stand_in
-from embedsurgery.runtime.rows.weight_reads import names
+from embedsurgery.runtime.rows.sites import parameter_of
+from embedsurgery.runtime.rows.sliced_head import remove_sliced_weight
+from embedsurgery.runtime.rows.stand_in import LazySource, LazyWeight, RunningSites, make_lazy_weight
+from embedsurgery.runtime.rows.weight_reads import reads_parameter
 from embedsurgery.tensors.sharded import is_sharded
 
 Holder = tuple[nn.Module, str, bool]
@@ -42,22 +43,24 @@ Holder = tuple[nn.Module, str, bool]
 
 _ABSENT: Any = object()
 
-_OF_A_CALL = frozenset({"lock", "frames", "outermost", "calls", "laid", "covers", "trains", "source", "bare"})
-"""Attributes that are of the calls which run just now, and so not of a copy."""
+_CALL_STATE = frozenset(
+    {"lock", "frames", "outermost", "calls", "covered", "covers", "trains", "source", "running_sites"}
+)
+"""Attributes that describe the running calls; a copy of the model starts without them."""
 
 
-class Materialised:
-    """Pre and post hooks that lay a table with the live rows over its weights while a module runs.
+class CopyOverlay:
+    """Pre-hook and post-hook that cover weights by a copy of their table with the live rows, while a module runs.
 
-    The slow right way: a (V, D) copy for each outermost call, and every use of the weight has the rows. While a
-    backward runs from what came out it lies there again, for parts of the forward may be computed once more.
+    It is slow but always correct: a (V, D) copy for each outermost call. During a backward the weights are covered
+    again, because gradient checkpointing computes parts of the forward once more.
 
-    A forward may end without its post hooks (a KeyboardInterrupt does that). What it left is taken away when the next
-    one begins, and by whatever the attachment is asked for.
+    An interrupted forward runs no post-hook and leaves the weights covered. They are uncovered when the next one
+    begins, and by every use of the attachment.
 
     Args:
         holders: Every alias of the table.
-        live: The rows that are live for the table; emptied and filled by the attachment.
+        live: The live rows of the table, a list that the attachment fills.
     """
 
     def __init__(self, holders: list[Holder], live: list[Rows]) -> None:
@@ -65,23 +68,23 @@ class Materialised:
         self.live = live
         self.unpadded: list[nn.Module] = []
         self.lock = threading.RLock()
-        self._forget()
+        self._reset()
 
-    def _forget(self) -> None:
-        self.frames: list[FrameType] = []  # of each thread's outermost call, and of backwards
-        self.outermost: nn.Module | None = None  # of compiled code, whose frames are not seen
+    def _reset(self) -> None:
+        self.frames: list[FrameType] = []  # the outermost call of each thread, and backwards
+        self.outermost: nn.Module | None = None  # the outermost call of compiled code, which has no frames
         self.calls = 0
-        self.laid: list[tuple[nn.Module, str, Any]] = []  # module, attribute, what it was before
-        self.covers: list[tuple[nn.Module, str, Any]] = []  # module, attribute, what it is now
+        self.covered: list[tuple[nn.Module, str, Any]] = []  # module, attribute, value before
+        self.covers: list[tuple[nn.Module, str, Any]] = []  # module, attribute, value now
         self.trains = False
 
     def refresh(self) -> None:
-        """To be called when other rows are live: a padding row of ours has a gradient, any other has none."""
+        """Adapt to other live rows: a padding row that is live gets a gradient, any other none."""
         self.unpadded = [
             module
             for module, _, _ in self.holders
             for row in (getattr(module, "padding_idx", None),)
-            if row is not None and any(row in rows.numbers for rows in self.live)
+            if row is not None and any(row in rows.index_set for rows in self.live)
         ]
 
     def enter(self, module: nn.Module, *_: Any) -> None:
@@ -90,27 +93,27 @@ class Materialised:
             self._enter_traced(module)
             return
         with self.lock:
-            if (self.frames or self.laid) and self._was_broken_off(module, tracing=False):
-                self.take_away()
-            if self.outermost is not None:  # compiled code around has seen to it
+            if (self.frames or self.covered) and self._was_interrupted(module, tracing=False):
+                self.uncover()
+            if self.outermost is not None:  # compiled code around this call has covered them
                 return
             if not self.frames:
                 if not self.live:
                     return
                 self.trains = torch.is_grad_enabled()
-                self.lay()
-            frame = frame_at(2)  # above it torch's inner function, and its outer one
-            if first_of(self.frames, frame) is None:
+                self.cover()
+            frame = frame_at(2)  # enter, torch's inner function, its outer one
+            if innermost_of(self.frames, frame) is None:
                 self.frames.append(frame)
             self._share()
 
     def leave(self, module: nn.Module, *given: Any) -> None:
-        """Post-hook, also after an exception; one without its pre-hook is no matter."""
+        """Post-hook, also after an exception; a call without its pre-hook is ignored."""
         if torch.compiler.is_compiling():
             self._leave_traced(module)
             return
         with self.lock:
-            own = (frame_at(1), frame_at(2))  # after an exception the outer function calls this itself
+            own = (frame_at(1), frame_at(2))  # after an exception torch's outer function calls this directly
             frame = next((frame for frame in own if frame in self.frames), None)
             if frame is None:
                 return
@@ -123,12 +126,12 @@ class Materialised:
                 tensor.register_hook(partial(self._begin_backward, covers))  # type: ignore[no-untyped-call]
 
     def _enter_traced(self, module: nn.Module) -> None:
-        if (self.outermost is not None or self.laid) and self._was_broken_off(module, tracing=True):
-            self.take_away()
+        if (self.outermost is not None or self.covered) and self._was_interrupted(module, tracing=True):
+            self.uncover()
         if self.outermost is None:
             if not self.live:
                 return
-            self.lay()
+            self.cover()
             self.outermost = module
         if module is self.outermost:
             self.calls += 1
@@ -137,29 +140,29 @@ class Materialised:
         if module is self.outermost:
             self.calls -= 1
             if self.calls == 0:
-                self.take_away()
+                self.uncover()
 
     def was_read(self) -> bool:
-        """Whether something may have read what was laid."""
+        """Whether something may have read a covered weight."""
         return True
 
     def _share(self) -> None:
-        """See that what is laid is right for a call inside: one that wants gradients, where the first did not."""
-        if self.laid and torch.is_grad_enabled() and not self.trains:
-            self.trains, before = True, self.laid
+        """Cover again for an inner call that needs gradients, if the outer call did not."""
+        if self.covered and torch.is_grad_enabled() and not self.trains:
+            self.trains, before = True, self.covered
             self.covers = []
-            self.lay()  # over what is there, which another thread may be about to read
-            self.laid = before
+            self.cover()  # without uncovering first: another thread may be about to read
+            self.covered = before
 
     def _begin_backward(self, covers: list[tuple[nn.Module, str, Any]], _: torch.Tensor) -> None:
-        running = _backward()
+        running = _backward_frame()
         with self.lock:
-            inside = self.outermost is not None or first_of(self.frames, frame_at()) is not None
+            inside = self.outermost is not None or innermost_of(self.frames, frame_at()) is not None
             if running is None or running in self.frames or inside:
                 return
-            if not self.laid:
+            if not self.covered:
                 for module, name, value in covers:
-                    self._over(module, name, value)
+                    self._cover(module, name, value)
             self.frames.append(running)
         engine: Any = torch.autograd.Variable._execution_engine
         engine.queue_callback(partial(self._end_backward, running))
@@ -171,76 +174,78 @@ class Materialised:
                 self._end()
 
     def _end(self) -> None:
-        """Take away what was laid, unless others run that need it; of them some may have been broken off."""
-        if not self.calls and not (self.frames and run(self.frames)):
-            self.take_away()
+        """Uncover the weights, unless other calls are running. Some of the noted calls may have been interrupted."""
+        if not self.calls and not (self.frames and is_running(self.frames)):
+            self.uncover()
 
-    def lay(self) -> None:
-        """Lay the copy over the weights."""
+    def cover(self) -> None:
+        """Cover the weights."""
         module, name, transposed = self.holders[0]
-        base = held(module, name)
+        base = parameter_of(module, name)
         if is_sharded(base):
             raise UnsupportedError(
-                "a table that is sharded here cannot be overridden by a full copy",
+                "a sharded table cannot be overridden by a full copy",
                 where=name,
-                hint="let the sharded module be one that reads the table itself",
+                hint="shard the module that reads the table",
             )
         table = full_copy(base.t() if transposed else base, self.live)
         for module, name, transposed in self.holders:
-            self._over(module, name, table.t() if transposed else table)
+            self._cover(module, name, table.t() if transposed else table)
         for module in self.unpadded:
-            self._over(module, "padding_idx", None)
+            self._cover(module, "padding_idx", None)
 
-    def take_away(self) -> None:
+    def uncover(self) -> None:
         """Uncover the weights."""
-        while self.laid:
-            module, name, before = self.laid[-1]
+        while self.covered:
+            module, name, before = self.covered[-1]
             if before is _ABSENT:
                 module.__dict__.pop(name, None)
             else:
                 module.__dict__[name] = before
-            self.laid.pop()  # last: this may be interrupted as well
-        self._forget()
+            self.covered.pop()  # last, because an interrupt may come before it
+        self._reset()
 
-    def settle(self) -> None:
-        """Take away what a forward left that was broken off."""
-        if self.laid and self._was_broken_off(None, tracing=False):
-            self.take_away()
+    def remove_leftovers(self) -> None:
+        """Uncover the weights that an interrupted forward has left covered."""
+        if self.covered and self._was_interrupted(None, tracing=False):
+            self.uncover()
 
-    def _over(self, module: nn.Module, name: str, value: Any) -> None:
-        uncover(module, name)
-        self.laid.append((module, name, module.__dict__.get(name, _ABSENT)))
+    def _cover(self, module: nn.Module, name: str, value: Any) -> None:
+        remove_sliced_weight(module, name)
+        self.covered.append((module, name, module.__dict__.get(name, _ABSENT)))
         self.covers.append((module, name, value))
         module.__dict__[name] = value
 
-    def _was_broken_off(self, module: nn.Module | None, tracing: bool) -> bool:
-        """Whether the call that laid what is there does not run any more."""
+    def _was_interrupted(self, module: nn.Module | None, tracing: bool) -> bool:
+        """Whether the call that covered the weights has ended without uncovering them."""
         if self.outermost is not None:
             return module is self.outermost
-        if tracing or first_of(self.frames, frame_at()) is not None:
+        if tracing or innermost_of(self.frames, frame_at()) is not None:
             return False
-        return not run(self.frames)
+        return not is_running(self.frames)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in _OF_A_CALL}
+        return {name: value for name, value in self.__dict__.items() if name not in _CALL_STATE}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.lock = threading.RLock()
-        self._forget()
+        self._reset()
 
 
-class StandIns(Materialised):
-    """As `Materialised`, but the copy is made where the weight is read: see `StandIn`.
+class LazyOverlay(CopyOverlay):
+    """As `CopyOverlay`, but the copy is made when the weight is read: see `LazyWeight`.
 
-    It is on every module around a site, and not on the sites, whose own weight is uncovered while they run.
+    Its hooks are on every module around a site. The sites themselves see their own weight: see ``uncovered.py``.
 
     Args:
-        table: What it is for.
-        said: Is told of the first full copy, with the function that needs it.
-        around: The modules that it is on. Where a forward of theirs names the parameter, or a function that it calls
-            does, compiled code gets a copy from the start; else when an eager forward has shown that it is needed.
-            Forwards are looked at when they are traced: libraries replace them after attaching.
+        table: The table.
+        holders: Every alias of the table.
+        live: The live rows of the table, a list that the attachment fills.
+        on_read: Called at the first full copy, with the table and the function that needs it.
+        around: The modules of the hooks. If ``weight_reads.py`` finds that their forwards read the parameter, compiled
+            code gets a copy from the start; else once an eager forward has read it. The search is made when a forward
+            is traced, because libraries replace forwards after attaching.
     """
 
     def __init__(
@@ -248,59 +253,60 @@ class StandIns(Materialised):
         table: Table,
         holders: list[Holder],
         live: list[Rows],
-        said: Callable[[Table, Any], None],
+        on_read: Callable[[Table, Any], None],
         around: Iterable[nn.Module],
     ) -> None:
         super().__init__(holders, live)
         self.table = table
-        self.said = said
+        self.on_read = on_read
         self.around = list(around)
         self.seen = False
         self.copied = False
-        self.source: Source | None = None
-        self.bare = Bare()
-        self._begin()
+        self.source: LazySource | None = None
+        self.running_sites = RunningSites()
+        self._register()
 
-    def _begin(self) -> None:
-        """Be found by what is traced: a copy is another one."""
+    def _register(self) -> None:
+        """Register under a new name, for traced code: a copy of the model has an overlay of its own."""
         self.key = uuid.uuid4().hex
-        _STAND_INS[self.key] = self
+        _OVERLAYS[self.key] = self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.source, self.bare = None, Bare()
-        self._begin()
+        self.source, self.running_sites = None, RunningSites()
+        self._register()
 
-    def lay(self) -> None:
-        parts = [*(rows.values for rows in self.live), *(held(m, n) for m, n, _ in self.holders)]
+    def cover(self) -> None:
+        parts = [*(rows.values for rows in self.live), *(parameter_of(m, n) for m, n, _ in self.holders)]
         if any(is_sharded(part) or hasattr(part, "ds_id") for part in parts):
             return
         if torch.compiler.is_compiling():
-            if self.seen or _is_named(self.key):
-                super().lay()
+            if self.seen or _is_read_by_code(self.key):
+                super().cover()
             return
         if torch._C._get_tracing_state():
             return
         module, name, transposed = self.holders[0]
-        base = held(module, name)
-        self.source = Source(self.table, base.t() if transposed else base, tuple(self.live), self.note, self.bare)
-        made: dict[int, StandIn] = {}
+        base = parameter_of(module, name)
+        table = base.t() if transposed else base
+        self.source = LazySource(self.table, table, tuple(self.live), self.note, self.running_sites)
+        made: dict[int, LazyWeight] = {}
         for module, name, transposed in self.holders:
-            weight = held(module, name)
+            weight = parameter_of(module, name)
             if id(weight) not in made:
-                made[id(weight)] = stand_in(weight, transposed, self.source)
-            self._over(module, name, made[id(weight)])
+                made[id(weight)] = make_lazy_weight(weight, transposed, self.source)
+            self._cover(module, name, made[id(weight)])
 
-    def take_away(self) -> None:
-        super().take_away()
+    def uncover(self) -> None:
+        super().uncover()
         self.source = None
 
     def is_shared(self) -> bool:
-        """Whether other calls run inside: then what stands in must stay, and a site has its own weight for itself."""
+        """Whether several calls run at once. Then the weights must stay covered for the others while a site runs."""
         return len(self.frames) > 1
 
     def _share(self) -> None:
-        if self.is_shared():  # with one that began alone, and may have uncovered a weight
+        if self.is_shared():  # the first call began alone, and one of its sites may have uncovered a weight
             for module, name, cover in self.covers:
                 module.__dict__.setdefault(name, cover)
 
@@ -308,33 +314,33 @@ class StandIns(Materialised):
         return self.source is not None and self.source.read
 
     def note(self, function: Any, whole: bool) -> None:
-        """The weight was read, and a function needs a copy of the whole."""
+        """Note that a function has read the weight, and whether it needs a full copy."""
         if not self.seen:
             self.seen = True
-            forget_compiled()
+            reset_compiled()
         if whole and not self.copied:
             self.copied = True
-            self.said(self.table, function)
+            self.on_read(self.table, function)
 
 
-_STAND_INS: weakref.WeakValueDictionary[str, StandIns] = weakref.WeakValueDictionary()
+_OVERLAYS: weakref.WeakValueDictionary[str, LazyOverlay] = weakref.WeakValueDictionary()
 
 
-def _is_named(key: str) -> bool:
-    """Whether a forward names a weight: asked while one is traced, and a constant in what comes out."""
-    one = _STAND_INS[key]
-    return any(names(module, name) for module in one.around for _, name, _ in one.holders)
+def _is_read_by_code(key: str) -> bool:
+    """Whether a forward reads a weight by name. Runs while one is traced; its result is a constant of the graph."""
+    one = _OVERLAYS[key]
+    return any(reads_parameter(module, name) for module in one.around for _, name, _ in one.holders)
 
 
-_is_named._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as in sharded.py
+_is_read_by_code._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as in sharded.py
 
 
-def _backward() -> FrameType | None:
-    """The frame that called autograd's engine, which may have other threads run its hooks."""
+def _backward_frame() -> FrameType | None:
+    """Return the frame that called autograd's engine. The engine may run hooks in other threads."""
     frame = next((frame for frame in frames_from(frame_at()) if frame.f_code.co_name == _ENGINE), None)
     if frame is not None:
         return frame
-    return next((top for top in sys._current_frames().values() if top.f_code.co_name == _ENGINE), None)  # it waits
+    return next((top for top in sys._current_frames().values() if top.f_code.co_name == _ENGINE), None)
 
 
 _ENGINE = "_engine_run_backward"

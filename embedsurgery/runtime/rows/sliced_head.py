@@ -1,8 +1,8 @@
-"""The product of a head with many new rows that are consecutive: as large as a dense model's, without a copy.
+"""Computes a head's logits with many consecutive new rows: in three products into one tensor, without a copy.
 
-Columns that are replaced (``columns.py``) cost two products over the K rows that a dense model has not. Where the rows
-are consecutive they cut the weight in three, and three products into one tensor do what one over a dense weight does.
-The module itself still runs: what lies over its weight while it does answers its ``F.linear``.
+Replacing columns (``columns.py``) costs two products over the K rows more than a dense model. Consecutive rows cut the
+weight into three parts, so three products cost as much as the one of a dense weight. The module itself still runs: its
+weight is covered by a `SlicedWeight`, which computes the module's ``F.linear``.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
 from embedsurgery.runtime.rows.rows import Rows
-from embedsurgery.runtime.rows.sparse_lookup import is_eager, shared
+from embedsurgery.runtime.rows.sparse_lookup import is_eager, values_for_head
 from embedsurgery.runtime.rows.whole_tables import TableRows
 from embedsurgery.tensors.sharded import is_sharded
 
 _MANY = 1 / 128
-"""The share of the table from which its rows are many. Below, the two products are lost in the one over the table."""
+"""The share of the table from which its rows are many. Below, the cost of the two products is negligible."""
 
 _ALIGNED = 8
-"""Columns of logits at whose multiples an accelerator's products begin at full speed."""
+"""Products on an accelerator are fastest if they start at a column that is a multiple of this."""
 
 
 class _Here(threading.local):
@@ -33,14 +33,14 @@ class _Here(threading.local):
 
 
 _here = _Here()
-"""Whether this thread's head has been given what lies over a weight."""
+"""Whether the head that ran last in this thread has used a `SlicedWeight`."""
 
 
 class SlicedWeight(torch.Tensor):
-    """Is a weight for everything but the one ``F.linear`` that a plain head calls.
+    """A weight with new rows for the one ``F.linear`` that a plain head calls; for all else, the base's weight.
 
     Attributes:
-        weight: What it lies over, (V, D).
+        weight: The base's weight, (V, D).
         rows: The new rows, K consecutive ones.
     """
 
@@ -50,30 +50,30 @@ class SlicedWeight(torch.Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is F.linear and len(args) == 3 and isinstance(args[1], SlicedWeight) and _fits(*args):
+        if func is F.linear and len(args) == 3 and isinstance(args[1], SlicedWeight) and _is_plain_product(*args):
             hidden, cover, bias = args
-            rows = shared(cover.rows).to(cover.weight.dtype)
+            rows = values_for_head(cover.rows).to(cover.weight.dtype)
             _here.sliced = True
-            return _Sliced.apply(hidden, rows, cover.weight, cover.rows.first, bias)  # type: ignore[no-untyped-call]
+            return _Sliced.apply(hidden, rows, cover.weight, cover.rows.run_start, bias)  # type: ignore[no-untyped-call]
         args, kwargs = tree_map(lambda one: one.weight if isinstance(one, SlicedWeight) else one, (args, kwargs))
         return func(*args, **kwargs)
 
 
-def sliced(module: nn.Module, weight: nn.Parameter, live: list[Rows]) -> SlicedWeight | None:
-    """What to lay over a head's weight while it runs, if that makes it right and cheaper.
+def make_sliced_weight(module: nn.Module, weight: nn.Parameter, live: list[Rows]) -> SlicedWeight | None:
+    """Return a cover for a head's weight while it runs, or None if it would not be right, or not cheaper.
 
     Args:
         module: The head.
-        weight: Its weight, (V, D), as it is now.
-        live: The rows that are live for it.
+        weight: Its present weight, (V, D).
+        live: Its live rows.
     """
     rows = live[0] if len(live) == 1 else None
-    if rows is None or isinstance(rows, TableRows) or rows.first is None or rows.samples is not None:
+    if rows is None or isinstance(rows, TableRows) or rows.run_start is None or rows.samples is not None:
         return None
     if not is_eager() or not torch.is_grad_enabled() or weight.requires_grad or weight.dim() != 2:
         return None
     count, size = rows.values.shape[0], weight.shape[0]
-    ends = (rows.first, rows.first + count)
+    ends = (rows.run_start, rows.run_start + count)
     if count < size * _MANY or (weight.device.type != "cpu" and any(end % _ALIGNED and end < size for end in ends)):
         return None
     if type(module).forward is not nn.Linear.forward or "forward" in module.__dict__:
@@ -85,16 +85,16 @@ def sliced(module: nn.Module, weight: nn.Parameter, live: list[Rows]) -> SlicedW
     return cover
 
 
-def uncover(module: nn.Module, parameter: str) -> None:
-    """Take off what `sliced` gave, where that lies over a weight; it stays there if a forward is interrupted."""
+def remove_sliced_weight(module: nn.Module, parameter: str) -> None:
+    """Uncover a weight that a `SlicedWeight` covers, also one that an interrupted forward has left."""
     if isinstance(module.__dict__.get(parameter), SlicedWeight):
-        module.__dict__.pop(parameter, None)  # another thread may have done so
+        module.__dict__.pop(parameter, None)  # with a default, as another thread may have done it
 
 
-def was_sliced() -> bool:
-    """Whether a head that has just run here has the rows in its logits already; asked once for each run.
+def take_sliced_flag() -> bool:
+    """Whether the head that ran last in this thread has the rows in its logits; resets the flag.
 
-    Neither what lies over the weight says so, which is all threads', nor the logits, which a hook may have changed.
+    The weight's cover cannot show it, as all threads share it, nor can the logits, which a hook may have replaced.
     """
     if torch.compiler.is_compiling():
         return False
@@ -102,11 +102,11 @@ def was_sliced() -> bool:
     return found
 
 
-def _fits(hidden: Any, cover: SlicedWeight, bias: torch.Tensor | None) -> bool:
-    """Whether nothing but the plain product is asked for, in the weight's own dtype."""
+def _is_plain_product(hidden: Any, cover: SlicedWeight, bias: torch.Tensor | None) -> bool:
+    """Whether the call is a plain product in the weight's dtype that needs a gradient of hidden states or rows."""
     plain = type(hidden) in (torch.Tensor, nn.Parameter) and hidden.dim() > 0 and hidden.dtype == cover.dtype
-    wanted = plain and (hidden.requires_grad or cover.rows.values.requires_grad)
-    return wanted and not torch.is_autocast_enabled(hidden.device.type) and (bias is None or not bias.requires_grad)
+    needs_grad = plain and (hidden.requires_grad or cover.rows.values.requires_grad)
+    return needs_grad and not torch.is_autocast_enabled(hidden.device.type) and (bias is None or not bias.requires_grad)
 
 
 class _Sliced(torch.autograd.Function):
@@ -143,7 +143,7 @@ class _Sliced(torch.autograd.Function):
 
 
 def _slices(rows: torch.Tensor, weight: torch.Tensor, start: int) -> Iterator[tuple[int, torch.Tensor]]:
-    """The weight with the rows in the place of its own, in parts: where each begins, and the part, (n, D)."""
+    """Yield the weight with the rows in it, in parts: the start of each part, and the part, (n, D)."""
     end = start + rows.shape[0]
     parts = ((0, weight.narrow(0, 0, start)), (start, rows), (end, weight.narrow(0, end, weight.shape[0] - end)))
     return (part for part in parts if len(part[1]))

@@ -1,4 +1,4 @@
-"""Sites that see the bare weight."""
+"""Lets a site use its own weight while ``overlays.py`` covers it."""
 
 from __future__ import annotations
 
@@ -8,31 +8,31 @@ import torch
 from torch import nn
 
 from embedsurgery.runtime.calls import frame_at
-from embedsurgery.runtime.rows.overlays import StandIns
-from embedsurgery.runtime.rows.sliced_head import uncover
+from embedsurgery.runtime.rows.overlays import LazyOverlay
+from embedsurgery.runtime.rows.sliced_head import remove_sliced_weight
 
 
-class Uncovered:
-    """Pre and post hooks of a site: while it runs it has its own weight, whatever stands in for that.
+class UncoveredSite:
+    """Pre-hook and post-hook of a site: while the site runs, its weight is not covered.
 
     Args:
         parameter: Name of the weight.
-        overlay: What lays stand-ins over it.
+        overlay: The overlay that covers it.
     """
 
-    def __init__(self, parameter: str, overlay: StandIns) -> None:
+    def __init__(self, parameter: str, overlay: LazyOverlay) -> None:
         self.parameter = parameter
         self.overlay = overlay
         self.before: Any = None
 
     def enter(self, module: nn.Module, *_: Any) -> None:
         """Pre-hook."""
-        uncover(module, self.parameter)
+        remove_sliced_weight(module, self.parameter)
         if torch.compiler.is_compiling():
             self.before = module.__dict__.pop(self.parameter, None)
             return
         with self.overlay.lock:
-            self.overlay.bare.begin(frame_at(2))
+            self.overlay.running_sites.begin(frame_at(2))
             shared = self.overlay.is_shared()
             self.before = None if shared else module.__dict__.pop(self.parameter, None)
 
@@ -40,12 +40,12 @@ class Uncovered:
         """Post-hook."""
         if not torch.compiler.is_compiling():
             with self.overlay.lock:
-                self.overlay.bare.end(frame_at())
-                self._cover(module)
+                self.overlay.running_sites.end(frame_at())
+                self._restore(module)
             return
-        self._cover(module)
+        self._restore(module)
 
-    def _cover(self, module: nn.Module) -> None:
+    def _restore(self, module: nn.Module) -> None:
         if self.before is not None:
             module.__dict__[self.parameter] = self.before
             self.before = None

@@ -1,8 +1,7 @@
-"""Whether the code of a forward names a parameter: what can be known of compiled code before anything has run.
+"""Finds out whether a forward reads a parameter, from its bytecode: before it runs, for compiled code.
 
-What is found are names in bytecode: of the forward, of the functions that it names and of those that they name, as far
-as they are Python's and not torch's. Out of reach is what only running shows: a function in a container, a property, an
-attribute whose name is made in the forward.
+The search is for attribute names in the bytecode of the forward, of the functions that it names, and so on, except
+torch's. It misses a function in a container, a property, and an attribute whose name is computed.
 """
 
 from __future__ import annotations
@@ -21,18 +20,18 @@ _DEPTH = 4
 _TORCH = f"{Path(torch.__file__).parent}{os.sep}"
 
 
-def names(module: nn.Module, parameter: str) -> bool:
-    """Whether a module's forward, or a function that it calls by name, has an attribute of this name.
+def reads_parameter(module: nn.Module, parameter: str) -> bool:
+    """Whether a module's forward, or a function that it calls by name, names a parameter.
 
     Args:
-        module: Whose forward.
-        parameter: For instance ``weight``.
+        module: The module.
+        parameter: The parameter's name, for instance ``weight``.
     """
     return _reads(module.forward, module, parameter, _DEPTH, set())
 
 
 def _reads(given: Any, module: nn.Module, parameter: str, depth: int, seen: set[int]) -> bool:
-    for function in reversed(list(_functions(given))):  # what is wrapped first, while the depth is whole
+    for function in reversed(list(_functions(given))):  # the wrapped function first: its depth must not be cut
         if id(function.__code__) in seen or function.__code__.co_filename.startswith(_TORCH):
             continue
         seen.add(id(function.__code__))
@@ -47,7 +46,7 @@ def _reads(given: Any, module: nn.Module, parameter: str, depth: int, seen: set[
 
 
 def _functions(given: Any) -> Iterator[FunctionType]:
-    """A function of Python's behind a method, and what it says that it wraps: a decorator may read as well."""
+    """Yield the Python function of a method, and the functions that it wraps: a decorator may read the weight, too."""
     if isinstance(given, MethodType):
         given = given.__func__
     while isinstance(given, FunctionType):
@@ -56,7 +55,7 @@ def _functions(given: Any) -> Iterator[FunctionType]:
 
 
 def _attribute(module: nn.Module, name: str) -> Any:
-    """An attribute of a module or its class, without running a property."""
+    """Return an attribute of a module or its class, without running a property."""
     found = inspect.getattr_static(module, name, None)
     return found.__func__ if isinstance(found, (staticmethod, classmethod)) else found
 
@@ -70,7 +69,7 @@ def _is_filled(cell: Any) -> bool:
 
 
 def _codes(code: CodeType) -> Iterator[CodeType]:
-    """A code object and those of the functions that are defined in it."""
+    """Yield a code object and those of the functions that are defined in it."""
     yield code
     for constant in code.co_consts:
         if isinstance(constant, CodeType):

@@ -1,4 +1,7 @@
-"""What a user asks of a soft prompt, checked at once, and what an adapter's manifest keeps of it."""
+"""The config of a soft prompt, checked when it is made, and how an adapter stores it.
+
+``surgery.py`` makes an adapter from it; ``bake_config.py`` has the options for baking.
+"""
 
 from __future__ import annotations
 
@@ -15,39 +18,39 @@ TENSOR = "prompt_embeddings"
 """The virtual tokens' vectors among an adapter's tensors: F32 (n x submodules, D), the first submodule's first."""
 
 UNUSED = f"{TENSOR}.unused"
-"""Rows of a file of PEFT's that no forward of PEFT's reads, kept so that the file is written as it was."""
+"""Rows of a PEFT file that no forward of PEFT reads, kept so that the file is written as it was."""
 
 Submodule = Literal["model", "encoder", "decoder"]
 SUBMODULES: tuple[Submodule, ...] = ("model", "encoder", "decoder")
-"""What a prompt can stand in front of: the one transformer there is, or one of two."""
+"""The parts of a model that can have a prompt: the whole transformer, or one of two."""
 
 INITS = ("random", "sample_vocab", "text")
 
 
 @dataclass(frozen=True)
 class SoftPromptConfig:
-    """Asks for a soft prompt: virtual tokens that are put before each input and trained, the model staying as it is.
+    """Asks for a soft prompt: virtual tokens before each input, which are trained while the model stays frozen.
 
     Lester et al. 2021, https://arxiv.org/abs/2104.08691.
 
     Attributes:
-        num_virtual_tokens: How many, n.
-        init: How they start: "random", at the scale of the embedding table; "sample_vocab", as the vectors of n
-            tokens drawn from the vocabulary, each at most once while there are enough; "text", as those of
-            ``init_text``.
+        num_virtual_tokens: Number of virtual tokens, n.
+        init: How they start: "random", with the standard deviation of the embedding table; "sample_vocab", as the
+            vectors of n tokens drawn from the vocabulary, without repeats while there are enough; "text", as the
+            vectors of ``init_text``.
         init_text: For "text": repeated or cut to n tokens.
-        tokenizer: For "text", and for "sample_vocab" to tell tokens from unused rows: a tokenizer, or the name or
-            directory of one. By default that which is given to `attach`. Code that comes with one is never run.
+        tokenizer: For "text", and for "sample_vocab" to skip unused rows: a tokenizer, or the name or directory of one.
+            The default is the one given to `attach`. Code that comes with a tokenizer is never run.
         special_tokens: Whether ``init_text`` is tokenised with the special tokens around it, as PEFT does.
-        random_std: For "random": the standard deviation. None is the table's own; 1.0 is PEFT's, which starts 48
-            times too long on a table initialised with 0.02.
-        submodules: In a model of encoder and decoder, which of them get a prompt of their own: "encoder", "decoder", or
-            both in a sequence. None is the encoder, or the decoder where the encoder reads no tokens.
-        keep_prompt: Whether the model's outputs keep the prompt's positions, in front of those of the input.
-        task_type: What PEFT is told, such as "CAUSAL_LM"; None is found from the model's class.
+        random_std: For "random": the standard deviation. None is the table's; 1.0 is PEFT's, which starts 48 times too
+            long on a table initialised with 0.02.
+        submodules: For a model with encoder and decoder: which of them get a prompt of their own, "encoder", "decoder",
+            or both in a sequence. None is the encoder, or the decoder if the encoder reads no tokens.
+        keep_prompt: Whether the model's outputs keep the prompt's positions, before those of the input.
+        task_type: PEFT's name of the task, such as "CAUSAL_LM"; None takes it from the model's class.
 
     Raises:
-        ConfigError: A value that is none of these, or one that its ``init`` has no use for.
+        ConfigError: An invalid value, or one that its ``init`` does not use.
     """
 
     num_virtual_tokens: int
@@ -63,25 +66,28 @@ class SoftPromptConfig:
     def __post_init__(self) -> None:
         count = self.num_virtual_tokens
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise ConfigError("num_virtual_tokens is no count", expected="1 or more", found=repr(count))
+            raise ConfigError("num_virtual_tokens must be a positive integer", expected="1 or more", found=repr(count))
         if self.init not in INITS:
-            raise ConfigError("no such init of a soft prompt", expected=", ".join(INITS), found=repr(self.init))
+            raise ConfigError("unknown init of a soft prompt", expected=", ".join(INITS), found=repr(self.init))
         if self.init == "text" and not (isinstance(self.init_text, str) and self.init_text.strip()):
-            raise ConfigError("init='text' starts from a text", expected="init_text", found=repr(self.init_text))
-        _unless(self.init == "text", "init_text", self.init_text, None, "init='text'")
-        _unless(self.init == "text", "special_tokens", self.special_tokens, False, "init='text'")
-        _unless(self.init == "random", "random_std", self.random_std, None, "init='random'")
+            raise ConfigError("init='text' needs a text", expected="init_text", found=repr(self.init_text))
+        _refuse_unused(self.init == "text", "init_text", self.init_text, None, "init='text'")
+        _refuse_unused(self.init == "text", "special_tokens", self.special_tokens, False, "init='text'")
+        _refuse_unused(self.init == "random", "random_std", self.random_std, None, "init='random'")
         std = self.random_std
         if std is not None and (isinstance(std, bool) or not isinstance(std, (int, float)) or not 0 <= std < 1e6):
-            raise ConfigError("random_std is no standard deviation", expected="a number from 0", found=repr(std))
+            raise ConfigError(
+                "random_std must be a standard deviation", expected="a number from 0 to 1e6", found=repr(std)
+            )
         for name in ("special_tokens", "keep_prompt"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name} is no bool", expected="True or False", found=repr(getattr(self, name)))
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise ConfigError(f"{name} must be a bool", expected="True or False", found=repr(value))
         if self.submodules is not None:
-            object.__setattr__(self, "submodules", _submodules(self.submodules))
+            object.__setattr__(self, "submodules", _parse_submodules(self.submodules))
 
     def to_json(self) -> dict[str, Any]:
-        """What was asked, as JSON values; of a tokenizer its name."""
+        """Return the config as JSON values, with the tokenizer's name in place of a tokenizer."""
         tokenizer = self.tokenizer
         name = tokenizer if isinstance(tokenizer, str) else getattr(tokenizer, "name_or_path", None)
         return {
@@ -97,34 +103,37 @@ class SoftPromptConfig:
         }
 
 
-def _unless(used: bool, name: str, value: object, default: object, expected: str) -> None:
+def _refuse_unused(used: bool, name: str, value: object, default: object, expected: str) -> None:
     if not used and value != default:
-        raise ConfigError(f"{name} is not used by this init", expected=expected, found=f"{name}={value!r}"[:80])
+        raise ConfigError(f"this init does not use {name}", expected=expected, found=f"{name}={value!r}"[:80])
 
 
-def _submodules(asked: Any) -> tuple[Submodule, ...]:
-    names = (asked,) if isinstance(asked, str) else tuple(asked) if isinstance(asked, Sequence) else ()
+def _parse_submodules(value: Any) -> tuple[Submodule, ...]:
+    names = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, Sequence) else ()
     found = tuple(name for name in SUBMODULES if name in names)
     if not found or len(found) != len(names) or ("model" in found and len(found) > 1):
         raise ConfigError(
-            "not the submodules of a model",
-            found=repr(asked)[:80],
+            "invalid submodules of a soft prompt",
+            found=repr(value)[:80],
             expected='"encoder", "decoder" or both in a sequence',
         )
     return found
 
 
 def submodules_of(config: Mapping[str, Any]) -> tuple[Submodule, ...]:
-    """What the prompts of an adapter stand in front of, in the order of their rows.
+    """Return the submodules that an adapter has prompts for, in the order of their rows.
 
     Args:
         config: The ``config`` of its manifest.
+
+    Raises:
+        ConfigError: The manifest has other names.
     """
-    return _submodules(tuple(config.get("submodules") or ("model",)))
+    return _parse_submodules(tuple(config.get("submodules") or ("model",)))
 
 
 def prompts_of(adapter: Adapter) -> dict[Submodule, RawArray]:
-    """The prompt of each submodule, F32 (n, D): vectors as they leave the lookup, its scale included."""
+    """Return the prompt of each submodule, F32 (n, D): vectors as the lookup returns them, its scale included."""
     count = int(adapter.manifest.config["num_virtual_tokens"])
     rows = adapter.raw[TENSOR]
     names = submodules_of(adapter.manifest.config)

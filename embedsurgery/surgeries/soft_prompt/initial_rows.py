@@ -1,6 +1,6 @@
-"""How virtual tokens start: at random, from a text, or from tokens drawn out of the vocabulary.
+"""Initial values of virtual tokens: random, from a text, or from tokens drawn from the vocabulary.
 
-What is drawn comes from torch's global generator, as it does where modules are made.
+Random numbers come from torch's global generator, as they do when modules are made.
 """
 
 from __future__ import annotations
@@ -20,40 +20,40 @@ from embedsurgery.tensors.raw import RawArray
 from embedsurgery.tokenizer.content import is_reserved
 
 _CHUNK = 1024
-"""Rows that are looked at together while tokens are drawn."""
+"""Number of rows that are read at once while tokens are drawn."""
 
 
-def first_rows(config: SoftPromptConfig, count: int, store: Store, table: Table, base: Base) -> RawArray:
-    """Virtual tokens as they begin, F32 (count, D): vectors as the table's lookup would give them, scaled as it does.
+def make_initial_rows(config: SoftPromptConfig, count: int, store: Store, table: Table, base: Base) -> RawArray:
+    """Return initial virtual tokens, F32 (count, D): vectors as the table's lookup returns them, its scale included.
 
     Args:
-        config: What was asked.
-        count: How many, of all submodules together.
+        config: The config.
+        count: Number of virtual tokens of all submodules together.
         store: The model's tables.
-        table: That of the input ids.
-        base: What else is known of the model.
+        table: The table of the input ids.
+        base: The model, apart from its tables.
 
     Raises:
-        ConfigError: No tokenizer for a text, a text without tokens, a vocabulary without a usable row.
+        ConfigError: A text without tokenizer or tokens, or a vocabulary without a usable row.
     """
-    import torch
+    import torch  # not needed for merging, which imports this package
 
     factor = np.float32(next((site.scale for site in table.sites if site.role == "input" and site.scale), 1.0))
     if config.init == "random":
         std = np.float32(table_scale(store, table) * factor if config.random_std is None else config.random_std)
         return RawArray.of(torch.randn(count, table.shape[1], dtype=torch.float32).numpy() * std)
     if config.init == "text":
-        ids = _repeated(_tokens_of(config, table, base), count)
+        ids = _repeat_ids(_encode_text(config, table, base), count)
         return RawArray.of(rows_of(store, table, tuple(ids)).float32() * factor)
-    drawn = _drawn(count, store, table, _known(config, table, base))
+    drawn = _draw_token_rows(count, store, table, _find_drawable_rows(config, table, base))
     return RawArray.of(drawn * factor)
 
 
-def _tokens_of(config: SoftPromptConfig, table: Table, base: Base) -> list[int]:
-    """The ids of the text."""
+def _encode_text(config: SoftPromptConfig, table: Table, base: Base) -> list[int]:
+    """Return the ids of the text."""
     from embedsurgery.tokenizer.live import encode_plain
 
-    tokenizer = _tokenizer(config, base)
+    tokenizer = _load_tokenizer(config, base)
     if tokenizer is None:
         raise ConfigError(
             "init='text' needs a tokenizer", expected="tokenizer=, in the config or to attach", found="none"
@@ -63,39 +63,42 @@ def _tokens_of(config: SoftPromptConfig, table: Table, base: Base) -> list[int]:
     beyond = [index for index in ids if not 0 <= index < table.shape[0]]
     if not ids or beyond:
         raise ConfigError(
-            "the text's tokens are none of this model's",
+            "init_text has tokens that this model lacks, or none",
             where=repr(text)[:80],
             expected=f"ids below {table.shape[0]}",
             found=beyond or "no token",
-            hint="is it the model's tokenizer?",
+            hint="give the model's own tokenizer",
         )
     return ids
 
 
-def _repeated(ids: Sequence[int], count: int) -> list[int]:
+def _repeat_ids(ids: Sequence[int], count: int) -> list[int]:
     return [ids[number % len(ids)] for number in range(count)]
 
 
-def _known(config: SoftPromptConfig, table: Table, base: Base) -> list[int]:
-    """The rows that may be drawn: those of ordinary tokens, where a tokenizer tells them from others."""
-    from embedsurgery.tokenizer.live import texts
+def _find_drawable_rows(config: SoftPromptConfig, table: Table, base: Base) -> list[int]:
+    """Return the rows that may be drawn: those of ordinary tokens, or all if there is no tokenizer to tell them."""
+    from embedsurgery.tokenizer.live import token_texts_of
 
-    tokenizer = _tokenizer(config, base)
+    tokenizer = _load_tokenizer(config, base)
     padding = {site.padding_idx for site in table.sites}
     if tokenizer is None:
         return [index for index in range(table.shape[0]) if index not in padding]
     special = {*padding, *getattr(tokenizer, "all_special_ids", ())}
     return sorted(
         index
-        for index, text in texts(tokenizer).items()
+        for index, text in token_texts_of(tokenizer).items()
         if index < table.shape[0] and index not in special and not is_reserved(text)
     )
 
 
-def _drawn(count: int, store: Store, table: Table, known: Sequence[int]) -> Any:
-    """Rows drawn from the known ones, each once while there are enough.
+def _draw_token_rows(count: int, store: Store, table: Table, known: Sequence[int]) -> Any:
+    """Draw from the known rows, without repeats while there are enough.
 
-    Those that no training has touched are passed over as far as they show: zero, no numbers, or several the same.
+    Rows that look untrained are skipped: those that are zero, not finite, or equal to another.
+
+    Returns:
+        F32 (count, D)
     """
     import torch
 
@@ -114,14 +117,14 @@ def _drawn(count: int, store: Store, table: Table, known: Sequence[int]) -> Any:
         raise ConfigError(
             "no row of the vocabulary can be drawn",
             where=table.name,
-            expected="rows of known tokens",
-            found="rows of zeros, of NaN, or all the same",
+            expected="a row of a known token that looks trained",
+            found=f"{len(known)} rows, all zero, not finite or equal to another",
         )
     return np.stack([found[number % len(found)] for number in range(count)])
 
 
-def _tokenizer(config: SoftPromptConfig, base: Base) -> Any:
-    """The tokenizer that was given, loaded where it was named; code that comes with it is not run."""
+def _load_tokenizer(config: SoftPromptConfig, base: Base) -> Any:
+    """Return the given tokenizer, loaded if it is a name or directory. Code that comes with it is not run."""
     given = config.tokenizer if config.tokenizer is not None else base.tokenizer
     if not isinstance(given, str) and not hasattr(given, "__fspath__"):
         return given
@@ -129,9 +132,9 @@ def _tokenizer(config: SoftPromptConfig, base: Base) -> Any:
         from transformers import AutoTokenizer
     except ImportError as error:
         raise UnsupportedError(
-            "loading a tokenizer by its name needs transformers",
+            "loading a tokenizer needs transformers",
             where=str(given),
-            hint="pip install transformers, or give the tokenizer itself",
+            hint="pip install transformers, or give a tokenizer object",
         ) from error
     try:
         return AutoTokenizer.from_pretrained(given, trust_remote_code=False)
@@ -140,5 +143,5 @@ def _tokenizer(config: SoftPromptConfig, base: Base) -> Any:
             "the tokenizer cannot be loaded",
             where=str(given),
             found=str(error)[:200],
-            hint="give its directory, or the tokenizer itself",
+            hint="give its directory, or a tokenizer object",
         ) from error

@@ -1,8 +1,8 @@
-"""By what a model's lookup multiplies its rows: from its site in memory, from the config for files.
+"""The factor by which a model's lookup multiplies its rows: from the lookup's site in memory, from the config on disk.
 
-Only what the lookup's own module does counts. A factor that the model applies to whatever is embedded (Gemma's before
-transformers 4.57, Marian's) meets a row and a vector in its place alike. Measured on transformers 5.23, whose
-``*ScaledWordEmbedding`` classes these are.
+Only a factor in the lookup's own module counts. One that the model applies after embedding (Gemma's before transformers
+4.57, Marian's) applies to a baked row and to a vector in its place alike. The model types are those whose lookup is a
+``*ScaledWordEmbedding`` class in transformers 5.23; they were found by measuring.
 """
 
 from __future__ import annotations
@@ -59,61 +59,62 @@ _BY_FLAG = {
         True,
     ),
 }
-"""Model types whose lookup does where ``scale_embedding`` says so, and what a config means that does not say it."""
+"""Model types whose lookup multiplies by the square root of its width if ``scale_embedding`` is set -> its default."""
 
 _BY_KEY = {"minicpm3": "scale_emb"}
-"""Model types whose config has the factor under this key."""
+"""Model types -> the key of the factor in their config."""
 
 
 @dataclass(frozen=True)
-class Scale:
+class LookupScale:
     """A lookup's factor.
 
     Attributes:
-        value: It.
-        rounded: The lookup rounds it to its table's dtype first.
+        value: The factor.
+        rounded: Whether the lookup rounds it to its table's dtype first.
     """
 
     value: float = 1.0
     rounded: bool = False
 
     def in_dtype(self, dtype: str) -> float:
-        """The factor as it meets rows of a dtype."""
+        """Return the factor that multiplies rows of a dtype."""
         if not self.rounded:
             return self.value
         return float(RawArray.of(np.array([self.value], dtype=np.float32), dtype).float32()[0])
 
 
-def scale_of(table: Table, config: Any) -> Scale | None:
-    """The factor of a table's lookup; None where neither a module nor a config tells.
+def scale_of(table: Table, config: Any) -> LookupScale | None:
+    """Return the factor of a table's lookup; None if neither a module nor a config tells it.
 
     Args:
-        table: Of a model or of a checkpoint.
-        config: The model's config, an object or a mapping; None where there is none.
+        table: A table of a model or a checkpoint.
+        config: The model's config, an object or a mapping, or None.
     """
-    said = None if config is None else _said(as_mapping(config), table.shape[1])
-    found = [site.scale for site in table.sites if site.role == "input" and site.scale is not None]
-    if found:
-        return Scale(found[0], said is not None and said.rounded)
-    return said
+    configured = None if config is None else _scale_from_config(as_mapping(config), table.shape[1])
+    measured = [site.scale for site in table.sites if site.role == "input" and site.scale is not None]
+    if measured:
+        # A site has the factor alone; whether the lookup rounds it depends on the model type.
+        return LookupScale(measured[0], configured is not None and configured.rounded)
+    return configured
 
 
-def _said(config: Mapping[str, Any], width: int) -> Scale:
-    """What a config says, the innermost section first."""
-    for section in reversed(list(_sections(config))):
+def _scale_from_config(config: Mapping[str, Any], width: int) -> LookupScale:
+    """Return the factor by the innermost section of a config that has a known model type."""
+    for section in reversed(list(_config_sections(config))):
         kind = section.get("model_type")
         if kind in _BY_WIDTH:
-            return Scale(width**0.5, rounded=True)
+            return LookupScale(width**0.5, rounded=True)
         if kind in _BY_FLAG:
             flag = section.get("scale_embedding", _BY_FLAG[str(kind)])
-            return Scale(math.sqrt(width)) if flag is True else Scale()
+            return LookupScale(math.sqrt(width)) if flag is True else LookupScale()
         if kind in _BY_KEY and isinstance(section.get(_BY_KEY[str(kind)]), (int, float)):
-            return Scale(float(section[_BY_KEY[str(kind)]]), rounded=True)
-    return Scale()
+            return LookupScale(float(section[_BY_KEY[str(kind)]]), rounded=True)
+    return LookupScale()
 
 
-def _sections(config: Mapping[str, Any], depth: int = 3) -> Iterator[Mapping[str, Any]]:
+def _config_sections(config: Mapping[str, Any], depth: int = 3) -> Iterator[Mapping[str, Any]]:
     yield config
     for key in TEXT_SECTIONS:
         if isinstance(config.get(key), Mapping) and depth:
-            yield from _sections(config[key], depth - 1)
+            yield from _config_sections(config[key], depth - 1)

@@ -1,6 +1,6 @@
-"""Soft prompts in PEFT's files: one tensor, and a config that says how its rows are shared out.
+"""Soft prompts in PEFT's file format: one tensor, and a config that tells which submodule its rows belong to.
 
-https://huggingface.co/docs/peft/package_reference/prompt_tuning and, for files whose encoder PEFT stores evaluated,
+https://huggingface.co/docs/peft/package_reference/prompt_tuning and, for P-tuning, whose encoder PEFT runs on saving,
 https://huggingface.co/docs/peft/package_reference/p_tuning
 """
 
@@ -20,34 +20,34 @@ from embedsurgery.tensors.raw import EDITABLE, RawArray
 PEFT_TYPE = "PROMPT_TUNING"
 P_TUNING = "P_TUNING"
 NO_ROWS = {
-    "PREFIX_TUNING": "keys and values for each layer, which are no rows of an embedding",
-    "CARTRIDGE": "keys and values for each layer, which are no rows of an embedding",
-    "ADAPTION_PROMPT": "prompts inside the attention of some layers, which are no rows of an embedding",
+    "PREFIX_TUNING": "keys and values for each layer, not rows of an embedding",
+    "CARTRIDGE": "keys and values for each layer, not rows of an embedding",
+    "ADAPTION_PROMPT": "prompts inside the attention of some layers, not rows of an embedding",
     "MULTITASK_PROMPT_TUNING": "a prompt for each task, made of factors",
     "CPT": "a prompt that its own loss trains, with a projection",
 }
-"""What PEFT's other prompt methods store, by ``peft_type``: none can be a soft prompt, and each is refused by name."""
+"""``peft_type`` of PEFT's other prompt methods -> what they store. None of it is a soft prompt; all are refused."""
 
 HEADS = "base_model."
-"""How names of tensors begin that PEFT saves beside a prompt: heads, which it trains along for classification."""
+"""Prefix of tensors that PEFT saves beside a prompt: the heads that it trains with it for classification."""
 
 CLASSIFIERS, ANSWERS = ("classifier", "score"), ("qa_outputs",)
-"""How the names of such heads' modules end."""
+"""Suffixes of these heads' module names, for classes and for answers."""
 
 _SEQ2SEQ = "SEQ_2_SEQ_LM"
 _INITS = {"random": "RANDOM", "sample_vocab": "SAMPLE_VOCAB", "text": "TEXT"}
 _KEPT = ("token_dim", "num_layers", "num_attention_heads", "task_type", "tokenizer_kwargs", "auto_mapping")
 
 
-def to_peft(adapter: Adapter) -> PeftFiles:
-    """PEFT's config and tensor.
+def prompt_to_peft(adapter: Adapter) -> PeftFiles:
+    """Return PEFT's config and tensors.
 
-    PEFT puts a prompt before the encoder's input alone, whatever a file holds for the decoder.
+    PEFT inserts a prompt before the encoder's input only, also if the file has rows for the decoder.
     """
     kept = adapter.manifest.config
     rows = adapter.raw[TENSOR]
     if UNUSED in adapter.raw:
-        rows = _joined(rows, adapter.raw[UNUSED])
+        rows = _join_rows(rows, adapter.raw[UNUSED])
     count = int(kept["num_virtual_tokens"])
     tokenizer = kept.get("tokenizer_name_or_path")
     init = str(kept.get("init") or "random")
@@ -73,7 +73,7 @@ def to_peft(adapter: Adapter) -> PeftFiles:
 
 
 def heads_for(task: str, heads: Mapping[str, RawArray]) -> dict[str, RawArray]:
-    """A model's heads that PEFT saves beside a prompt for a task, and cannot load it without, under its names."""
+    """Return the heads that PEFT saves beside a prompt for a task, under its names. It cannot load the file without."""
     ends = {"SEQ_CLS": CLASSIFIERS, "TOKEN_CLS": CLASSIFIERS, "QUESTION_ANS": ANSWERS}.get(task, ())
     return {
         HEADS + name: values
@@ -83,56 +83,61 @@ def heads_for(task: str, heads: Mapping[str, RawArray]) -> dict[str, RawArray]:
 
 
 def is_head(name: str) -> bool:
-    """Whether a tensor of an adapter is of a head that was trained along, under the name that PEFT gave it."""
+    """Whether an adapter's tensor belongs to a head that was trained with the prompt, by PEFT's name for it."""
     return name.startswith(HEADS)
 
 
-def from_files(files: PeftFiles, adapter: Adapter) -> Adapter:
-    """The rows that the manifest speaks of."""
+def prompt_from_files(files: PeftFiles, adapter: Adapter) -> Adapter:
+    """Return the adapter with the tensors of its files.
+
+    Raises:
+        AdapterError: The files do not fit the manifest.
+    """
     kept = adapter.manifest.config
-    count = _count(kept, "manifest")
+    count = _check_count(kept, "manifest")
     try:
         names = submodules_of(kept)
     except ConfigError as error:
-        raise AdapterError("the manifest's submodules are none", where=WEIGHTS_NAME, found=error.found) from error
+        raise AdapterError("invalid submodules in the manifest", where=WEIGHTS_NAME, found=error.found) from error
     if files.config.get("num_virtual_tokens") != count:
         raise AdapterError(
-            "num_virtual_tokens is not that of the manifest",
+            "num_virtual_tokens differs from the manifest",
             where=CONFIG_NAME,
             expected=count,
             found=files.config.get("num_virtual_tokens"),
             hint="the config was edited: load the original",
         )
-    rows = _rows(files, count)
+    rows = _read_rows(files, count)
     used = count * len(names)
     width = adapter.manifest.tables[0].shape[1] if adapter.manifest.tables[0].shape else rows.shape[1]
     if rows.shape[0] < used or rows.shape[1] != width:
         raise AdapterError(
-            "the tensor is not the manifest's", where=TENSOR, expected=f"({used}, {width})", found=rows.shape
+            "the tensor does not fit the manifest", where=TENSOR, expected=f"({used}, {width})", found=rows.shape
         )
-    return replace(adapter, raw=_shared_out(files, rows, used))
+    return replace(adapter, raw=_split_tensors(files, rows, used))
 
 
-def from_peft(files: PeftFiles, surgery: Surgery) -> Adapter:
-    """A file of PEFT's prompt tuning or P-tuning, whose encoder PEFT has run when it saves.
+def prompt_from_peft(files: PeftFiles, surgery: Surgery) -> Adapter:
+    """Return an adapter from files of PEFT's prompt tuning or P-tuning.
 
     Raises:
-        UnsupportedError: A method of PEFT's whose tensors are no rows.
+        UnsupportedError: Files of another PEFT method, which does not train rows.
+        AdapterError: The files contradict themselves.
     """
     config = files.config
     kind = config.get("peft_type")
     if kind in NO_ROWS:
         raise UnsupportedError(
-            f"an adapter of PEFT's {kind} cannot be a soft prompt",
+            "this PEFT method cannot be a soft prompt",
             where=CONFIG_NAME,
             expected=f"{PEFT_TYPE} or {P_TUNING}",
-            found=NO_ROWS[str(kind)],
+            found=f"{kind}: {NO_ROWS[str(kind)]}",
             hint="train a soft prompt, or use the adapter with PEFT",
         )
-    count = _count(config, CONFIG_NAME)
-    rows = _rows(files, count).to("F32")
+    count = _check_count(config, CONFIG_NAME)
+    rows = _read_rows(files, count).to("F32")
     is_seq2seq = config.get("task_type") == _SEQ2SEQ
-    inits = {name: ours for ours, name in _INITS.items()}
+    inits = {theirs: name for name, theirs in _INITS.items()}
     kept = SoftPromptConfig(count).to_json() | {name: config.get(name) for name in _KEPT}
     kept |= {
         "submodules": ["encoder" if is_seq2seq else "model"],
@@ -148,10 +153,10 @@ def from_peft(files: PeftFiles, surgery: Surgery) -> Adapter:
         config.get("base_model_name_or_path"),
         config.get("revision"),
     )
-    return Adapter(manifest, _shared_out(files, rows, count), surgery)
+    return Adapter(manifest, _split_tensors(files, rows, count), surgery)
 
 
-def _shared_out(files: PeftFiles, rows: RawArray, used: int) -> dict[str, RawArray]:
+def _split_tensors(files: PeftFiles, rows: RawArray, used: int) -> dict[str, RawArray]:
     raw = {TENSOR: rows.take(range(used)).to("F32")}
     raw |= {name: value for name, value in files.tensors.items() if is_head(name)}
     if rows.shape[0] > used:
@@ -159,11 +164,11 @@ def _shared_out(files: PeftFiles, rows: RawArray, used: int) -> dict[str, RawArr
     return raw
 
 
-def _count(config: Any, where: str) -> int:
+def _check_count(config: Any, where: str) -> int:
     count = config.get("num_virtual_tokens")
     if type(count) is not int or count < 1:
         raise AdapterError(
-            "num_virtual_tokens is no count",
+            "num_virtual_tokens must be a positive integer",
             where=where,
             expected="1 or more",
             found=repr(count)[:40],
@@ -172,18 +177,21 @@ def _count(config: Any, where: str) -> int:
     return count
 
 
-def _rows(files: PeftFiles, count: int) -> RawArray:
-    strangers = [name for name in files.tensors if name != TENSOR and not is_head(name)]
-    if strangers:
+def _read_rows(files: PeftFiles, count: int) -> RawArray:
+    others = [name for name in files.tensors if name != TENSOR and not is_head(name)]
+    if others:
         raise AdapterError(
-            "tensors that are no soft prompt", where=WEIGHTS_NAME, expected=TENSOR, found=", ".join(strangers[:4])
+            "the file must hold a soft prompt and no other tensors",
+            where=WEIGHTS_NAME,
+            expected=TENSOR,
+            found=", ".join(others[:4]),
         )
     rows = files.tensors.get(TENSOR)
     if rows is None:
-        raise AdapterError("no prompt in this file", where=WEIGHTS_NAME, expected=TENSOR, found="no tensor")
+        raise AdapterError("the file holds no soft prompt", where=WEIGHTS_NAME, expected=TENSOR, found="no tensor")
     if len(rows.shape) != 2 or rows.dtype not in EDITABLE or rows.shape[0] == 0 or rows.shape[0] % count:
         raise AdapterError(
-            "a prompt of the wrong shape or dtype",
+            "the soft prompt has the wrong shape or dtype",
             where=TENSOR,
             found=f"{rows.shape} of {rows.dtype}",
             expected=f"(a multiple of {count}, D) floats",
@@ -191,6 +199,6 @@ def _rows(files: PeftFiles, count: int) -> RawArray:
     return rows
 
 
-def _joined(first: RawArray, second: RawArray) -> RawArray:
+def _join_rows(first: RawArray, second: RawArray) -> RawArray:
     shape = (first.shape[0] + second.shape[0], first.shape[1])
     return RawArray(first.dtype, shape, first.data + second.data)

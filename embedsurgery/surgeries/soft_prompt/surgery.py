@@ -1,9 +1,9 @@
-"""Soft prompts: vectors that stand before the embedded input are trained, the model staying as it is.
+"""Soft prompts: vectors before the embedded input are trained, and the model stays frozen.
 
 Lester et al. 2021, https://arxiv.org/abs/2104.08691; the files are those of PEFT's prompt tuning,
-https://huggingface.co/docs/peft/package_reference/prompt_tuning. How a prompt comes before an input is
-``runtime/prompts.py``'s. What starting, baking and describing one takes is imported when it is done: every merge looks
-at this file, few are of a prompt.
+https://huggingface.co/docs/peft/package_reference/prompt_tuning. ``runtime/prompts/`` inserts a live prompt before an
+input. Starting, baking and describing a prompt is imported when it is done, because every merge imports this file, and
+few merge a prompt.
 """
 
 from __future__ import annotations
@@ -20,7 +20,14 @@ from embedsurgery.graph import Table
 from embedsurgery.plan import Plan
 from embedsurgery.stores.store import Store, rows_of
 from embedsurgery.surgeries.soft_prompt.config import NAME, SUBMODULES, TENSOR, SoftPromptConfig, submodules_of
-from embedsurgery.surgeries.soft_prompt.peft_files import NO_ROWS, P_TUNING, from_files, from_peft, heads_for, to_peft
+from embedsurgery.surgeries.soft_prompt.peft_files import (
+    NO_ROWS,
+    P_TUNING,
+    heads_for,
+    prompt_from_files,
+    prompt_from_peft,
+    prompt_to_peft,
+)
 from embedsurgery.surgeries.soft_prompt.peft_files import PEFT_TYPE as PROMPT_TUNING
 from embedsurgery.surgeries.surgery import BakeContext, Base, RowOverride, Surgery
 
@@ -33,19 +40,19 @@ _TASKS = {
     "ForTokenClassification": "TOKEN_CLS",
     "ForQuestionAnswering": "QUESTION_ANS",
 }
-"""End of a class's name -> what PEFT calls its task; all others extract features."""
+"""End of a class's name -> PEFT's name of its task. That of all others is FEATURE_EXTRACTION."""
 
 
 @dataclass(frozen=True)
 class PromptOverride(RowOverride):
-    """While the adapter is live, virtual tokens stand before what the model, or a submodule of it, is given.
+    """While the adapter is live, virtual tokens are inserted before the input of the model, or of its submodules.
 
     Attributes:
-        table: Name of the table whose lookup gives the vectors of real tokens.
+        table: Name of the table whose lookup returns the vectors of real tokens.
         tensor: The tensor's name in the adapter, (n x submodules, D).
-        indices: Empty: no row of the table changes.
+        indices: Empty, because no row of the table changes.
         count: n.
-        submodules: What the prompts stand in front of, in the order of their rows.
+        submodules: The submodules that get a prompt, in the order of their rows.
         keep: Whether outputs keep the prompt's positions.
     """
 
@@ -55,26 +62,26 @@ class PromptOverride(RowOverride):
 
 
 class SoftPrompt(Surgery):
-    """One tensor of virtual tokens; the table it is recorded with only tells which base it was made for."""
+    """Trains one tensor of virtual tokens. The table in its record only identifies the base that it was made for."""
 
     name = NAME
     makes_tokens = True
 
     def start(self, config: SoftPromptConfig, store: Store, base: Base) -> Adapter:
-        """Virtual tokens as they begin.
+        """Return an adapter with initial virtual tokens.
 
         Raises:
             TableError: The model has no table of input embeddings.
-            UnsupportedError: A table whose rows are no plain numbers; a submodule that reads no tokens.
-            ConfigError: No tokenizer for a text, or a text without tokens.
+            UnsupportedError: The table is quantised, or a submodule reads no tokens.
+            ConfigError: A text without tokenizer or tokens.
         """
-        from embedsurgery.surgeries.soft_prompt.initial_rows import first_rows
+        from embedsurgery.surgeries.soft_prompt.initial_rows import make_initial_rows
         from embedsurgery.surgeries.whole_tables import sampled_rows
 
         table = store.graph.main_input()
         store.check_editable(table)
-        names = _chosen(config, base)
-        rows = first_rows(config, config.num_virtual_tokens * len(names), store, table, base)
+        names = _choose_submodules(config, base)
+        rows = make_initial_rows(config, config.num_virtual_tokens * len(names), store, table, base)
         sampled = sampled_rows(table)
         record = TableRecord(
             table.name,
@@ -85,8 +92,8 @@ class SoftPrompt(Surgery):
             sampled=sampled,
             fingerprint=Fingerprint.of(rows_of(store, table, sampled)),
         )
-        task = config.task_type or _task(base)
-        facts = {"submodules": list(names), "task_type": task, "token_dim": table.shape[1], **_sizes(base.config)}
+        task = config.task_type or _task_of(base)
+        facts = {"submodules": list(names), "task_type": task, "token_dim": table.shape[1], **_model_sizes(base.config)}
         manifest = Manifest(
             self.name,
             self.version,
@@ -99,7 +106,7 @@ class SoftPrompt(Surgery):
         return Adapter(manifest, {TENSOR: rows} | heads_for(task, base.heads), self)
 
     def live(self, adapter: Adapter, located: Mapping[str, Table]) -> tuple[RowOverride, ...]:
-        """The one override."""
+        """Return the one override."""
         config = adapter.manifest.config
         (record,) = adapter.manifest.tables
         return (
@@ -114,78 +121,80 @@ class SoftPrompt(Surgery):
         )
 
     def plan(self, adapter: Adapter, located: Mapping[str, Table]) -> Plan:
-        """A prompt needs rows and tokens of its own, which the base has to be asked for."""
+        """Refuse: a prompt needs tokens and rows of its own, which only `bake` can plan."""
         raise UnsupportedError(
-            "a soft prompt is no change to rows that are there",
+            "a soft prompt cannot be merged into existing rows",
             where=repr(adapter),
-            hint="embedsurgery.merge or merge_checkpoint makes tokens of it",
+            hint="use embedsurgery.merge or merge_checkpoint, which turn it into tokens",
         )
 
     def bake(self, adapter: Adapter, context: BakeContext) -> Plan:
-        """Tokens for the virtual tokens, with rows in every table of the vocabulary."""
+        """Plan tokens for the virtual tokens, with rows in every table of the vocabulary."""
         from embedsurgery.surgeries.soft_prompt.baking import plan_prompt
 
         return plan_prompt(adapter, context)
 
     def card_lines(self, adapter: Adapter) -> list[str]:
-        """What a model card says of the virtual tokens."""
+        """Return the lines of a model card about the virtual tokens."""
         from embedsurgery.surgeries.soft_prompt.nearest_tokens import card_lines
 
         return card_lines(adapter, None)
 
     def card_lines_beside(self, adapter: Adapter, base: Store) -> list[str]:
-        """As `card_lines`, with the nearest words of a base that is at hand."""
+        """As `card_lines`, with the nearest tokens of a base."""
         from embedsurgery.surgeries.soft_prompt.nearest_tokens import card_lines
 
         return card_lines(adapter, base)
 
     def to_peft(self, adapter: Adapter) -> PeftFiles:
-        return to_peft(adapter)
+        return prompt_to_peft(adapter)
 
     def from_files(self, files: PeftFiles, adapter: Adapter) -> Adapter:
-        return from_files(files, adapter)
+        return prompt_from_files(files, adapter)
 
     def from_peft(self, files: PeftFiles) -> Adapter:
-        return from_peft(files, self)
+        return prompt_from_peft(files, self)
 
 
-def _chosen(config: SoftPromptConfig, base: Base) -> tuple[str, ...]:
-    """What gets a prompt of its own.
+def _choose_submodules(config: SoftPromptConfig, base: Base) -> tuple[str, ...]:
+    """Return the submodules that get a prompt.
 
     Raises:
-        UnsupportedError: The model has no such submodule, or it reads no tokens.
+        UnsupportedError: The model lacks one of them, or it reads no tokens.
     """
-    there = base.submodules or ("model",)
-    asked = config.submodules or there[:1]
-    missing = [name for name in asked if name not in there]
+    available = base.submodules or ("model",)
+    chosen = config.submodules or available[:1]
+    missing = [name for name in chosen if name not in available]
     if missing:
         raise UnsupportedError(
-            "a soft prompt stands before tokens, and these read none here",
+            "a soft prompt needs a submodule that reads tokens",
             where=base.architecture or None,
+            expected=" or ".join(available),
             found=", ".join(missing),
-            expected=f"submodules of {', '.join(there)}",
         )
-    return tuple(name for name in SUBMODULES if name in asked)
+    return tuple(name for name in SUBMODULES if name in chosen)
 
 
-def _task(base: Base) -> str:
+def _task_of(base: Base) -> str:
     task = next((task for end, task in _TASKS.items() if base.architecture.endswith(end)), None)
     if task is None and base.architecture.endswith("ForConditionalGeneration"):
-        task = "SEQ_2_SEQ_LM" if _get(base.config, "is_encoder_decoder") else "CAUSAL_LM"
+        task = "SEQ_2_SEQ_LM" if _config_value(base.config, "is_encoder_decoder") else "CAUSAL_LM"
     return task or "FEATURE_EXTRACTION"
 
 
-def _sizes(config: Any) -> dict[str, Any]:
-    """Layers and heads, which PEFT's files name beside the prompt."""
-    text = _get(config, "text_config")
+def _model_sizes(config: Any) -> dict[str, Any]:
+    """Return the numbers of layers and attention heads, which PEFT's config has."""
+    text = _config_value(config, "text_config")
     config = config if text is None else text
     layers = ("num_hidden_layers", "num_layers", "n_layer")
     heads = ("num_attention_heads", "n_head", "num_heads", "encoder_attention_heads")
     return {
-        "num_layers": next((v for v in (_get(config, name) for name in layers) if isinstance(v, int)), None),
-        "num_attention_heads": next((v for v in (_get(config, name) for name in heads) if isinstance(v, int)), None),
+        "num_layers": next((v for v in (_config_value(config, name) for name in layers) if isinstance(v, int)), None),
+        "num_attention_heads": next(
+            (v for v in (_config_value(config, name) for name in heads) if isinstance(v, int)), None
+        ),
     }
 
 
-def _get(config: Any, name: str) -> Any:
+def _config_value(config: Any, name: str) -> Any:
     return config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)

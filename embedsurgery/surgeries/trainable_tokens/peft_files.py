@@ -1,4 +1,4 @@
-"""Trainable tokens in PEFT's files: names of tensors, one list of indices for all modules, tied copies.
+"""Trainable tokens in PEFT's file format: names of tensors, one list of indices for all modules, tied copies.
 
 https://huggingface.co/docs/peft/package_reference/trainable_tokens
 """
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from embedsurgery.adapters.adapter import CONFIG_NAME, Adapter, PeftFiles
+from embedsurgery.adapters.adapter import CONFIG_NAME, WEIGHTS_NAME, Adapter, PeftFiles
 from embedsurgery.adapters.carried_tokens import entries_name, filler_name
 from embedsurgery.adapters.manifest import Manifest, TableRecord
 from embedsurgery.errors import AdapterError, ConfigError
@@ -21,27 +21,27 @@ from embedsurgery.tensors.raw import EDITABLE, RawArray
 
 PEFT_TYPE = "TRAINABLE_TOKENS"
 OTHERS = ".untrained"
-"""Suffix of an adapter's tensor with rows that other tables train and this one does not: see `to_peft`."""
+"""Suffix of an adapter's tensor with the rows that other tables train and this one does not: see `tokens_to_peft`."""
 
 _PREFIX, _SUFFIX = "base_model.model.", ".trainable_tokens_delta"
-_OURS = "embedsurgery."
+_EXTENSION = "embedsurgery."
 
 
-def to_peft(adapter: Adapter) -> PeftFiles:
-    """PEFT's config and tensors: every name of a tied table gets the same rows, as PEFT's standalone method does.
+def tokens_to_peft(adapter: Adapter) -> PeftFiles:
+    """Return PEFT's config and tensors. Every name of a tied table gets the same rows, as in PEFT's standalone method.
 
-    PEFT has one list of indices for all modules. Where tables have different ones, each gets the union, and
-    the rows that are not its own are written as they are in the base. What a vocabulary needs beyond rows stands
-    under names that PEFT passes over.
+    PEFT has one list of indices for all modules. If tables have different ones, each gets the union, and the rows that
+    it does not train are written with the base's values. The tensors that only an extended vocabulary has get names
+    that PEFT ignores.
     """
     records = adapter.manifest.tables
-    indices = _listed(adapter.manifest)
+    indices = _shared_indices(adapter.manifest)
     tensors = {
-        f"{_PREFIX}{module}{_SUFFIX}": _union(adapter, record, indices)
+        f"{_PREFIX}{module}{_SUFFIX}": _union_rows(adapter, record, indices)
         for record in records
-        for module in _modules(record)
+        for module in _modules_of(record)
     }
-    tensors.update({_OURS + name: adapter.raw[name] for name in _extras(adapter.manifest)})
+    tensors.update({_EXTENSION + name: adapter.raw[name] for name in _vocabulary_shapes(adapter.manifest)})
     config = {
         "auto_mapping": None,
         "base_model_name_or_path": adapter.manifest.base_model,
@@ -49,37 +49,43 @@ def to_peft(adapter: Adapter) -> PeftFiles:
         "init_weights": bool(adapter.manifest.config.get("init_weights", True)),
         "peft_type": PEFT_TYPE,
         "revision": adapter.manifest.revision,
-        "target_modules": "|".join(_modules(record)[0] for record in records),  # for a list PEFT warns of ties
+        "target_modules": "|".join(_modules_of(record)[0] for record in records),  # PEFT warns of ties for a list
         "task_type": None,
         "token_indices": list(indices),
     }
     return PeftFiles(config, tensors)
 
 
-def from_files(files: PeftFiles, adapter: Adapter) -> Adapter:
-    """The rows of each table record, under any of its names."""
+def tokens_from_files(files: PeftFiles, adapter: Adapter) -> Adapter:
+    """Return the adapter with the rows of each table record, which the file may hold under any of its names.
+
+    Raises:
+        AdapterError: The files do not fit the manifest.
+    """
     raw: dict[str, RawArray] = {}
     listed = files.config.get("token_indices")
     if not isinstance(listed, list) or not all(type(i) is int for i in listed):
         raise AdapterError(
-            "token_indices is no list of integers",
+            "token_indices must be a list of integers",
             where=CONFIG_NAME,
             found=repr(listed)[:80],
             hint=f"peft_type is {files.config.get('peft_type')!r}",
         )
-    if tuple(listed) != _listed(adapter.manifest):
+    indices = _shared_indices(adapter.manifest)
+    if tuple(listed) != indices:
         raise AdapterError(
-            "token_indices are not those of the manifest",
+            "token_indices differs from the manifest",
             where=CONFIG_NAME,
+            expected=shorten(list(indices)),
             found=shorten(listed),
             hint="the config was edited: load the original",
         )
     for record in adapter.manifest.tables:
-        copies = [files.tensors.get(f"{_PREFIX}{module}{_SUFFIX}") for module in _modules(record)]
+        copies = [files.tensors.get(f"{_PREFIX}{module}{_SUFFIX}") for module in _modules_of(record)]
         present = [copy for copy in copies if copy is not None]
         if not present:
             raise AdapterError(
-                "the rows of a table are missing", where=record.name, found=", ".join(files.tensors) or "no tensor"
+                "the table's rows are missing", where=record.name, found=", ".join(files.tensors) or "no tensor"
             )
         if any(copy != present[0] for copy in present):
             raise AdapterError("tied copies of the rows disagree", where=record.name)
@@ -88,7 +94,7 @@ def from_files(files: PeftFiles, adapter: Adapter) -> Adapter:
         missing = [i for i in record.indices if i not in place]
         if missing or not record.indices:
             raise AdapterError(
-                "the manifest lists rows that the file does not hold",
+                "the manifest lists rows that the file does not have",
                 where=record.name,
                 expected="rows of token_indices",
                 found=shorten(missing) or "none",
@@ -97,11 +103,11 @@ def from_files(files: PeftFiles, adapter: Adapter) -> Adapter:
         others = sorted(place.keys() - set(record.indices))
         if others:
             raw[record.name + OTHERS] = present[0].take([place[i] for i in others])
-    for name, shape in _extras(adapter.manifest).items():
-        value = files.tensors.get(_OURS + name)
+    for name, shape in _vocabulary_shapes(adapter.manifest).items():
+        value = files.tensors.get(_EXTENSION + name)
         if value is None or value.shape != shape or value.dtype not in EDITABLE:
             raise AdapterError(
-                "what the adapter's vocabulary needs is missing or of another shape",
+                "a tensor of the extended vocabulary is missing or has the wrong shape",
                 where=name,
                 expected=list(shape),
                 found=None if value is None else f"{value!r}",
@@ -110,48 +116,43 @@ def from_files(files: PeftFiles, adapter: Adapter) -> Adapter:
     return replace(adapter, raw=raw)
 
 
-def from_peft(files: PeftFiles, surgery: Surgery) -> Adapter:
-    """A file of PEFT's standalone method: tensors that ``target_modules`` does not name are tied copies."""
+def tokens_from_peft(files: PeftFiles, surgery: Surgery) -> Adapter:
+    """Return an adapter from files of PEFT's standalone method.
+
+    Tensors that ``target_modules`` does not name are copies for tied modules.
+
+    Raises:
+        AdapterError: The files are not of trainable tokens, or contradict themselves.
+    """
     config = files.config
     try:
-        asked = TrainableTokensConfig(config["token_indices"], _targets(config.get("target_modules")))
+        parsed = TrainableTokensConfig(config["token_indices"], _as_targets(config.get("target_modules")))
     except (KeyError, ConfigError) as error:
-        raise AdapterError("adapter_config.json is not one of trainable tokens", found=str(error)) from error
-    rows = {
-        name.removeprefix(_PREFIX).removesuffix(_SUFFIX): raw
-        for name, raw in files.tensors.items()
-        if name.endswith(_SUFFIX)
-    }
-    strangers = [name for name in files.tensors if not name.endswith(_SUFFIX)]
-    if strangers or not rows:
-        raise AdapterError(
-            "tensors that are no trainable tokens",
-            found=", ".join(strangers[:4]) or "no tensor",
-            expected=f"names that end in {_SUFFIX}",
-        )
-    primary = [m for m in rows if _is_target(m, asked.target_modules)] or [min(rows, key=len)]
+        raise AdapterError("not a config of trainable tokens", where=CONFIG_NAME, found=str(error)) from error
+    rows = _rows_by_module(files)
+    primary = [m for m in rows if _is_target(m, parsed.target_modules)] or [min(rows, key=len)]
     copies = [m for m in rows if m not in primary]
-    if isinstance(asked.token_indices, dict):
-        raise AdapterError("token_indices is no list", found=asked.token_indices)
+    if isinstance(parsed.token_indices, dict):
+        raise AdapterError("token_indices must be a list", where=CONFIG_NAME, found=parsed.token_indices)
     records, raw = [], {}
     for module in primary:
         aliases = tuple(f"{m}.weight" for m in copies if rows[m] == rows[module])
         name = f"{module}.weight"
-        _check_rows(rows[module], asked.token_indices, name, None)
-        records.append(TableRecord(name, aliases, asked.token_indices, tied=True if aliases else None))
+        _check_rows(rows[module], parsed.token_indices, name, None)
+        records.append(TableRecord(name, aliases, parsed.token_indices, tied=True if aliases else None))
         raw[name] = rows[module].to("F32")
-    lost = [m for m in copies if all(rows[m] != rows[p] for p in primary)]
-    if lost:
+    different = [m for m in copies if all(rows[m] != rows[p] for p in primary)]
+    if different:
         raise AdapterError(
             "tied copies of the rows disagree",
-            where=", ".join(lost),
+            where=", ".join(different),
             expected="the rows of " + " or ".join(primary),
-            hint="say which is right by removing the other",
+            hint="remove the wrong copy from the file",
         )
     manifest = Manifest(
         surgery.name,
         surgery.version,
-        asked.to_json(),
+        parsed.to_json(),
         tuple(records),
         config.get("base_model_name_or_path"),
         config.get("revision"),
@@ -159,8 +160,20 @@ def from_peft(files: PeftFiles, surgery: Surgery) -> Adapter:
     return Adapter(manifest, raw, surgery)
 
 
-def _listed(manifest: Manifest) -> tuple[int, ...]:
-    """PEFT's one list of indices: that of all tables, or else the union of theirs with every new token."""
+def _rows_by_module(files: PeftFiles) -> dict[str, RawArray]:
+    others = [name for name in files.tensors if not name.endswith(_SUFFIX)]
+    if others or not files.tensors:
+        raise AdapterError(
+            "the file must hold trainable tokens and no other tensors",
+            where=WEIGHTS_NAME,
+            expected=f"names that end in {_SUFFIX}",
+            found=", ".join(others[:4]) or "no tensor",
+        )
+    return {name.removeprefix(_PREFIX).removesuffix(_SUFFIX): raw for name, raw in files.tensors.items()}
+
+
+def _shared_indices(manifest: Manifest) -> tuple[int, ...]:
+    """Return PEFT's one list of indices: the list of all tables, or the union of their lists and the new tokens."""
     new = () if manifest.new_tokens is None else manifest.new_tokens.ids
     first = manifest.tables[0].indices
     if all(record.indices == first for record in manifest.tables) and set(new) <= set(first):
@@ -168,8 +181,8 @@ def _listed(manifest: Manifest) -> tuple[int, ...]:
     return tuple(sorted({i for record in manifest.tables for i in record.indices} | set(new)))
 
 
-def _extras(manifest: Manifest) -> dict[str, tuple[int, ...]]:
-    """Keys and shapes of the tensors that only an extended vocabulary has."""
+def _vocabulary_shapes(manifest: Manifest) -> dict[str, tuple[int, ...]]:
+    """Return names and shapes of the tensors that only an extended vocabulary has."""
     if manifest.new_tokens is None:
         return {}
     widths = {record.name: record.shape[1] for record in manifest.tables if record.shape is not None}
@@ -178,24 +191,24 @@ def _extras(manifest: Manifest) -> dict[str, tuple[int, ...]]:
     return shapes | {entries_name(name): (count,) for name in manifest.new_tokens.vectors}
 
 
-def carried(adapter: Adapter, record: TableRecord) -> tuple[tuple[int, ...], RawArray]:
-    """A table's rows of new tokens that are not among the record's own: their indices, and the rows."""
+def carried_rows(adapter: Adapter, record: TableRecord) -> tuple[tuple[int, ...], RawArray]:
+    """Return indices and rows of the new tokens that a table has but does not train."""
     new = adapter.manifest.new_tokens
     others = adapter.raw.get(record.name + OTHERS)
     if new is None or others is None:
         return (), adapter.raw[record.name].take([])
-    held = sorted(set(_listed(adapter.manifest)) - set(record.indices))
-    place = {index: number for number, index in enumerate(held) if index in set(new.ids)}
+    untrained = sorted(set(_shared_indices(adapter.manifest)) - set(record.indices))
+    place = {index: number for number, index in enumerate(untrained) if index in set(new.ids)}
     return tuple(place), others.take(list(place.values()))
 
 
-def _union(adapter: Adapter, record: TableRecord, indices: tuple[int, ...]) -> RawArray:
-    """A table's trained rows and, between them, rows that other tables train."""
+def _union_rows(adapter: Adapter, record: TableRecord, indices: tuple[int, ...]) -> RawArray:
+    """Return a table's trained rows and, at their indices among them, the rows that other tables train."""
     own = adapter.raw[record.name]
     if indices == record.indices:
         return own
     if len(indices) == len(record.indices):
-        both, held = own, list(record.indices)
+        both, order = own, list(record.indices)
     else:
         others = adapter.raw.get(record.name + OTHERS)
         if others is None:
@@ -207,16 +220,16 @@ def _union(adapter: Adapter, record: TableRecord, indices: tuple[int, ...]) -> R
                 hint="save an adapter for each table",
             )
         both = RawArray(own.dtype, (len(indices), own.shape[1]), own.data + others.data)
-        held = [*record.indices, *sorted(set(indices) - set(record.indices))]
-    place = {index: number for number, index in enumerate(held)}
+        order = [*record.indices, *sorted(set(indices) - set(record.indices))]
+    place = {index: number for number, index in enumerate(order)}
     return both.take([place[i] for i in indices])
 
 
-def _modules(record: TableRecord) -> tuple[str, ...]:
+def _modules_of(record: TableRecord) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name.rpartition(".")[0] for name in (record.name, *record.aliases)))
 
 
-def _targets(value: Any) -> Any:
+def _as_targets(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
@@ -235,7 +248,7 @@ def _check_rows(raw: RawArray, indices: tuple[int, ...], where: str, shape: tupl
     width = shape[1] if shape is not None else raw.shape[-1] if raw.shape else 0
     if raw.shape != (len(indices), width) or raw.dtype not in ("F64", "F32", "F16", "BF16"):
         raise AdapterError(
-            "rows of the wrong shape or dtype",
+            "the rows have the wrong shape or dtype",
             where=where,
             found=f"{raw.shape} of {raw.dtype}",
             expected=f"({len(indices)}, {width}) floats",

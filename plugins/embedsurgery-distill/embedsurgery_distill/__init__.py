@@ -1,7 +1,7 @@
 """Token Distillation as a plugin of embedsurgery: an initialiser and a command.
 
 Dobler, Elliott and de Melo, "Token Distillation: Attention-aware Input Embeddings For New Tokens", ICLR 2026,
-https://arxiv.org/abs/2505.20133. The method is ``method.py``'s; nothing heavy is imported before it is used.
+https://arxiv.org/abs/2505.20133. The method is in ``method.py``; torch and transformers are imported when it is used.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import embedsurgery as es
 from embedsurgery.initializers import InitializerRecord
 from embedsurgery.plugins.hookspecs import CommandRecord
-from embedsurgery_distill.initializer import Distilled as Distilled
+from embedsurgery_distill.initializer import TokenDistillation as TokenDistillation
 from embedsurgery_distill.initializer import teacher as teacher
 
 embedsurgery_contract = 1
@@ -21,7 +21,7 @@ embedsurgery_contract = 1
 @es.hookimpl
 def embedsurgery_initializers() -> Sequence[InitializerRecord]:
     """``distill:TEXTS`` inside `teacher`, or ``distill:MODEL::TEXTS`` anywhere."""
-    return [InitializerRecord("distill", Distilled(), "[MODEL::]TEXTS")]
+    return [InitializerRecord("distill", TokenDistillation(), "[MODEL::]TEXTS")]
 
 
 @es.hookimpl
@@ -33,7 +33,7 @@ def embedsurgery_commands() -> Sequence[CommandRecord]:
 
         return command
 
-    return [CommandRecord("distill", "New tokens whose rows are learned from texts, as an adapter.", load)]
+    return [CommandRecord("distill", "Learn the rows of new tokens from texts, as an adapter.", load)]
 
 
 def distill(*arguments: Any, **options: Any) -> Any:

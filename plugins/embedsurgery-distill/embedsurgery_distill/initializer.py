@@ -1,6 +1,6 @@
-"""Token Distillation as a way for new rows to start: ``init="distill:texts.txt"``.
+"""Token Distillation as an initialiser: ``init="distill:texts.txt"``.
 
-An initialiser sees tables, and this one needs a model that reads texts: `teacher` says which, or the argument names it.
+An initialiser gets tables, but this one needs a model that reads texts: `teacher` sets it, or the argument names it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from embedsurgery.initializers import Ask, Initializer, NewToken, TableView
 
 @dataclass
 class _Teacher:
-    """A model to learn from, and what it has taught already."""
+    """A model to learn from, and the rows that were learned from it already."""
 
     model: Any
     tokenizer: Any
@@ -37,12 +37,12 @@ _loaded: dict[str, _Teacher] = {}
 
 @contextmanager
 def teacher(model: Any, tokenizer: Any, **options: Any) -> Iterator[None]:
-    """Inside, ``init="distill:TEXTS"`` learns from this model; it is copied, so it may be the one that grows.
+    """Let ``init="distill:TEXTS"`` inside the block learn from a copy of this model, so it can be the one that grows.
 
     Args:
         model: A transformers model.
         tokenizer: Its fast tokenizer.
-        options: For `embedsurgery_distill.distill`.
+        options: Keyword arguments of `embedsurgery_distill.distill`.
     """
     token = _current.set(_Teacher(copy.deepcopy(model), copy.deepcopy(tokenizer), options))
     try:
@@ -51,10 +51,10 @@ def teacher(model: Any, tokenizer: Any, **options: Any) -> Iterator[None]:
         _current.reset(token)
 
 
-class Distilled(Initializer):
-    """Learned from texts: the states that its sub-tokens give there (Token Distillation).
+class TokenDistillation(Initializer):
+    """Learned from texts, to match the hidden states of the sub-tokens (Token Distillation).
 
-    https://arxiv.org/abs/2505.20133. A table that is no input, and a head's bias, have the mean of the sub-tokens.
+    https://arxiv.org/abs/2505.20133. Rows of a head and its bias are the mean of the sub-tokens.
     """
 
     def ask(self, token: NewToken, argument: str | None) -> Ask | None:
@@ -70,23 +70,23 @@ class Distilled(Initializer):
         means = np.stack([view.rows(token.parts).astype(np.float64).mean(axis=0) for token in tokens])
         if "input" not in view.roles:
             return means
-        source, texts = _source(argument or "")
+        source, texts = _find_teacher(argument or "")
         for number, token in enumerate(tokens):
             seed = int(streams[number].integers(2**31))
-            learned = _learned(source, view, token, texts, seed)
+            learned = _distill_row(source, view, token, texts, seed)
             if learned is not None:
                 means[number] = learned
         return means
 
 
-def _source(argument: str) -> tuple[_Teacher, str]:
-    """The teacher, and the path of its texts."""
+def _find_teacher(argument: str) -> tuple[_Teacher, str]:
+    """Return the teacher that the argument or `teacher` sets, and the path of the texts."""
     directory, separator, texts = argument.rpartition("::")
     if not separator:
         source = _current.get()
         if source is None:
             raise ConfigError(
-                "init 'distill' has no model to learn from",
+                "the initialiser has no model to learn from",
                 where=f"init 'distill:{argument}'",
                 expected="distill:MODEL::TEXTS, or a call inside embedsurgery_distill.teacher()",
                 hint="the command embedsurgery distill needs neither",
@@ -100,7 +100,7 @@ def _source(argument: str) -> tuple[_Teacher, str]:
 
 
 def read_texts(path: str | Path) -> list[str]:
-    """The lines of a file that are not empty.
+    """Read the non-empty lines of a UTF-8 file.
 
     Raises:
         ConfigError: It cannot be read.
@@ -109,15 +109,15 @@ def read_texts(path: str | Path) -> list[str]:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
-            "the texts cannot be read", where=path, expected="a text a line, in UTF-8", found=str(error)
+            "cannot read the texts", where=path, expected="one text per line, in UTF-8", found=str(error)
         ) from error
     return [line for line in lines if line.strip()]
 
 
-def _learned(
+def _distill_row(
     source: _Teacher, view: TableView, token: NewToken, texts: str, seed: int
 ) -> npt.NDArray[np.float32] | None:
-    """A token's row in one table, None where the teacher's input is another table."""
+    """Learn a token's row in one table; None if the table is not the teacher's input table."""
     import embedsurgery as es
     from embedsurgery_distill.method import distill
 
@@ -129,8 +129,8 @@ def _learned(
     if key not in source.rows:
         adapter, _ = distill(source.model, source.tokenizer, token.content, lines, **{"seed": seed, **source.options})
         records = adapter.manifest.tables
-        found = {record.name: adapter.raw[record.name].float32()[0] for record in records if record.trained}
-        source.rows.update({(name, *key[1:]): row for name, row in found.items()})
+        rows = {record.name: adapter.raw[record.name].float32()[0] for record in records if record.trained}
+        source.rows.update({(name, *key[1:]): row for name, row in rows.items()})
     _check_teacher(source, tables[0].name, view, token)
     return source.rows.get(key)
 
@@ -140,11 +140,11 @@ def _same_name(a: str, b: str) -> bool:
 
 
 def _check_teacher(source: _Teacher, name: str, view: TableView, token: NewToken) -> None:
-    """Refuse a teacher whose table is another."""
+    """Refuse a teacher with other rows than the table that gets the token."""
     weight = source.model.get_parameter(name).detach().float().cpu().numpy()
     if not np.allclose(weight[list(token.parts)], view.rows(token.parts), rtol=1e-2, atol=1e-3):
         raise BaseMismatchError(
-            "the teacher's rows are not those of the model that gets the token",
+            "the teacher is not the model that gets the token: their rows differ",
             where=view.name,
-            hint="distill from the same model",
+            hint="distill from the model that gets the token",
         )

@@ -1,4 +1,4 @@
-"""LoRA on whole embedding tables and heads as a plugin of embedsurgery: PEFT's files both ways.
+"""LoRA on whole embedding tables and heads as a plugin of embedsurgery, which reads and writes PEFT's files.
 
 Hu et al. 2021, https://arxiv.org/abs/2106.09685; on embeddings as in PEFT (``peft/tuners/lora/layer.py``).
 """
@@ -17,6 +17,6 @@ embedsurgery_contract = 1
 
 @es.hookimpl
 def embedsurgery_surgeries() -> Sequence[SurgeryRecord]:
-    """Whole tables: nothing else can be live beside it."""
+    """Register the surgery. No other adapter can be attached beside it, because it changes whole tables."""
     lora = Lora()
     return [SurgeryRecord(lora.name, LoraTablesConfig, lora, "LORA")]

@@ -1,14 +1,13 @@
-"""LoRA on whole tables: every row changes by ``scaling * left @ right``, of which a forward makes the rows it reads.
+"""LoRA on whole tables: the update is ``scaling * left @ right``; a forward computes only the rows that it reads.
 
 A table (V, D) has two matrices in the adapter: ``right`` (r, D) under the table record's name, and ``left`` (V, r)
 under that name with `LEFT`. For an embedding these are the transposes of PEFT's ``lora_embedding_B`` and
-``lora_embedding_A``; for a head they are ``lora_A`` and ``lora_B``. An adapter may have trained token rows of other
-tables too (PEFT's ``trainable_token_indices``). PEFT's files are ``files.py``'s.
+``lora_embedding_A``; for a head they are ``lora_A`` and ``lora_B``. An adapter can have trained token rows of other
+tables too (PEFT's ``trainable_token_indices``). ``files.py`` and ``reading.py`` write and read PEFT's files.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,7 @@ import numpy as np
 from embedsurgery import __version__
 from embedsurgery.adapters.adapter import Adapter, PeftFiles
 from embedsurgery.adapters.manifest import Fingerprint, Manifest, TableRecord
-from embedsurgery.errors import BaseMismatchError, EmbedSurgeryWarning, UnsupportedError
+from embedsurgery.errors import BaseMismatchError, UnsupportedError, warn
 from embedsurgery.graph import Table
 from embedsurgery.plan import Edit, Plan, SetBlocks, SetRows
 from embedsurgery.stores.store import Store, rows_of
@@ -26,7 +25,8 @@ from embedsurgery.surgeries.surgery import Base, RowOverride, Surgery
 from embedsurgery.surgeries.whole_tables import TableChange, sampled_rows, set_table, table_overrides
 from embedsurgery.tensors.raw import RawArray
 from embedsurgery_lora.config import LoraTablesConfig, scaling
-from embedsurgery_lora.files import LEFT, TOKENS, from_files, from_peft, kind_of, to_peft
+from embedsurgery_lora.files import LEFT, TOKENS, from_files, kind_of, to_peft
+from embedsurgery_lora.reading import from_peft
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LowRank(TableChange):
-    """``current + scaling * left @ right``, of one pair or, where a tie makes two tables one, of several.
+    """``current + scaling * left @ right``, for one pair of matrices or, on a tied table, several.
 
     Attributes:
         scalings: The factor of each pair.
@@ -56,16 +56,16 @@ class LowRank(TableChange):
 
 
 class Lora(Surgery):
-    """A low-rank update of whole tables, at every site of a table: a tied head changes along."""
+    """A low-rank update of whole tables, at every site of a table: on a tied table, at the head too."""
 
     name = "lora"
 
     def start(self, config: LoraTablesConfig, store: Store, base: Base) -> Adapter:
-        """No change yet: ``left`` is zero, ``right`` random, as PEFT starts.
+        """Start without a change, as PEFT does: ``left`` is zero, ``right`` is random.
 
         Raises:
-            TableError: Nothing fits ``target_modules``.
-            UnsupportedError: A table whose rows are no plain numbers.
+            TableError: No table fits ``target_modules``.
+            UnsupportedError: A table is quantised or sharded.
         """
         graph = store.graph
         tables = (graph.main_input(),) if config.target_modules is None else graph.select(config.target_modules)
@@ -94,36 +94,37 @@ class Lora(Surgery):
                     fingerprint=Fingerprint.of(rows_of(store, table, sampled)),
                 )
             )
-        asked = {**config.to_json(), "tables": kinds}
+        settings = {**config.to_json(), "tables": kinds}
         manifest = Manifest(
-            self.name, self.version, asked, tuple(records), base.name, base.revision, library_version=__version__
+            self.name, self.version, settings, tuple(records), base.name, base.revision, library_version=__version__
         )
         return Adapter(manifest, raw, self)
 
     def live(self, adapter: Adapter, located: Mapping[str, Table]) -> tuple[RowOverride, ...]:
-        """Whole tables, and rows of those that train tokens."""
+        """Override whole tables, and rows of the tables with trained tokens."""
         overrides: list[RowOverride] = []
-        for table, records in _by_table(adapter, located, 9):
+        for table, records in _group_by_table(adapter, located):
             names = [record.name for record in records]
-            if _how(adapter, records[0])["kind"] == TOKENS:
+            if _settings_of(adapter, records[0])["kind"] == TOKENS:
                 overrides.append(RowOverride(table.name, names[0], records[0].indices))
                 continue
-            change = LowRank(tuple(float(_how(adapter, record)["scaling"]) for record in records))
+            change = LowRank(tuple(float(_settings_of(adapter, record)["scaling"]) for record in records))
             tensors = [tensor for name in names for tensor in (name + LEFT, name)]
             overrides += table_overrides(table, tensors, records[-1].indices, change)
         return tuple(overrides)
 
     def plan(self, adapter: Adapter, located: Mapping[str, Table]) -> Plan:
-        """Whole tables block by block, computed in fp32 (fp64 for an fp64 table) and rounded once; and token rows."""
+        """Set whole tables block by block, in fp32 (fp64 for an fp64 table) and rounded once; and token rows."""
         edits: list[Edit] = []
-        for table, records in _by_table(adapter, located, 10):
-            if _how(adapter, records[0])["kind"] == TOKENS:
+        for table, records in _group_by_table(adapter, located):
+            if _settings_of(adapter, records[0])["kind"] == TOKENS:
                 edits.append(SetRows(table.name, records[0].indices, adapter.raw[records[0].name]))
                 continue
             pairs = [
-                (adapter.raw[r.name + LEFT], adapter.raw[r.name], float(_how(adapter, r)["scaling"])) for r in records
+                (adapter.raw[r.name + LEFT], adapter.raw[r.name], float(_settings_of(adapter, r)["scaling"]))
+                for r in records
             ]
-            edits.append(_blocks(table, pairs))
+            edits.append(_plan_table(table, pairs))
         return Plan(tuple(edits))
 
     def to_peft(self, adapter: Adapter) -> PeftFiles:
@@ -136,30 +137,29 @@ class Lora(Surgery):
         return from_peft(files, self)
 
 
-def _how(adapter: Adapter, record: TableRecord) -> Mapping[str, Any]:
-    how: Mapping[str, Any] = adapter.manifest.config["tables"][record.name]
-    return how
+def _settings_of(adapter: Adapter, record: TableRecord) -> Mapping[str, Any]:
+    settings: Mapping[str, Any] = adapter.manifest.config["tables"][record.name]
+    return settings
 
 
-def _by_table(adapter: Adapter, located: Mapping[str, Table], stacklevel: int) -> list[tuple[Table, list[TableRecord]]]:
-    """The records of each table; low-rank updates of both ends of a tie add up, as they do when PEFT merges them.
+def _group_by_table(adapter: Adapter, located: Mapping[str, Table]) -> list[tuple[Table, list[TableRecord]]]:
+    """Group records by table. Updates of both ends of a tie are added, as PEFT's merge adds them.
 
     Args:
         adapter: The adapter.
         located: Table record's name -> table.
-        stacklevel: Of warnings, to point at who called embedsurgery.
 
     Raises:
-        BaseMismatchError: A whole table of another shape.
-        UnsupportedError: Token rows and another update of one table, or a copy of its own beside an update.
+        BaseMismatchError: A table has another shape.
+        UnsupportedError: A table has token rows beside another update, or is replaced at one end of a tie.
     """
     left = adapter.manifest.config.get("left") or ()
-    found: dict[str, tuple[Table, list[TableRecord]]] = {}
+    groups: dict[str, tuple[Table, list[TableRecord]]] = {}
     for record in adapter.manifest.tables:
         table = located[record.name]
-        found.setdefault(table.name, (table, []))[1].append(record)
-    for table, records in found.values():
-        kinds = {_how(adapter, record)["kind"] == TOKENS for record in records}
+        groups.setdefault(table.name, (table, []))[1].append(record)
+    for table, records in groups.values():
+        kinds = {_settings_of(adapter, record)["kind"] == TOKENS for record in records}
         if True in kinds and len(records) > 1:
             raise UnsupportedError(
                 "token rows and another update of one table",
@@ -171,36 +171,39 @@ def _by_table(adapter: Adapter, located: Mapping[str, Table], stacklevel: int) -
         copies = [module for module in left if f"{module}.weight" in table.names]
         if copies:
             raise UnsupportedError(
-                "the adapter has a table of its own for one end of this tied one, too",
+                "the adapter replaces one end of a tied table and updates the other",
                 where=table.name,
                 found=f"modules_to_save: {', '.join(copies)}",
                 hint="merge it with PEFT",
             )
         if adapter.manifest.library_version is None and True not in kinds:
-            _say_of_ties(adapter, table, records, stacklevel)
+            _warn_split_updates(adapter, table, records)
         for record in records:
             if True not in kinds and record.shape is not None and record.shape != table.shape:
                 raise BaseMismatchError(
-                    "an update of a whole table of another shape",
+                    "the table has another shape than the adapter's update",
                     where=table.name,
                     expected=list(record.shape),
                     found=list(table.shape),
                     hint="use the base that the adapter was trained on",
                 )
-    return list(found.values())
+    return list(groups.values())
 
 
-def _say_of_ties(adapter: Adapter, table: Table, records: Sequence[TableRecord], stacklevel: int) -> None:
-    """What PEFT trained at one end of a tied table is at both, here as where PEFT merges it."""
-    if {"input", "output"} <= set(table.roles) and not any(_how(adapter, record).get("twins") for record in records):
-        each = dict.fromkeys(f"{record.name} ({_how(adapter, record)['kind']})" for record in records)
-        said = (
-            f"{table.name} is lookup and head in one, and PEFT trained updates of {' and '.join(each)} apart: merged, "
+def _warn_split_updates(adapter: Adapter, table: Table, records: Sequence[TableRecord]) -> None:
+    """Warn that updates that PEFT trained at one end of a tied table apply to both ends."""
+    if {"input", "output"} <= set(table.roles) and not any(
+        _settings_of(adapter, record).get("twins") for record in records
+    ):
+        each = dict.fromkeys(f"{record.name} ({_settings_of(adapter, record)['kind']})" for record in records)
+        warn(
+            f"{table.name} is tied, and PEFT trained {' and '.join(each)} at one end: the update applies to both ends, "
+            "as when PEFT merges it",
+            plugin=__file__,
         )
-        warnings.warn(said + "here as by PEFT, both ends have all of them", EmbedSurgeryWarning, stacklevel=stacklevel)
 
 
-def _blocks(table: Table, pairs: Sequence[tuple[RawArray, RawArray, float]]) -> SetBlocks:
+def _plan_table(table: Table, pairs: Sequence[tuple[RawArray, RawArray, float]]) -> SetBlocks:
     name = "F64" if table.dtype == "F64" else "F32"
     dtype: Any = np.float64 if name == "F64" else np.float32
     matrices: list[tuple[Any, Any]] = []

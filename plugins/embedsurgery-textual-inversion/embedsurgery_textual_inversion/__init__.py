@@ -1,6 +1,6 @@
-"""Textual inversion as a plugin of embedsurgery: learned embeddings of the diffusion world, for CLIP text encoders.
+"""Textual inversion as a plugin of embedsurgery: learned embeddings of diffusion models, for CLIP text encoders.
 
-Gal et al. 2022, https://arxiv.org/abs/2208.01618. The files are ``files.py``'s, the pipelines ``pipeline.py``'s.
+Gal et al. 2022, https://arxiv.org/abs/2208.01618. ``files.py`` reads the files, ``pipeline.py`` changes pipelines.
 """
 
 from __future__ import annotations
@@ -36,4 +36,4 @@ def embedsurgery_commands() -> Sequence[CommandRecord]:
 
         return command
 
-    return [CommandRecord("textual-inversion", "Learned embeddings baked into a diffusion pipeline.", load)]
+    return [CommandRecord("textual-inversion", "Bake learned embeddings into a diffusion pipeline.", load)]

@@ -1,4 +1,4 @@
-"""A learned vector as the start of a row: ``init="textual-inversion:FILE#N"``."""
+"""A learned vector as a new row: ``init="textual-inversion:FILE#N"``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from embedsurgery_textual_inversion.files import read_embedding
 class Vector(Initializer):
     """Vector N of a file of learned embeddings (textual inversion), of the table's width.
 
-    Gal et al. 2022, https://arxiv.org/abs/2208.01618. A table that is no input has the mean of its known rows.
+    Gal et al. 2022, https://arxiv.org/abs/2208.01618. Rows of a head are the mean of its known rows.
     """
 
     def rows(
@@ -29,7 +29,7 @@ class Vector(Initializer):
         path, _, number = (argument or "").rpartition("#")
         if not path or not number.isascii() or not number.isdigit():
             raise ConfigError(
-                "which vector of which file is not said",
+                "the initialiser needs a file and the number of a vector",
                 where=f"init 'textual-inversion:{argument}'",
                 expected="textual-inversion:FILE#0",
             )
@@ -41,10 +41,10 @@ class Vector(Initializer):
         if vectors is None or int(number) >= vectors.shape[0]:
             found = ", ".join(f"{key} {list(raw.shape)}" for key, raw in embedding.vectors.items())
             raise ConfigError(
-                "the file has no such vector of this table's width",
+                "the file has no such vector of the table's width",
                 where=view.name,
                 found=found,
                 expected=f"vector {number} of width {view.shape[1]}",
-                hint="was it learned for this text encoder?",
+                hint="use a file that was learned for this text encoder",
             )
         return np.tile(vectors.float32()[int(number)], (len(tokens), 1))

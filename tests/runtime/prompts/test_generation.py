@@ -1,5 +1,4 @@
-"""Generation behind a soft prompt: every way of it gives what a plain model gives for each sample alone, and PEFT where
-PEFT is right."""
+"""Generation with a soft prompt: every way to generate gives what a plain model gives for each sample alone."""
 
 from __future__ import annotations
 
@@ -12,8 +11,9 @@ import torch
 
 import embedsurgery as es
 from embedsurgery.errors import AttachmentError, UnsupportedError
-from embedsurgery.runtime.prompts.caches import seat_of, take_seat
+from embedsurgery.runtime.prompts.caches import cached_prompt_of, record_prompt
 from tests.support import zoo
+from tests.support.errors import raises
 from tests.support.prompt_models import CACHE, EACH_CAUSAL, PAD, V, cache_in, padded, rows, tiny
 from tests.support.prompted import N, alone, close, embedded, prompted, randomise, shared, vectors
 
@@ -21,7 +21,7 @@ MORE, END = 6, 2
 
 
 def expected(plain: Any, prompt: torch.Tensor, ids: torch.Tensor, **options: Any) -> list[int]:
-    """What a plain model generates for one sample, given the prompt as embeddings."""
+    """Return what a plain model generates for one sample, with the prompt as embeddings."""
     options = {"max_new_tokens": MORE, "do_sample": False, **options}
     embeds = embedded(plain, prompt, ids)
     out = plain.generate(inputs_embeds=embeds, attention_mask=torch.ones(embeds.shape[:2]), **options)
@@ -29,13 +29,12 @@ def expected(plain: Any, prompt: torch.Tensor, ids: torch.Tensor, **options: Any
 
 
 def new(out: torch.Tensor, length: int) -> list[list[int]]:
-    """The tokens behind the text, without what fills a row up."""
+    """Return the tokens behind the text."""
     return [row[length:] for row in out.tolist()]
 
 
 def same_until_the_end(found: list[int], wanted: list[int]) -> None:
-    """Two generations: the shorter one of them is the longer one's beginning, behind which only padding comes, which is
-    the end's token for beams."""
+    """Compare two generations: after the shorter one, the longer one has only padding, which for beams is the EOS."""
     count = min(len(found), len(wanted))
     assert found[:count] == wanted[:count]
     assert set(found[count:] + wanted[count:]) <= {PAD, END}
@@ -55,8 +54,8 @@ def test_greedy_in_a_padded_batch(kind: str, cache: str | None) -> None:
 
 
 @pytest.mark.parametrize("name", ["Llama4ForCausalLM", "MllamaForCausalLM"])
-def test_logits_to_keep_of_a_model_that_is_one_module_with_its_head(name: str) -> None:
-    """Its logits come from where the prompt's places are cut, and are counted in the text."""
+def test_logits_to_keep_of_a_model_in_one_module_with_its_head(name: str) -> None:
+    """The module that reads the tokens returns the logits, and they are counted in the text."""
     (case,) = (case for case in zoo.cases() if case.name == name)
     model, plain = zoo.build(case), zoo.build(case)
     att = randomise(es.attach(model, es.SoftPromptConfig(N)))
@@ -91,7 +90,7 @@ def test_a_cropped_cache_keeps_its_prompt() -> None:
 
 @pytest.mark.parametrize(("size", "cropped"), [(6, 6 + N), (-2, -2)])
 def test_a_cache_is_cropped_to_a_length_of_text(size: int, cropped: int) -> None:
-    """As transformers 4 does it; transformers 5 crops by a number of tokens."""
+    """As in transformers 4; transformers 5 crops by a number of tokens."""
 
     class Cache:
         def crop(self, size: int) -> None:
@@ -99,9 +98,9 @@ def test_a_cache_is_cropped_to_a_length_of_text(size: int, cropped: int) -> None
 
     model, _, _ = shared("llama")
     with torch.no_grad():
-        seat = seat_of(cache_in(model(rows(8)[0][None], use_cache=True)))
+        cached = cached_prompt_of(cache_in(model(rows(8)[0][None], use_cache=True)))
     cache: Any = Cache()
-    take_seat(cache, seat.layout, seat.names)
+    record_prompt(cache, cached.layout, cached.names)
     cache.crop(size)
     assert cache.size == cropped
 
@@ -132,7 +131,7 @@ def test_beams_and_sampling(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", EACH_CAUSAL)
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
-def test_embeddings_of_the_text_are_put_behind_the_prompt(kind: str, cache: str) -> None:
+def test_embeddings_of_the_text_follow_the_prompt(kind: str, cache: str) -> None:
     model, att, plain = shared(kind)
     samples = rows(7, 3)
     ids, mask = padded(samples, "left")
@@ -146,8 +145,8 @@ def test_embeddings_of_the_text_are_put_behind_the_prompt(kind: str, cache: str)
 
 @pytest.mark.parametrize("kind", EACH_CAUSAL)
 @pytest.mark.parametrize("static", [False, True])
-def test_going_on_from_a_cache(kind: str, static: bool) -> None:
-    """With generate, given all ids or the new ones alone, and by hand."""
+def test_continuing_from_a_cache(kind: str, static: bool) -> None:
+    """By generate, given all ids or the new ones alone, and in a loop written by hand."""
     from transformers import StaticCache
 
     model, att, plain = shared(kind)
@@ -198,7 +197,7 @@ def test_a_loop_by_hand_over_a_padded_batch(kind: str) -> None:
             assert cache_in(out).get_seq_length() == 8 + step
 
 
-def test_a_cache_keeps_what_it_knows() -> None:
+def test_a_cache_keeps_its_prompt_when_it_is_copied_and_reordered() -> None:
     model, _, _ = shared("llama")
     samples = rows(7, 3)
     ids, mask = padded(samples, "left")
@@ -225,8 +224,8 @@ def test_a_cache_keeps_what_it_knows() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated")
-def test_a_cache_by_the_name_that_it_had_before() -> None:
-    """transformers renamed ``past_key_values`` to ``cache`` in 5.24, and takes both."""
+def test_the_former_name_of_the_cache_argument() -> None:
+    """transformers renamed ``past_key_values`` to ``cache`` in 5.24, and accepts both."""
     model, _ = prompted("llama")
     (ids,) = rows(5)
     token = torch.tensor([[9]])
@@ -244,15 +243,15 @@ def test_a_cache_of_another_prompt_is_refused() -> None:
     token = torch.tensor([[9]])
     with torch.no_grad():
         cache = cache_in(model(ids[None], use_cache=True))
-        with att.disabled(), pytest.raises(AttachmentError, match="filled under another soft prompt"):
+        with att.disabled(), raises(AttachmentError, where="model", expected="none", found="default"):
             model(token, **{CACHE: copy.deepcopy(cache)})
         with att.disabled():
             bare = cache_in(model(ids[None], use_cache=True))
             model(token, **{CACHE: copy.deepcopy(bare)})
-        with pytest.raises(AttachmentError, match="found none"):
+        with raises(AttachmentError, where="model", expected="default", found="none"):
             model(token, **{CACHE: bare})
         randomise(es.attach(model, es.SoftPromptConfig(2), name="b"))
-        with pytest.raises(AttachmentError, match="expected b, found default"):
+        with raises(AttachmentError, where="model", expected="b", found="default"):
             model(token, **{CACHE: cache})
         att.activate("default")
         assert model(token, **{CACHE: cache}).logits.shape == (1, 1, V)
@@ -264,7 +263,7 @@ def test_a_static_cache_that_cannot_grow_is_refused() -> None:
     model, _, _ = shared("llama")
     cache = StaticCache(config=model.config, max_cache_len=6)
     cache.early_initialization(1, 1, 8, torch.float32, torch.device("cpu"))
-    with pytest.raises(UnsupportedError, match="without room for the soft prompt"):
+    with raises(UnsupportedError, expected=("max_cache_len", 5 + N), found=6):
         model(rows(5)[0][None], **{CACHE: cache})
 
 
@@ -351,7 +350,7 @@ def test_each_sample_with_a_prompt_of_its_own(how: str) -> None:
     with att.per_sample(names):
         out = model.generate(ids, attention_mask=mask, max_new_tokens=MORE, do_sample=False, **options)
         if how == "greedy":
-            with pytest.raises(UnsupportedError, match=r"the batch is not that of att\.per_sample"):
+            with raises(UnsupportedError, where="input_ids", expected=4, found=3):
                 model(ids[:3])
     for found, sample, name in zip(new(out, 7), samples, names, strict=True):
         prompt = torch.zeros(0, 16) if name is None else vectors(att, name)

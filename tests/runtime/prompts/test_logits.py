@@ -1,4 +1,4 @@
-"""With a soft prompt a model gives for each sample of a batch what a plain one gives for it alone behind the prompt."""
+"""With a soft prompt, each sample of a batch gets the logits of a plain model for prompt and sample alone."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 
 import embedsurgery as es
 from embedsurgery.errors import ConfigError, UnsupportedError
+from tests.support.errors import raises
 from tests.support.prompt_models import EACH_CAUSAL, ENCODERS, PAD, TWO, padded, rows, tiny, unpadded
 from tests.support.prompted import N, alone, close, embedded, prompted, shared, vectors
 
@@ -63,14 +64,14 @@ def test_each_sample_of_a_padded_batch_is_as_alone(kind: str, side: str, form: s
     given: Any = mask.bool() if form == "bool" else causal_mask(mask, form) if form.startswith("4d") else mask
     if form == "dict":
         if kind != "gemma3":
-            pytest.skip("takes no dict of masks")
+            pytest.skip("does not accept a dict of masks")
         full = causal_mask(mask, "4d-bool")
         place = torch.arange(ids.shape[1])
         given = {"full_attention": full, "sliding_attention": full & (place[:, None] - place < 6)}
     if kind == "gemma3" and form.startswith("4d"):
-        pytest.skip("one mask for two kinds of attention is not this model's")
+        pytest.skip("needs a mask for each kind of attention")
     if kind == "opt" and form.startswith("4d"):
-        pytest.skip("it counts positions in a mask of two axes")
+        pytest.skip("counts positions in a 2-D mask")
     expected = [alone(plain, vectors(att), s).logits[0, N:] for s in samples]
     inputs = [{"input_ids": ids}, {"inputs_embeds": model.get_input_embeddings()(ids)}]
     for more in inputs:
@@ -99,14 +100,14 @@ def test_given_positions_make_room_for_the_prompt(kind: str) -> None:
 
 def test_texts_packed_into_one_row_are_refused() -> None:
     model, _, _ = shared("llama")
-    with pytest.raises(UnsupportedError, match="each of several texts in one row"):
+    with raises(UnsupportedError, where="position_ids", expected="1"):
         model(rows(6)[0][None], position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]]))
 
 
 @pytest.mark.parametrize("kind", EACH_CAUSAL)
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("keep", [False, True])
-def test_the_loss_counts_the_first_token_too(kind: str, side: str, keep: bool) -> None:
+def test_the_loss_includes_the_first_token(kind: str, side: str, keep: bool) -> None:
     model, att = prompted(kind, keep_prompt=keep)
     plain = tiny(kind)
     samples = rows(*LENGTHS)
@@ -159,7 +160,7 @@ def test_outputs_of_every_layer_are_as_long_as_the_input(kind: str, side: str) -
 
 @pytest.mark.parametrize("kind", ["bert-mlm", "roberta-tok", "bert-qa", "bert"])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_encoders_give_each_token_what_it_has_alone(kind: str, side: str) -> None:
+def test_encoders_compute_for_each_token_what_they_do_alone(kind: str, side: str) -> None:
     model, att, plain = shared(kind)
     samples = rows(*LENGTHS)
     ids, mask = padded(samples, side)
@@ -196,7 +197,7 @@ def test_classification_pools_as_without_padding(kind: str, side: str, keep: boo
 
 
 @pytest.mark.parametrize("keep", [False, True])
-def test_answers_stand_where_they_are_in_the_text(keep: bool) -> None:
+def test_answers_are_spans_of_the_text(keep: bool) -> None:
     model, att = prompted("bert-qa", keep_prompt=keep)
     plain = tiny("bert-qa")
     (ids,) = rows(7)
@@ -216,7 +217,7 @@ def test_answers_stand_where_they_are_in_the_text(keep: bool) -> None:
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("keep", [False, True])
 def test_answers_in_a_padded_batch(side: str, keep: bool) -> None:
-    """Spans are places in the batch as it is given; the loss is the mean of each sample's."""
+    """Spans are indices of the batch as it is given. The loss is the mean of the samples' losses."""
     model, att = prompted("bert-qa", keep_prompt=keep)
     plain = tiny("bert-qa")
     samples = rows(*LENGTHS)
@@ -264,7 +265,7 @@ def test_outputs_can_keep_the_prompt(kind: str) -> None:
 @pytest.mark.parametrize("submodules", [("encoder",), ("decoder",), ("encoder", "decoder")])
 def test_two_submodules(kind: str, side: str, submodules: tuple[str, ...]) -> None:
     if kind == "bart" and side == "left" and submodules == ("decoder",):
-        pytest.skip("without a prompt its encoder takes padding for positions, as it does without us")
+        pytest.skip("its encoder without a prompt counts padding as positions, as in the plain model")
     model, att = prompted(kind, submodules=submodules)
     plain = tiny(kind)
     prompts = dict(zip(submodules, vectors(att).split(N), strict=True))
@@ -314,23 +315,23 @@ def test_whisper_decodes_behind_a_prompt() -> None:
             close(found, wanted[0, N:])
 
 
-def test_no_room_for_the_text_behind_the_prompt() -> None:
+def test_a_prompt_that_leaves_no_positions_is_refused() -> None:
     for kind in ("gpt2", "bert-mlm", "opt", "bart", "llama"):
-        with pytest.raises(ConfigError, match="too long for the model's positions"):
+        with raises(ConfigError, expected="fewer than 64", found=64):
             prompted(kind, count=64)
     for kind in ("gpt2", "bert-mlm", "opt"):
         model, att = prompted(kind, count=60)
         ids = torch.full((1, 4), 7)
         assert model(ids).logits.shape[1] == 4
-        with pytest.raises(ConfigError, match="longer than the model's positions"):
+        with raises(ConfigError, expected="at most 64", found=(65, 60)):
             model(torch.full((1, 5), 7))
         assert model(ids).logits.shape[1] == 4
         with att.disabled():
             assert model(torch.full((1, 64), 7)).logits.shape[1] == 64
 
 
-def test_padding_of_the_prompt_is_no_padding_of_the_text() -> None:
-    """The pad token's own row may be anything: it is not looked at."""
+def test_the_pad_tokens_row_does_not_matter() -> None:
+    """A sample that is all padding does not change the others."""
     model, att, plain = shared("llama")
     (ids,) = rows(5)
     both = torch.stack([ids, torch.full((5,), PAD)])

@@ -1,4 +1,4 @@
-"""Masks and positions of every kind behind a soft prompt: each sample gets what it gets alone, or is refused."""
+"""Masks and positions of every kind with a soft prompt: each sample computes what it does alone, or is refused."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 
 import embedsurgery as es
 from embedsurgery.errors import UnsupportedError
+from tests.support.errors import raises
 from tests.support.prompt_models import CACHE, TWO, cache_in, padded, rows, tiny, unpadded
 from tests.support.prompted import N, alone, close, embedded, prompted, randomise, shared, vectors
 
@@ -17,7 +18,7 @@ LENGTHS = (7, 3, 5, 1)
 
 
 def of_kind(seen: torch.Tensor, form: str) -> torch.Tensor:
-    """What attends to what, as bools or as what is added to scores."""
+    """Return a mask as bools, or as floats that are added to the scores."""
     return seen if form == "bool" else torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
 
 
@@ -26,9 +27,9 @@ def of_kind(seen: torch.Tensor, form: str) -> torch.Tensor:
 @pytest.mark.parametrize("each", [False, True], ids=["one row", "a row for each token"])
 @pytest.mark.parametrize("form", ["bool", "float"])
 def test_encoders_take_masks_of_four_axes(kind: str, side: str, each: bool, form: str) -> None:
-    """Samples of one token too, of which such a mask does not tell whether tokens see those behind them."""
+    """Samples of one token are among them, whose mask does not tell whether it is causal."""
     if each and kind in TWO:
-        pytest.skip("what its decoder sees of the encoder has other rows")
+        pytest.skip("its cross-attention mask has other rows")
     model, att, plain = shared(kind)
     for samples in (rows(*LENGTHS), rows(1)):
         ids, mask = padded(samples, side)
@@ -51,8 +52,8 @@ def test_encoders_take_masks_of_four_axes(kind: str, side: str, each: bool, form
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("form", ["bool", "float"])
-def test_a_prefix_that_sees_itself_whole_sees_nothing_of_what_follows(kind: str, side: str, form: str) -> None:
-    """A mask whose first two tokens see each other: the prompt is of them, and what is to be said stays unseen."""
+def test_a_prefix_mask_hides_the_rest_from_the_prompt(kind: str, side: str, form: str) -> None:
+    """The first two tokens attend to each other: the prompt belongs to them, and does not attend to the others."""
     model, att, plain = shared(kind)
     samples = rows(7, 3, 5)
     ids, mask = padded(samples, side)
@@ -71,8 +72,8 @@ def test_a_prefix_that_sees_itself_whole_sees_nothing_of_what_follows(kind: str,
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2"])
-def test_packed_texts_with_a_mask_that_parts_them(kind: str) -> None:
-    """Each sees the prompt, whose positions are right before its own."""
+def test_packed_texts_with_a_mask_that_separates_them(kind: str) -> None:
+    """Each attends to the prompt, whose positions come directly before its own."""
     model, att, plain = shared(kind)
     samples = rows(4, 3)
     mask = torch.block_diag(*(torch.ones(len(s), len(s)) for s in samples)).bool().tril()[None, None]
@@ -86,7 +87,7 @@ def test_packed_texts_with_a_mask_that_parts_them(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "opt", "gemma3", "bert-mlm"])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_hole_in_the_text(kind: str, side: str) -> None:
-    """A token that is hidden in the midst; what positions are behind it is for the model to say."""
+    """A hidden token inside a text. The model decides which positions follow it."""
     model, att, plain = shared(kind)
     samples = rows(7, 3, 5)
     ids, mask = padded(samples, side)
@@ -103,7 +104,7 @@ def test_a_hole_in_the_text(kind: str, side: str) -> None:
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("lengths", [(7, 3, 5), (6, 6, 6)])
 def test_types_that_are_looked_up_in_the_same_table_get_no_prompt(side: str, lengths: tuple[int, ...]) -> None:
-    """As GPT-2's are: behind the prompt, whose own type is 0."""
+    """GPT-2 looks token types up in the table of its tokens. A virtual token's type is 0."""
     model, att, plain = shared("gpt2")
     samples = rows(*lengths)
     ids, mask = padded(samples, side)
@@ -121,9 +122,9 @@ def _cache(model: Any) -> Any:
 
 
 @pytest.mark.parametrize("kind", ["t5", "bart", "whisper"])
-@pytest.mark.parametrize("given", [False, True], ids=["its own cache", "a cache that is given"])
-def test_a_decoder_goes_on_from_a_batch_that_is_padded_on_the_left(kind: str, given: bool) -> None:
-    """Or refuses to: BART counts places from the left edge, as it does without a prompt."""
+@pytest.mark.parametrize("given", [False, True], ids=["its own cache", "a given cache"])
+def test_a_decoder_continues_from_a_batch_with_left_padding(kind: str, given: bool) -> None:
+    """Or is refused: BART counts positions from the left edge, also without a prompt."""
     model, att = prompted(kind, submodules="decoder")
     plain = tiny(kind)
     samples, token = rows(7, 3, 5), torch.tensor([[9], [10], [11]])
@@ -139,7 +140,7 @@ def test_a_decoder_goes_on_from_a_batch_that_is_padded_on_the_left(kind: str, gi
     cache = {CACHE: _cache(model)} if given else {}
     with torch.no_grad():
         if kind == "bart" and given:
-            with pytest.raises(UnsupportedError, match="counts positions from the batch's left edge"):
+            with raises(UnsupportedError, where="decoder", expected="index 0", hint="use_cache=False"):
                 model(**encoded, decoder_input_ids=ids, decoder_attention_mask=mask, **cache)
             return
         out = model(**encoded, decoder_input_ids=ids, decoder_attention_mask=mask, use_cache=True, **cache)
@@ -151,7 +152,7 @@ def test_a_decoder_goes_on_from_a_batch_that_is_padded_on_the_left(kind: str, gi
             "decoder_attention_mask": torch.cat([mask, mask.new_ones(3, 1)], dim=1),
         }
         if kind == "bart":
-            with pytest.raises(UnsupportedError, match="counts positions from the batch's left edge"):
+            with raises(UnsupportedError, where="decoder", expected="index 0", hint="use_cache=False"):
                 model(**encoded, **later)
             return
         out = model(**encoded, **later)
@@ -160,7 +161,7 @@ def test_a_decoder_goes_on_from_a_batch_that_is_padded_on_the_left(kind: str, gi
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3"])
-def test_a_model_without_a_head_goes_on_from_its_cache(kind: str) -> None:
+def test_a_model_without_a_head_continues_from_its_cache(kind: str) -> None:
     model, plain = tiny(kind).model, tiny(kind).model
     att = randomise(es.attach(model, es.SoftPromptConfig(N)))
     samples, token = rows(7, 3, 5), torch.tensor([[9], [10], [11]])
@@ -177,11 +178,14 @@ def test_a_model_without_a_head_goes_on_from_its_cache(kind: str) -> None:
             close(more[number, 0], wanted[-1])
 
 
-def test_prompts_of_several_lengths_where_places_are_counted() -> None:
+def test_prompts_of_different_lengths_if_positions_are_counted() -> None:
     model, att = prompted("bart", submodules="decoder")
     randomise(es.attach(model, es.SoftPromptConfig(2, submodules="decoder"), name="b"), seed=2)
     ids = torch.stack(rows(4, 4))
-    with att.per_sample(["b", "default"]), pytest.raises(UnsupportedError, match="with prompts of one length"):
+    with (
+        att.per_sample(["b", "default"]),
+        raises(UnsupportedError, where="decoder", expected="index 0", hint="use_cache=False"),
+    ):
         model.generate(ids, max_new_tokens=3, do_sample=False)
     with att.per_sample(["b", "b"]):
         together = model.generate(ids, max_new_tokens=3, do_sample=False)
@@ -189,26 +193,26 @@ def test_prompts_of_several_lengths_where_places_are_counted() -> None:
     assert torch.equal(together, model.generate(ids, max_new_tokens=3, do_sample=False))
 
 
-def test_texts_that_lengths_tell_apart_are_refused() -> None:
-    """As continuous batching has them: the prompt would stand before the first alone."""
+def test_packed_texts_with_lengths_are_refused() -> None:
+    """Continuous batching packs texts: the prompt would be inserted before the first one only."""
     model, _, _ = shared("llama")
-    with pytest.raises(UnsupportedError, match="texts told apart by their lengths"):
+    with raises(UnsupportedError, where="LlamaModel", found="cu_seq_lens_q"):
         model(rows(6)[0][None], cu_seq_lens_q=torch.tensor([0, 2, 6]))
 
 
-def test_a_lookup_that_gives_more_than_vectors_is_refused() -> None:
+def test_a_lookup_that_returns_more_than_vectors_is_refused() -> None:
     model, _ = prompted("llama")
     lookup = model.get_input_embeddings()
     handle = lookup.register_forward_hook(lambda module, args, output: (output, None), prepend=True)
-    with pytest.raises(UnsupportedError, match="gives more than vectors"):
+    with raises(UnsupportedError, where="Embedding", expected="tensor", found="tuple"):
         model(rows(4)[0][None])
     handle.remove()
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("use_cache", [False, True])
-def test_places_of_a_picture_are_the_models_to_find(side: str, use_cache: bool) -> None:
-    """Qwen2-VL gives the parts of a picture positions in a grid, whatever the padding."""
+def test_the_model_finds_the_positions_of_images(side: str, use_cache: bool) -> None:
+    """Qwen2-VL gives the parts of an image positions in a grid, whatever the padding."""
     import transformers as tr
 
     sizes = {

@@ -1,4 +1,4 @@
-"""New columns of frozen logits: exact values, the dense model's gradients, and no product more than they need."""
+"""New columns of frozen logits: exact values, the dense model's gradients, and only the products that they need."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 import embedsurgery as es
 from embedsurgery.errors import EmbedSurgeryWarning
-from embedsurgery.runtime.rows.columns import columns
-from tests.support.calls import Calls
+from embedsurgery.runtime.rows.columns import new_columns
+from tests.support.calls import OperationCounter
 from tests.support.modules import Conv1D as walker_Conv1D
 
 V, D, K = 50, 6, 3
@@ -22,7 +22,7 @@ INDICES = [31, 4, 17]
 
 
 class Dense(nn.Module):
-    """A body with a parameter of its own below a head."""
+    """An embedding, a trainable body and a head."""
 
     def __init__(self, head: nn.Module, tie: bool) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class Dense(nn.Module):
 
 
 class Conv1D(walker_Conv1D):
-    """As wide as the vocabulary here."""
+    """A transposed projection to this file's vocabulary."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ HEADS: dict[str, tuple[Any, bool]] = {
 
 
 def pair(head: str, dtype: torch.dtype = torch.float64, **options: Any) -> tuple[Any, Any, list[torch.Tensor]]:
-    """An attached model with random rows whose body trains too, the dense one, and the rows."""
+    """Return an attached model with random rows whose body trains too, a dense model with these rows, and the rows."""
     torch.manual_seed(0)
     make, tie = HEADS[head]
     model = Dense(make(), tie).to(dtype)
@@ -115,7 +115,7 @@ def test_gradients_of_gradients_are_the_dense_models(head: str) -> None:
         torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-10)
 
 
-def test_the_function_itself() -> None:
+def test_new_columns() -> None:
     generator = torch.Generator().manual_seed(0)
     hidden, rows = (torch.randn(n, D, dtype=torch.float64, generator=generator).requires_grad_() for n in (5, K))
     weight = torch.randn(V, D, dtype=torch.float64, generator=generator)
@@ -125,7 +125,7 @@ def test_the_function_itself() -> None:
         return hidden @ (rows - weight[indices]).t()
 
     def ours(hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        return columns(hidden, rows, weight, indices, None)
+        return new_columns(hidden, rows, weight, indices, None)
 
     assert torch.equal(ours(hidden, rows), F.linear(hidden, rows))
     direction = torch.randn(5, K, dtype=torch.float64, generator=generator)
@@ -143,7 +143,7 @@ def test_the_function_itself() -> None:
 
 
 @pytest.mark.parametrize("head", ["tied", "tied with a bias"])
-def test_a_trained_table_has_the_dense_gradient_too(head: str) -> None:
+def test_a_trained_table_has_the_dense_gradient(head: str) -> None:
     model, dense, (rows,) = pair(head)
     model.requires_grad_(True)
     for one in (model, dense):
@@ -172,7 +172,7 @@ def test_under_autocast_products_are_bf16_and_gradients_fp32(head: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_fp32_rows_over_a_table_of_less(dtype: torch.dtype) -> None:
+def test_fp32_rows_of_a_16_bit_table(dtype: torch.dtype) -> None:
     model, dense, (rows,) = pair("tied", dtype)
     assert torch.equal(model(IDS), dense(IDS))
     for one in (model, dense):
@@ -201,10 +201,10 @@ def test_what_needs_no_gradient_gets_none(frozen: str) -> None:
 
 def test_one_product_over_the_rows_forward_and_two_backward() -> None:
     model, _, _ = pair("untied")
-    with Calls() as calls:
+    with OperationCounter() as calls:
         loss = model(IDS).logsumexp(-1).sum()
     assert calls.count("mm", "addmm", size=IDS.numel() * K) == 1
-    with Calls() as calls:
+    with OperationCounter() as calls:
         loss.backward()
     products = [size for name, size in calls.seen if name in ("mm", "addmm")]
     assert products.count(K * D) == 1
@@ -214,7 +214,7 @@ def test_one_product_over_the_rows_forward_and_two_backward() -> None:
 def test_a_mixed_batch_copies_no_logits() -> None:
     model, _, (rows,) = pair("tied")
     attachment = es.get_attachment(model)
-    with attachment.per_sample(["default", None]), Calls() as calls:
+    with attachment.per_sample(["default", None]), OperationCounter() as calls:
         mixed = model(IDS)
     names = {name for name, number in calls.seen if number == IDS.numel() * V}
     assert names <= {"mm", "_unsafe_view", "view", "t", "index_add_", "scatter_", "detach"}
@@ -229,7 +229,7 @@ def test_a_mixed_batch_copies_no_logits() -> None:
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_one_position_by_itself(head: str) -> None:
+def test_one_position(head: str) -> None:
     model, dense, _ = pair(head)
     hidden = torch.randn(D, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     given = [hidden.clone().requires_grad_() for _ in range(2)]
@@ -243,8 +243,8 @@ def test_one_position_by_itself(head: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("size", [float("nan"), float("inf"), 3e4, 1e3])
 @pytest.mark.parametrize("second", [False, True])
-def test_old_rows_that_would_drown_the_gradient(size: float, dtype: torch.dtype, second: bool) -> None:
-    """Spare rows of a table may hold anything; as the only adapter's, or as those of one that comes later."""
+def test_old_rows_that_would_distort_the_gradient(size: float, dtype: torch.dtype, second: bool) -> None:
+    """Spare rows of a table may hold anything. The adapter that sets them is the only one, or the second."""
     torch.manual_seed(0)
     model = Dense(nn.Linear(D, V, bias=False), True).to(dtype)
     with torch.no_grad():
@@ -254,7 +254,7 @@ def test_old_rows_that_would_drown_the_gradient(size: float, dtype: torch.dtype,
     model.body.requires_grad_(True)
     if second:
         es.attach(model, es.TrainableTokensConfig([9]), name="first", freeze=False)
-    with pytest.warns(EmbedSurgeryWarning, match=r"full copy.* old rows of head \(Linear\) are no numbers, or far"):
+    with pytest.warns(EmbedSurgeryWarning, match=r"embed\.weight.* head \(Linear\) .*non-finite"):
         attachment = es.attach(model, es.TrainableTokensConfig(INDICES), freeze=False)
     rows = attachment.rows_of["adapter_default"][0].values
     with torch.no_grad():
@@ -273,7 +273,7 @@ def test_old_rows_of_a_usual_size_cost_no_copy() -> None:
     with torch.no_grad():
         model.embed.weight[INDICES[0]] *= 10
         model.embed.weight[INDICES[1]] = 0
-        model.embed.weight[9] = float("nan")  # what nobody trains
+        model.embed.weight[9] = float("nan")  # a row that is not trained
         model.embed.weight[18:45] *= 1e-4  # rows that were never trained, and are nearly zero
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -283,7 +283,7 @@ def test_old_rows_of_a_usual_size_cost_no_copy() -> None:
 def test_a_second_adapter_that_asks_for_a_full_copy_gets_one() -> None:
     model, dense, _ = pair("tied")
     attachment = es.attach(model, es.TrainableTokensConfig([9]), name="second", materialize=True, freeze=False)
-    assert attachment._installation.copied == {"embed.weight"}
+    assert attachment._installation.copied_tables == {"embed.weight"}
     more = attachment.rows_of["adapter_second"][0].values
     with torch.no_grad():
         more.normal_()
@@ -293,6 +293,6 @@ def test_a_second_adapter_that_asks_for_a_full_copy_gets_one() -> None:
     parts = (model, model.embed, model.body, model.head)
     hooks = [list(module._forward_hooks) for module in parts]
     third = es.attach(model, es.TrainableTokensConfig([11]), name="third", freeze=False)
-    assert [list(module._forward_hooks) for module in parts] == hooks  # it has what it needs
+    assert [list(module._forward_hooks) for module in parts] == hooks  # nothing to install
     third.detach()
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())

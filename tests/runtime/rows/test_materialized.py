@@ -1,4 +1,4 @@
-"""Weights that are read outside of every forward, while attachment.materialized() lasts."""
+"""Weights that are read outside of all forwards, inside attachment.materialized()."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from torch.nn import functional as F
 import embedsurgery as es
 from embedsurgery.errors import AttachmentError, UnsupportedError
 from tests.support.comparing import state_bits
-from tests.support.integrations import INDICES, attached, batch
+from tests.support.errors import raises
+from tests.support.integrations import INDICES, attach_tiny, batch
 from tests.support.models import VOCABULARY, tiny
 
 BATCH = batch()
 
 
 def loss_of(model: Any, *, labels: bool = True) -> torch.Tensor:
-    """A loop of one's own: the body, and a loss that is given the head's weight."""
+    """Return the loss of a custom loop, which calls the body and passes the head's weight to a function."""
     hidden = model.model(BATCH["input_ids"])[0]
     scores = F.linear(hidden, model.lm_head.weight)
     return F.cross_entropy(scores[:, :-1].flatten(0, 1), BATCH["labels"][:, 1:].flatten()) if labels else scores
@@ -29,9 +30,7 @@ def loss_of(model: Any, *, labels: bool = True) -> torch.Tensor:
 @pytest.mark.parametrize("materialize", [False, True])
 @pytest.mark.parametrize("forwards", [False, True])
 @pytest.mark.parametrize("indices", [INDICES, list(range(4, 20))], ids=["few", "many"])
-def test_a_loop_of_ones_own_is_the_dense_models(
-    kind: str, materialize: bool, forwards: bool, indices: list[int]
-) -> None:
+def test_a_custom_loop_equals_the_dense_model(kind: str, materialize: bool, forwards: bool, indices: list[int]) -> None:
     targets = ["embed_tokens"] if kind == "llama-tied" else ["embed_tokens", "lm_head"]
     model, dense = tiny(kind), tiny(kind)
     before = state_bits(model)
@@ -66,8 +65,8 @@ def test_a_loop_of_ones_own_is_the_dense_models(
     torch.testing.assert_close(model(**BATCH).loss, dense(**BATCH).loss, rtol=0, atol=1e-5)
 
 
-def test_it_follows_what_is_live() -> None:
-    model, attachment = attached()
+def test_weights_follow_the_live_rows() -> None:
+    model, attachment = attach_tiny()
     with torch.no_grad():
         next(attachment.parameters()).add_(1.0)
     base = tiny("llama-tied").lm_head.weight
@@ -85,23 +84,27 @@ def test_it_follows_what_is_live() -> None:
         attachment.unmerge()
         assert torch.equal(model.lm_head.weight.clone(), live)
         with (
-            pytest.raises(UnsupportedError, match="cannot mix adapters here"),
+            raises(UnsupportedError, where="model.embed_tokens.weight", found="clone()"),
             attachment.per_sample(["default", None]),
         ):
             model.lm_head.weight.clone()
         with pytest.raises((UnsupportedError, RuntimeError)):  # torch refuses a tensor with a gradient function first
             copy.deepcopy(model)
-        with torch.no_grad(), attachment.disabled(), pytest.raises(UnsupportedError, match="cannot be copied while"):
+        with (
+            torch.no_grad(),
+            attachment.disabled(),
+            raises(UnsupportedError, where="embed_tokens", what="materialized()", hint="copy"),
+        ):
             copy.deepcopy(model)
     with (
         attachment.per_sample(["default", None]),
-        pytest.raises(UnsupportedError, match="a batch that mixes"),
+        raises(UnsupportedError, where="model.embed_tokens.weight", found="per_sample()"),
         attachment.materialized(),
     ):
         pass
     assert type(model.lm_head.weight) is torch.nn.Parameter
     attachment.merge()
-    with pytest.raises(AttachmentError, match="merged"), attachment.materialized():
+    with raises(AttachmentError, where="materialized()", hint="unmerge()"), attachment.materialized():
         pass
     attachment.unmerge()
     with attachment.materialized():
@@ -109,8 +112,8 @@ def test_it_follows_what_is_live() -> None:
         assert type(model.lm_head.weight) is torch.nn.Parameter
 
 
-def test_blocks_in_blocks_uncover_what_they_found() -> None:
-    model, attachment = attached("llama-untied")
+def test_nested_blocks_restore_the_weights() -> None:
+    model, attachment = attach_tiny("llama-untied")
     es.attach(model, es.TrainableTokensConfig([9, 11]), name="b")
     attachment.activate("default")
     (own, other), base = attachment.parameters(), tiny("llama-untied").model.embed_tokens.weight
@@ -143,8 +146,8 @@ def test_blocks_in_blocks_uncover_what_they_found() -> None:
     assert type(model.model.embed_tokens.weight) is torch.nn.Parameter
 
 
-def test_a_table_that_is_attached_inside_is_shown_too() -> None:
-    model, attachment = attached("llama-untied")
+def test_a_table_attached_inside_is_covered() -> None:
+    model, attachment = attach_tiny("llama-untied")
     with attachment.materialized():
         es.attach(model, es.TrainableTokensConfig([9], target_modules=["lm_head"]), name="b")
         with torch.no_grad():
@@ -154,8 +157,8 @@ def test_a_table_that_is_attached_inside_is_shown_too() -> None:
 
 
 @pytest.mark.parametrize("write", ["add_", "data.add_", "data ="])
-def test_it_sees_rows_however_they_are_written(write: str) -> None:
-    model, attachment = attached()
+def test_all_ways_of_writing_rows_are_seen(write: str) -> None:
+    model, attachment = attach_tiny()
     (rows,) = attachment.parameters()
     with attachment.materialized():
         for _ in range(2):
@@ -170,8 +173,8 @@ def test_it_sees_rows_however_they_are_written(write: str) -> None:
                     rows.add_(1.0)
 
 
-def test_rows_that_are_frozen_when_it_begins_and_unfrozen_inside() -> None:
-    model, attachment = attached()
+def test_rows_that_are_unfrozen_inside() -> None:
+    model, attachment = attach_tiny()
     (rows,) = attachment.parameters()
     rows.requires_grad_(False)
     with attachment.materialized():
@@ -182,8 +185,8 @@ def test_rows_that_are_frozen_when_it_begins_and_unfrozen_inside() -> None:
 
 
 @pytest.mark.parametrize("path", ["model.embed_tokens", "lm_head", ""])
-def test_a_call_that_fails_takes_nothing_away(path: str) -> None:
-    model, attachment = attached()
+def test_a_failed_call_leaves_the_weights_covered(path: str) -> None:
+    model, attachment = attach_tiny()
     with torch.no_grad():
         next(attachment.parameters()).add_(1.0)
     with attachment.materialized():
@@ -195,9 +198,9 @@ def test_a_call_that_fails_takes_nothing_away(path: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
-def test_compiled_code_that_is_given_the_weight_follows_the_steps() -> None:
+def test_compiled_code_sees_the_rows_of_each_step() -> None:
     torch._dynamo.reset()
-    model, attachment = attached()
+    model, attachment = attach_tiny()
     dense = tiny("llama-tied")
     (rows,) = attachment.parameters()
     hidden = torch.randn(3, model.config.hidden_size, generator=torch.Generator().manual_seed(1))

@@ -1,4 +1,4 @@
-"""Heads with many new rows that are consecutive: a dense model's numbers, for a dense model's products."""
+"""Heads with many consecutive new rows: the dense model's numbers at the cost of its products."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 import embedsurgery as es
 from embedsurgery.runtime.rows.sliced_head import SlicedWeight
-from tests.support.calls import Calls
-from tests.support.row_models import expected, step
+from tests.support.calls import OperationCounter
+from tests.support.row_models import dense_gradients, step
 from tests.support.row_models import pair as attached_and_edited
 
 V, D = 60, 8
@@ -26,7 +26,7 @@ IDS = torch.tensor([[4, 25, 31], [47, 59, 59]])
 
 
 def pair(run: str = "last", dtype: torch.dtype = torch.float64, **kind: bool) -> tuple[Any, Any, list[Any]]:
-    """As there, with the rows of a run."""
+    """Return an attached and an edited model, as `attached_and_edited`, with the rows of a run."""
     return attached_and_edited(list(RUNS[run]), dtype, **kind)
 
 
@@ -35,8 +35,8 @@ def loss(one: Any) -> torch.Tensor:
 
 
 def sliced_products(one: Any) -> int:
-    """Products of a forward that were written into a part of the logits."""
-    with Calls() as calls:
+    """Return the number of products that a forward writes to a part of the logits."""
+    with OperationCounter() as calls:
         one(IDS)
     assert calls.count("mm", "addmm", size=IDS.numel() * V) in (0, 1)
     return sum(name in ("mm", "addmm") for name, _ in calls.seen) - 2  # the body's, and the head's first
@@ -46,7 +46,7 @@ def assert_dense(model: Any, dense: Any, rows: list[Any], run: str, **tolerance:
     tolerance = tolerance or {"rtol": 1e-12, "atol": 1e-12}
     torch.testing.assert_close(step(model, loss), step(dense, loss), **tolerance)
     torch.testing.assert_close(model(IDS), dense(IDS), **tolerance)
-    found = expected(dense, list(RUNS[run]))
+    found = dense_gradients(dense, list(RUNS[run]))
     for part, gradient in zip(rows, found, strict=True):
         torch.testing.assert_close(part.grad, gradient.to(part.dtype), **tolerance)
     torch.testing.assert_close(model.body.weight.grad, dense.body.weight.grad, **tolerance)
@@ -55,7 +55,7 @@ def assert_dense(model: Any, dense: Any, rows: list[Any], run: str, **tolerance:
 @pytest.mark.filterwarnings("ignore:.* past half of the vocabulary")
 @pytest.mark.parametrize("run", RUNS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_numbers_are_the_dense_models(kind: str, run: str) -> None:
+def test_logits_and_gradients_are_the_dense_models(kind: str, run: str) -> None:
     model, dense, rows = pair(run, **KINDS[kind])
     assert sliced_products(model) == {"middle": 2, "all": 0}.get(run, 1)
     assert sliced_products(dense) == 0
@@ -80,13 +80,13 @@ def test_fp32_rows_over_tables_of_any_dtype(kind: str, dtype: torch.dtype) -> No
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_step_has_the_dense_models_products_and_no_more(kind: str) -> None:
+def test_a_step_has_only_the_dense_models_products(kind: str) -> None:
     model, dense, rows = pair("middle", **KINDS[kind])
     dense.embed.weight.requires_grad_(False)
     dense.head.weight.requires_grad_(False)
     made = []
     for one in (model, dense):
-        with Calls() as calls:
+        with OperationCounter() as calls:
             loss(one).backward()
         made.append(calls)
     assert made[0].count("mm", "addmm", size=len(RUNS["middle"]) * D) == 1  # the rows' own gradient
@@ -119,7 +119,7 @@ def test_hidden_states_of_any_shape(shape: tuple[int, ...]) -> None:
     torch.testing.assert_close(rows.grad, dense.embed.weight.grad[list(RUNS["last"])], rtol=1e-12, atol=1e-12)
 
 
-def test_hidden_states_that_do_not_lie_in_order() -> None:
+def test_hidden_states_that_are_not_contiguous() -> None:
     model, dense, (rows,) = pair("middle")
     found = []
     for one in (model, dense):
@@ -151,10 +151,10 @@ def _no_grad(model: Any, dense: Any) -> Any:
 
 
 @pytest.mark.parametrize("around", [_autocast, _no_grad, lambda *_: torch.inference_mode()])
-def test_where_it_is_not_for_the_columns_are_replaced(around: Any) -> None:
+def test_columns_are_replaced_without_gradients_or_under_autocast(around: Any) -> None:
     model, dense, _ = pair("middle", torch.float32)
     with around(model, dense):
-        with Calls() as calls:
+        with OperationCounter() as calls:
             found = model(IDS)
         wanted = dense(IDS)
     assert calls.count("mm", "addmm", "linear", size=IDS.numel() * V) == 1
@@ -178,10 +178,10 @@ def _own_forward(model: Any) -> None:
 
 
 @pytest.mark.parametrize("change", [_train_bias, _train_table, _own_forward])
-def test_a_head_that_is_more_than_plain_is_right_too(change: Any) -> None:
+def test_heads_that_are_not_sliced(change: Any) -> None:
     model, dense, rows = pair("middle", bias=True)
     change(model)
-    with Calls() as calls:
+    with OperationCounter() as calls:
         model(IDS)
     assert calls.count("mm", "addmm", size=IDS.numel() * V) == 1
     assert_dense(model, dense, rows, "middle")
@@ -194,13 +194,13 @@ def test_few_rows_replace_their_columns() -> None:
     model = nn.Sequential(nn.Embedding(1000, D), nn.Linear(D, 1000, bias=False))
     model[1].weight = model[0].weight
     es.attach(model, es.TrainableTokensConfig([996, 997, 998, 999]))
-    with Calls() as calls:
+    with OperationCounter() as calls:
         model(IDS)
     assert calls.count("mm", size=IDS.numel() * 1000) == 1
     assert calls.count("mm", size=IDS.numel() * 4) == 1
 
 
-def test_two_adapters_and_mixed_batches_are_right_too() -> None:
+def test_two_adapters_and_mixed_batches() -> None:
     model, dense, (rows,) = pair("middle")
     attachment = es.get_attachment(model)
     es.attach(model, es.TrainableTokensConfig(list(RUNS["last"])), name="other", freeze=False)
@@ -220,7 +220,7 @@ def test_two_adapters_and_mixed_batches_are_right_too() -> None:
     assert_dense(model, dense, [rows], "middle")
 
 
-def test_hooks_of_the_user_see_the_weight_and_the_new_logits() -> None:
+def test_user_hooks_see_the_weight_and_the_new_logits() -> None:
     model, dense, _ = pair("middle")
     seen: dict[str, Any] = {}
 
@@ -242,7 +242,7 @@ def test_hooks_of_the_user_see_the_weight_and_the_new_logits() -> None:
     torch.testing.assert_close(logits, dense.head(torch.ones(2, D, dtype=torch.float64)), rtol=1e-12, atol=1e-12)
 
 
-def test_a_call_that_fails_leaves_the_weight_uncovered() -> None:
+def test_a_failed_call_uncovers_the_weight() -> None:
     model, dense, rows = pair()
     base = model.head._parameters["weight"]
     with pytest.raises(RuntimeError):
@@ -251,7 +251,7 @@ def test_a_call_that_fails_leaves_the_weight_uncovered() -> None:
     assert_dense(model, dense, rows, "last")
 
 
-def test_a_call_that_is_interrupted_is_put_right_by_the_next_use() -> None:
+def test_the_next_use_uncovers_the_weight_of_an_interrupted_call() -> None:
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
@@ -273,15 +273,15 @@ def test_a_call_that_is_interrupted_is_put_right_by_the_next_use() -> None:
         assert_dense(model, dense, rows, "last")
 
 
-def test_two_threads_in_one_head_at_once() -> None:
+def test_two_threads_in_one_head() -> None:
     model, dense, _ = pair("last", tie=False)
     together = threading.Barrier(2, timeout=30)
 
     def wait(*_: Any) -> None:
         together.wait()
 
-    model.head.register_forward_pre_hook(wait)  # both have laid their covers
-    model.head.register_forward_hook(wait, prepend=True)  # and both products are there before either is taken
+    model.head.register_forward_pre_hook(wait)  # both threads have covered the weight
+    model.head.register_forward_hook(wait, prepend=True)  # both have their product before either takes it
     hidden = torch.randn(3, D, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     found: list[torch.Tensor] = []
 
@@ -304,7 +304,7 @@ def test_two_threads_in_one_head_at_once() -> None:
 
 @pytest.mark.parametrize("run", ["last", "middle"])
 @pytest.mark.parametrize("how", ["before ours", "of all modules"])
-def test_a_hook_that_comes_first_and_gives_another_tensor(how: str, run: str) -> None:
+def test_an_earlier_hook_that_returns_another_tensor(how: str, run: str) -> None:
     model, dense, rows = pair(run)
 
     def another(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:

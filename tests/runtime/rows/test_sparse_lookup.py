@@ -1,4 +1,4 @@
-"""More rows than tokens: gradients of the tokens' size that meet the head's, and columns in chunks and in slices."""
+"""More rows than tokens: sparse gradients of lookups are added to the head's; columns in chunks and in slices."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 import embedsurgery as es
 from embedsurgery.runtime.rows import columns as columns_module
-from tests.support.calls import Calls
-from tests.support.row_models import IDS, RUN, SPREAD, D, V, expected, pair, step
+from tests.support.calls import OperationCounter
+from tests.support.row_models import IDS, RUN, SPREAD, D, V, dense_gradients, pair, step
 
 
 def lm_loss(one: Any) -> torch.Tensor:
@@ -24,7 +24,7 @@ def lm_loss(one: Any) -> torch.Tensor:
 
 
 def twice(one: Any) -> torch.Tensor:
-    """Two lookups and two heads in one forward, as with an encoder and a decoder."""
+    """Return a loss of two lookups and two heads, as with an encoder and a decoder."""
     return one(IDS).square().mean() + one(IDS.flip(1) + 1).logsumexp(-1).sum()
 
 
@@ -54,11 +54,11 @@ KINDS: dict[str, dict[str, bool]] = {
 @pytest.mark.parametrize("indices", [SPREAD, RUN, RUN[::-1]], ids=["spread", "run", "backwards"])
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradients_are_the_dense_models_step_after_step(kind: str, loss: str, indices: list[int]) -> None:
+def test_gradients_are_the_dense_models(kind: str, loss: str, indices: list[int]) -> None:
     model, dense, rows = pair(indices, **KINDS[kind])
     for _ in range(2):
         torch.testing.assert_close(step(model, LOSSES[loss]), step(dense, LOSSES[loss]), rtol=1e-12, atol=1e-12)
-        wanted = expected(dense, indices)
+        wanted = dense_gradients(dense, indices)
         found = [part.grad for part in rows if part.grad is not None]
         for part, gradient in zip(found, wanted, strict=True):
             assert not part.is_sparse
@@ -90,34 +90,34 @@ def test_gradients_of_gradients(kind: str, indices: list[int]) -> None:
 @pytest.mark.parametrize("indices", [SPREAD, RUN], ids=["spread", "run"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_changes_made_in_chunks(
+def test_differences_in_chunks(
     indices: list[int], dtype: torch.dtype, autocast: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, dense, (rows,) = pair(indices, dtype)
     if autocast and dtype != torch.float32:
         pytest.skip("autocast is for fp32 weights")
     losses = []
-    for size in (columns_module._CHUNK, 1):  # all at once, and of as many rows as tokens
-        monkeypatch.setattr(columns_module, "_CHUNK", size)
+    for size in (columns_module._CHUNK_BYTES, 1):  # one chunk, and chunks of as many rows as tokens
+        monkeypatch.setattr(columns_module, "_CHUNK_BYTES", size)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
             losses.append(step(model, lambda one: one(IDS).float().logsumexp(-1).sum()))
         step(dense, lambda one: one(IDS).float().logsumexp(-1).sum())
         exact = dtype == torch.float32 and not autocast
         loose = {"rtol": 0, "atol": 1e-5} if exact else {"rtol": 0.05, "atol": 0.05}
         assert rows.grad.dtype == torch.float32
-        torch.testing.assert_close(rows.grad, expected(dense, indices)[0].float(), **loose)
+        torch.testing.assert_close(rows.grad, dense_gradients(dense, indices)[0].float(), **loose)
         torch.testing.assert_close(model.body.weight.grad, dense.body.weight.grad, **loose)
     assert torch.equal(*losses)
 
 
-def test_backwards_that_add_up_and_that_run_twice() -> None:
+def test_gradients_accumulate() -> None:
     model, dense, (rows,) = pair(SPREAD)
     for one in (model, dense):
         loss = lm_loss(one)
         loss.backward(retain_graph=True)
         loss.backward()
         lm_loss(one).backward()
-    torch.testing.assert_close(rows.grad, expected(dense, SPREAD)[0], rtol=0, atol=1e-12)
+    torch.testing.assert_close(rows.grad, dense_gradients(dense, SPREAD)[0], rtol=0, atol=1e-12)
     one, two = (torch.autograd.grad(lm_loss(model), rows)[0] for _ in range(2))
     assert torch.equal(one, two)
 
@@ -128,11 +128,11 @@ def test_a_hook_of_the_rows_sees_one_dense_gradient() -> None:
     rows.register_hook(seen.append)
     step(model, lm_loss)
     step(dense, lm_loss)
-    torch.testing.assert_close(seen, expected(dense, SPREAD), rtol=0, atol=1e-12)
+    torch.testing.assert_close(seen, dense_gradients(dense, SPREAD), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("how", ["parameter", "data"])
-def test_values_that_were_replaced_get_the_gradient(how: str) -> None:
+def test_replaced_values_get_the_gradient(how: str) -> None:
     model, _, (rows,) = pair(SPREAD)
     step(model, lm_loss)
     before = rows.grad.clone()
@@ -162,7 +162,7 @@ def test_frozen_rows_and_inference() -> None:
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "moved"])
-def test_a_model_that_ran_is_copied_and_moved(how: str) -> None:
+def test_copies_and_moves_after_a_step(how: str) -> None:
     model, _, (rows,) = pair(SPREAD)
     loss = step(model, lm_loss)
     before = rows.grad.clone()
@@ -184,7 +184,7 @@ def test_torch_func() -> None:
         )
 
     found = torch.func.grad(loss)(rows.detach())
-    torch.testing.assert_close(found, expected(dense, SPREAD)[0], rtol=0, atol=1e-12)
+    torch.testing.assert_close(found, dense_gradients(dense, SPREAD)[0], rtol=0, atol=1e-12)
     given = rows.detach().clone().requires_grad_()
     loss(given * 1.0).backward()
     torch.testing.assert_close(given.grad, found, rtol=0, atol=1e-12)
@@ -209,24 +209,24 @@ def test_compiled_for_fewer_and_more_tokens_than_rows(indices: list[int]) -> Non
         for one, run in ((model, compiled), (dense, dense)):
             one.zero_grad()
             run(ids).logsumexp(-1).sum().backward()
-        torch.testing.assert_close(rows.grad, expected(dense, indices)[0], rtol=0, atol=1e-11)
+        torch.testing.assert_close(rows.grad, dense_gradients(dense, indices)[0], rtol=0, atol=1e-11)
         frames.append(counter.frame_count)
     assert len(set(frames)) == 1
 
 
 @pytest.mark.parametrize("indices", [SPREAD, RUN], ids=["spread", "run"])
 @pytest.mark.parametrize("kind", ["tied", "untied", "tied, bias"])
-def test_nothing_is_made_that_need_not_be(kind: str, indices: list[int]) -> None:
+def test_no_needless_copies(kind: str, indices: list[int]) -> None:
     model, _, _ = pair(indices, **KINDS[kind])
     step(model, lm_loss)
     model.zero_grad()
-    with Calls() as calls:
+    with OperationCounter() as calls:
         logits = model(IDS)
     moved = {"scatter_", "copy_", "clone", "index_add_", "index_copy_", "add", "gather", "index_select", "index", "sub"}
     written = {name: [size for one, size in calls.seen if one == name] for name in moved}
     assert written["scatter_"] == ([] if indices is RUN else [IDS.numel() * V])
     assert IDS.numel() * V not in [size for name in moved - {"scatter_"} for size in written[name]]
-    with Calls() as calls:
+    with OperationCounter() as calls:
         logits.backward(torch.ones_like(logits))
     seen = [(name, size) for name, size in calls.seen if name in moved | {"_to_dense", "add_", "new_zeros"}]
     assert not [name for name, size in seen if size == IDS.numel() * V]
@@ -237,7 +237,7 @@ def test_nothing_is_made_that_need_not_be(kind: str, indices: list[int]) -> None
 
 
 @pytest.mark.parametrize("indices", [SPREAD, RUN], ids=["spread", "run"])
-def test_values_that_are_set_to_another_part_of_one_memory(indices: list[int]) -> None:
+def test_values_set_to_another_part_of_the_same_storage(indices: list[int]) -> None:
     model, dense, (rows,) = pair(indices)
     both = torch.randn(2, *rows.shape, dtype=rows.dtype, generator=torch.Generator().manual_seed(2))
     for values in both:
@@ -245,11 +245,11 @@ def test_values_that_are_set_to_another_part_of_one_memory(indices: list[int]) -
         dense.embed.weight.data[indices] = values
         rows.grad = None
         torch.testing.assert_close(step(model, _of_logits), step(dense, _of_logits), rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(rows.grad, expected(dense, indices)[0], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(rows.grad, dense_gradients(dense, indices)[0], rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("indices", [SPREAD, SPREAD[:2]], ids=["more rows than tokens", "fewer"])
-def test_several_gradients_at_once(indices: list[int]) -> None:
+def test_batched_gradients(indices: list[int]) -> None:
     model, dense, (rows,) = pair(indices)
     several = torch.randn(2, *IDS.shape, V, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     (found,) = torch.autograd.grad(model(IDS), rows, several, is_grads_batched=True)

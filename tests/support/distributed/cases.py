@@ -1,4 +1,4 @@
-"""What workers and the tests that judge them share: models, batches, the training loop, and ways to wrap a model."""
+"""What workers and their tests share: models, batches, the training loop, and ways to wrap a model."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from tests.support.models import VOCABULARY, tiny
 
 STEPS, BATCH, LENGTH = 3, 4, 6
 ROWS = [5, 31, 7]
-MANY = [5, 31, 7, *range(8, 24)]  # more than a process has tokens
+MANY = [5, 31, 7, *range(8, 24)]  # more rows than a process has tokens
 KINDS = ("llama-tied", "llama-untied", "gpt2", "bert")
 WRAPS = ("ddp", "fsdp-root", "fsdp-layers", "fsdp-own")
 CHECKPOINTED = ("ddp", "fsdp-own")
 
 
 def batch(step: int) -> torch.Tensor:
-    """Ids for all processes; in the last step the second half holds none of the trained tokens."""
+    """Return the ids for all processes; in the last step the second half has no trained token."""
     generator = torch.Generator().manual_seed(100 + step)
     ids = torch.randint(8, VOCABULARY - 10, (BATCH, LENGTH), generator=generator)
     ids[0, 0], ids[1, 3] = 5, 7
@@ -39,7 +39,7 @@ def targets(kind: str) -> dict[str, Any]:
 
 
 def attached(kind: str, rows: list[int] | None = None, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A tiny model with fresh rows; they start away from the base's, so that the override is seen in the losses."""
+    """Return a tiny model with attached rows that differ from the base's, so that the losses show the override."""
     model = tiny(kind, dtype=dtype)
     attachment = es.attach(model, es.TrainableTokensConfig(rows or ROWS, **targets(kind)))
     generator = torch.Generator().manual_seed(7)
@@ -50,7 +50,7 @@ def attached(kind: str, rows: list[int] | None = None, dtype: torch.dtype = torc
 
 
 def train(model: nn.Module, share: slice, reduce: Callable[[torch.Tensor], torch.Tensor], steps: int = STEPS) -> Any:
-    """A few steps of SGD, which unlike Adam sees the gradients' scale; the losses over all processes, and the rows."""
+    """Train by SGD, which unlike Adam depends on the gradients' scale; returns all processes' losses and the rows."""
     attachment = es.get_attachment(model)
     assert attachment is not None
     optimizer = torch.optim.SGD(attachment.parameters(), lr=0.5, momentum=0.9)
@@ -65,7 +65,7 @@ def train(model: nn.Module, share: slice, reduce: Callable[[torch.Tensor], torch
 
 
 def reference(kind: str, rows: list[int] | None = None, dtype: torch.dtype = torch.float32) -> Any:
-    """The same in one process on the whole batch."""
+    """Train in one process on the whole batch."""
     return train(attached(kind, rows, dtype), slice(None), lambda loss: loss)
 
 
@@ -74,7 +74,7 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def wrap(model: Any, how: str, **options: Any) -> nn.Module:
-    """A model as its user would wrap it: the root holding the tables, or not."""
+    """Wrap a model as a user would; with FSDP, tables belong to the root or to groups of their own."""
     from torch.distributed.fsdp import fully_shard
 
     if how == "ddp":
@@ -84,7 +84,7 @@ def wrap(model: Any, how: str, **options: Any) -> nn.Module:
             fully_shard(block, **options)
     if how == "fsdp-own":
         lookup, head = model.get_input_embeddings(), model.get_output_embeddings()
-        if lookup.weight is head.weight:  # a tie must lie in one group, and so must BERT's shared bias
+        if lookup.weight is head.weight:  # tied tables must be in one group, and so must BERT's shared bias
             fully_shard([lookup, getattr(model, "cls", head)], **options)
         else:
             fully_shard(lookup, **options)

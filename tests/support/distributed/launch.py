@@ -1,4 +1,4 @@
-"""Starts a worker on two processes and gives back what each rank wrote."""
+"""Runs a worker on two processes; returns what each rank wrote."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.support.processes import ROOT
 
 WORKERS = Path(__file__).parent / "workers"
 SECONDS = 60
-"""A worker that takes longer hangs."""
+"""A worker that takes longer is taken to hang."""
 
 
 def port() -> int:
@@ -27,14 +27,14 @@ def port() -> int:
 
 
 def run(command: list[str], seconds: float = SECONDS, **environment: str) -> None:
-    """Run a launcher; with everything that it started it is ended where it takes too long."""
+    """Run a launcher; stop it and its workers if it takes too long."""
     more = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    with tempfile.TemporaryFile("w+") as said:  # no pipe: workers that outlived their launcher would keep it open
+    with tempfile.TemporaryFile("w+") as output:  # no pipe: workers that outlive their launcher would keep it open
         process = subprocess.Popen(
             [sys.executable, *command],
             env={**os.environ, **more, **environment},
             start_new_session=True,
-            stdout=said,
+            stdout=output,
             stderr=subprocess.STDOUT,
         )
         try:
@@ -42,15 +42,15 @@ def run(command: list[str], seconds: float = SECONDS, **environment: str) -> Non
         except subprocess.TimeoutExpired:
             code = None
         finally:
-            _end(process)
-        said.seek(0)
-        output = said.read()
-    assert code is not None, f"it hangs:\n{output[-4000:]}"
-    assert code == 0, output[-6000:]
+            _stop(process)
+        output.seek(0)
+        text = output.read()
+    assert code is not None, f"it hangs:\n{text[-4000:]}"
+    assert code == 0, text[-6000:]
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """Torch's launcher must end its workers itself: they live in sessions of their own, out of a signal's reach."""
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """Stop a launcher. It has to stop its workers, which run in other sessions and do not get its signals."""
     if process.poll() is None:
         process.terminate()
         try:
@@ -61,7 +61,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def torchrun(worker: str, out: Path, *arguments: str, **environment: str) -> list[Any]:
-    """What the worker's two ranks wrote into ``out``, by rank."""
+    """Run a worker on two ranks; returns what they wrote into ``out``, by rank."""
     run(
         [
             "-m",

@@ -1,4 +1,4 @@
-"""Several adapters on one model over several processes: switched, and mixed in batches that differ between them."""
+"""Trains several adapters on one model over several processes: switched, or mixed in batches that differ by process."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from tests.support.models import tiny
 
 SWITCHED = [["a"] * 4, ["b"] * 4, ["a"] * 4]
 MIXED = [["a", "b", "a", "b"], ["a", "b", "a", "a"], ["a", "a", "b", "b"], ["b", None, "a", "a"]]
-"""In the second step and later the adapters of one process are not those of the other."""
+"""From the second step the processes have different adapters in their batches."""
 ALONE = [["a", "a", None, None]]
-"""A process with samples of the base only, which has nothing to train by itself."""
+"""One process has samples of the base only, so it has nothing to train."""
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,10 @@ class Mix:
     """One way to train two adapters.
 
     Attributes:
-        how: As `cases.wrap` takes it; None for one process.
+        how: See `cases.wrap`; None for one process.
         names: In each step, the adapter of each sample of both processes.
-        prompts: Whether the adapters are soft prompts, of two lengths; else they set some of the same rows.
-        switch: Whether adapters are activated, instead of mixed.
+        prompts: Whether the adapters are soft prompts of different lengths; otherwise they share some rows.
+        switch: Whether adapters are activated per step, instead of mixed per sample.
     """
 
     how: str | None
@@ -46,12 +46,12 @@ MIXES = {
         "mixed prompts": Mix(how, MIXED, prompts=True),
         "one of them on one process": Mix(how, ALONE),
     }.items()
-    if (how, name) != ("ddp", "one of them on one process")  # torch says there that nothing has a gradient
+    if (how, name) != ("ddp", "one of them on one process")  # there torch raises: no loss has a gradient
 }
 
 
-def mixed(mix: Mix, share: slice, mean: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, Any]:
-    """The losses over all processes, and every adapter's tensors."""
+def train_mix(mix: Mix, share: slice, mean: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, Any]:
+    """Train; returns the losses over all processes, and every adapter's tensors."""
     model = tiny("llama-tied")
     configs: dict[str, Any] = {"a": es.TrainableTokensConfig([5, 31, 7]), "b": es.TrainableTokensConfig([5, 9])}
     if mix.prompts:

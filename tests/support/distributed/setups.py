@@ -1,4 +1,4 @@
-"""Ways to train on several processes, and what each must equal: a dense model that knows nothing of embedsurgery."""
+"""Ways to train on several processes, each compared with a dense model without embedsurgery."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from tests.support.models import tiny
 
 STEPS, PROCESSES = 3, 2
 WIDE = 403
-"""Rows of a larger table, which two processes cannot halve."""
+"""Rows of a larger table, an odd number, so that two processes get different shares."""
 END, SPREAD = tuple(range(WIDE - 41, WIDE)), tuple(range(4, WIDE, 9))[::-1]
-"""A tenth of them: the last ones, and from everywhere in no order."""
+"""A tenth of the rows: the last ones, and every ninth in reverse order."""
 
 
 @dataclass(frozen=True)
@@ -28,15 +28,15 @@ class Setup:
     """One way to train.
 
     Attributes:
-        how: As `cases.wrap` takes it.
-        kind: Of tiny model.
-        rows: Those that are trained.
-        vocabulary: The table's rows.
-        sizes: Samples in a batch of each process.
-        accumulate: Batches in a step; the gradients of all but the last stay on their process.
-        clip: Largest norm of the gradient.
-        checkpointing: Whether it is the reentrant one; None without.
-        wrapper: More for the wrapper.
+        how: See `cases.wrap`.
+        kind: The tiny model.
+        rows: The trained rows.
+        vocabulary: Number of rows of the table.
+        sizes: Batch size of each process.
+        accumulate: Batches per step; gradients are only averaged after the last.
+        clip: Maximum norm of the gradient.
+        checkpointing: Reentrant activation checkpointing or not; None for none.
+        wrapper: Options of the wrapper.
         keeps: Whether parameters stay gathered between the backwards of a step.
         tolerance: Of losses and rows.
     """
@@ -81,7 +81,7 @@ SETUPS = {
 
 
 def dense(setup: Setup) -> dict[str, Any]:
-    """One process, a table that trains as a whole, and gradients of other rows set to 0."""
+    """Train whole tables in one process, with the gradients of all other rows set to 0."""
     model = _model(setup)
     tables = [model.get_input_embeddings().weight]
     if setup.kind == "llama-untied":
@@ -114,7 +114,7 @@ def dense(setup: Setup) -> dict[str, Any]:
 
 
 def trained(setup: Setup, rank: int, mean: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, Any]:
-    """The same on each process, with its share of the batches."""
+    """Train on each process with its share of the batches."""
     model = _model(setup)
     attachment = es.attach(model, es.TrainableTokensConfig(setup.rows, **targets(setup.kind)))
     with torch.no_grad():
@@ -171,7 +171,7 @@ def _start(setup: Setup) -> torch.Tensor:
 
 
 def _batch(setup: Setup, step: int, micro: int, rank: int) -> torch.Tensor:
-    """Each process's own ids, some of trained rows."""
+    """Return the ids of one process, some of them trained rows."""
     generator = torch.Generator().manual_seed(1000 * step + 10 * micro + rank)
     ids = torch.randint(3, setup.vocabulary, (setup.sizes[rank], 7), generator=generator)
     ids[0, 1:4] = torch.tensor(setup.rows)[torch.randint(0, len(setup.rows), (3,), generator=generator)]

@@ -1,4 +1,4 @@
-"""Requests and answers of the loopback Hub, the listener that carries them, and what can go wrong with them."""
+"""Requests and answers of the loopback Hub, its HTTP server, and rules that make requests fail."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 
 @dataclass
 class Answer:
-    """An answer; ``cut`` closes the connection after so many bytes of the body, ``drop`` before anything is said."""
+    """An answer. ``cut`` closes the connection after that many bytes of the body, ``drop`` before any byte."""
 
     status: int
     body: bytes
@@ -29,7 +29,7 @@ class Answer:
 
 @dataclass
 class Request:
-    """A request as it came in; ``sent`` is the size of what was answered."""
+    """A request; ``sent`` is the size of the body that was sent back."""
 
     method: str
     path: str
@@ -43,7 +43,7 @@ class Request:
         return self.headers.get("authorization", "").removeprefix("Bearer ") or None
 
     def slice(self, data: bytes) -> Answer:
-        """A file's bytes, or the range of them that is asked for."""
+        """Answer with a file's bytes, or the requested range of them."""
         match = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("range", ""))
         if not match:
             return Answer(200, data, {"Accept-Ranges": "bytes"})
@@ -52,12 +52,12 @@ class Request:
 
 
 def yes(body: Any) -> Answer:
-    """An answer in JSON."""
+    """Return an answer in JSON."""
     return Answer(200, json.dumps(body).encode(), {"Content-Type": "application/json"})
 
 
 def no(status: int, message: str, code: str | None = None, **body: str) -> Answer:
-    """A refusal as the Hub gives it."""
+    """Return a refusal with the Hub's headers."""
     headers = {"Content-Type": "application/json", "X-Error-Message": message}
     if code is not None:
         headers["X-Error-Code"] = code
@@ -68,7 +68,10 @@ Rule = Callable[[Request, Callable[[], Answer]], Answer | None]
 
 
 def when(pattern: str, change: Callable[[Callable[[], Answer]], Answer], times: int | None = None) -> Rule:
-    """A rule for requests whose "METHOD path" matches, as often as given. ``change`` gets what would be done."""
+    """Return a rule for requests whose "METHOD path" matches a pattern, the first ``times`` of them or all.
+
+    ``change`` gets a function that does what the request asks, and returns the answer.
+    """
     count = 0
     lock = threading.Lock()
 
@@ -84,44 +87,44 @@ def when(pattern: str, change: Callable[[Callable[[], Answer]], Answer], times: 
 
 
 def says(status: int, message: str = "", code: str | None = None, **headers: str) -> Callable[..., Answer]:
-    """Refuses, having done nothing."""
+    """Refuse without doing what is asked."""
     named = {key.replace("_", "-"): value for key, value in headers.items()}
     return lambda go: no(status, message, code).having(named)
 
 
 def drops(go: Callable[[], Answer]) -> Answer:
-    """Closes the connection, having done nothing."""
+    """Close the connection without doing what is asked."""
     return Answer(0, b"", drop=True)
 
 
 def loses(go: Callable[[], Answer]) -> Answer:
-    """Does what is asked, and closes the connection without a word."""
+    """Do what is asked, and close the connection without an answer."""
     go()
     return Answer(0, b"", drop=True)
 
 
 def cuts(size: int) -> Callable[..., Answer]:
-    """Closes the connection in the middle of the body."""
+    """Close the connection in the middle of the body."""
     return lambda go: replace(go(), cut=size)
 
 
 def shortens(size: int) -> Callable[..., Answer]:
-    """Gives only the first bytes, as if that were all."""
+    """Send only the first bytes, with a matching Content-Length."""
     return lambda go: (lambda a: replace(a, body=a.body[:size]))(go())
 
 
 def spoils(go: Callable[[], Answer]) -> Answer:
-    """Turns over a bit of the last byte of the body."""
+    """Flip a bit of the last byte of the body."""
     answer = go()
     return replace(answer, body=answer.body[:-1] + bytes([answer.body[-1] ^ 1]))
 
 
 class Listener:
-    """One origin: a threaded server on a free port of 127.0.0.1.
+    """A threaded HTTP server on a free port of 127.0.0.1.
 
     Args:
         serve: Answers a request.
-        patience: How many bytes of an upload are read before the connection is closed; None for all.
+        patience: Returns how many bytes of an upload are read before the connection is closed; None for all.
     """
 
     def __init__(self, serve: Callable[[Request], Answer], patience: Callable[[], int | None] = lambda: None) -> None:
@@ -174,7 +177,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             sent = answer.body if answer.cut is None else answer.body[: answer.cut]
             request.sent = len(sent)
-            with suppress(ConnectionError):  # a client that has seen enough
+            with suppress(ConnectionError):  # the client closed the connection early
                 self.wfile.write(sent)
             if answer.cut is not None:
                 self._close()

@@ -1,18 +1,18 @@
-"""A Hub on 127.0.0.1 that speaks as much of the Hub's protocol as huggingface_hub 2.4.0 asks of it.
+"""A Hub on 127.0.0.1 that implements as much of the Hub's protocol as huggingface_hub 2.4.0 uses.
 
-A test double with two origins, the Hub and its storage; behind it lies a bare git repository for each (``store.py``).
+A test double with two origins, the Hub and its storage, over a bare git repository for each repository (``store.py``).
 What the client sends and expects was read in its source (``_commit_api.py``, ``lfs.py``, ``file_download.py``,
-``hf_api.py``, ``utils/_http.py``, ``utils/_xet.py``); what it does not ask for is not here. Not as the real Hub:
+``hf_api.py``, ``utils/_http.py``, ``utils/_xet.py``). Differences from the real Hub:
 
 - large files are those that end in .safetensors or .bin, whatever .gitattributes says;
 - with ``xet=None`` a large file has a ``xetHash`` in listings, so that the client copies it between repositories, but
-  downloads and uploads go by plain LFS, in one part. With a `XetStore` (``xet.py``) what hf_xet has put into that is
-  offered through xet as well;
-- names of tokens, not scopes, say who may do what; there are no pages, no limits, no regions;
-- redirects carry ``?signature=`` in place of a real one, which is not checked.
+  downloads and uploads use plain LFS, in one part. With a `XetStore` (``xet.py``), files that hf_xet has put into it
+  are offered through xet too;
+- the name of a token, not its scope, says what it allows; there are no pages, no rate limits and no regions;
+- redirects have a fake ``?signature=``, which is not checked.
 
-Which requests go wrong, and how, is the list ``rules``: see `when` in ``answers.py``. With ``patience`` the storage
-hangs up after so many bytes of an upload.
+The list ``rules`` makes requests fail: see `when` in ``answers.py``. With ``patience`` the storage closes the
+connection after that many bytes of an upload.
 """
 
 from __future__ import annotations
@@ -35,16 +35,15 @@ from tests.support.hub.xet import XetStore
 
 WRITER, READER = "hf_writerwriterwriterwriter", "hf_readerreaderreaderreader"
 
-
 Parts = dict[str, str]
-"""What a path or a query says, by name."""
+"""The named parts of a path or a query."""
 
 
 class Hub:
     """The server: start it with `running`.
 
     Args:
-        folder: Where its repositories are made.
+        folder: The folder for its repositories.
         xet: A store for hf_xet.
     """
 
@@ -70,7 +69,7 @@ class Hub:
             yield self
 
     def add(self, name: str, files: dict[str, bytes], *, private: bool = False, gated: bool = False) -> str:
-        """A repository with one commit, made behind the client's back; returns the commit."""
+        """Add a commit to a repository, without the client, and create the repository if needed; returns the commit."""
         if name not in self.repos:
             self.repos[name] = Repo(self.folder / f"{name}.git", private=private, gated=gated)
         repo = self.repos[name]
@@ -84,14 +83,14 @@ class Hub:
         return sha
 
     def seen(self, pattern: str) -> list[Request]:
-        """The requests whose "METHOD path" matches."""
+        """Return the requests whose "METHOD path" matches a pattern."""
         return [request for request in self.log if re.search(pattern, f"{request.method} {request.path}")]
 
     def moved(self) -> int:
-        """Bytes of bodies that went either way."""
+        """Return the size of all bodies, in both directions."""
         return sum(request.sent + len(request.body) for request in self.log)
 
-    def _ruled(self, request: Request, route: Callable[[Request], Answer]) -> Answer:
+    def _apply_rules(self, request: Request, route: Callable[[Request], Answer]) -> Answer:
         self.log.append(request)
 
         def go() -> Answer:
@@ -105,18 +104,18 @@ class Hub:
         return go()
 
     def _serve(self, request: Request) -> Answer:
-        return self._ruled(request, self._route)
+        return self._apply_rules(request, self._route)
 
     def _store(self, request: Request) -> Answer:
-        return self._ruled(request, self._storage)
+        return self._apply_rules(request, self._storage)
 
     def _storage(self, request: Request) -> Answer:
-        """The second origin, which is to see signed addresses and never a token."""
+        """The second origin: it gets signed URLs and never a token."""
         _, owner, name, oid = urlsplit(request.path).path.split("/")
         repo = self.repos[f"{owner}/{name}"]
         if request.method == "PUT":
             if hashlib.sha256(request.body).hexdigest() != oid:
-                return no(400, "the content is not what its name says")
+                return no(400, "the content does not match its hash")
             repo.keep(request.body)
             return yes({})
         return request.slice(repo.large(oid).read_bytes())
@@ -167,7 +166,7 @@ class Hub:
                 item["xetHash"] = (self.xet and self.xet.hash_of(blob.sha256)) or blob.sha256
         return item
 
-    def _listed(self, repo: Repo, name: str, request: Request, rest: Parts, query: Parts) -> Answer:
+    def _list(self, repo: Repo, name: str, request: Request, rest: Parts, query: Parts) -> Answer:
         sha = repo.find(rest["rev"])
         if sha is None:
             return no(404, "Invalid rev id", "RevisionNotFound")
@@ -261,7 +260,7 @@ class Hub:
                     return no(400, f"LFS pointer pointed to a file that does not exist: {value['path']}")
                 changes[value["path"]] = repo.pointer_object(value["oid"])
             else:
-                return no(400, f"not spoken here: {line['key']}")
+                return no(400, f"not supported: {line['key']}")
         sha = repo.commit(changes, head, header["summary"])
         answer = {"success": True, "commitOid": sha, "commitUrl": f"{self.url}/{name}/commit/{sha}"}
         if wants_request:
@@ -273,7 +272,7 @@ class Hub:
         return yes(answer)
 
     def _xet_token(self, repo: Repo, name: str, request: Request, rest: Parts, query: Parts) -> Answer:
-        """Leave to use the content store: hf_xet reads the body, the client itself the headers."""
+        """Return a token for the content store: hf_xet reads it from the body, the client from the headers."""
         if self.xet is None:
             return no(404, "no xet here")
         if rest["kind"] == "write" and request.token != WRITER:
@@ -310,7 +309,7 @@ class Hub:
     _PAGE = r"/(?P<owner>[^/]+)/(?P<name>[^/]+?)"
     _ROUTES = (
         (rf"{_API}(/revision/(?P<rev>[^/]+))?", _info),
-        (rf"{_API}/(tree|paths-info)/(?P<rev>[^/]+)", _listed),
+        (rf"{_API}/(tree|paths-info)/(?P<rev>[^/]+)", _list),
         (rf"{_API}/refs", _refs),
         (rf"{_API}/(tag|branch)/(?P<rev>[^/]+)", _point),
         (rf"{_API}/preupload/(?P<rev>[^/]+)", _preupload),

@@ -10,7 +10,7 @@ from tests.support.processes import cli
 
 
 def run(env: dict[str, str], *arguments: object, code: int = 0, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run a verb that ends with this exit code and shows no secret."""
+    """Run a command; checks its exit code, and that it prints no secret."""
     done = cli(*arguments, env=env, **options)
     assert done.returncode == code, done.stderr
     assert not any(secret in done.stdout + done.stderr for secret in SECRETS)

@@ -1,4 +1,4 @@
-"""Names of repositories, and the client pointed at the loopback Hub."""
+"""Names of repositories, and a function that points huggingface_hub at the loopback Hub."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ REPO, BASE = "team/rows", "team/base"
 
 
 def point(monkeypatch: pytest.MonkeyPatch, url: str, home: Path, *, offline: bool = False) -> None:
-    """As the environment would, had it been set before the client was imported."""
+    """Point huggingface_hub at a Hub, as environment variables would if they were set before its import."""
     close_session()
     monkeypatch.setenv("HF_TOKEN", WRITER)
     monkeypatch.setattr(constants, "ENDPOINT", url)

@@ -1,7 +1,7 @@
-"""Repositories as bare git repositories: trees, commits, pointers and refs are git's own, made with its plumbing.
+"""Repositories of the loopback Hub as bare git repositories, changed by git's plumbing commands.
 
-A large file is an LFS pointer in git, and its bytes lie where git-lfs keeps them, in ``lfs/objects`` beside git's
-objects. What git has no place for, who may see a repository, is an attribute of `Repo`.
+A large file is an LFS pointer in git; its bytes are where git-lfs keeps them, in ``lfs/objects``. Who may see a
+repository is an attribute of `Repo`, since git does not store it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 LARGE = (".safetensors", ".bin")
 NONE = "0" * 40
-"""What ``git update-ref`` takes for a ref that is not there."""
+"""The old value that ``git update-ref`` takes for a new ref."""
 
 _WHO = {"NAME": "loopback", "EMAIL": "loopback@localhost", "DATE": "2026-01-01T00:00:00Z"}
 _ENVIRONMENT = {"PATH": os.environ["PATH"], "GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"}
@@ -28,9 +28,9 @@ class Blob:
     """A file of a tree.
 
     Attributes:
-        git_oid: Its object in git: its bytes, or the pointer to them.
-        size: Of its bytes.
-        sha256: Of its bytes, where it is large.
+        git_oid: The hash of its git object: its bytes, or the pointer to them.
+        size: The size of its bytes.
+        sha256: The hash of its bytes, if it is large.
     """
 
     git_oid: str
@@ -42,9 +42,9 @@ class Repo:
     """A repository.
 
     Args:
-        folder: Where it is made.
-        private: Whether only who has a token sees it.
-        gated: Whether its files are kept from readers.
+        folder: Its directory, which is created.
+        private: Whether it is only visible with a token.
+        gated: Whether its files need the writer's token.
     """
 
     def __init__(self, folder: Path, *, private: bool = False, gated: bool = False) -> None:
@@ -54,7 +54,7 @@ class Repo:
         self.git("init", "--bare", "--quiet", "--initial-branch=main", "--template=")
 
     def git(self, *arguments: str, data: bytes = b"") -> bytes:
-        """What a git command prints; it fails where git does."""
+        """Run a git command; returns its output."""
         done = subprocess.run(
             ["git", "-C", str(self.folder), *arguments], input=data, capture_output=True, check=False, env=_ENVIRONMENT
         )
@@ -63,7 +63,7 @@ class Repo:
         return done.stdout
 
     def refs(self, kind: str) -> dict[str, str]:
-        """Name -> commit of all refs of a kind: heads, tags, pr."""
+        """Return name -> commit of all refs of a kind: heads, tags, pr."""
         listed = self.git("for-each-ref", "--format=%(refname:lstrip=2) %(objectname)", f"refs/{kind}/")
         return dict(line.split() for line in listed.decode().splitlines())
 
@@ -80,7 +80,7 @@ class Repo:
         return {int(number): sha for number, sha in self.refs("pr").items()}
 
     def point(self, ref: str, sha: str, old: str | None) -> bool:
-        """Move a ref from where it was seen last, None for nowhere; False where somebody has moved it since."""
+        """Move a ref from its old commit, None for a new ref; False if it was moved since."""
         try:
             self.git("update-ref", ref, sha, old or NONE)
         except GitError:
@@ -88,7 +88,7 @@ class Repo:
         return True
 
     def find(self, revision: str) -> str | None:
-        """The commit that a branch, a tag, ``refs/pr/N`` or a whole commit name means."""
+        """Resolve a branch, a tag, ``refs/pr/N`` or a full commit hash; None if there is none."""
         known = {**self.tags, **self.branches, **{f"refs/pr/{n}": sha for n, sha in self.requests.items()}}
         if revision in known or not re.fullmatch("[0-9a-f]{40}", revision):
             return known.get(revision)
@@ -99,7 +99,7 @@ class Repo:
 
     @property
     def commits(self) -> list[str]:
-        """Every commit that a ref leads to."""
+        """All commits that a ref reaches."""
         return self.git("rev-list", "--all").decode().split()
 
     def parent(self, sha: str) -> str:
@@ -109,7 +109,7 @@ class Repo:
         return self.git("log", "-1", "--format=%B", sha).decode().strip()
 
     def tree(self, sha: str) -> dict[str, Blob]:
-        """Path -> file, of a commit."""
+        """Return path -> file of a commit."""
         if sha not in self._trees:
             listed = self.git("ls-tree", "-r", "-l", "-z", "--full-tree", sha).decode().split("\0")[:-1]
             self._trees[sha] = {
@@ -125,43 +125,43 @@ class Repo:
         return Blob(oid, int(pointer[2]), pointer[1].decode()) if pointer else Blob(oid, int(size))
 
     def read(self, blob: Blob) -> bytes:
-        """A file's bytes."""
+        """Return a file's bytes."""
         if blob.sha256 is None:
             return self.git("cat-file", "blob", blob.git_oid)
         return self.large(blob.sha256).read_bytes()
 
     def large(self, sha256: str) -> Path:
-        """Where the bytes of a large file lie, or are to lie."""
+        """Return the path of a large file's bytes."""
         return self.folder / "lfs" / "objects" / sha256[:2] / sha256[2:4] / sha256
 
     def keep(self, data: bytes) -> str:
-        """Put a large file's bytes beside git; their sha256."""
+        """Store a large file's bytes; returns their sha256."""
         sha256 = hashlib.sha256(data).hexdigest()
-        place = self.large(sha256)
-        if not place.exists():
-            place.parent.mkdir(parents=True, exist_ok=True)
-            place.write_bytes(data)
+        path = self.large(sha256)
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
         return sha256
 
     def small_object(self, data: bytes) -> str:
-        """Bytes as an object of git's."""
+        """Store bytes as a git object; returns its hash."""
         return self.git("hash-object", "-w", "--stdin", data=data).decode().strip()
 
     def pointer_object(self, sha256: str) -> str:
-        """An LFS pointer to bytes that are kept, as an object of git's."""
+        """Store an LFS pointer to stored bytes as a git object; returns its hash."""
         size = self.large(sha256).stat().st_size
         text = f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {size}\n"
         return self.small_object(text.encode())
 
     def commit(self, changes: Mapping[str, str], parent: str | None, message: str) -> str:
-        """A commit with these objects at these paths and all else as in its parent; no ref leads to it yet."""
+        """Commit changes (path -> git object) to the parent's files; returns the commit, which no ref names yet."""
         before = {path: blob.git_oid for path, blob in self.tree(parent).items()} if parent else {}
         parents = ("-p", parent) if parent else ()
-        tree = self._made({**before, **changes})
+        tree = self._write_tree({**before, **changes})
         return self.git("commit-tree", *parents, "-m", message, tree).decode().strip()
 
-    def _made(self, files: Mapping[str, str]) -> str:
-        """A tree object: path -> object."""
+    def _write_tree(self, files: Mapping[str, str]) -> str:
+        """Store a tree of path -> git object; returns its hash."""
         lines, below = [], {}
         for path, oid in files.items():
             name, _, rest = path.partition("/")
@@ -169,13 +169,13 @@ class Repo:
                 below.setdefault(name, {})[rest] = oid
             else:
                 lines.append(f"100644 blob {oid}\t{name}")
-        lines += [f"040000 tree {self._made(inner)}\t{name}" for name, inner in below.items()]
+        lines += [f"040000 tree {self._write_tree(inner)}\t{name}" for name, inner in below.items()]
         return self.git("mktree", "-z", data="".join(f"{line}\0" for line in lines).encode()).decode().strip()
 
     def files(self, revision: str = "main") -> dict[str, bytes]:
-        """Path -> bytes at a revision, for a test to look at."""
+        """Return path -> bytes of all files at a revision."""
         return {path: self.read(blob) for path, blob in self.tree(self.find(revision) or "").items()}
 
 
 class GitError(Exception):
-    """A git command failed; what it said."""
+    """A git command failed, with its error output."""

@@ -1,7 +1,7 @@
-"""hf_xet's own local store, as the content store of the loopback Hub.
+"""hf_xet's local store, used as the content store of the loopback Hub.
 
-hf_xet takes ``local://DIRECTORY`` where a content server's address is expected, and keeps blocks and their index
-("shards") there as it would send them. What a shard says is read here; bytes are taken out by hf_xet itself.
+hf_xet accepts ``local://DIRECTORY`` instead of the URL of a content server, and writes the blocks and their index
+("shards") there that it would upload. This file parses shards; hf_xet itself reads the bytes.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from pathlib import Path
 from tests.support.hub.store import Repo
 
 _VERIFIED, _DESCRIBED = 1 << 31, 1 << 30
-"""Flags of a file's entry: a verification follows for each of its segments; a description follows with its sha256."""
+"""Flags of a file's entry: a verification follows for each segment; a description with the sha256 follows."""
 
 _LINE = 48
-"""Bytes of everything in a shard: header, entry, segment, verification and description alike."""
+"""Size in bytes of each item in a shard: header, entry, segment, verification, description."""
 
 _READ = """
 import sys, hf_xet
@@ -31,7 +31,7 @@ with hf_xet.XetSession().new_file_download_group(endpoint=address) as group:
 
 
 class XetStore:
-    """A directory that hf_xet fills.
+    """A directory that hf_xet writes to.
 
     Args:
         folder: The directory.
@@ -47,20 +47,20 @@ class XetStore:
 
     @property
     def blocks(self) -> Path:
-        """Where hf_xet puts what it would send."""
+        """The directory of what hf_xet would upload."""
         return self.folder / "xet" / "xorbs"
 
     def hash_of(self, sha256: str) -> str | None:
-        """What xet calls a file, by its sha256; None where it is not here."""
-        return self._known().get(sha256, (None, 0))[0]
+        """Return xet's hash of a file by its sha256; None if the file is not in the store."""
+        return self._index().get(sha256, (None, 0))[0]
 
     def bring(self, sha256: str, repo: Repo) -> None:
-        """Put a file's bytes beside a repository, for who does not speak xet; nothing where it is not here."""
-        if sha256 not in self._known():
+        """Copy a file's bytes to a repository, for clients without xet; does nothing if the store lacks the file."""
+        if sha256 not in self._index():
             return
-        name, size = self._known()[sha256]
+        name, size = self._index()[sha256]
         out = self.folder / "out"
-        copy = self.folder / "copy"  # the store itself is locked by whoever is in the middle of a push
+        copy = self.folder / "copy"  # a push that is under way locks the store itself
         shutil.copytree(self.folder / "xet", copy / "xet")
         env = {"PATH": os.environ["PATH"], "HF_HOME": str(self.folder / "home")}
         command = [sys.executable, "-c", _READ, f"local://{copy}", name, str(size), str(out)]
@@ -69,25 +69,25 @@ class XetStore:
         assert repo.keep(out.read_bytes()) == sha256
         out.unlink()
 
-    def _known(self) -> dict[str, tuple[str, int]]:
-        """sha256 -> xet's name and the size, of all files."""
+    def _index(self) -> dict[str, tuple[str, int]]:
+        """Return sha256 -> (xet's hash, size) of all files."""
         shards = sorted(self.blocks.glob("shards/*.mdb"))
         return {sha256: (name, size) for shard in shards for sha256, name, size in _files(shard.read_bytes())}
 
 
 def _files(shard: bytes) -> Iterator[tuple[str, str, int]]:
-    """The files of a shard: sha256, xet's name, size. The list of files is the first in it, and ends with ones."""
-    place = _LINE
-    while shard[place : place + 32] != b"\xff" * 32:
-        name, (flags, count) = _hex(shard[place:]), struct.unpack_from("<II", shard, place + 32)
-        segments = (place + _LINE * (1 + i) for i in range(count))
+    """Yield sha256, xet's hash and size of each file in a shard. The list of files comes first and ends with ones."""
+    offset = _LINE
+    while shard[offset : offset + 32] != b"\xff" * 32:
+        name, (flags, count) = _hex(shard[offset:]), struct.unpack_from("<II", shard, offset + 32)
+        segments = (offset + _LINE * (1 + i) for i in range(count))
         size = sum(struct.unpack_from("<I", shard, segment + 36)[0] for segment in segments)
-        place += _LINE * (1 + count + (count if flags & _VERIFIED else 0))
+        offset += _LINE * (1 + count + (count if flags & _VERIFIED else 0))
         if flags & _DESCRIBED:
-            yield _hex(shard[place:]), name, size
-            place += _LINE
+            yield _hex(shard[offset:]), name, size
+            offset += _LINE
 
 
 def _hex(data: bytes) -> str:
-    """How xet writes a hash: four numbers of eight bytes, the lowest byte first."""
+    """Format a hash as xet does: four numbers of eight bytes, the lowest byte first."""
     return "".join(f"{number:016x}" for number in struct.unpack_from("<4Q", data))

@@ -1,4 +1,4 @@
-"""A baked prompt served by plain transformers from text alone, against the attached one; and taken out again."""
+"""A baked prompt, served by plain transformers from text alone, computes what the attached one does; and unmerging."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @pytest.fixture(scope="module", params=TOKENIZER)
 def baked(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Start, Path, Any]:
-    """A base with its prompt, the baked checkpoint, and the report; nothing may change them."""
+    """A base with its prompt, the baked checkpoint, and the report. No test may change them."""
     begun = start(request.param, tmp_path_factory.mktemp(request.param))
     out = begun.folder.parent / "out"
     report = es.merge_checkpoint(begun.folder, begun.adapter, out, bake=es.BakeConfig(name="poet"))
@@ -48,7 +48,7 @@ def test_from_text_alone_it_is_the_attached_model(baked: tuple[Start, Path, Any]
 
 
 def test_virtual_tokens_are_never_generated(baked: tuple[Start, Path, Any]) -> None:
-    """Not in 10,000 sampled tokens under the checkpoint's own generation config; and not by greedy without it."""
+    """Not in 10,000 tokens sampled with the checkpoint's generation config, nor by greedy decoding without it."""
     begun, out, report = baked
     if begun.kind not in (*CAUSAL, *SEQ2SEQ):
         return
@@ -77,8 +77,8 @@ def test_virtual_tokens_are_never_generated(baked: tuple[Start, Path, Any]) -> N
         assert found == greedy(attached, _ids(begun, None, text), 40)
 
 
-def test_the_chance_of_a_virtual_token_is_bounded(baked: tuple[Start, Path, Any]) -> None:
-    """Without any suppression: by Jensen's inequality 1 / tokens for each, in a head of its own; none with a bias."""
+def test_the_probability_of_a_virtual_token_is_bounded(baked: tuple[Start, Path, Any]) -> None:
+    """Without suppression: at most 1 / known tokens in an untied head, by Jensen's inequality, and 0 with a bias."""
     begun, out, report = baked
     if begun.kind not in (*CAUSAL, "t5", "bart", "bert-mlm"):
         return
@@ -138,8 +138,8 @@ def test_unmerged_it_is_the_base_byte_for_byte(kind: str, dtype: str, tmp_path: 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_what_dividing_by_the_lookups_scale_costs(dtype: str, tmp_path: Path) -> None:
-    """Two roundings, of the row and of the product: within one unit in the last place of the dtype, relatively."""
+def test_the_error_of_dividing_by_the_lookups_scale(dtype: str, tmp_path: Path) -> None:
+    """Two roundings, of the row and of the product: a relative error of at most 1.5 eps of the dtype."""
     begun = start("gemma3", tmp_path, dtype=DTYPES[dtype])
     es.merge_checkpoint(begun.folder, begun.adapter, tmp_path / "out")
     model = begun.model(tmp_path / "out")
@@ -157,7 +157,7 @@ def test_keeping_the_tie_leaves_it_to_the_generation_config(kind: str, tmp_path:
     begun = start(kind, tmp_path)
     report = es.merge_checkpoint(begun.folder, begun.adapter, tmp_path / "out", bake=es.BakeConfig(tied="keep"))
     virtual = set(report.tokens.values())
-    assert not any("table of its own" in line for line in report.edits)
+    assert not any("lm_head" in line for line in report.edits)
     model, attached = begun.model(tmp_path / "out"), begun.attached()
     assert _tied(model)
     bare, wins = begun.model(tmp_path / "out"), 0
@@ -172,8 +172,8 @@ def test_keeping_the_tie_leaves_it_to_the_generation_config(kind: str, tmp_path:
     assert contents(tmp_path / "back") == before
 
 
-def test_several_prompts_are_chosen_by_text(tmp_path: Path) -> None:
-    """Each by its own tokens; the report and the record say which."""
+def test_several_prompts_are_selected_by_text(tmp_path: Path) -> None:
+    """Each by the texts of its own tokens."""
     from tests.support.baked import random_prompt
 
     begun = start("llama-tied", tmp_path)
@@ -211,7 +211,7 @@ def test_several_prompts_are_chosen_by_text(tmp_path: Path) -> None:
     assert contents(at) == before
 
 
-def test_behind_the_bos_by_choice(tmp_path: Path) -> None:
+def test_the_prompt_may_follow_the_bos(tmp_path: Path) -> None:
     begun = start("llama-tied", tmp_path)
     report = es.merge_checkpoint(begun.folder, begun.adapter, tmp_path / "out", bake=es.BakeConfig(after_bos=True))
     bos, *rest = _ids(begun, None, TEXTS[0])[0].tolist()
@@ -219,7 +219,7 @@ def test_behind_the_bos_by_choice(tmp_path: Path) -> None:
 
 
 def test_a_tie_that_is_stored_twice(tmp_path: Path) -> None:
-    """Nothing is made anew for the head then: its own rows change, and come back."""
+    """The head has a table already: its rows change, and are restored."""
     from safetensors.torch import load_file, save_file
 
     begun = start("llama-tied", tmp_path)
@@ -255,7 +255,7 @@ def test_reserved_tokens_give_their_rows(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["llama-tied", pytest.param("gemma3", marks=pytest.mark.sweep)])
 def test_trained_saved_baked_and_served(kind: str, tmp_path: Path) -> None:
-    """The whole path, of a prompt that was trained until its loss fell."""
+    """From training until the loss fell to a served checkpoint."""
     begun = start(kind, tmp_path)
     model, tokenizer = begun.model(), begun.tokenizer()
     ids = tokenizer("hello world", return_tensors="pt").input_ids
@@ -302,7 +302,7 @@ def test_trained_saved_baked_and_served(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("first", ["prompt", "rows"])
 def test_together_with_trained_tokens(first: str, tmp_path: Path) -> None:
-    """In whatever order they are named: rows of a tied table are set in both tables where the prompt parts them."""
+    """In any order of the adapters: rows of a tied table are set in both tables if the prompt unties them."""
     begun = start("llama-tied", tmp_path)
     model = begun.model()
     attachment = es.attach(model, es.TrainableTokensConfig([9, 10]))
@@ -340,8 +340,7 @@ def test_together_with_trained_tokens(first: str, tmp_path: Path) -> None:
     ],
 )
 def test_together_with_new_tokens(kind: str, first: str, tmp_path: Path) -> None:
-    """Tokens that extend the vocabulary have ids of their own, and a prompt, named before or after, those that follow:
-    the same on disk and in memory, and all back."""
+    """New tokens keep their ids, and the prompt gets those after them, in any order of the adapters."""
     begun = start(kind, tmp_path)
     before = contents(begun.folder)
     model, tokenizer = begun.model(), begun.tokenizer()
@@ -388,7 +387,7 @@ def test_baked_in_place_and_out_again(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("given", ["weight", "text", "too many"])
-def test_what_a_prompt_cannot_be_asked_is_refused(given: str, tmp_path: Path) -> None:
+def test_options_that_do_not_fit_a_prompt_are_refused(given: str, tmp_path: Path) -> None:
     begun = start("llama-untied", tmp_path)
     adapters: Any = (begun.adapter, 0.5) if given == "weight" else begun.adapter
     bake: Any = {"weight": None, "text": "all", "too many": [es.BakeConfig(), es.BakeConfig()]}[given]

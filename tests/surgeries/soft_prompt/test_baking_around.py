@@ -1,4 +1,4 @@
-"""What baking leaves around a prompt: rows that pad a table, the generation config, texts that are cut or padded."""
+"""Baking beside the prompt's rows: rows that pad a table, the generation config, truncated and padded texts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.support.comparing import contents, state_bits
     ],
 )
 def test_a_table_that_grows_to_a_multiple(kind: str, spare: int, tmp_path: Path) -> None:
-    """Rows that only pad it are never generated either."""
+    """Rows that only pad it are never generated, either."""
     begun = start(kind, tmp_path, spare=spare)
     before = contents(begun.folder)
     bake = es.BakeConfig(pad_to_multiple_of=64)
@@ -47,26 +47,26 @@ def test_a_table_that_grows_to_a_multiple(kind: str, spare: int, tmp_path: Path)
     assert contents(tmp_path / "back") == before
 
 
-@pytest.mark.parametrize("said", ["no file", "nothing", "some", "others"])
-def test_what_the_generation_config_said_before(said: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("given", ["no file", "nothing", "some", "others"])
+def test_the_generation_config_keeps_its_other_values(given: str, tmp_path: Path) -> None:
     begun = start("llama-tied", tmp_path)
     path = begun.folder / "generation_config.json"
-    if said == "no file":
+    if given == "no file":
         path.unlink()
     else:
-        more = {"some": {"suppress_tokens": [7, 9]}, "others": {"suppress_tokens": None, "top_k": 3}}.get(said, {})
+        more = {"some": {"suppress_tokens": [7, 9]}, "others": {"suppress_tokens": None, "top_k": 3}}.get(given, {})
         path.write_text(json.dumps(json.loads(path.read_text()) | more))
     before = contents(begun.folder)
     report = es.merge_checkpoint(begun.folder, begun.adapter, tmp_path / "out")
     after = json.loads((tmp_path / "out" / "generation_config.json").read_text())
-    assert after["suppress_tokens"] == [*([7, 9] if said == "some" else []), *report.tokens.values()]
-    assert after.get("top_k") == (3 if said == "others" else None)
+    assert after["suppress_tokens"] == [*([7, 9] if given == "some" else []), *report.tokens.values()]
+    assert after.get("top_k") == (3 if given == "others" else None)
     assert begun.model(tmp_path / "out").generation_config.suppress_tokens == after["suppress_tokens"]
     es.unmerge_checkpoint(tmp_path / "out", tmp_path / "back")
     assert contents(tmp_path / "back") == before
 
 
-def test_a_text_that_is_cut_keeps_the_prompt(tmp_path: Path) -> None:
+def test_a_truncated_text_keeps_the_prompt(tmp_path: Path) -> None:
     begun = start("llama-tied", tmp_path)
     report = es.merge_checkpoint(begun.folder, begun.adapter, tmp_path / "out")
     tokenizer, base = begun.tokenizer(tmp_path / "out"), begun.tokenizer()

@@ -1,4 +1,4 @@
-"""What cannot be baked is refused by name, before anything changed."""
+"""Prompts that cannot be baked are refused before anything is changed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ from embedsurgery.errors import (
 from embedsurgery.graph.config import position_limit
 from tests.support.baked import Start, model_of, random_prompt, start
 from tests.support.comparing import contents, state_bits
+from tests.support.errors import raises
 from tests.support.processes import cli
+
+TABLE = "model.embed_tokens.weight"
 
 
 @pytest.fixture(scope="module")
@@ -31,18 +34,27 @@ def begun(tmp_path_factory: pytest.TempPathFactory) -> Start:
     return start("llama-tied", tmp_path_factory.mktemp("base"))
 
 
-def refused(begun: Start, error: type[EmbedSurgeryError], match: str, adapter: es.Adapter, **options: Any) -> None:
-    """On disk and in memory, and nothing is left behind."""
+def check_refused(
+    begun: Start,
+    error: type[EmbedSurgeryError],
+    fields: dict[str, Any],
+    adapter: es.Adapter,
+    *,
+    on_disk: tuple[type[EmbedSurgeryError], dict[str, Any]] | None = None,
+    **options: Any,
+) -> None:
+    """Check that baking is refused, on disk and in memory, and changes nothing."""
     before = contents(begun.folder)
     out = begun.folder.parent / "never"
     bake = es.BakeConfig(**options)
-    with pytest.raises(error, match=match):
+    disk_error, disk_fields = on_disk or (error, fields)
+    with raises(disk_error, **disk_fields):
         es.merge_checkpoint(begun.folder, adapter, out, bake=bake)
     assert not out.exists()
     assert contents(begun.folder) == before
     model, tokenizer = begun.model(), begun.tokenizer()
     bits, vocabulary, text = state_bits(model), tokenizer.get_vocab(), tokenizer._tokenizer.to_str()
-    with pytest.raises(error, match=match):
+    with raises(error, **fields):
         es.merge(model, adapter, tokenizer, bake=bake)
     assert state_bits(model) == bits
     assert tokenizer.get_vocab() == vocabulary
@@ -54,16 +66,17 @@ def test_too_long_for_the_models_positions(begun: Start) -> None:
     short = replace(long, manifest=replace(long.manifest, config={**long.manifest.config, "num_virtual_tokens": 160}))
     rows = long.raw["prompt_embeddings"]
     many = replace(short, raw={"prompt_embeddings": rows.take([n % 20 for n in range(160)])})
-    refused(begun, UnsupportedError, "no position.*fewer than 160 virtual tokens.*160", many)
+    check_refused(begun, UnsupportedError, {"expected": "fewer than 160", "found": 160}, many)
 
 
 def test_a_base_of_another_width_or_with_other_rows(begun: Start) -> None:
     config = tr.LlamaConfig(
         hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=begun.rows
     )
-    refused(begun, BaseMismatchError, "another width.*expected 8, found 16", random_prompt(tr.LlamaForCausalLM(config)))
+    narrow = random_prompt(tr.LlamaForCausalLM(config))
+    check_refused(begun, BaseMismatchError, {"where": TABLE, "expected": 8, "found": 16}, narrow)
     same = random_prompt(model_of("llama-tied", begun.rows, seed=5))
-    refused(begun, BaseMismatchError, "rows are not those", same)
+    check_refused(begun, BaseMismatchError, {"where": (TABLE, "rows"), "expected": "sha256"}, same)
 
 
 def test_a_file_of_pefts_for_another_width(begun: Start, tmp_path: Path) -> None:
@@ -80,9 +93,9 @@ def test_a_file_of_pefts_for_another_width(begun: Start, tmp_path: Path) -> None
         "num_transformer_submodules": 1,
     }
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    refused(begun, BaseMismatchError, "another width.*expected 24.*found 16", es.load(tmp_path))
+    check_refused(begun, BaseMismatchError, {"where": TABLE, "expected": 24, "found": 16}, es.load(tmp_path))
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"peft_type": "PREFIX_TUNING"}))
-    with pytest.raises(EmbedSurgeryError, match="PREFIX_TUNING"):
+    with raises(UnsupportedError, where="adapter_config.json", found="PREFIX_TUNING"):
         es.load(tmp_path)
     done = cli("merge", begun.folder, tmp_path, "-o", tmp_path / "out")
     assert done.returncode == 1
@@ -93,16 +106,16 @@ def test_a_file_of_pefts_for_another_width(begun: Start, tmp_path: Path) -> None
 @pytest.mark.filterwarnings("ignore::embedsurgery.errors.EmbedSurgeryWarning")
 def test_a_model_without_input_embeddings(begun: Start, tmp_path: Path) -> None:
     model = torch.nn.Linear(4, 4)
-    with pytest.raises(BaseMismatchError, match="found no table"):
+    with raises(BaseMismatchError, expected=TABLE, found="no table"):
         es.merge(model, begun.adapter, begun.tokenizer())
-    with pytest.raises(TableError, match="no embedding table"):
+    with raises(TableError, expected=None, hint=None):
         es.attach(model, es.SoftPromptConfig(3))
 
 
-def test_numbers_that_are_none(begun: Start) -> None:
+def test_values_that_are_not_finite(begun: Start) -> None:
     rows = begun.adapter.raw["prompt_embeddings"]
     broken = replace(begun.adapter, raw={"prompt_embeddings": replace(rows, data=b"\xff" * len(rows.data))})
-    refused(begun, UnsupportedError, "NaN or infinity", broken)
+    check_refused(begun, UnsupportedError, {"where": "soft_prompt", "found": "NaN"}, broken)
 
 
 @pytest.mark.parametrize("kind", ["t5", "bart"])
@@ -110,12 +123,12 @@ def test_a_prompt_for_a_decoder(kind: str, tmp_path: Path) -> None:
     two = start(kind, tmp_path)
     for submodules in (["decoder"], ["encoder", "decoder"]):
         adapter = random_prompt(two.model(), 3, submodules=submodules)
-        refused(two, UnsupportedError, "prompt for the decoder cannot become text", adapter)
+        check_refused(two, UnsupportedError, {"expected": "encoder", "found": "decoder"}, adapter)
 
 
 @pytest.mark.parametrize("task", ["SequenceClassification", "QuestionAnswering"])
 @pytest.mark.parametrize("kind", ["t5", "bart"])
-def test_a_text_that_the_decoder_reads_too(kind: str, task: str, tmp_path: Path) -> None:
+def test_a_text_that_the_decoder_reads_as_well(kind: str, task: str, tmp_path: Path) -> None:
     from tests.support.baked import tokenizer_of
 
     tokenizer = tokenizer_of(kind)
@@ -125,16 +138,17 @@ def test_a_text_that_the_decoder_reads_too(kind: str, task: str, tmp_path: Path)
     adapter = random_prompt(model, 3)
     model.save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
-    with pytest.raises(UnsupportedError, match="gives its text to the decoder too"):
+    task_type = {"SequenceClassification": "SEQ_CLS", "QuestionAnswering": "QUESTION_ANS"}[task]
+    with raises(UnsupportedError, where="base", found=task_type):
         es.merge_checkpoint(tmp_path / "base", adapter, tmp_path / "out")
-    with pytest.raises(UnsupportedError, match="gives its text to the decoder too"):
+    with raises(UnsupportedError, found=task_type):
         es.merge(model, adapter, tokenizer)
 
 
-def test_merging_where_it_is_attached_names_the_way(begun: Start) -> None:
+def test_merging_an_attached_prompt_names_the_way_out(begun: Start) -> None:
     model = begun.attached()
     before = state_bits(model)
-    with pytest.raises(UnsupportedError, match=r"embedsurgery\.merge or merge_checkpoint makes tokens of it"):
+    with raises(UnsupportedError, where="soft_prompt", hint=("embedsurgery.merge", "merge_checkpoint")):
         es.get_attachment(model).merge()
     assert state_bits(model) == before
 
@@ -145,19 +159,21 @@ def test_whispers_only_text_is_its_decoders() -> None:
 
     model = tiny("whisper")
     adapter = random_prompt(model, 3)
-    with pytest.raises(UnsupportedError, match="prompt for the decoder cannot become text"):
+    with raises(UnsupportedError, expected="encoder", found="decoder"):
         es.merge(model, adapter, KINDS["llama-2"].build())
 
 
-def test_markers_that_are_there_already(begun: Start, tmp_path: Path) -> None:
+def test_markers_that_exist_already(begun: Start, tmp_path: Path) -> None:
     es.merge_checkpoint(begun.folder, begun.adapter, tmp_path / "once", bake=es.BakeConfig(name="poet"))
     again = replace(begun, folder=tmp_path / "once")
-    refused(again, EmbedSurgeryError, "already", begun.adapter, name="poet")
-    refused(again, PlanError, "virtual tokens of this name already", random_prompt(begun.model(), 2, 9), name="poet")
-    refused(
+    taken = {"found": "<|soft:poet:0|>", "hint": "name"}
+    merged = (BaseMismatchError, {"where": "once", "found": "0001", "hint": "unmerge"})
+    check_refused(again, PlanError, taken, begun.adapter, on_disk=merged, name="poet")
+    check_refused(again, PlanError, taken, random_prompt(begun.model(), 2, 9), name="poet")
+    check_refused(
         again,
         PlanError,
-        "another soft prompt stands before every text",
+        {"where": "post-processor", "found": "<|soft:", "hint": "prefix='none'"},
         random_prompt(begun.model(), 2, 9),
         name="b",
         prefix="all",
@@ -165,25 +181,26 @@ def test_markers_that_are_there_already(begun: Start, tmp_path: Path) -> None:
     template = begun.folder / "chat_template.jinja"
     template.write_text("<|soft:poet:0|>{{ messages }}")
     try:
-        refused(begun, PlanError, "holds this marker already", begun.adapter, name="poet")
+        fields = {"where": "chat template 1", "found": "<|soft:poet:0|>"}
+        check_refused(begun, PlanError, fields, begun.adapter, name="poet")
     finally:
         template.unlink()
 
 
 def test_no_tokenizer(begun: Start, tmp_path: Path) -> None:
     model = begun.model()
-    with pytest.raises(ConfigError, match="no tokenizer"):
+    with raises(ConfigError, found="none", hint="tokenizer="):
         es.merge(model, begun.adapter)
     model.save_pretrained(tmp_path / "bare")
-    with pytest.raises(CheckpointError, match="no tokenizer"):
+    with raises(CheckpointError, where=tmp_path / "bare", expected="tokenizer.json"):
         es.merge_checkpoint(tmp_path / "bare", begun.adapter, tmp_path / "out")
 
 
-def test_a_slow_tokenizer_takes_markers_and_no_prefix(tmp_path: Path) -> None:
+def test_a_slow_tokenizer_gets_markers_but_no_prefix(tmp_path: Path) -> None:
     tokenizer = tr.ByT5Tokenizer()
     model = model_of("t5", max(tokenizer.get_vocab().values()) + 1)
     adapter, before = random_prompt(model, 3), state_bits(model)
-    with pytest.raises(UnsupportedError, match="slow tokenizer has no post-processor"):
+    with raises(UnsupportedError, found="ByT5Tokenizer"):
         es.merge(model, adapter, tokenizer)
     assert state_bits(model) == before
     undo = es.merge(model, adapter, tokenizer, bake=es.BakeConfig(prefix="none", name="poet"))
@@ -193,11 +210,17 @@ def test_a_slow_tokenizer_takes_markers_and_no_prefix(tmp_path: Path) -> None:
     assert state_bits(model) == before
 
 
-def test_a_config_that_is_none(begun: Start) -> None:
-    for options in ({"name": "a b"}, {"prefix": "back"}, {"tied": "cut"}, {"after_bos": 1}, {"pad_to_multiple_of": 0}):
-        with pytest.raises(ConfigError):
-            es.BakeConfig(**options)
-    with pytest.raises(ConfigError, match="bake options"):
+def test_invalid_options(begun: Start) -> None:
+    for name, value, expected in (
+        ("name", "a b", "letters"),
+        ("prefix", "back", "all, text, chat, none"),
+        ("tied", "cut", "untie or keep"),
+        ("after_bos", 1, "True or False"),
+        ("pad_to_multiple_of", 0, "positive integer"),
+    ):
+        with raises(ConfigError, what=name, expected=expected, found=repr(value)):
+            es.BakeConfig(**{name: value})
+    with raises(ConfigError, expected=1, found=2):
         es.merge_checkpoint(begun.folder, begun.adapter, None, bake=[es.BakeConfig()] * 2, dry_run=True)
 
 

@@ -1,4 +1,4 @@
-"""Soft prompts as files: PEFT reads ours and we read PEFT's, with equal logits, losses and generations."""
+"""Files of soft prompts: PEFT reads embedsurgery's and embedsurgery PEFT's, with equal logits, losses and tokens."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import embedsurgery as es
+from embedsurgery.adapters.manifest import MAIN_INPUT
 from embedsurgery.errors import AdapterError, BaseMismatchError, EmbedSurgeryWarning, UnsupportedError
+from embedsurgery.surgeries.soft_prompt.peft_files import NO_ROWS
+from tests.support.errors import raises
 from tests.support.prompt_models import CAUSAL, padded, rows, tiny, unpadded
 from tests.support.prompted import N, close, prompted, vectors
 
@@ -26,7 +29,8 @@ TASKS = {
     "bert-qa": "QUESTION_ANS",
 }
 KINDS = (*CAUSAL, "bert-cls", "bert-mlm", "t5", "bart", "bert-qa")
-UNCHECKED = "ignore:.*so the base is not checked"
+UNCHECKED = f"ignore:{MAIN_INPUT}:embedsurgery.errors.EmbedSurgeryWarning"
+"""The warning of a file that has no fingerprint of its base."""
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),  # PEFT's own
     pytest.mark.filterwarnings("ignore:Found missing adapter keys"),
@@ -34,8 +38,8 @@ pytestmark = [
 ]
 
 
-def theirs(kind: str, folder: Path, **options: Any) -> Any:
-    """A model of PEFT's with a soft prompt of its own, saved."""
+def save_with_peft(kind: str, folder: Path, **options: Any) -> Any:
+    """Return a PEFT model with a soft prompt, which is saved in a folder."""
     task = TASKS.get(kind, "CAUSAL_LM")
     torch.manual_seed(3)
     config = peft.PromptTuningConfig(task_type=task, num_virtual_tokens=N, **options)
@@ -44,13 +48,13 @@ def theirs(kind: str, folder: Path, **options: Any) -> Any:
     return model
 
 
-def both(kind: str, ours: Any, peft_model: Any) -> None:
-    """Equal outputs where PEFT is right: without padding, and padded on the right."""
+def check_same_outputs(kind: str, model: Any, peft_model: Any) -> None:
+    """Compare outputs where PEFT's are right: without padding, and with padding on the right."""
     samples = rows(7, 3, 5)
     ids, mask = padded(samples, "right")
     more = {"decoder_input_ids": torch.tensor([[2, 5, 6]] * 3)} if TASKS.get(kind) == "SEQ_2_SEQ_LM" else {}
     with torch.no_grad():
-        found = ours(input_ids=ids, attention_mask=mask, **more)
+        found = model(input_ids=ids, attention_mask=mask, **more)
         wanted = peft_model(input_ids=ids, attention_mask=mask, **more)
     fields = ("start_logits", "end_logits") if kind == "bert-qa" else ("logits",)
     for field in fields:
@@ -63,22 +67,23 @@ def both(kind: str, ours: Any, peft_model: Any) -> None:
     if kind in CAUSAL:
         labels = ids.masked_fill(mask == 0, -100)
         close(
-            ours(ids, attention_mask=mask, labels=labels).loss, peft_model(ids, attention_mask=mask, labels=labels).loss
+            model(ids, attention_mask=mask, labels=labels).loss,
+            peft_model(ids, attention_mask=mask, labels=labels).loss,
         )
     if kind in (*CAUSAL, "t5", "bart"):
-        right = {"use_cache": False}  # under transformers 5.24 PEFT 0.21.2 puts its prompt in again before each token
+        right = {"use_cache": False}  # PEFT 0.21.2 under transformers 5.24 inserts its prompt again before each token
         for options in ({}, {"num_beams": 2}):
             given = {"input_ids": samples[0][None], "attention_mask": mask[:1], "max_new_tokens": 6, **options}
-            found = ours.generate(**given, do_sample=False)
+            found = model.generate(**given, do_sample=False)
             assert torch.equal(found, peft_model.generate(**given, **right, do_sample=False))
         torch.manual_seed(1)
-        drawn = ours.generate(**given, do_sample=True, top_k=5)
+        drawn = model.generate(**given, do_sample=True, top_k=5)
         torch.manual_seed(1)
         assert torch.equal(drawn, peft_model.generate(**given, **right, do_sample=True, top_k=5))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_peft_reads_ours(kind: str, tmp_path: Path) -> None:
+def test_peft_reads_files_of_embedsurgery(kind: str, tmp_path: Path) -> None:
     model, att = prompted(kind, task_type="SEQ_CLS" if kind == "bert-cls" else None)
     att.save(tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
@@ -92,7 +97,7 @@ def test_peft_reads_ours(kind: str, tmp_path: Path) -> None:
     assert tensors.keys() == {"prompt_embeddings", *heads}
     assert tensors["prompt_embeddings"].shape == (N, 16)
     assert tensors["prompt_embeddings"].dtype == torch.float32
-    both(kind, model, peft.PeftModel.from_pretrained(tiny(kind), tmp_path).eval())
+    check_same_outputs(kind, model, peft.PeftModel.from_pretrained(tiny(kind), tmp_path).eval())
     again = es.load(tmp_path)
     assert again.manifest == att.adapter().manifest
     assert again.raw == att.adapter().raw
@@ -100,11 +105,11 @@ def test_peft_reads_ours(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.filterwarnings(UNCHECKED)
-def test_we_read_pefts(kind: str, tmp_path: Path) -> None:
-    peft_model = theirs(kind, tmp_path)
+def test_files_of_peft_are_read(kind: str, tmp_path: Path) -> None:
+    peft_model = save_with_peft(kind, tmp_path)
     model = tiny(kind)
     att = es.attach(model, es.load(tmp_path))
-    both(kind, model, peft_model)
+    check_same_outputs(kind, model, peft_model)
     att.adapter().save(tmp_path / "again")
     before, after = (load_file(f / "adapter_model.safetensors") for f in (tmp_path, tmp_path / "again"))
     assert before.keys() == after.keys()
@@ -117,7 +122,7 @@ def test_we_read_pefts(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["MLP", "LSTM"])
 @pytest.mark.filterwarnings(UNCHECKED)
-def test_p_tuning_is_a_soft_prompt_once_it_is_saved(kind: str, tmp_path: Path) -> None:
+def test_saved_p_tuning_is_a_soft_prompt(kind: str, tmp_path: Path) -> None:
     config = peft.PromptEncoderConfig(
         task_type="CAUSAL_LM", num_virtual_tokens=N, encoder_hidden_size=8, encoder_reparameterization_type=kind
     )
@@ -126,11 +131,11 @@ def test_p_tuning_is_a_soft_prompt_once_it_is_saved(kind: str, tmp_path: Path) -
     peft_model.save_pretrained(tmp_path)
     model = tiny("llama")
     es.attach(model, es.load(tmp_path))
-    both("llama", model, peft_model)
+    check_same_outputs("llama", model, peft_model)
 
 
 @pytest.mark.parametrize("kind", ["PREFIX_TUNING", "MULTITASK_PROMPT_TUNING", "CPT"])
-def test_what_is_no_rows_is_refused_by_name(kind: str, tmp_path: Path) -> None:
+def test_other_methods_of_peft_are_refused_by_name(kind: str, tmp_path: Path) -> None:
     make = {
         "PREFIX_TUNING": peft.PrefixTuningConfig,
         "MULTITASK_PROMPT_TUNING": peft.MultitaskPromptTuningConfig,
@@ -143,36 +148,36 @@ def test_what_is_no_rows_is_refused_by_name(kind: str, tmp_path: Path) -> None:
     if kind != "CPT":
         more["num_virtual_tokens"] = N
     peft.get_peft_model(tiny("llama"), make(task_type="CAUSAL_LM", **more)).save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedError, match=f"PEFT's {kind} cannot be a soft prompt"):
+    with raises(UnsupportedError, where="adapter_config.json", expected="PROMPT_TUNING", found=kind):
         es.load(tmp_path)
 
 
-def test_prefix_tuning_says_why(tmp_path: Path) -> None:
+def test_the_reason_for_refusing_prefix_tuning(tmp_path: Path) -> None:
     config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=N)
     peft.get_peft_model(tiny("llama"), config).save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedError, match="keys and values for each layer, which are no rows of an embedding"):
+    with raises(UnsupportedError, found=NO_ROWS["PREFIX_TUNING"]):
         es.load(tmp_path)
 
 
 @pytest.mark.filterwarnings(UNCHECKED)
-def test_a_head_that_was_trained_along_has_to_be_in_the_model(tmp_path: Path) -> None:
-    peft_model = theirs("bert-cls", tmp_path)
+def test_a_head_that_was_trained_with_the_prompt_must_be_in_the_model(tmp_path: Path) -> None:
+    peft_model = save_with_peft("bert-cls", tmp_path)
     with torch.no_grad():
         for name, parameter in peft_model.named_parameters():
             if "modules_to_save" in name:
                 parameter.add_(0.5)
     peft_model.save_pretrained(tmp_path)
     model, adapter = tiny("bert-cls"), es.load(tmp_path)
-    with pytest.raises(BaseMismatchError, match=r"trained with another head.*classifier"):
+    with raises(BaseMismatchError, where="classifier.weight", hint="adapter.tensors"):
         es.attach(model, adapter)
     assert es.get_attachment(model) is None
     head = {n.removeprefix("base_model."): t for n, t in adapter.tensors.items() if n.startswith("base_model.")}
     assert model.load_state_dict(head, strict=False).unexpected_keys == []
     es.attach(model, adapter)
-    both("bert-cls", model, peft_model)
+    check_same_outputs("bert-cls", model, peft_model)
 
 
-def test_both_halves_come_back_from_our_file(tmp_path: Path) -> None:
+def test_prompts_of_both_submodules_are_loaded(tmp_path: Path) -> None:
     _, att = prompted("t5", submodules=("encoder", "decoder"))
     att.save(tmp_path)
     assert load_file(tmp_path / "adapter_model.safetensors")["prompt_embeddings"].shape == (2 * N, 16)
@@ -187,14 +192,14 @@ def test_another_base_is_refused(tmp_path: Path) -> None:
 
     _, att = prompted("llama")
     att.save(tmp_path)
-    with pytest.raises(BaseMismatchError, match="not those that the adapter was made from"):
+    with raises(BaseMismatchError, where=("model.embed_tokens.weight", "rows"), expected="sha256"):
         es.attach(tiny("llama", seed=9), es.load(tmp_path))
-    theirs("llama", tmp_path / "peft")
+    save_with_peft("llama", tmp_path / "peft")
     wide = tr.LlamaForCausalLM(
         tr.LlamaConfig(vocab_size=60, hidden_size=32, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
     )
     for folder in (tmp_path, tmp_path / "peft"):
-        with pytest.raises(BaseMismatchError, match=r"another width|no table"):
+        with raises(BaseMismatchError, expected=16, found=32):
             es.attach(wide, es.load(folder))
 
 
@@ -213,7 +218,7 @@ def test_a_model_that_reads_no_tokens_is_refused() -> None:
         es.attach(bag, es.SoftPromptConfig(N))
 
 
-def spoilt(folder: Path, what: str) -> None:
+def spoil(folder: Path, what: str) -> None:
     config = json.loads((folder / "adapter_config.json").read_text())
     tensors = load_file(folder / "adapter_model.safetensors")
     if what == "count":
@@ -232,15 +237,25 @@ def spoilt(folder: Path, what: str) -> None:
     save_file(tensors, folder / "adapter_model.safetensors")
 
 
-@pytest.mark.parametrize("what", ["count", "no count", "no tensor", "strangers", "dtype", "shape"])
-def test_files_that_contradict_themselves(what: str, tmp_path: Path) -> None:
-    theirs("llama", tmp_path)
-    spoilt(tmp_path, what)
-    with pytest.raises(AdapterError):
+@pytest.mark.parametrize(
+    ("what", "fields"),
+    [
+        ("count", {"where": "prompt_embeddings", "expected": 3, "found": "(4, 16)"}),
+        ("no count", {"where": "adapter_config.json", "found": "'4'"}),
+        ("no tensor", {"where": "adapter_model.safetensors", "found": "no tensor"}),
+        ("strangers", {"where": "adapter_model.safetensors", "expected": "prompt_embeddings", "found": "other"}),
+        ("dtype", {"where": "prompt_embeddings", "found": "I64"}),
+        ("shape", {"where": "prompt_embeddings", "found": "(64,)"}),
+    ],
+)
+def test_files_that_contradict_themselves(what: str, fields: dict[str, Any], tmp_path: Path) -> None:
+    save_with_peft("llama", tmp_path)
+    spoil(tmp_path, what)
+    with raises(AdapterError, **fields):
         es.load(tmp_path)
 
 
-def test_a_file_of_pefts_says_nothing_of_its_base(tmp_path: Path) -> None:
-    theirs("llama", tmp_path)
-    with pytest.warns(EmbedSurgeryWarning, match="the base is not checked"):
+def test_a_file_of_peft_does_not_identify_its_base(tmp_path: Path) -> None:
+    save_with_peft("llama", tmp_path)
+    with pytest.warns(EmbedSurgeryWarning, match=MAIN_INPUT):
         es.attach(tiny("llama"), es.load(tmp_path))

@@ -1,4 +1,4 @@
-"""What the tests start as processes of their own, several at once."""
+"""Scripts that the tests run on several processes."""
 
 from __future__ import annotations
 

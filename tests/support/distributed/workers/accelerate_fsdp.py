@@ -1,4 +1,4 @@
-"""Trains under Accelerate, whose launcher's configuration says how the model is sharded."""
+"""Trains under Accelerate, with FSDP configured by its launcher."""
 
 from __future__ import annotations
 

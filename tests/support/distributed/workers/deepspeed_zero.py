@@ -13,6 +13,7 @@ import torch.distributed as dist
 import embedsurgery as es
 from embedsurgery.errors import UnsupportedError
 from tests.support.distributed.cases import BATCH, ROWS, STEPS, attached, batch, loss_of
+from tests.support.distributed.described import Described, describe
 from tests.support.distributed.workers import leave
 from tests.support.models import tiny
 
@@ -27,12 +28,12 @@ def engine_of(model: Any, stage: int, parameters: Any) -> Any:
     return deepspeed.initialize(model=model, model_parameters=parameters, optimizer=optimizer, config=config)[0]
 
 
-def refused(action: Any) -> str:
+def refused(action: Any) -> Described:
     try:
         action()
     except UnsupportedError as error:
-        return str(error)
-    return "nothing"
+        return describe(error)
+    return {"type": "nothing"}
 
 
 def attach_and_step(model: Any) -> None:
@@ -41,7 +42,7 @@ def attach_and_step(model: Any) -> None:
 
 
 def main(out: Path) -> None:
-    # A kernel for inference, which it would compile for a minute with a compiler that not every machine has.
+    # A kernel for inference: compiling it takes a minute, and a compiler that not every machine has.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("gloo")
     rank, size = dist.get_rank(), dist.get_world_size()

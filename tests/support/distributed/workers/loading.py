@@ -1,4 +1,4 @@
-"""Loads, saves, restores and moves rows on sharded models; writes what each rank saw."""
+"""Loads, saves, restores and moves rows on sharded models; writes the results of each rank."""
 
 from __future__ import annotations
 
@@ -27,15 +27,16 @@ from embedsurgery.adapters.adapter import Adapter
 from embedsurgery.errors import AdapterError, AttachmentError
 from embedsurgery.integrations import EmbedSurgeryCallback
 from embedsurgery.tensors.convert import to_raw
-from embedsurgery.tensors.sharded import rows_at
+from embedsurgery.tensors.sharded import gather_rows
 from tests.support import integrations
 from tests.support.distributed.cases import CHECKPOINTED, KINDS, ROWS, WRAPS, attached, batch, loss_of, targets, wrap
+from tests.support.distributed.described import describe
 from tests.support.distributed.workers import leave
 from tests.support.models import logits, tiny
 
 
 class Largest(TorchDispatchMode):
-    """The most elements of a tensor that any operation gave or took while this was on."""
+    """Records the largest number of elements of any tensor that an operation returned inside the block."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,7 +51,7 @@ class Largest(TorchDispatchMode):
 
 
 def loaded(kind: str, how: str, adapter: Adapter) -> dict[str, Any]:
-    """An adapter on a model that is sharded already."""
+    """Attach an adapter to a model that is sharded already."""
     model = wrap(tiny(kind), how)
     seen = Largest()
     with seen:
@@ -62,7 +63,7 @@ def loaded(kind: str, how: str, adapter: Adapter) -> dict[str, Any]:
 
 
 def restored(how: str, adapter: Adapter) -> dict[str, Any]:
-    """Rows set in place on a sharded model, also when a forward has left the root gathered."""
+    """Restore rows in place on a sharded model, after a forward that left the root gathered."""
     model = wrap(attached("llama-tied"), how)
     attachment = es.get_attachment(model)
     logits(model)
@@ -72,7 +73,7 @@ def restored(how: str, adapter: Adapter) -> dict[str, Any]:
 
 
 def from_meta(by_load: bool) -> dict[str, Any]:
-    """Sharded on the meta device, then given memory in one of the two ways that there are."""
+    """Shard a model on the meta device, then load its weights in one of two ways."""
     model = attached("llama-tied")
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     model.to("meta")
@@ -94,7 +95,7 @@ def from_meta(by_load: bool) -> dict[str, Any]:
 
 
 def saved(out: Path) -> dict[str, Any]:
-    """Who writes, when all save."""
+    """Save on all ranks; returns who wrote, what is there, and the error for a directory that cannot be written."""
     model = wrap(attached("llama-tied"), "fsdp-layers")
     calls: list[Path] = []
     save = Adapter.save
@@ -103,18 +104,18 @@ def saved(out: Path) -> dict[str, Any]:
         path = es.get_attachment(model).save(out / "saved")
     finally:
         Adapter.save = save
-    there = sorted(p.name for p in path.iterdir())
+    files = sorted(p.name for p in path.iterdir())
     (out / "file").write_text("no directory")
     errors = []
     try:
         es.get_attachment(model).save(out / "file")
     except AdapterError as error:
-        errors.append(str(error))
-    return {"calls": len(calls), "there": there, "errors": errors}
+        errors.append(describe(error))
+    return {"calls": len(calls), "files": files, "errors": errors}
 
 
 def checkpoint(how: str, folder: Path) -> dict[str, Any]:
-    """Torch's own checkpoint of model and optimizer, resumed with the rows that were saved beside it, and without."""
+    """Resume torch's checkpoint of model and optimizer with the rows that were saved beside it, and without them."""
     model = wrap(attached("llama-tied"), how)
     optimizer = torch.optim.AdamW(es.get_attachment(model).parameters(), lr=1e-2)
     steps(model, optimizer, 0, 2)
@@ -136,12 +137,12 @@ def checkpoint(how: str, folder: Path) -> dict[str, Any]:
         try:
             found[name] = steps(model, optimizer, 2, 4)
         except AttachmentError as error:
-            found[name] = str(error)
+            found[name] = describe(error)
     return found
 
 
 def inner(model: Any) -> Any:
-    """What torch.distributed.checkpoint takes: of DDP the model inside, for it knows no parameters without a key."""
+    """Return the model that torch.distributed.checkpoint accepts: of DDP the wrapped module."""
     return model.module if isinstance(model, torch.nn.parallel.DistributedDataParallel) else model
 
 
@@ -157,7 +158,7 @@ def steps(model: Any, optimizer: torch.optim.Optimizer, first: int, last: int) -
 
 
 def by_the_trainer(out: Path) -> dict[str, Any]:
-    """transformers' Trainer, which wraps in DDP: trained, resumed, and resumed without the callback."""
+    """Train, resume, and resume without the callback, with transformers' Trainer, which wraps in DDP."""
     options = {"ddp_backend": "gloo", "ddp_find_unused_parameters": False}
     written: list[str] = []
     save = Adapter.save
@@ -165,7 +166,7 @@ def by_the_trainer(out: Path) -> dict[str, Any]:
         1
     ]
     try:
-        model, attachment = integrations.attached()
+        model, attachment = integrations.attach_tiny()
         trained = integrations.trainer(model, out, callbacks=[EmbedSurgeryCallback()], **options)
         trained.train()
     finally:
@@ -176,21 +177,21 @@ def by_the_trainer(out: Path) -> dict[str, Any]:
         "written": written,
         "wrapper": type(trained.model_wrapped).__name__,
     }
-    model, attachment = integrations.attached()
+    model, attachment = integrations.attach_tiny()
     half = str(out / "checkpoint-3")
     resumed = integrations.trainer(model, out / "more", callbacks=[EmbedSurgeryCallback(half)], **options)
     resumed.train(resume_from_checkpoint=half)
     found |= {"resumed losses": integrations.losses(resumed), "resumed rows": integrations.rows(attachment)}
-    model, _ = integrations.attached()
+    model, _ = integrations.attach_tiny()
     try:
         integrations.trainer(model, out / "no", **options).train(resume_from_checkpoint=half)
     except AttachmentError as error:
-        found["forgotten"] = str(error)
+        found["forgotten"] = describe(error)
     return found
 
 
 def bits() -> bool:
-    """Whether rows of any layout come bit for bit, -0.0 and the payloads of NaNs included."""
+    """Whether rows of every layout are gathered bit for bit, including -0.0 and the payloads of NaNs."""
     size = dist.get_world_size()
     line, square = init_device_mesh("cpu", (size,)), init_device_mesh("cpu", (1, size))
     odd = torch.randint(-(2**31), 2**31, (7, 5), dtype=torch.int64).to(torch.int32).view(torch.float32)
@@ -205,7 +206,7 @@ def bits() -> bool:
         (square, [Replicate(), Shard(1)]),
     ]
     want = to_raw(odd[index])
-    return all(to_raw(rows_at(distribute_tensor(odd, mesh, where), index)) == want for mesh, where in layouts)
+    return all(to_raw(gather_rows(distribute_tensor(odd, mesh, where), index)) == want for mesh, where in layouts)
 
 
 def main(out: Path) -> None:

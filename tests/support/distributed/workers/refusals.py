@@ -1,4 +1,4 @@
-"""Does what must be refused; writes what each rank was told."""
+"""Does what must be refused; writes the error of each rank."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 import embedsurgery as es
 from embedsurgery.errors import EmbedSurgeryError
 from tests.support.distributed.cases import ROWS, attached, batch, blocks, loss_of, wrap
+from tests.support.distributed.described import Described, describe
 from tests.support.distributed.workers import leave
 from tests.support.models import tiny
 
 
 class Functional(nn.Module):
-    """A lookup whose module never runs."""
+    """A lookup whose module is never called."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,7 +53,7 @@ def attached_after_sharding(out: Path) -> None:
     model = wrap(tiny("llama-tied"), "fsdp-layers")
     attachment = es.attach(model, config())
     with torch.no_grad():
-        loss_of(model, batch(0))  # inference is right
+        loss_of(model, batch(0))  # inference is correct
     assert not any(hasattr(p, "_local_tensor") for p in attachment.parameters())
     step(model)
 
@@ -141,7 +142,7 @@ def attached_after_sharding_and_compiled(out: Path) -> None:
 
 
 @case
-def attached_again_by_the_name_of_one_that_was_known(out: Path) -> None:
+def attached_again_under_the_name_of_a_removed_adapter(out: Path) -> None:
     model = attached("llama-tied")
     attachment = es.attach(model, es.TrainableTokensConfig([9]), name="second")
     wrapped = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
@@ -224,14 +225,14 @@ def saved_after_drifting(out: Path) -> None:
 
 def main(out: Path) -> None:
     dist.init_process_group("gloo")
-    results = {}
+    results: dict[str, Described] = {}
     for name, function in CASES.items():
         try:
             function(out)
         except EmbedSurgeryError as error:
-            results[name] = f"{type(error).__name__}: {error}"
+            results[name] = describe(error)
         else:
-            results[name] = "nothing"
+            results[name] = {"type": "nothing"}
         dist.barrier()
     torch.save(results, out / f"refusals-{dist.get_rank()}.pt")
     leave()

@@ -1,4 +1,4 @@
-"""Trains rows on models whose tables are DTensors that stay so in the forward: tensor parallelism of two makers."""
+"""Trains rows on models whose tables are DTensors in the forward: tensor parallelism by torch and by transformers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.support.models import tiny
 
 
 class Whole(nn.Module):
-    """Gathers logits that a head leaves sharded, so that the loss is as everywhere."""
+    """Gathers logits that a head leaves sharded, for the loss."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Trains every kind of model in every wrapper; writes the losses and final rows of each, as each rank has them."""
+"""Trains every kind of model in every wrapper; writes the losses and final rows of each rank."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from tests.support.distributed.cases import BATCH, KINDS, MANY, WRAPS, attached, train, wrap
-from tests.support.distributed.mixing import MIXES, mixed
+from tests.support.distributed.mixing import MIXES, train_mix
 from tests.support.distributed.setups import SETUPS, trained
 from tests.support.distributed.workers import leave
 
@@ -36,7 +36,7 @@ def main(out: Path) -> None:
     for name, setup in SETUPS.items():
         results[name] = trained(setup, rank, mean)
     for name, mix in MIXES.items():
-        results[name] = mixed(mix, share, mean)
+        results[name] = train_mix(mix, share, mean)
     torch.save(results, out / f"train-{rank}.pt")
     leave()
 

@@ -1,4 +1,7 @@
-"""The rows of an attachment in a directory beside a checkpoint's state dict, which is the base's and holds none."""
+"""Save an attachment's rows in a directory next to a checkpoint's state dict, and restore them from it.
+
+``trainer.py`` and ``accelerate.py`` say which directory. ``lightning.py`` keeps the rows in its one file instead.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +21,17 @@ from embedsurgery.runtime.attachment import Attachment
 from embedsurgery.runtime.rows.sharded import world_size
 
 DIRECTORY = "embedsurgery"
-"""In a checkpoint's directory, with a directory for each adapter: one level below where the Trainer and PEFT look."""
-
+"""In a checkpoint's directory, with a directory for each adapter. The Trainer and PEFT look for an adapter of their own
+one level above."""
 
 _ORDER = "order.json"
 
 
 def save_rows(attachment: Attachment, folder: Path) -> None:
-    """Write each adapter, active or not, into ``folder/NAME``, and their order; every rank calls it, rank 0 writes."""
+    """Write each adapter, active or not, to ``folder/NAME``, and the order of the adapters.
+
+    Call it on every rank: sharded rows are gathered. Rank 0 writes.
+    """
     for name in attachment.names:
         attachment.save(folder / quote(name, safe=""), name)
     if world_size() == 1 or torch.distributed.get_rank() == 0:
@@ -33,36 +39,35 @@ def save_rows(attachment: Attachment, folder: Path) -> None:
 
 
 def restore_rows(attachment: Attachment, folder: Path) -> None:
-    """Set each adapter's rows to those that `save_rows` wrote; every rank calls it.
+    """Set each adapter's rows to those that `save_rows` wrote. Call it on every rank.
 
     Raises:
-        AttachmentError: There are other adapters than those attached, they are for other rows, or adapters or rows are
-            in another order, by which an optimizer's state goes.
+        AttachmentError: The directory has other adapters than those attached, other rows, or another order of adapters
+            or rows. An optimizer's state belongs to positions, so the order matters.
         AdapterError: A file is missing or broken.
-        CheckpointError: What says their order is broken.
+        CheckpointError: The file with the order is broken.
     """
     found = sorted(unquote(path.parent.name) for path in folder.glob(f"*/{WEIGHTS_NAME}"))
     if found != sorted(attachment.names):
         raise AttachmentError(
-            "the checkpoint holds other adapters than are attached",
+            "checkpoint and model have different adapters",
             where=folder,
             expected=", ".join(sorted(attachment.names)),
             found=", ".join(found) or "none",
-            hint="attach the same adapters by the same names; one that was saved without the "
-            "integration holds no rows at all",
+            hint="attach the same adapters under the same names; without the integration no rows are saved",
         )
     if (folder / _ORDER).exists():
         names = read_json(folder / _ORDER).get("adapters")
-        check_names(attachment, names if isinstance(names, list) else [], folder)
+        check_order(attachment, names if isinstance(names, list) else [], folder)
     for name in attachment.names:
         attachment.restore(load(folder / quote(name, safe="")), name, in_order=True)
 
 
-def check_names(attachment: Attachment, names: Sequence[str], where: str | os.PathLike[str]) -> None:
-    """Refuse the adapters of a checkpoint that were attached in another order.
+def check_order(attachment: Attachment, names: Sequence[str], where: str | os.PathLike[str]) -> None:
+    """Check that a checkpoint's adapters were attached in the same order.
 
     Raises:
-        AttachmentError: They were.
+        AttachmentError: The order differs.
     """
     if list(names) != list(attachment.names):
         raise AttachmentError(
@@ -70,5 +75,5 @@ def check_names(attachment: Attachment, names: Sequence[str], where: str | os.Pa
             where=where,
             expected=", ".join(attachment.names),
             found=", ".join(map(str, names)) or "none",
-            hint="an optimizer's state goes by position: attach them in that order",
+            hint="optimizer state is stored by position: attach the adapters in the checkpoint's order",
         )
